@@ -1,0 +1,14 @@
+"""rnnfast: fast drop-in recurrent layers for PyTorch."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from rnnfast import functional
+from rnnfast.dispatch import backends, explain, use_backend
+from rnnfast.layers import GRU, LSTM, RNN
+
+try:
+    __version__ = version("rnnfast")
+except PackageNotFoundError:  # a source tree on the path, not installed
+    __version__ = "0+unknown"
+
+__all__ = ["GRU", "LSTM", "RNN", "backends", "explain", "functional", "use_backend"]

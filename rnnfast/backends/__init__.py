@@ -1,0 +1,1 @@
+"""Implementations of the scan. None imports another; `rnnfast.dispatch` chooses among them."""

@@ -1,0 +1,335 @@
+"""The scan in eager PyTorch: the definition that every other backend is checked against.
+
+`forward` uses differentiable operations only, so torch's autograd can run through it to any order; `backward` is the
+reverse scan written out, reading the tape that any backend may have written. Shapes are those of `rnnfast.scan.scan`.
+Half types are computed in float32 from end to end and rounded once, on the way out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# ---- cells: gates_x = x W_ih^T + b_ih and gates_h = h W_hh^T + b_hh of one step, (rows, G*H) each ------------------
+#
+# A step takes (gates_x, gates_h, state) to (new state, tape). State is (h,) or (h, c).
+# Its backward takes (gradient of the new state, tape, output h, state before) to
+# (d_gates_x, d_gates_h, the gradient that reaches the state before without passing through W_hh).
+
+State = tuple[Tensor, ...]
+Step = Callable[[Tensor, Tensor, State], tuple[State, tuple[Tensor, ...]]]
+StepBackward = Callable[[State, Tensor, Tensor, State], tuple[Tensor, Tensor, State]]
+
+
+def _rnn_tanh(gates_x: Tensor, gates_h: Tensor, state: State) -> tuple[State, tuple[Tensor, ...]]:
+    """Elman (1990): h' = tanh(gates)."""
+    return (torch.tanh(gates_x + gates_h),), ()
+
+
+def _rnn_tanh_backward(d_state: State, tape: Tensor, output: Tensor, before: State) -> tuple[Tensor, Tensor, State]:
+    d_gates = d_state[0] * (1 - output * output)
+    return d_gates, d_gates, (torch.zeros_like(d_gates),)
+
+
+def _rnn_relu(gates_x: Tensor, gates_h: Tensor, state: State) -> tuple[State, tuple[Tensor, ...]]:
+    return (torch.relu(gates_x + gates_h),), ()
+
+
+def _rnn_relu_backward(d_state: State, tape: Tensor, output: Tensor, before: State) -> tuple[Tensor, Tensor, State]:
+    # A NaN output passes the gradient on, as torch.relu's own backward does.
+    d_gates = torch.where(output <= 0, 0, d_state[0])
+    return d_gates, d_gates, (torch.zeros_like(d_gates),)
+
+
+def _lstm(gates_x: Tensor, gates_h: Tensor, state: State) -> tuple[State, tuple[Tensor, ...]]:
+    """Hochreiter & Schmidhuber (1997) with forget gates (Gers et al. 2000): c' = f c + i g, h' = o tanh(c')."""
+    i, f, g, o = (gates_x + gates_h).chunk(4, dim=-1)
+    i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+    c = f * state[1] + i * g
+    return (o * c.tanh(), c), (i, f, g, o, c)
+
+
+def _lstm_backward(d_state: State, tape: Tensor, output: Tensor, before: State) -> tuple[Tensor, Tensor, State]:
+    d_h, d_c = d_state
+    i, f, g, o, c = tape.chunk(5, dim=-1)
+    tanh_c = c.tanh()
+    d_c = d_c + d_h * o * (1 - tanh_c * tanh_c)
+    d_gates = torch.cat(
+        (
+            d_c * g * i * (1 - i),
+            d_c * before[1] * f * (1 - f),
+            d_c * i * (1 - g * g),
+            d_h * tanh_c * o * (1 - o),
+        ),
+        dim=-1,
+    )
+    return d_gates, d_gates, (torch.zeros_like(before[0]), d_c * f)
+
+
+def _gru(gates_x: Tensor, gates_h: Tensor, state: State) -> tuple[State, tuple[Tensor, ...]]:
+    """Cho et al. (2014), with r applied after the product as in cuDNN: n = tanh(x_n + r h_n), h' = (1 - z) n + z h."""
+    x_r, x_z, x_n = gates_x.chunk(3, dim=-1)
+    h_r, h_z, h_n = gates_h.chunk(3, dim=-1)
+    r, z = (x_r + h_r).sigmoid(), (x_z + h_z).sigmoid()
+    n = (x_n + r * h_n).tanh()
+    return (n + z * (state[0] - n),), (r, z, n, h_n)
+
+
+def _gru_backward(d_state: State, tape: Tensor, output: Tensor, before: State) -> tuple[Tensor, Tensor, State]:
+    (d_h,) = d_state
+    r, z, n, h_n = tape.chunk(4, dim=-1)
+    d_n = d_h * (1 - z) * (1 - n * n)
+    d_r = d_n * h_n * r * (1 - r)
+    d_z = d_h * (before[0] - n) * z * (1 - z)
+    return torch.cat((d_r, d_z, d_n), dim=-1), torch.cat((d_r, d_z, d_n * r), dim=-1), (d_h * z,)
+
+
+_STEPS: dict[str, tuple[Step, StepBackward]] = {
+    "rnn_tanh": (_rnn_tanh, _rnn_tanh_backward),
+    "rnn_relu": (_rnn_relu, _rnn_relu_backward),
+    "lstm": (_lstm, _lstm_backward),
+    "gru": (_gru, _gru_backward),
+}
+
+
+# ---- rows: sequences sorted by length, so that step t owns the first sizes[t] batch rows --------------------------
+
+
+def _step_sizes(input: Tensor, h_0: Tensor, batch_sizes: Tensor | None) -> list[int]:
+    if batch_sizes is not None:
+        return [int(size) for size in batch_sizes.tolist()]
+    batch = h_0.shape[1]
+    return [batch] * (input.shape[0] // batch if batch else 0)
+
+
+def _before(states: Sequence[Tensor], initial: Tensor, sizes: list[int], backwards: bool) -> list[Tensor]:
+    """The state before each step, given the state after each step and the initial one."""
+    previous = []
+    for t, size in enumerate(sizes):
+        if not backwards:
+            previous.append(initial[:size] if t == 0 else states[t - 1][:size])
+        elif t + 1 == len(sizes):
+            previous.append(initial[:size])
+        else:
+            previous.append(torch.cat((states[t + 1], initial[sizes[t + 1] : size])))
+    return previous
+
+
+def _resize(state: State, rows: int, joining: State, leaving: list[State]) -> State:
+    """Lets rows end (their states go to `leaving`) or begin (theirs come from `joining`) until `rows` are left."""
+    current = state[0].shape[0]
+    if rows < current:
+        leaving.append(tuple(s[rows:] for s in state))
+        return tuple(s[:rows] for s in state)
+    if rows > current:
+        return tuple(torch.cat((s, new[current:rows])) for s, new in zip(state, joining, strict=True))
+    return state
+
+
+def _cat(parts: Sequence[Tensor], empty: Tensor) -> Tensor:
+    return torch.cat(tuple(parts)) if parts else empty
+
+
+# ---- lanes: one direction of one layer, in the dtype it is computed in ---------------------------------------------
+
+
+class _Lane(NamedTuple):
+    input: Tensor
+    w_ih: Tensor
+    w_hh: Tensor
+    b_ih: Tensor | None
+    b_hh: Tensor | None
+    w_hr: Tensor | None
+    initial: State
+    backwards: bool
+
+
+def _widen(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _lanes(input: Tensor, w_hh: Tensor, *others: Tensor | None, bidirectional: bool) -> list[_Lane]:
+    input = _widen(input)
+    lanes = []
+    for d in range(w_hh.shape[0]):
+        w_ih, b_ih, b_hh, w_hr, *states = (None if t is None else _widen(t[d]) for t in others)
+        assert w_ih is not None
+        initial = tuple(s for s in states if s is not None)
+        lanes.append(_Lane(input, w_ih, _widen(w_hh[d]), b_ih, b_hh, w_hr, initial, bidirectional and d % 2 == 1))
+    return lanes
+
+
+def forward(
+    input: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    h_0: Tensor,
+    c_0: Tensor | None,
+    batch_sizes: Tensor | None,
+    cell: str,
+    bidirectional: bool,
+    save_tape: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns output (N, D*P), h_n (D, B, P), c_n (D, B, H) and tape (D, N, K*H); what a cell lacks is empty."""
+    sizes = _step_sizes(input, h_0, batch_sizes)
+    lanes = _lanes(input, w_hh, w_ih, b_ih, b_hh, w_hr, h_0, c_0, bidirectional=bidirectional)
+    results = [_forward_lane(lane, sizes, _STEPS[cell][0]) for lane in lanes]
+    output = torch.cat([output for output, _, _ in results], dim=1)
+    final = [torch.stack(states).to(h_0.dtype) for states in zip(*(final for _, final, _ in results), strict=True)]
+    tape = torch.stack([tape for _, _, tape in results]).to(h_0.dtype) if save_tape else h_0.new_empty(0)
+    return output.to(h_0.dtype), final[0], h_0.new_empty(0) if c_0 is None else final[1], tape
+
+
+def _forward_lane(lane: _Lane, sizes: list[int], step: Step) -> tuple[Tensor, State, Tensor]:
+    if lane.input.is_floating_point():
+        gates_x = F.linear(lane.input, lane.w_ih, lane.b_ih)
+    else:
+        gates_x = lane.w_ih.t()[lane.input]
+        gates_x = gates_x if lane.b_ih is None else gates_x + lane.b_ih
+
+    order = slice(None, None, -1 if lane.backwards else 1)
+    state = tuple(s[: sizes[order][0]] for s in lane.initial) if sizes else lane.initial
+    finished: list[State] = []
+    outputs, tapes = [], []
+    for step_gates_x in gates_x.split(sizes)[order] if sizes else ():
+        state = _resize(state, step_gates_x.shape[0], joining=lane.initial, leaving=finished)
+        state, saved = step(step_gates_x, F.linear(state[0], lane.w_hh, lane.b_hh), state)
+        if lane.w_hr is not None:
+            state = (F.linear(state[0], lane.w_hr), *state[1:])
+        outputs.append(state[0])
+        tapes.append(torch.cat(saved, dim=-1) if saved else step_gates_x[:, :0])
+    final = tuple(torch.cat(parts) for parts in zip(state, *reversed(finished), strict=True))
+    empty = gates_x[:, :0]
+    return _cat(outputs[order], empty.new_empty(0, state[0].shape[1])), final, _cat(tapes[order], empty)
+
+
+def backward(
+    d_output: Tensor | None,
+    d_h_n: Tensor | None,
+    d_c_n: Tensor | None,
+    input: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    h_0: Tensor,
+    c_0: Tensor | None,
+    batch_sizes: Tensor | None,
+    cell: str,
+    bidirectional: bool,
+    output: Tensor,
+    tape: Tensor,
+    need_input: bool,
+    need_weights: bool,
+) -> tuple[Tensor, ...]:
+    """Returns the gradients of input, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0; what is absent or not needed is empty."""
+    sizes = _step_sizes(input, h_0, batch_sizes)
+    lanes = _lanes(input, w_hh, w_ih, b_ih, b_hh, w_hr, h_0, c_0, bidirectional=bidirectional)
+    columns = h_0.shape[2]
+    outputs, d_outputs = (
+        _widen(t).split(columns, dim=1) for t in (output, torch.zeros_like(output) if d_output is None else d_output)
+    )
+    d_final = [
+        _widen(torch.zeros_like(s) if d is None else d) for d, s in ((d_h_n, h_0), (d_c_n, c_0)) if s is not None
+    ]
+    lane_gradients = []
+    for d, lane in enumerate(lanes):
+        d_final_of_lane = tuple(g[d] for g in d_final)
+        rows = _backward_lane(lane, d_outputs[d], d_final_of_lane, outputs[d], _widen(tape[d]), sizes, _STEPS[cell][1])
+        lane_gradients.append(
+            (
+                rows.d_gates_x @ lane.w_ih if need_input and input.is_floating_point() else None,
+                *(_weight_gradients(lane, rows) if need_weights else [None] * 5),
+                *rows.d_initial,
+            )
+        )
+    d_input, *others = (
+        None if gradients[0] is None else torch.stack(gradients) for gradients in zip(*lane_gradients, strict=True)
+    )
+    if c_0 is None:
+        others.append(None)
+    d_input = None if d_input is None else d_input.sum(0)
+    return tuple(h_0.new_empty(0) if g is None else g.to(h_0.dtype) for g in (d_input, *others))
+
+
+class _RowGradients(NamedTuple):
+    """What the reverse scan finds for each row: all else is parallel in time."""
+
+    d_gates_x: Tensor
+    d_gates_h: Tensor
+    h_before: Tensor
+    d_projected: Tensor | None
+    unprojected: Tensor | None
+    d_initial: State
+
+
+def _backward_lane(
+    lane: _Lane,
+    d_output: Tensor,
+    d_final: State,
+    output: Tensor,
+    tape: Tensor,
+    sizes: list[int],
+    step_backward: StepBackward,
+) -> _RowGradients:
+    outputs, tapes = output.split(sizes), tape.split(sizes)
+    before = [_before(outputs, lane.initial[0], sizes, lane.backwards)]
+    if len(lane.initial) > 1:
+        hidden = lane.initial[1].shape[1]
+        before.append(_before(tape[:, -hidden:].split(sizes), lane.initial[1], sizes, lane.backwards))
+    steps = list(zip(d_output.split(sizes), tapes, outputs, zip(*before, strict=True), strict=True))
+
+    # The forward walk, mirrored: a row joins where its sequence ended and leaves where it began.
+    order = slice(None, None, 1 if lane.backwards else -1)
+    d_state = tuple(d[: sizes[order][0]] for d in d_final) if sizes else d_final
+    left: list[State] = []
+    d_gates_x, d_gates_h, d_projected = [], [], []
+    for d_out, step_tape, out, state_before in steps[order]:
+        d_state = _resize(d_state, d_out.shape[0], joining=d_final, leaving=left)
+        d_h, *d_c = d_state
+        d_h = d_h + d_out
+        if lane.w_hr is not None:
+            d_projected.append(d_h)
+            d_h = d_h @ lane.w_hr
+        d_x, d_recurrent, d_direct = step_backward((d_h, *d_c), step_tape, out, state_before)
+        d_gates_x.append(d_x)
+        d_gates_h.append(d_recurrent)
+        d_state = (torch.addmm(d_direct[0], d_recurrent, lane.w_hh), *d_direct[1:])
+    d_initial = tuple(torch.cat(parts) for parts in zip(d_state, *reversed(left), strict=True))
+
+    no_gates = output.new_empty(0, lane.w_ih.shape[0])
+    unprojected = None
+    if lane.w_hr is not None:
+        _, _, _, o, c = tape.chunk(5, dim=-1)
+        unprojected = o * c.tanh()
+    return _RowGradients(
+        _cat(d_gates_x[order], no_gates),
+        _cat(d_gates_h[order], no_gates),
+        _cat(before[0], output[:0]),
+        None if lane.w_hr is None else _cat(d_projected[order], output[:0]),
+        unprojected,
+        d_initial,
+    )
+
+
+def _weight_gradients(lane: _Lane, rows: _RowGradients) -> list[Tensor | None]:
+    """Gradients of w_ih, w_hh, b_ih, b_hh, w_hr."""
+    if lane.input.is_floating_point():
+        d_w_ih = rows.d_gates_x.t() @ lane.input
+    else:
+        d_w_ih = torch.zeros_like(lane.w_ih.t()).index_add_(0, lane.input, rows.d_gates_x).t()
+    return [
+        d_w_ih,
+        rows.d_gates_h.t() @ rows.h_before,
+        None if lane.b_ih is None else rows.d_gates_x.sum(0),
+        None if lane.b_hh is None else rows.d_gates_h.sum(0),
+        None if rows.d_projected is None or rows.unprojected is None else rows.d_projected.t() @ rows.unprojected,
+    ]

@@ -1,0 +1,226 @@
+"""Stateless recurrent layers: layers x directions over the scan, with dropout between layers.
+
+All take time-major input: (T, B, I) floating, (T, B) integer token ids, or, with `batch_sizes`, the (N, I) or (N,) data
+of a PackedSequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rnnfast import dispatch
+from rnnfast.cells import CELLS
+from rnnfast.scan import Weights, scan
+
+__all__ = ["Weights", "gru", "lstm", "rnn"]
+
+
+def rnn(
+    input: Tensor,
+    h_0: Tensor,
+    weights: Sequence[Weights],
+    *,
+    nonlinearity: str = "tanh",
+    batch_sizes: Tensor | None = None,
+    bidirectional: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    backend: str = dispatch.AUTO,
+) -> tuple[Tensor, Tensor]:
+    """Elman RNN (Elman 1990): h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), or relu in place of tanh.
+
+    With L layers of D directions, T steps and B sequences of I inputs and H hidden units:
+
+    Args:
+        input: (T, B, I) of the weights' dtype, or (T, B) integer token ids below I, which stand for one-hot vectors.
+            With `batch_sizes`, the rows of all steps one after the other: (N, I) or (N,).
+        h_0: (L*D, B, H), layer by layer, directions side by side.
+        weights: L*D of them, in the order of `h_0`.
+        nonlinearity: "tanh" or "relu".
+        batch_sizes: (T,) int64 on the CPU, non-increasing, as in `PackedSequence`; B is its first entry.
+        bidirectional: D is 2 rather than 1; the second direction walks time backwards.
+        dropout: probability of zeroing an output between layers, while `training`.
+        backend: "auto", or one of `rnnfast.backends()` by name.
+
+    Returns:
+        output (T, B, D*H), or (N, D*H) with `batch_sizes`, and h_n (L*D, B, H).
+
+    Raises:
+        ValueError: an unknown nonlinearity or backend, or a number of weights that does not fit.
+        IndexError: a token id outside [0, I).
+        RuntimeError: shapes, dtypes or devices that do not fit, or a backend that is not available.
+    """
+    if nonlinearity not in ("tanh", "relu"):
+        raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+    output, h_n, _ = _stack(
+        f"rnn_{nonlinearity}", input, h_0, None, weights, batch_sizes, bidirectional, dropout, training, backend
+    )
+    return output, h_n
+
+
+def lstm(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor],
+    weights: Sequence[Weights],
+    *,
+    batch_sizes: Tensor | None = None,
+    bidirectional: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    backend: str = dispatch.AUTO,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """LSTM with forget gates (Hochreiter & Schmidhuber 1997; Gers et al. 2000), and projections (Sak et al. 2014).
+
+    Arguments, shapes and errors are those of `rnn`, but for `hx` = (h_0 (L*D, B, P), c_0 (L*D, B, H)). Returns output
+    (T, B, D*P) and (h_n, c_n).
+    """
+    output, h_n, c_n = _stack("lstm", input, *hx, weights, batch_sizes, bidirectional, dropout, training, backend)
+    return output, (h_n, c_n)
+
+
+def gru(
+    input: Tensor,
+    h_0: Tensor,
+    weights: Sequence[Weights],
+    *,
+    batch_sizes: Tensor | None = None,
+    bidirectional: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    backend: str = dispatch.AUTO,
+) -> tuple[Tensor, Tensor]:
+    """GRU (Cho et al. 2014) in torch.nn's form, the reset gate applied after the recurrent product.
+
+    Arguments, shapes, results and errors are those of `rnn`.
+    """
+    output, h_n, _ = _stack("gru", input, h_0, None, weights, batch_sizes, bidirectional, dropout, training, backend)
+    return output, h_n
+
+
+def _stack(
+    cell: str,
+    input: Tensor,
+    h_0: Tensor,
+    c_0: Tensor | None,
+    weights: Sequence[Weights],
+    batch_sizes: Tensor | None,
+    bidirectional: bool,
+    dropout: float,
+    training: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    first, token_ids = weights[0], not input.is_floating_point()
+    directions = 2 if bidirectional else 1
+    _check(cell, input, h_0, c_0, weights, batch_sizes, directions)
+    request = dispatch.Request(cell, first.w_hh.device.type, first.w_hh.dtype, token_ids, first.w_hr is not None)
+    chosen = dispatch.choose(request, backend).backend
+    if chosen == "torch":
+        return _torch_stack(cell, input, h_0, c_0, weights, batch_sizes, bidirectional, dropout, training)
+
+    rows = input.long() if token_ids else input
+    if batch_sizes is None:
+        rows = rows.reshape(-1) if token_ids else rows.reshape(-1, rows.shape[-1])
+    h_n, c_n = [], []
+    for start in range(0, len(weights), directions):
+        lanes = slice(start, start + directions)
+        rows, h, c = scan(
+            chosen,
+            rows,
+            _stack_lanes(weights[lanes]),
+            h_0[lanes],
+            None if c_0 is None else c_0[lanes],
+            batch_sizes,
+            cell,
+            bidirectional,
+        )
+        h_n.append(h)
+        c_n.append(c)
+        if dropout > 0 and training and start + directions < len(weights):
+            rows = F.dropout(rows, dropout)
+    output = rows if batch_sizes is not None else rows.view(*input.shape[:2], rows.shape[-1])
+    return output, _join(h_n), _join(c_n)
+
+
+def _join(states: list[Tensor]) -> Tensor:
+    return states[0] if len(states) == 1 else torch.cat(states)
+
+
+def _stack_lanes(weights: Sequence[Weights]) -> Weights:
+    def stack(parameters: tuple[Tensor | None, ...]) -> Any:
+        given = [parameter for parameter in parameters if parameter is not None]
+        # A view where it can be: a single direction's parameters are not copied.
+        return given[0].unsqueeze(0) if len(given) == 1 else torch.stack(given) if given else None
+
+    return Weights(*(stack(parameters) for parameters in zip(*weights, strict=True)))
+
+
+def _torch_stack(
+    cell: str,
+    input: Tensor,
+    h_0: Tensor,
+    c_0: Tensor | None,
+    weights: Sequence[Weights],
+    batch_sizes: Tensor | None,
+    bidirectional: bool,
+    dropout: float,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    function = getattr(torch._VF, cell)
+    flat_weights = [parameter for lane in weights for parameter in lane if parameter is not None]
+    num_layers = len(weights) // (2 if bidirectional else 1)
+    options = (flat_weights, weights[0].b_ih is not None, num_layers, float(dropout), training, bidirectional)
+    hx = h_0 if c_0 is None else (h_0, c_0)
+    if batch_sizes is None:
+        output, h_n, *c_n = function(input, hx, *options, False)
+    else:
+        output, h_n, *c_n = function(input, batch_sizes, hx, *options)
+    return output, h_n, c_n[0] if c_n else h_n.new_empty(0)
+
+
+def _check(
+    cell: str,
+    input: Tensor,
+    h_0: Tensor,
+    c_0: Tensor | None,
+    weights: Sequence[Weights],
+    batch_sizes: Tensor | None,
+    directions: int,
+) -> None:
+    """Raises the one clear error that a mistaken call deserves, before any kernel reads a wrong address."""
+    w_ih, w_hh, *_ = weights[0]
+    token_ids = not input.is_floating_point()
+    if input.is_complex() or input.dtype == torch.bool:
+        raise RuntimeError(f"input must be floating, or integer token ids, got {input.dtype}")
+    dims = 3 - token_ids - (batch_sizes is not None)
+    if input.dim() != dims:
+        raise RuntimeError(f"{'token ids' if token_ids else 'input'} must have {dims} dimensions, got {input.dim()}")
+    if input.shape[0] == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    if len(weights) % directions:
+        raise ValueError(
+            f"weights must hold one entry a layer and direction, got {len(weights)} for {directions} directions"
+        )
+    given = {"input": None if token_ids else input, "h_0": h_0, "c_0": c_0, "w_hh": w_hh}
+    for name, tensor in given.items():
+        if tensor is not None and tensor.dtype != w_ih.dtype:
+            raise RuntimeError(f"{name} has dtype {tensor.dtype}, the weights have {w_ih.dtype}; convert one of them")
+    for name, tensor in (given | {"input": input}).items():
+        if tensor is not None and tensor.device != w_ih.device:
+            raise RuntimeError(f"{name} is on {tensor.device}, the weights are on {w_ih.device}; move one of them")
+    if not token_ids and input.shape[-1] != w_ih.shape[1]:
+        raise RuntimeError(f"input has {input.shape[-1]} features, w_ih takes {w_ih.shape[1]}")
+    batch = int(batch_sizes[0]) if batch_sizes is not None else input.shape[1]
+    hidden = w_hh.shape[0] // CELLS[cell].gates
+    for name, tensor, columns in (("h_0", h_0, w_hh.shape[1]), ("c_0", c_0, hidden)):
+        expected = (len(weights), batch, columns)
+        if tensor is not None and tuple(tensor.shape) != expected:
+            raise RuntimeError(f"{name} must have shape {expected}, got {tuple(tensor.shape)}")
+    if token_ids and input.device.type == "cpu" and input.numel() and not torch.compiler.is_compiling():
+        low, high = (int(bound) for bound in input.aminmax())
+        if low < 0 or high >= w_ih.shape[1]:
+            raise IndexError(f"token ids must be in [0, {w_ih.shape[1]}), got {low if low < 0 else high}")

@@ -1,0 +1,196 @@
+"""RNN, LSTM and GRU: drop-in replacements of torch.nn's.
+
+Each is a subclass of its torch.nn namesake and inherits its constructor, parameters, checks, pickling and repr; only
+`forward` differs. Beyond torch.nn, each takes token ids (an integer tensor) in place of one-hot vectors, and a
+`backend`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from rnnfast import dispatch, functional
+
+
+class _DropIn(nn.RNNBase):
+    """What the three layers share: from torch.nn's calling conventions to time-major rows and back."""
+
+    backend: str = dispatch.AUTO
+
+    def __init__(self, *args: Any, backend: str = dispatch.AUTO, **kwargs: Any) -> None:
+        dispatch.check_name(backend)
+        super().__init__(*args, **kwargs)
+        self.backend = backend
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.backend == dispatch.AUTO else f", backend={self.backend!r}")
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        """Runs the layer over whole sequences.
+
+        T steps, B sequences, I = input_size, L = num_layers, D = 2 if bidirectional else 1, P = proj_size or
+        hidden_size:
+
+        Args:
+            input: (T, B, I), or (B, T, I) with batch_first, or (T, I) unbatched, of the weights' dtype; or integer
+                token ids, which stand for one-hot vectors, of the same shapes without I; or a PackedSequence of either.
+            hx: the initial state h_0 (L*D, B, P), for an LSTM (h_0, c_0) with c_0 (L*D, B, hidden_size); without B if
+                unbatched. Zeros if None.
+
+        Returns:
+            output, of the shape of the input with D*P features or a PackedSequence, and the final state in hx's shape.
+
+        Raises:
+            ValueError, RuntimeError: as torch.nn does, for dimensions, sizes and dtypes that do not fit.
+            IndexError: a token id outside [0, I).
+        """
+        self._update_flat_weights()
+        if isinstance(input, PackedSequence):
+            data, batch_sizes, sorted_indices, unsorted_indices = input
+            if hx is not None:
+                hx = self.permute_hidden(hx, sorted_indices)
+            output, state = self._run(data, hx, batch_sizes)
+            return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), self.permute_hidden(
+                state, unsorted_indices
+            )
+
+        feature_dims = 1 if input.is_floating_point() or input.is_complex() else 0
+        dims = input.dim() - feature_dims
+        if dims not in (1, 2):
+            name, tensor = type(self).__name__, " tensor" if self.mode != "LSTM" else ""
+            if feature_dims:
+                raise ValueError(f"{name}: Expected input to be 2D or 3D, got {input.dim()}D{tensor} instead")
+            raise ValueError(f"{name}: Expected token ids to be 1D or 2D, got {input.dim()}D instead")
+        batched = dims == 2
+        if hx is not None:
+            self._check_state_dims(hx, batched, input.dim())
+        if not batched:
+            input = input.unsqueeze(1)
+            hx = _map_state(hx, lambda state: state.unsqueeze(1))
+        elif self.batch_first:
+            input = input.transpose(0, 1)
+        output, state = self._run(input, hx, None)
+        if not batched:
+            return output.squeeze(1), _map_state(state, lambda state: state.squeeze(1))
+        return output.transpose(0, 1) if self.batch_first else output, state
+
+    def _run(self, data: Tensor, hx: Any, batch_sizes: Tensor | None) -> tuple[Tensor, Any]:
+        """Time-major data, (T, B, I) or (N, I), or ids without I, through all layers."""
+        weights = self._lane_weights()
+        dtype = weights[0].w_hh.dtype
+        if data.is_floating_point() or data.is_complex():
+            self.check_input(data, batch_sizes)
+        batch = int(batch_sizes[0]) if batch_sizes is not None else data.shape[1]
+        if hx is None:
+            hx = self._zero_state(batch, dtype, data.device)
+        else:
+            self._check_state_size(hx, batch)
+        if torch.is_autocast_enabled(data.device.type):
+            dtype = torch.get_autocast_dtype(data.device.type)
+            data = data.to(dtype) if data.is_floating_point() else data
+            hx = _map_state(hx, lambda state: state.to(dtype))
+            weights = [functional.Weights(*(_cast(parameter, dtype) for parameter in lane)) for lane in weights]
+        return self._function(
+            data,
+            hx,
+            weights,
+            batch_sizes=batch_sizes,
+            bidirectional=self.bidirectional,
+            dropout=self.dropout,
+            training=self.training,
+            backend=self.backend,
+        )
+
+    def _function(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+        raise NotImplementedError  # each layer names its function in rnnfast.functional
+
+    def _lane_weights(self) -> list[functional.Weights]:
+        flat: Any = iter(self._flat_weights)
+        lanes = []
+        for _ in self._all_weights:
+            w_ih, w_hh = next(flat), next(flat)
+            b_ih, b_hh = (next(flat), next(flat)) if self.bias else (None, None)
+            lanes.append(functional.Weights(w_ih, w_hh, b_ih, b_hh, next(flat) if self.proj_size > 0 else None))
+        return lanes
+
+    def _state_sizes(self, batch: int) -> tuple[tuple[int, int, int], ...]:
+        return ((len(self._all_weights), batch, self.hidden_size),)
+
+    def _zero_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> Any:
+        return torch.zeros(self._state_sizes(batch)[0], dtype=dtype, device=device)
+
+    def _check_state_size(self, hx: Any, batch: int) -> None:
+        self.check_hidden_size(hx, self._state_sizes(batch)[0])
+
+    def _check_state_dims(self, hx: Any, batched: bool, input_dims: int) -> None:
+        dims = 3 if batched else 2
+        if hx.dim() != dims:
+            raise RuntimeError(
+                f"For {'batched' if batched else 'unbatched'} {input_dims}-D input, hx should also be {dims}-D "
+                f"but got {hx.dim()}-D tensor"
+            )
+
+
+def _cast(tensor: Any, dtype: torch.dtype) -> Any:
+    return None if tensor is None else tensor.to(dtype)
+
+
+def _map_state(state: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Applies a function to a state: None, h or (h, c)."""
+    if state is None:
+        return None
+    return tuple(function(part) for part in state) if isinstance(state, tuple) else function(state)
+
+
+class RNN(_DropIn, nn.RNN):
+    """`torch.nn.RNN`: h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), or relu (Elman 1990).
+
+    Takes torch.nn.RNN's arguments, and `backend`: "auto" or a name of `rnnfast.backends()`.
+    """
+
+    def _function(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return functional.rnn(*args, nonlinearity=self.nonlinearity, **kwargs)
+
+
+class GRU(_DropIn, nn.GRU):
+    """`torch.nn.GRU` (Cho et al. 2014), the reset gate applied after the recurrent product.
+
+    Takes torch.nn.GRU's arguments, and `backend`: "auto" or a name of `rnnfast.backends()`.
+    """
+
+    def _function(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return functional.gru(*args, **kwargs)
+
+
+class LSTM(_DropIn, nn.LSTM):
+    """`torch.nn.LSTM` with forget gates (Gers et al. 2000) and optional projections (Sak et al. 2014).
+
+    Takes torch.nn.LSTM's arguments, and `backend`: "auto" or a name of `rnnfast.backends()`.
+    """
+
+    def _function(self, *args: Any, **kwargs: Any) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        return functional.lstm(*args, **kwargs)
+
+    def _state_sizes(self, batch: int) -> tuple[tuple[int, int, int], ...]:
+        lanes = len(self._all_weights)
+        return (lanes, batch, self.proj_size or self.hidden_size), (lanes, batch, self.hidden_size)
+
+    def _zero_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+        return tuple(torch.zeros(size, dtype=dtype, device=device) for size in self._state_sizes(batch))
+
+    def _check_state_size(self, hx: tuple[Tensor, Tensor], batch: int) -> None:
+        for index, size in enumerate(self._state_sizes(batch)):
+            self.check_hidden_size(hx[index], size, f"Expected hidden[{index}] size {{}}, got {{}}")
+
+    def _check_state_dims(self, hx: tuple[Tensor, Tensor], batched: bool, input_dims: int) -> None:
+        dims = 3 if batched else 2
+        if hx[0].dim() != dims or hx[1].dim() != dims:
+            raise RuntimeError(
+                f"For {'batched' if batched else 'unbatched'} {input_dims}-D input, hx and cx should also be {dims}-D "
+                f"but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
+            )

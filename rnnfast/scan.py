@@ -1,0 +1,219 @@
+"""The scan: one recurrent layer, all lanes and all rows, as a differentiable torch operator.
+
+Every backend implements the same pair of operators, `rnnfast::scan_<backend>` and `rnnfast::scan_<backend>_backward`.
+Their schemas, fakes (shapes without computation) and autograd formula are defined here, so they exist before any
+compiled library is loaded; a backend registers implementations and nothing else. `docs/design.md` tells the contract.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rnnfast.backends import reference
+from rnnfast.cells import CELLS
+
+BACKENDS = ("reference", "cpu", "triton")
+
+_LAYER = (
+    "Tensor input, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, Tensor h_0, Tensor? c_0, "
+    "Tensor? batch_sizes, str cell, bool bidirectional"
+)
+FORWARD_SCHEMA = f"({_LAYER}, bool save_tape) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor tape)"
+BACKWARD_SCHEMA = (
+    f"(Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, {_LAYER}, Tensor output, Tensor tape, bool need_input, "
+    "bool need_weights) -> (Tensor d_input, Tensor d_w_ih, Tensor d_w_hh, Tensor d_b_ih, Tensor d_b_hh, "
+    "Tensor d_w_hr, Tensor d_h_0, Tensor d_c_0)"
+)
+
+
+class Weights(NamedTuple):
+    """Parameters of one direction of one layer, in torch.nn's shapes and gate order.
+
+    w_ih (G*H, I), w_hh (G*H, P), b_ih and b_hh (G*H) or both None, and for an LSTM with projections w_hr (P, H);
+    P is H without them. G is 1 (RNN), 4 (LSTM: i f g o) or 3 (GRU: r z n).
+    """
+
+    w_ih: Tensor
+    w_hh: Tensor
+    b_ih: Tensor | None = None
+    b_hh: Tensor | None = None
+    w_hr: Tensor | None = None
+
+
+def scan(
+    backend: str,
+    input: Tensor,
+    weights: Weights,
+    h_0: Tensor,
+    c_0: Tensor | None,
+    batch_sizes: Tensor | None,
+    cell: str,
+    bidirectional: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs one recurrent layer on the named backend.
+
+    D lanes (directions), N rows in all, B rows in the first step, I inputs, H hidden units, G gates; P is the projected
+    size of an LSTM with projections (Sak et al. 2014) and H elsewhere.
+
+    Args:
+        backend: one of `BACKENDS`; it must be loaded (`rnnfast.dispatch` sees to it).
+        input: (N, I) floating, or (N,) int64 token ids. Rows are time-major, as in `PackedSequence.data`.
+        weights: the lanes' parameters, stacked: each with a leading dimension D.
+        h_0, c_0: (D, B, P) and (D, B, H); c_0 is for the LSTM only.
+        batch_sizes: (T,) int64 on the CPU, non-increasing: the rows of each step. None: every step has B rows.
+        cell: a key of `rnnfast.cells.CELLS`.
+        bidirectional: odd lanes walk time backwards.
+
+    Returns:
+        output (N, D*P), h_n (D, B, P) and c_n (D, B, H); c_n is empty but for the LSTM.
+    """
+    tensors = (input, *weights, h_0, c_0)
+    save_tape = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    op = _FORWARD[backend]
+    contiguous = [None if t is None else t.contiguous() for t in tensors]
+    output, h_n, c_n, _ = op(*contiguous, batch_sizes, cell, bidirectional, save_tape)
+    return output, h_n, c_n
+
+
+def _fake_forward(
+    input: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    h_0: Tensor,
+    c_0: Tensor | None,
+    batch_sizes: Tensor | None,
+    cell: str,
+    bidirectional: bool,
+    save_tape: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    lanes, gate_rows, hidden = w_hh.shape
+    gates, tape = CELLS[cell].gates, CELLS[cell].tape
+    rows = input.shape[0]
+    return (
+        h_0.new_empty(rows, lanes * hidden),
+        h_0.new_empty(h_0.shape),
+        h_0.new_empty(0) if c_0 is None else c_0.new_empty(c_0.shape),
+        h_0.new_empty(lanes, rows, tape * (gate_rows // gates)) if save_tape else h_0.new_empty(0),
+    )
+
+
+def _fake_backward(
+    d_output: Tensor | None,
+    d_h_n: Tensor | None,
+    d_c_n: Tensor | None,
+    input: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    h_0: Tensor,
+    c_0: Tensor | None,
+    batch_sizes: Tensor | None,
+    cell: str,
+    bidirectional: bool,
+    output: Tensor,
+    tape: Tensor,
+    need_input: bool,
+    need_weights: bool,
+) -> tuple[Tensor, ...]:
+    def like(tensor: Tensor | None, needed: bool) -> Tensor:
+        return h_0.new_empty(0) if tensor is None or not needed else torch.empty_like(tensor)
+
+    return (
+        like(input, need_input and input.is_floating_point()),
+        *(like(weight, need_weights) for weight in (w_ih, w_hh, b_ih, b_hh, w_hr)),
+        like(h_0, True),
+        like(c_0, True),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, cell, bidirectional, save_tape = inputs
+    out, _, c_n, tape = output
+    ctx.save_for_backward(*tensors, out, tape)
+    ctx.cell, ctx.bidirectional, ctx.save_tape = cell, bidirectional, save_tape
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*([tape] if CELLS[cell].has_cell_state else [tape, c_n]))
+
+
+def _make_backward(op: Any) -> Any:
+    def backward(ctx: Any, d_output: Any, d_h_n: Any, d_c_n: Any, _: None) -> tuple[Any, ...]:
+        *layer, output, tape = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:8]
+        d_outputs = (d_output, d_h_n, d_c_n)
+        if all(d is None for d in d_outputs):
+            return (None,) * 12
+        if torch.is_grad_enabled():
+            gradients = _differentiable_backward(d_outputs, layer, ctx.cell, ctx.bidirectional, needs)
+        else:
+            if not ctx.save_tape:
+                raise RuntimeError("the scan was run with save_tape=False, so it has no backward; pass save_tape=True")
+            gradients = op(
+                *(None if d is None else d.contiguous() for d in d_outputs),
+                *layer,
+                ctx.cell,
+                ctx.bidirectional,
+                output,
+                tape,
+                needs[0],
+                any(needs[1:6]),
+            )
+        return (*(d if need else None for d, need in zip(gradients, needs, strict=True)), None, None, None, None)
+
+    return backward
+
+
+def _differentiable_backward(
+    d_outputs: tuple[Tensor | None, ...],
+    layer: list[Any],
+    cell: str,
+    bidirectional: bool,
+    needs: tuple[bool, ...],
+) -> list[Tensor | None]:
+    """Gradients that can be differentiated again: the reference, run and differentiated by torch's own autograd.
+
+    Whatever backend ran the forward scan, this gives derivatives of any order at the reference's speed.
+    """
+    *tensors, batch_sizes = layer
+    # An alias cuts the graph above each input, so that a gradient holds the direct path alone, even where one input
+    # was computed from another (h_0 from w_hh, say).
+    tensors = [t.view_as(t) if need else t for t, need in zip(tensors, needs, strict=True)]
+    arguments = [*tensors, batch_sizes, cell, bidirectional, False]
+    outputs = reference.forward(*arguments)[:3]
+    pairs = [(out, d) for out, d in zip(outputs, d_outputs, strict=True) if d is not None]
+    gradients = iter(
+        torch.autograd.grad(
+            [out for out, _ in pairs],
+            [t for t, need in zip(tensors, needs, strict=True) if need],
+            [d for _, d in pairs],
+            create_graph=True,
+            allow_unused=True,
+        )
+    )
+    return [next(gradients) if need else None for need in needs]
+
+
+_library = torch.library.Library("rnnfast", "DEF")
+_FORWARD: dict[str, Any] = {}
+for _backend in BACKENDS:
+    _forward_name, _backward_name = f"scan_{_backend}", f"scan_{_backend}_backward"
+    _library.define(_forward_name + FORWARD_SCHEMA)
+    _library.define(_backward_name + BACKWARD_SCHEMA)
+    _FORWARD[_backend] = getattr(torch.ops.rnnfast, _forward_name).default
+    torch.library.register_fake(f"rnnfast::{_forward_name}", _fake_forward, lib=_library)
+    torch.library.register_fake(f"rnnfast::{_backward_name}", _fake_backward, lib=_library)
+    torch.library.register_autograd(
+        f"rnnfast::{_forward_name}",
+        _make_backward(getattr(torch.ops.rnnfast, _backward_name).default),
+        setup_context=_setup_context,
+        lib=_library,
+    )
+_library.impl("scan_reference", reference.forward, "CompositeExplicitAutograd")
+_library.impl("scan_reference_backward", reference.backward, "CompositeExplicitAutograd")
