@@ -1,0 +1,143 @@
+"""Every setting of a training run, with the d2l chapter's values as defaults."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, get_type_hints
+
+import torch
+from torch import nn
+
+from rnnfast.lm.files import UserError
+from rnnfast.lm.model import RNNLM, RNNLMScratch
+
+
+def option(default: Any, help: str) -> Any:
+    """A setting: its default and its line in `rnnfast train --help`."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class TrainConfig:
+    """The settings of a run. Each is a flag of `rnnfast train` and a key of its config file.
+
+    Raises:
+        UserError: a value is outside its range.
+    """
+
+    corpus: str | None = option(None, "timemachine, pydoc (built in), or a UTF-8 file; none: timemachine or else pydoc")
+    tokens: Literal["char", "word"] = option("char", "what a token is")
+    raw: bool = option(False, "keep the text as it is; otherwise letters only, in lower case")
+    min_freq: int = option(0, "rarer tokens become <unk>")
+    max_tokens: int = option(10_000, "use the first tokens of the text only; -1: all")
+    validation: float = option(0.0, "share of those tokens, from their end, held out for validation")
+
+    scratch: bool = option(False, "the chapter's model of five parameters, tanh, in place of a layer and a head")
+    cell: Literal["rnn", "rnn_relu", "lstm", "gru"] = option("rnn", "recurrent cell")
+    hidden_size: int = option(512, "hidden units of a layer")
+    num_layers: int = option(1, "layers")
+    dropout: float = option(0.0, "dropout between layers and in front of the head")
+    embedding_size: int | None = option(None, "width of an embedding; none: token ids go straight into the layer")
+    tie_weights: bool = option(False, "the head's weight is the embedding's")
+    bidirectional: bool = option(False, "read both ways; such a model cannot generate")
+
+    batch_size: int = option(32, "sequences of a batch")
+    steps: int = option(35, "time steps of a batch: backpropagation stops there")
+    random_batches: bool = option(False, "batches in random order, each from a fresh state; otherwise in text order")
+    epochs: int = option(500, "passes over the text")
+    optimizer: Literal["sgd", "adamw"] = option("sgd", "optimizer")
+    lr: float = option(1.0, "learning rate, at its highest")
+    schedule: Literal["constant", "cosine"] = option("constant", "how the learning rate goes on after the warm-up")
+    warmup: int = option(0, "optimizer steps over which the learning rate rises")
+    weight_decay: float = option(0.0, "weight decay")
+    clip: float = option(1.0, "largest norm of the gradient")
+    seed: int = option(0, "decides a run's every number on the CPU")
+
+    device: str = option("auto", "auto (a GPU if there is one), cpu, cuda, ...")
+    backend: str = option("auto", "rnnfast's backend; `rnnfast info` lists them")
+    prefix: str = option("time traveller", "what sample texts start with")
+    sample_every: int = option(10, "epochs between reports with a sample text; 0: none")
+    save_every: float = option(60.0, "seconds between checkpoints; one is written at the end anyway")
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "num_layers", "batch_size", "steps", "epochs"):
+            self._check(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("min_freq", "sample_every", "save_every", "warmup", "weight_decay"):
+            self._check(name, getattr(self, name) >= 0, "0 or more")
+        for name in ("lr", "clip"):
+            self._check(name, 0 < getattr(self, name) < float("inf"), "a positive number")
+        self._check("max_tokens", self.max_tokens == -1 or self.max_tokens >= 1, "at least 1, or -1 for all")
+        self._check("validation", 0 <= self.validation < 1, "in [0, 1)")
+        self._check("dropout", 0 <= self.dropout < 1, "in [0, 1)")
+        self._check("embedding_size", self.embedding_size is None or self.embedding_size >= 1, "at least 1")
+        self._check("seed", 0 <= self.seed < 2**63, "in [0, 2^63)")
+        if self.scratch:
+            fixed = ("cell", "num_layers", "dropout", "embedding_size", "tie_weights", "bidirectional")
+            defaults = {f.name: f.default for f in fields(self)}
+            if odd := [name for name in fixed if getattr(self, name) != defaults[name]]:
+                raise UserError(f"--scratch is one tanh layer: it cannot take {', '.join(map(flag, odd))}")
+
+    def _check(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise UserError(f"{flag(name)} must be {expected}, not {getattr(self, name)}")
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any], where: str) -> TrainConfig:
+        """The settings a checkpoint carries, checked: a file from elsewhere may hold anything."""
+        hints = get_type_hints(cls)
+        if values.keys() != hints.keys() or not all(_fits(values[name], hints[name]) for name in hints):
+            raise UserError(f"{where} is damaged, or another rnnfast wrote it: its settings are not this version's")
+        return cls(**values)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, which are a config file, too."""
+        return asdict(self)
+
+
+def flag(name: str) -> str:
+    """The command line flag of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a JSON value is of a setting's type."""
+    choices = getattr(hint, "__args__", (hint,))
+    if getattr(hint, "__origin__", None) is Literal:
+        return value in choices
+    if float in choices and type(value) is int:
+        return True
+    return type(value) in choices
+
+
+def build_model(config: TrainConfig, vocab_size: int) -> nn.Module:
+    """The model of a configuration, on the current default device, its start drawn from torch's global generator."""
+    if config.scratch:
+        return RNNLMScratch(vocab_size, config.hidden_size, backend=config.backend)
+    return RNNLM(
+        vocab_size,
+        config.cell,
+        config.hidden_size,
+        config.num_layers,
+        dropout=config.dropout,
+        embedding_size=config.embedding_size,
+        tie_weights=config.tie_weights,
+        bidirectional=config.bidirectional,
+        backend=config.backend,
+    )
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a name; "auto" is a GPU where there is one.
+
+    Raises:
+        UserError: torch knows no such device, or this machine has none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first_line = str(error).splitlines()[0]
+        raise UserError(f"--device {name} cannot be used here ({first_line}): try --device cpu") from error
+    return device

@@ -1,0 +1,136 @@
+"""The language models: recurrent layers from token ids to the logits of the next token."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import rnnfast
+from rnnfast import functional
+from rnnfast.lm.files import UserError
+
+State = Any
+"""A recurrent state: a tensor (layers * directions, B, hidden), for an LSTM a pair of them; None at the start."""
+
+
+class LanguageModel(Protocol):
+    """What training and generation ask of a model. It is an `nn.Module`, too."""
+
+    bidirectional: bool
+
+    def __call__(self, ids: Tensor, state: State = None) -> tuple[Tensor, State]:
+        """Logits (T, B, vocabulary) of the tokens that follow `ids` (T, B), int64, and the state after them."""
+
+
+class RNNLM(nn.Module):
+    """One of rnnfast's layers and a linear head.
+
+    Without an embedding the token ids go straight into the layer: the product of a one-hot row with `weight_ih` is a
+    column of it, so nothing else is computed.
+
+    Args:
+        cell: "rnn" (tanh), "rnn_relu", "lstm" or "gru".
+        dropout: probability of zeroing an output of a layer, in front of the next layer and of the head.
+        embedding_size: None for no embedding.
+        tie_weights: the head's weight is the embedding's (Press & Wolf 2017); their sizes must agree.
+        bidirectional: a model that has read the very token it predicts; it cannot generate.
+        backend: rnnfast's backend to run on.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        cell: str = "rnn",
+        hidden_size: int = 512,
+        num_layers: int = 1,
+        *,
+        dropout: float = 0.0,
+        embedding_size: int | None = None,
+        tie_weights: bool = False,
+        bidirectional: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        features = hidden_size * (2 if bidirectional else 1)
+        if tie_weights and embedding_size != features:
+            raise UserError(
+                f"tied weights need an embedding as wide as the output: add --embedding-size {features}, "
+                "or leave --tie-weights out"
+            )
+        self.bidirectional = bidirectional
+        self.embedding = None if embedding_size is None else nn.Embedding(vocab_size, embedding_size)
+        layer = {"rnn": rnnfast.RNN, "rnn_relu": rnnfast.RNN, "lstm": rnnfast.LSTM, "gru": rnnfast.GRU}[cell]
+        options: dict[str, Any] = {"nonlinearity": "relu"} if cell == "rnn_relu" else {}
+        self.rnn = layer(
+            vocab_size if embedding_size is None else embedding_size,
+            hidden_size,
+            num_layers,
+            dropout=dropout if num_layers > 1 else 0.0,
+            bidirectional=bidirectional,
+            backend=backend,
+            **options,
+        )
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(features, vocab_size)
+        if tie_weights and self.embedding is not None:
+            self.head.weight = self.embedding.weight
+            nn.init.normal_(self.head.weight, std=features**-0.5)  # logits of order 1 at the start
+
+    def forward(self, ids: Tensor, state: State = None) -> tuple[Tensor, State]:
+        inputs = ids if self.embedding is None else self.dropout(self.embedding(ids))
+        output, state = self.rnn(inputs, state)
+        return self.head(self.dropout(output)), state
+
+
+class RNNLMScratch(nn.Module):
+    """The d2l chapter's model from scratch: H = tanh(X W_xh + H W_hh + b_h), logits = H W_hq + b_q.
+
+    The five parameters have the chapter's shapes and start, N(0, 0.01^2) weights and zero biases; X is never built.
+    """
+
+    bidirectional = False
+
+    def __init__(self, vocab_size: int, hidden_size: int = 512, *, backend: str = "auto") -> None:
+        super().__init__()
+
+        def weight(rows: int, columns: int) -> nn.Parameter:
+            # Laid out column by column, so that its transpose, which the scan and the head read, is contiguous.
+            return nn.Parameter((torch.randn(rows, columns) * 0.01).t().contiguous().t())
+
+        self.backend = backend
+        self.W_xh = weight(vocab_size, hidden_size)
+        self.W_hh = weight(hidden_size, hidden_size)
+        self.b_h = nn.Parameter(torch.zeros(hidden_size))
+        self.W_hq = weight(hidden_size, vocab_size)
+        self.b_q = nn.Parameter(torch.zeros(vocab_size))
+
+    def forward(self, ids: Tensor, state: State = None) -> tuple[Tensor, State]:
+        if state is None:
+            state = self.b_h.new_zeros(1, ids.shape[1], len(self.b_h))
+        output, state = scratch_rnn(ids, state, self.W_xh, self.W_hh, self.b_h, self.backend)
+        return F.linear(output, self.W_hq.t(), self.b_q), state
+
+
+def scratch_rnn(
+    inputs: Tensor, state: Tensor, W_xh: Tensor, W_hh: Tensor, b_h: Tensor, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """The chapter's recurrence, run by rnnfast's scan.
+
+    Args:
+        inputs: token ids (T, B), int64, or their one-hot rows (T, B, vocabulary).
+        state: (1, B, hidden).
+
+    Returns:
+        The hidden states (T, B, hidden) and the last one, (1, B, hidden).
+    """
+    # The scan knows torch.nn's two biases: the second one is zero.
+    weights = functional.Weights(W_xh.t(), W_hh.t(), b_h, torch.zeros_like(b_h))
+    return functional.rnn(inputs, state, [weights], backend=backend)
+
+
+def detach(state: State) -> State:
+    """The state's values, cut from the graph that computed them: truncated backpropagation through time."""
+    return tuple(part.detach() for part in state) if isinstance(state, tuple) else state.detach()
