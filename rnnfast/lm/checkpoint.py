@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from rnnfast.lm.config import TrainConfig, build_model, pick_device
+from rnnfast.lm.config import TrainConfig, build_model, check_backend, pick_device
 from rnnfast.lm.files import UserError, atomic_write, reason
 from rnnfast.lm.vocab import Vocab
 
@@ -139,6 +139,8 @@ def load_model(path: Path | str, device: str = "auto", backend: str | None = Non
     with torch.device("meta"):  # a size from a damaged file is found out before it takes memory
         load_parameters(build_model(config, len(saved.vocab)), parameters, path)
     with torch.random.fork_rng(devices=[]):  # the start that is drawn here is thrown away
-        model = build_model(config, len(saved.vocab)).to(pick_device(device))
+        target = pick_device(device)
+        check_backend(config.backend, target)
+        model = build_model(config, len(saved.vocab)).to(target)
     load_parameters(model, parameters, path)
     return Trained(model.eval(), Vocab.from_list(saved.vocab), config, saved.progress)

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_type_hints
 import torch
 from torch import nn
 
+from rnnfast import functional
 from rnnfast.lm.files import UserError
 from rnnfast.lm.model import RNNLM, RNNLMScratch
 
@@ -124,6 +125,19 @@ def build_model(config: TrainConfig, vocab_size: int) -> nn.Module:
         bidirectional=config.bidirectional,
         backend=config.backend,
     )
+
+
+def check_backend(name: str, device: torch.device) -> None:
+    """Refuse a backend that cannot run here, before a run begins.
+
+    Raises:
+        UserError: rnnfast has no such backend, or it is not available.
+    """
+    one = torch.ones(1, 1, device=device)
+    try:
+        functional.rnn(one[None], one[None], [functional.Weights(one, one)], backend=name)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"--backend {name}: {str(error).splitlines()[0]}") from error
 
 
 def pick_device(name: str) -> torch.device:

@@ -95,16 +95,11 @@ class RNNLMScratch(nn.Module):
 
     def __init__(self, vocab_size: int, hidden_size: int = 512, *, backend: str = "auto") -> None:
         super().__init__()
-
-        def weight(rows: int, columns: int) -> nn.Parameter:
-            # Laid out column by column, so that its transpose, which the scan and the head read, is contiguous.
-            return nn.Parameter((torch.randn(rows, columns) * 0.01).t().contiguous().t())
-
         self.backend = backend
-        self.W_xh = weight(vocab_size, hidden_size)
-        self.W_hh = weight(hidden_size, hidden_size)
+        self.W_xh = scratch_weight(vocab_size, hidden_size)
+        self.W_hh = scratch_weight(hidden_size, hidden_size)
         self.b_h = nn.Parameter(torch.zeros(hidden_size))
-        self.W_hq = weight(hidden_size, vocab_size)
+        self.W_hq = scratch_weight(hidden_size, vocab_size)
         self.b_q = nn.Parameter(torch.zeros(vocab_size))
 
     def forward(self, ids: Tensor, state: State = None) -> tuple[Tensor, State]:
@@ -112,6 +107,14 @@ class RNNLMScratch(nn.Module):
             state = self.b_h.new_zeros(1, ids.shape[1], len(self.b_h))
         output, state = scratch_rnn(ids, state, self.W_xh, self.W_hh, self.b_h, self.backend)
         return F.linear(output, self.W_hq.t(), self.b_q), state
+
+
+def scratch_weight(rows: int, columns: int, device: torch.device | None = None) -> nn.Parameter:
+    """A weight drawn from N(0, 0.01^2).
+
+    It is laid out column by column, so that its transpose, which the scan and the head read, needs no copy.
+    """
+    return nn.Parameter((torch.randn(rows, columns, device=device) * 0.01).t().contiguous().t())
 
 
 def scratch_rnn(

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from rnnfast.lm import checkpoint as checkpoints
 from rnnfast.lm.checkpoint import Checkpoint
-from rnnfast.lm.config import TrainConfig, build_model, flag, pick_device
+from rnnfast.lm.config import TrainConfig, build_model, check_backend, flag, pick_device
 from rnnfast.lm.data import Batches, Corpus, check_length, load_corpus, sequential_batches
 from rnnfast.lm.files import UserError, atomic_write, note, reason
 from rnnfast.lm.generate import encode_prefix, generate, render
@@ -117,6 +117,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, corpus: Corpus) -> None:
         self.config, self.vocab = config, corpus.vocab
         self.device = pick_device(config.device)
+        check_backend(config.backend, self.device)
         # Read both ways, a state of the backward direction belongs to the future: nothing is carried then.
         self.carries = not (config.random_batches or config.bidirectional)
         torch.manual_seed(config.seed)

@@ -1,0 +1,7 @@
+"""`python -m rnnfast` is `rnnfast`."""
+
+import sys
+
+from rnnfast.cli import main
+
+sys.exit(main())

@@ -1,0 +1,185 @@
+"""The command line: rnnfast train | generate | info."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import torch
+from jsonargparse import ArgumentError, ArgumentParser
+
+import rnnfast
+from rnnfast.lm import checkpoint
+from rnnfast.lm.config import TrainConfig, flag, pick_device
+from rnnfast.lm.files import UserError, note
+from rnnfast.lm.generate import encode_prefix, generate, render
+from rnnfast.lm.train import train
+
+TRAIN = """Train a language model. With no argument this is the setting of the d2l chapter: a tanh RNN of 512 units on
+the first 10,000 characters of The Time Machine. Ctrl-C saves the run."""
+GENERATE = "Let a trained model go on from a prefix."
+INFO = "Show a checkpoint's settings and parameters, or what this machine has to run on."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Returns:
+        The exit status: 0; 2 for an error the user can put right, told in one line on stderr; 128 + the signal's number
+        for a run that was interrupted.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a letter shows a question mark
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        note(f"error: {error}")
+        return 2
+    except KeyboardInterrupt as error:
+        note(str(error) or "interrupted")
+        return 128 + getattr(error, "signum", 2)
+    except BrokenPipeError:  # the reader of our output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:  # our own files tell more; this is the terminal, or a full disk behind `>`
+        note(f"error: {error}")
+        return 2
+
+
+def _run(argv: list[str]) -> int:
+    parser = ArgumentParser(prog="rnnfast", description=rnnfast.__doc__, exit_on_error=False)
+    parser.add_argument("--version", action="version", version=f"rnnfast {rnnfast.__version__}")
+    verbs = parser.add_subcommands(required=True, dest="verb")
+    train_parser = _train_parser()
+    verbs.add_subcommand("train", train_parser, help=TRAIN.split(".")[0])
+    verbs.add_subcommand("generate", _generate_parser(), help=GENERATE.rstrip("."))
+    verbs.add_subcommand("info", _info_parser(), help=INFO.rstrip("."))
+    arguments = _parse(parser, argv)
+    options = arguments[arguments.verb]
+    if arguments.verb == "train" and options.resume is not None:
+        # What the run was started with are the defaults of going on with it.
+        saved = checkpoint.load(options.resume)
+        train_parser.set_defaults(TrainConfig.from_json(saved.config, options.resume).to_json())
+        options = _parse(parser, argv).train
+    return {"train": _train, "generate": _generate, "info": _info}[arguments.verb](options)
+
+
+def _parse(parser: ArgumentParser, argv: list[str]) -> Any:
+    try:
+        return parser.parse_args(argv)
+    except (ArgumentError, argparse.ArgumentError) as error:
+        message = re.sub(r'Parser key "(\w+)"', lambda match: flag(match[1]), " ".join(str(error).split()))
+        raise UserError(re.sub(r"<class '(\w+)'>|typing\.", lambda match: match[1] or "", message)) from error
+
+
+def _parser(verb: str, description: str) -> ArgumentParser:
+    return ArgumentParser(usage=f"rnnfast {verb} [options]", description=description, exit_on_error=False)
+
+
+def _train_parser() -> ArgumentParser:
+    parser = _parser("train", TRAIN)
+    parser.add_argument("--config", action="config", help="YAML or JSON file that sets any of the following")
+    hints = get_type_hints(TrainConfig)
+    for setting in fields(TrainConfig):
+        help = setting.metadata["help"]
+        if hints[setting.name] is bool:
+            parser.add_argument(flag(setting.name), action="store_true", help=help)
+        else:
+            parser.add_argument(flag(setting.name), type=hints[setting.name], default=setting.default, help=help)
+    parser.add_argument("--out", type=str | None, metavar="DIR", help="the run's folder (default: a new one in runs/)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
+    parser.add_argument("--resume", type=str | None, metavar="DIR", help="go on with the run in this folder")
+    return parser
+
+
+def _train(options: Any) -> int:
+    config = TrainConfig(**{setting.name: options[setting.name] for setting in fields(TrainConfig)})
+    if options.resume is not None and options.out is not None:
+        raise UserError("--resume goes on in the run's own folder: leave --out out")
+    if options.resume is not None:
+        folder = checkpoint.find(options.resume).parent
+    else:
+        folder = Path(options.out) if options.out is not None else _new_folder(config)
+    result = train(config, folder, resume=options.resume is not None, overwrite=options.overwrite)
+    device = next(result.model.parameters()).device
+    print(f"perplexity {result.perplexity:.2f}, {result.tokens_per_second:,.0f} tokens/s on {device}, kept in {folder}")
+    print(f'next: rnnfast generate {folder} --prefix "{config.prefix}"')
+    return 0
+
+
+def _new_folder(config: TrainConfig) -> Path:
+    """The first free runs/<text>-<model>, -2, -3, ..."""
+    text = Path(config.corpus).stem if config.corpus is not None else "text"
+    name = f"{text}-{'scratch' if config.scratch else config.cell}"
+    number = 1
+    while (folder := Path("runs") / (name if number == 1 else f"{name}-{number}")).exists():
+        number += 1
+    return folder
+
+
+def _generate_parser() -> ArgumentParser:
+    parser = _parser("generate CHECKPOINT", GENERATE)
+    parser.add_argument("checkpoint", type=str, help="a run's folder, or its checkpoint.safetensors")
+    parser.add_argument("--prefix", type=str, default="time traveller", help="the text to go on from")
+    parser.add_argument("--num-chars", type=int, default=50, help="characters to write (words, for a model of words)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest; 1 draws as trained")
+    parser.add_argument("--top-k", type=int | None, help="draw among the k likeliest only")
+    parser.add_argument("--top-p", type=float | None, help="draw among the likeliest that have this probability")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws")
+    parser.add_argument("--device", type=str, default="cpu", help="auto, cpu, cuda, ...")
+    parser.add_argument("--backend", type=str, default="auto", help="rnnfast's backend")
+    return parser
+
+
+def _generate(options: Any) -> int:
+    model, vocab, config, _ = checkpoint.load_model(options.checkpoint, options.device, options.backend)
+    ids, unknown = encode_prefix(options.prefix, vocab, config.tokens)
+    if unknown:
+        note(f"the model does not know {', '.join(map(repr, unknown))} of the prefix, and takes <unk> instead")
+    written = generate(
+        model,
+        ids,
+        options.num_chars,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+    print(options.prefix, end="", flush=True)
+    for piece in render(written, vocab, config.tokens):
+        print(piece, end="", flush=True)
+    print()
+    return 0
+
+
+def _info_parser() -> ArgumentParser:
+    parser = _parser("info [CHECKPOINT]", INFO)
+    parser.add_argument("checkpoint", type=str | None, nargs="?", help="a run's folder, or its checkpoint.safetensors")
+    return parser
+
+
+def _info(options: Any) -> int:
+    print(f"rnnfast   {rnnfast.__version__}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads")
+    device = pick_device("auto")
+    print(f"device    {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu'}")
+    if options.checkpoint is None:
+        print(f"\n{rnnfast.backends()}")
+        return 0
+    model, vocab, config, progress = checkpoint.load_model(options.checkpoint, "cpu")
+    print(f"text      {config.corpus}, {len(vocab)} {config.tokens}s")
+    print(f"trained   {progress.get('epoch')} epochs, {progress.get('tokens'):,} tokens\n")
+    rows = [(name, "x".join(map(str, p.shape)), f"{p.numel():,}") for name, p in model.named_parameters()]
+    rows = [("parameter", "shape", "numbers"), *rows, ("total", "", f"{sum(p.numel() for p in model.parameters()):,}")]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    for name, shape, numbers in rows:
+        print(f"{name:{widths[0]}}  {shape:>{widths[1]}}  {numbers:>{widths[2]}}")
+    changed = {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default}
+    print("\nsettings other than the defaults: " + (", ".join(f"{k}={v}" for k, v in changed.items()) or "none"))
+    return 0
