@@ -62,7 +62,7 @@ class _DropIn(nn.RNNBase):
         feature_dims = 1 if input.is_floating_point() or input.is_complex() else 0
         dims = input.dim() - feature_dims
         if dims not in (1, 2):
-            name, tensor = type(self).__name__, " tensor" if self.mode != "LSTM" else ""
+            name, tensor = type(self).__name__, " tensor" if self.mode.startswith("RNN") else ""
             if feature_dims:
                 raise ValueError(f"{name}: Expected input to be 2D or 3D, got {input.dim()}D{tensor} instead")
             raise ValueError(f"{name}: Expected token ids to be 1D or 2D, got {input.dim()}D instead")

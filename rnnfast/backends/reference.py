@@ -130,6 +130,11 @@ def _resize(state: State, rows: int, joining: State, leaving: list[State]) -> St
     return state
 
 
+def _stack(parts: Sequence[Tensor]) -> Tensor:
+    """As torch.stack, whose result is a view: an operator's results must not be."""
+    return torch.cat([part.unsqueeze(0) for part in parts])
+
+
 def _cat(parts: Sequence[Tensor], empty: Tensor) -> Tensor:
     return torch.cat(tuple(parts)) if parts else empty
 
@@ -182,8 +187,8 @@ def forward(
     lanes = _lanes(input, w_hh, w_ih, b_ih, b_hh, w_hr, h_0, c_0, bidirectional=bidirectional)
     results = [_forward_lane(lane, sizes, _STEPS[cell][0]) for lane in lanes]
     output = torch.cat([output for output, _, _ in results], dim=1)
-    final = [torch.stack(states).to(h_0.dtype) for states in zip(*(final for _, final, _ in results), strict=True)]
-    tape = torch.stack([tape for _, _, tape in results]).to(h_0.dtype) if save_tape else h_0.new_empty(0)
+    final = [_stack(states).to(h_0.dtype) for states in zip(*(final for _, final, _ in results), strict=True)]
+    tape = _stack([tape for _, _, tape in results]).to(h_0.dtype) if save_tape else h_0.new_empty(0)
     return output.to(h_0.dtype), final[0], h_0.new_empty(0) if c_0 is None else final[1], tape
 
 
@@ -252,7 +257,7 @@ def backward(
             )
         )
     d_input, *others = (
-        None if gradients[0] is None else torch.stack(gradients) for gradients in zip(*lane_gradients, strict=True)
+        None if gradients[0] is None else _stack(gradients) for gradients in zip(*lane_gradients, strict=True)
     )
     if c_0 is None:
         others.append(None)

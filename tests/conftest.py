@@ -1,0 +1,38 @@
+"""Shared by all tests: which scan backends this machine can run, and the settings of the property-based tests."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+import rnnfast
+
+settings.register_profile("rnnfast", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+settings.load_profile("rnnfast")
+
+WHY_NOT = {status.name: status.note for status in rnnfast.backends() if not status.available}
+SCAN_BACKENDS = [
+    pytest.param(
+        name, marks=pytest.mark.skipif(name in WHY_NOT, reason=f"backend {name} not available: {WHY_NOT.get(name)}")
+    )
+    for name in ("reference", "cpu")
+    if name in {status.name for status in rnnfast.backends()}
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a CUDA device")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture(params=SCAN_BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each scan backend in turn that runs on the CPU."""
+    return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

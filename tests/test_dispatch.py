@@ -1,0 +1,81 @@
+"""How a backend is chosen: by name without fall-back, by context, by `auto`; and how the choice is explained."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import rnnfast
+
+
+def test_table_lists_every_backend_with_a_note() -> None:
+    table = rnnfast.backends()
+    assert {"reference", "torch"} <= {status.name for status in table if status.available}
+    text = repr(table)
+    for status in table:
+        assert status.note
+        assert status.name in text
+        assert status.note in text
+
+
+def test_unknown_names_are_refused_with_the_known_ones() -> None:
+    for call in (
+        lambda: rnnfast.RNN(3, 4, backend="cudnn"),
+        lambda: rnnfast.use_backend("cudnn").__enter__(),
+        lambda: rnnfast.functional.rnn(
+            torch.randn(2, 1, 3),
+            torch.randn(1, 1, 4),
+            [rnnfast.functional.Weights(torch.randn(4, 3), torch.randn(4, 4))],
+            backend="cudnn",
+        ),
+    ):
+        with pytest.raises(ValueError, match=r"unknown rnnfast backend 'cudnn'; choose from auto, reference"):
+            call()
+
+
+def test_a_backend_asked_for_by_name_never_falls_back() -> None:
+    layer = rnnfast.GRU(3, 4, backend="torch")
+    with pytest.raises(RuntimeError, match="backend 'torch' cannot run this gru: torch.nn takes no token ids"):
+        layer(torch.randint(3, (5, 2)))
+
+
+def test_context_holds_within_its_block_and_thread() -> None:
+    layer, input = rnnfast.GRU(3, 4), torch.randn(5, 2, 3)
+    before = rnnfast.explain(layer, input).backend
+    elsewhere = []
+    with rnnfast.use_backend("reference"):
+        assert rnnfast.explain(layer, input).backend == "reference"
+        assert rnnfast.explain(rnnfast.GRU(3, 4, backend="torch"), input).backend == "torch"
+        thread = threading.Thread(target=lambda: elsewhere.append(rnnfast.explain(layer, input).backend))
+        thread.start()
+        thread.join()
+        with rnnfast.use_backend("torch"):
+            assert rnnfast.explain(layer, input).backend == "torch"
+        assert rnnfast.explain(layer, input).backend == "reference"
+    assert rnnfast.explain(layer, input).backend == before
+    assert elsewhere == [before]
+
+
+def test_explain_tells_what_was_passed_over_and_why() -> None:
+    layer = rnnfast.LSTM(3, 4)
+    with rnnfast.use_backend("reference"):
+        assert str(rnnfast.explain(layer, torch.randn(5, 2, 3))) == "reference: asked for by name"
+    choice = rnnfast.explain(layer.half(), torch.randint(3, (5, 2)))
+    assert choice.backend == "reference"
+    assert "not torch: torch.nn takes no token ids" in str(choice)
+
+
+def test_import_needs_only_torch() -> None:
+    """The core works without the pipeline's packages and Triton, so importing it must not even try them."""
+    code = (
+        "import sys; absent = ['triton', 'safetensors', 'jsonargparse', 'matplotlib']; "
+        "sys.modules.update(dict.fromkeys(absent)); import torch, rnnfast; "
+        "assert rnnfast.GRU(3, 4)(torch.randint(3, (5, 2)))[0].shape == (5, 2, 4); "
+        "print([m for m in sys.modules if m.startswith(('rnnfast.lm', 'rnnfast.cli', 'rnnfast.d2l'))])"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == "[]"

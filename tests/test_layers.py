@@ -1,0 +1,215 @@
+"""What a drop-in layer must keep of torch.nn besides the numbers, and what it adds."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import rnnfast
+from tests.parity import Case, assert_same, run
+
+LAYERS = ["RNN", "LSTM", "GRU"]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_is_a_torch_layer(name: str) -> None:
+    layer = getattr(rnnfast, name)(3, 4, num_layers=2, bidirectional=True)
+    assert isinstance(layer, getattr(nn, name))
+    assert repr(layer) == repr(getattr(nn, name)(3, 4, num_layers=2, bidirectional=True))
+    layer.flatten_parameters()
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_weights_move_both_ways(name: str) -> None:
+    ours, theirs = getattr(rnnfast, name)(3, 4, 2), getattr(nn, name)(3, 4, 2)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+    theirs.load_state_dict(ours.state_dict())
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_same_seed_gives_the_same_weights_as_torch(name: str) -> None:
+    torch.manual_seed(3)
+    theirs = getattr(nn, name)(3, 4, 2)
+    torch.manual_seed(3)
+    ours = getattr(rnnfast, name)(3, 4, 2)
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_copies_compute_the_same(name: str, backend: str) -> None:
+    layer = getattr(rnnfast, name)(3, 4, backend=backend)
+    input = torch.randn(5, 2, 3)
+    saved = io.BytesIO()
+    torch.save(layer, saved)
+    saved.seek(0)
+    copies = [copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), torch.load(saved, weights_only=False)]
+    for other in copies:
+        assert other.backend == backend
+        assert_same(run(layer, input, None), run(other, input, None), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_final_state_is_no_view_of_the_output(name: str, backend: str) -> None:
+    layer = getattr(rnnfast, name)(3, 4, backend=backend)
+    output, final = layer(torch.randn(5, 2, 3))
+    for state in final if isinstance(final, tuple) else (final,):
+        assert not state._is_view()
+        assert state.untyped_storage().data_ptr() != output.untyped_storage().data_ptr()
+        state.detach_()
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_no_one_hot_is_ever_built(name: str, backend: str) -> None:
+    """No operation, forward or backward, makes a tensor as large as rows x vocabulary."""
+    vocabulary, rows = 4001, 64 * 8
+    layer = getattr(rnnfast, name)(vocabulary, 2, backend=backend)
+    weight = layer.weight_ih_l0.numel()
+    assert weight < rows * vocabulary // 10
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            for tensor in torch.utils._pytree.tree_leaves(result):
+                if isinstance(tensor, torch.Tensor):
+                    self.numel = max(self.numel, tensor.numel())
+            return result
+
+    with Largest() as largest:
+        output, _ = layer(torch.randint(vocabulary, (64, 8)))
+        output.sum().backward()
+    assert 0 < largest.numel <= weight
+
+
+def test_token_ids_of_any_integer_type() -> None:
+    layer = rnnfast.GRU(7, 4)
+    ids = torch.randint(7, (5, 2))
+    expected = layer(ids)
+    for dtype in (torch.int32, torch.int16, torch.uint8):
+        torch.testing.assert_close(layer(ids.to(dtype)), expected, rtol=0, atol=0)
+
+
+def test_packed_token_ids() -> None:
+    layer = rnnfast.GRU(7, 4)
+    sequences = [torch.randint(7, (length,)) for length in (5, 3, 1)]
+    packed, _ = layer(pack_sequence(sequences))
+    one_hot, _ = layer(pack_sequence([nn.functional.one_hot(s, 7).float() for s in sequences]))
+    torch.testing.assert_close(packed.data, one_hot.data)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_functional_call_uses_the_weights_it_is_given(name: str, backend: str) -> None:
+    layer, other = getattr(rnnfast, name)(3, 4, backend=backend), getattr(rnnfast, name)(3, 4)
+    input = torch.randn(5, 2, 3)
+    result = torch.func.functional_call(layer, dict(other.named_parameters()), (input,))
+    torch.testing.assert_close(result, other(input))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_empty_batch(name: str, backend: str) -> None:
+    result = run(getattr(rnnfast, name)(3, 4, bidirectional=True, backend=backend), torch.randn(5, 0, 3), None)
+    assert result.outputs["output"].shape == (5, 0, 8)
+    assert result.outputs["h_n"].shape == (2, 0, 4)
+    assert all(not gradient.any() for gradient in result.gradients.values())
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_non_contiguous_input_and_state(name: str, backend: str) -> None:
+    layer = getattr(rnnfast, name)(3, 4, backend=backend)
+    input, state = torch.randn(3, 2, 5).permute(2, 1, 0), torch.randn(4, 2, 1).permute(2, 1, 0)
+    hx, packed_hx = ((state, state), (state.contiguous(),) * 2) if name == "LSTM" else (state, state.contiguous())
+    torch.testing.assert_close(layer(input, hx), layer(input.contiguous(), packed_hx), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_nan_stays_in_its_row(name: str, backend: str) -> None:
+    layer = getattr(rnnfast, name)(3, 4, bidirectional=True, backend=backend)
+    input = torch.randn(6, 5, 3)
+    clean = layer(input)[0]
+    input[2, 3] = float("nan")
+    output = layer(input)[0]
+    assert output[:, 3].isnan().any()
+    others = [0, 1, 2, 4]
+    torch.testing.assert_close(output[:, others], clean[:, others], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_only_part_of_the_results_is_used(name: str, backend: str) -> None:
+    """A loss on the final state alone, and frozen weights, give the gradients torch.nn gives."""
+    case = Case(name)
+    theirs, ours = case.build(nn, torch.float64), case.build(rnnfast, torch.float64, backend=backend)
+    ours.load_state_dict(theirs.state_dict())
+    input = torch.randn(6, 4, 5, dtype=torch.float64)
+    gradients = []
+    for layer in (theirs, ours):
+        leaf = input.clone().requires_grad_()
+        layer.requires_grad_(False)
+        final = layer(leaf)[1]
+        (final[0] if isinstance(final, tuple) else final).square().sum().backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_autocast_runs_in_the_lower_precision(name: str, backend: str) -> None:
+    layer = getattr(rnnfast, name)(8, 16, backend=backend)
+    input = torch.randn(5, 2, 8)
+    expected = layer(input)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        output = layer(input)[0]
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output.float(), expected, rtol=0.05, atol=0.02)
+    output.sum().backward()
+    assert layer.weight_hh_l0.grad.dtype == torch.float32
+
+
+def errors() -> list[Any]:
+    x = torch.randn(5, 2, 3)
+    ids = torch.randint(3, (5, 2))
+    return [
+        pytest.param(torch.randn(3), None, ValueError, "Expected input to be 2D or 3D, got 1D", id="1-D input"),
+        pytest.param(torch.randn(5, 2, 3, 1), None, ValueError, "got 4D", id="4-D input"),
+        pytest.param(torch.randn(5, 2, 4), None, RuntimeError, "Expected 3, got 4", id="wrong features"),
+        pytest.param(x.double(), None, ValueError, "does not match weight dtype", id="wrong dtype"),
+        pytest.param(x[:0], None, RuntimeError, "length to be larger than 0", id="no steps"),
+        pytest.param(x, torch.randn(1, 3, 4), RuntimeError, r"Expected hidden(\[0\])? size", id="wrong batch"),
+        pytest.param(x, torch.randn(2, 4), RuntimeError, "For batched 3-D input", id="2-D state"),
+        pytest.param(x[:, 0], torch.randn(1, 1, 4), RuntimeError, "For unbatched 2-D input", id="3-D state"),
+        pytest.param(x, torch.randn(1, 2, 4).double(), RuntimeError, "h_0 has dtype torch.float64", id="state dtype"),
+        pytest.param(ids + 1, None, IndexError, r"token ids must be in \[0, 3\), got 3", id="id too large"),
+        pytest.param(ids - 3, None, IndexError, r"must be in \[0, 3\), got -", id="negative id"),
+        pytest.param(ids[None], None, ValueError, "Expected token ids to be 1D or 2D, got 3D", id="3-D ids"),
+        pytest.param(ids.bool(), None, RuntimeError, "torch.bool", id="booleans"),
+    ]
+
+
+@pytest.mark.parametrize(("input", "state", "error", "message"), errors())
+@pytest.mark.parametrize("name", LAYERS)
+def test_errors_are_clear(name: str, input: Any, state: Any, error: type[Exception], message: str) -> None:
+    layer = getattr(rnnfast, name)(3, 4)
+    hx = (state, torch.zeros_like(state, dtype=torch.float32)) if name == "LSTM" and state is not None else state
+    with pytest.raises(error, match=message):
+        layer(input, hx)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_dimension_errors_are_those_of_torch(name: str) -> None:
+    ours, theirs = getattr(rnnfast, name)(3, 4), getattr(nn, name)(3, 4)
+    state = torch.randn(2, 4)
+    for input, hx in [(torch.randn(3), None), (torch.randn(5, 2, 3), (state, state) if name == "LSTM" else state)]:
+        with pytest.raises((ValueError, RuntimeError)) as expected:
+            theirs(input, hx)
+        with pytest.raises(expected.type) as actual:
+            ours(input, hx)
+        assert str(actual.value) == str(expected.value)
