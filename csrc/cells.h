@@ -1,0 +1,84 @@
+// The math of one unit of each cell, forward and backward, on the host and on the device.
+//
+// V is a number or a vector of numbers, M supplies sigmoid(V) and tanh(V). Gates, states and the tape are those of
+// rnnfast/backends/reference.py, which is the definition: Elman (1990); Hochreiter & Schmidhuber (1997); Cho et al.
+// (2014) with the reset gate applied after the product. Pre-activations come in, activated gates go out.
+#pragma once
+
+#ifdef __CUDACC__
+#define RNNFAST_HD __host__ __device__ __forceinline__
+#else
+#define RNNFAST_HD inline
+#endif
+
+namespace rnnfast {
+
+enum class Cell { rnn_tanh, rnn_relu, lstm, gru };
+
+constexpr int gate_count(Cell cell) { return cell == Cell::lstm ? 4 : cell == Cell::gru ? 3 : 1; }
+constexpr int tape_count(Cell cell) { return cell == Cell::lstm ? 5 : cell == Cell::gru ? 4 : 0; }
+
+// The comparisons keep a NaN: it fails them, and passes through.
+template <class V>
+RNNFAST_HD V relu(V x) {
+  return x < V{} ? V{} : x;
+}
+
+template <class V>
+RNNFAST_HD V rnn_tanh_backward(V h, V d_h) {
+  return d_h * (1 - h * h);
+}
+
+template <class V>
+RNNFAST_HD V rnn_relu_backward(V h, V d_h) {
+  return h <= V{} ? V{} : d_h;
+}
+
+// c is the cell state before, and after on return.
+template <class M, class V>
+RNNFAST_HD V lstm_forward(V& i, V& f, V& g, V& o, V& c) {
+  i = M::sigmoid(i);
+  f = M::sigmoid(f);
+  g = M::tanh(g);
+  o = M::sigmoid(o);
+  c = f * c + i * g;
+  return o * M::tanh(c);
+}
+
+// i f g o become the gradients of their pre-activations, d_c the gradient of the cell state before.
+template <class M, class V>
+RNNFAST_HD void lstm_backward(V& i, V& f, V& g, V& o, V c, V c_before, V d_h, V& d_c) {
+  const V tanh_c = M::tanh(c);
+  const V d_c_now = d_c + d_h * o * (1 - tanh_c * tanh_c);
+  d_c = d_c_now * f;
+  o = d_h * tanh_c * o * (1 - o);
+  f = d_c_now * c_before * f * (1 - f);
+  const V d_i = d_c_now * g * i * (1 - i);
+  g = d_c_now * i * (1 - g * g);
+  i = d_i;
+}
+
+// n comes in as the input's part of its pre-activation; h_n is the recurrent part.
+template <class M, class V>
+RNNFAST_HD V gru_forward(V& r, V& z, V& n, V h_n, V h_before) {
+  r = M::sigmoid(r);
+  z = M::sigmoid(z);
+  n = M::tanh(n + r * h_n);
+  return n + z * (h_before - n);
+}
+
+// r z n become the gradients of their pre-activations (n: of the input's part), h_n the gradient of the recurrent part;
+// returns the gradient that reaches the state before by z alone.
+template <class M, class V>
+RNNFAST_HD V gru_backward(V& r, V& z, V& n, V& h_n, V h_before, V d_h) {
+  const V d_n = d_h * (1 - z) * (1 - n * n);
+  const V d_r = d_n * h_n * r * (1 - r);
+  const V carry = d_h * z;
+  z = d_h * (h_before - n) * z * (1 - z);
+  n = d_n;
+  h_n = d_n * r;
+  r = d_r;
+  return carry;
+}
+
+}  // namespace rnnfast

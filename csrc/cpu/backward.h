@@ -1,0 +1,306 @@
+// The backward scan of one layer: time in reverse, from the gradient of each state to that of the gates.
+#pragma once
+
+#include "layer.h"
+
+namespace rnnfast::RNNFAST_ISA {
+
+// The gradients of the gates, which the scan leaves and the weight gradients read. A row is d_gates_x and d_gates_h: the
+// same (G*H) but for GRU, where it is n_x r z n_h, so that d_gates_x is its first 3H and d_gates_h its last 3H.
+template <class S, class O>
+struct Gradients {
+  using T = typename Product<O>::T;
+  static constexpr int V = LANES<O>;
+  const ScanShape& s;
+  const int64_t width, stride, state_stride, hidden_stride;
+  O* gates = nullptr;         // (D, N, stride)
+  O* state = nullptr;         // (D, N, state_stride): gradient of the projected state, where there is a projection
+  O* unprojected = nullptr;   // (D, N, hidden_stride): o tanh(c) again, likewise
+
+  explicit Gradients(const ScanShape& shape)
+      : s(shape),
+        width((s.gates() + (s.cell == Cell::gru)) * s.hidden),
+        stride(round_up(width + Product<O>::depth - 1, V * Product<O>::depth)),
+        state_stride(round_up(s.state, V * Product<O>::depth)),
+        hidden_stride(round_up(s.hidden, V * Product<O>::depth)) {}
+  void carve(Carver& carver) {
+    gates = carver.take<O>(s.lanes * s.rows * stride);
+    if (!s.has_projection) return;
+    state = carver.take<O>(s.lanes * s.rows * state_stride);
+    unprojected = carver.take<O>(s.lanes * s.rows * hidden_stride);
+  }
+  const O* gates_x(int64_t lane, int64_t row) const { return gates + (lane * s.rows + row) * stride; }
+  const O* gates_h(int64_t lane, int64_t row) const { return gates_x(lane, row) + (s.cell == Cell::gru ? s.hidden : 0); }
+  // The column of gates_x, or of gates_h, that belongs to a row of w_ih, or of w_hh.
+  int64_t column_x(int64_t weight_row) const {
+    if (s.cell != Cell::gru) return weight_row;
+    return weight_row < 2 * s.hidden ? weight_row + s.hidden : weight_row - 2 * s.hidden;
+  }
+  // The inverse of column_x.
+  int64_t weight_row_x(int64_t column) const {
+    if (s.cell != Cell::gru) return column;
+    return column < s.hidden ? column + 2 * s.hidden : column - s.hidden;
+  }
+};
+
+template <class S, class O>
+class Backward {
+  using T = typename Product<O>::T;
+  static constexpr int V = LANES<O>;
+
+  const BackwardArgs& x;
+  const ScanShape& s;
+  const Split& split;
+  const Gradients<S, O>& d;
+  const Panels states, units_;
+  const int64_t gate_rows;
+  O *w_hh = nullptr, *w_hr = nullptr;       // packed: d_gates_h w_hh, d_state w_hr
+  T *carry_h = nullptr, *carry_c = nullptr;  // (D, B, hidden_stride): what reaches the state before without w_hh
+
+ public:
+  struct Local {
+    const O** a;
+    const T** start;
+    T* tile;
+    int member, members;
+  };
+
+  Backward(const BackwardArgs& args, const Split& how, const Gradients<S, O>& gradients)
+      : x(args),
+        s(args.shape),
+        split(how),
+        d(gradients),
+        states(plain_panels(s.state, V)),
+        units_(plain_panels(s.hidden, V)),
+        gate_rows(s.gates() * s.hidden) {}
+
+  void carve(Carver& carver) {
+    w_hh = carver.take<O>(s.lanes * packed_size<O>(states, gate_rows));
+    if (s.has_projection) w_hr = carver.take<O>(s.lanes * packed_size<O>(units_, s.state));
+    if (s.cell == Cell::gru) carry_h = carver.take<T>(s.lanes * s.batch * d.hidden_stride);
+    if (s.cell == Cell::lstm) carry_c = carver.take<T>(s.lanes * s.batch * d.hidden_stride);
+  }
+  Local carve_local(Carver& carver) const {
+    const int64_t rows = split.items_per_lane ? ceil_div(s.batch, split.items_per_lane) : s.batch;
+    return {carver.take<const O*>(rows), carver.take<const T*>(rows), carver.take<T>(MAX_ROWS * MAX_VECTORS * V), 0, 1};
+  }
+
+  void pack(int thread, int threads) const {
+    for (int64_t i = thread; i < s.lanes * states.count(); i += threads) {
+      const int64_t lane = i / states.count(), p = i % states.count();
+      pack_rows<O>(
+          w_hh + lane * packed_size<O>(states, gate_rows) + panel_offset<O>(states, p, gate_rows), states.width(p),
+          [&](int64_t k) { return at<S>(x.w_hh, (lane * gate_rows + k) * s.state); }, gate_rows, p * states.vectors * V,
+          s.state);
+    }
+    if (!s.has_projection) return;
+    for (int64_t i = thread; i < s.lanes * units_.count(); i += threads) {
+      const int64_t lane = i / units_.count(), p = i % units_.count();
+      pack_rows<O>(
+          w_hr + lane * packed_size<O>(units_, s.state) + panel_offset<O>(units_, p, s.state), units_.width(p),
+          [&](int64_t k) { return at<S>(x.w_hr, (lane * s.state + k) * s.hidden); }, s.state, p * units_.vectors * V,
+          s.hidden);
+    }
+  }
+
+  void run_item(const Item& item, const Local& local, Barrier& barrier) const {
+    if (local.member == 0) init_carries(item);
+    barrier.wait(local.members);
+    for (int64_t step = s.steps - 1; step >= 0; --step) {
+      for (int64_t lane = item.lane; lane < item.lane_end; ++lane) state_gradient(item, local, lane, step);
+      barrier.wait(local.members);
+      if (!s.has_projection) continue;
+      for (int64_t lane = item.lane; lane < item.lane_end; ++lane) through_projection(item, local, lane, step);
+      barrier.wait(local.members);
+    }
+    for (int64_t lane = item.lane; lane < item.lane_end; ++lane) initial_gradient(item, local, lane);
+    if (local.member == 0) finish_carries(item);
+  }
+
+ private:
+  struct Place {
+    int64_t lane, row, b, t;
+  };
+
+  static int64_t first_panel(const Panels& panels, const Local& local) { return panels.count() * local.member / local.members; }
+  static int64_t end_panel(const Panels& panels, const Local& local) {
+    return panels.count() * (local.member + 1) / local.members;
+  }
+  int64_t time(int64_t lane, int64_t step) const { return s.reversed(lane) ? s.steps - 1 - step : step; }
+  T* carry_row(T* carry, int64_t lane, int64_t b) const { return carry + (lane * s.batch + b) * d.hidden_stride; }
+
+  void init_carries(const Item& item) const {
+    for (int64_t lane = item.lane; lane < item.lane_end; ++lane)
+      for (int64_t b = item.first; b < item.end; ++b) {
+        init_carry(carry_h, x.d_h_n, lane, b);
+        init_carry(carry_c, x.d_c_n, lane, b);
+      }
+  }
+  void init_carry(T* carry, const void* from, int64_t lane, int64_t b) const {
+    if (!carry) return;
+    if (from)
+      convert_row(carry_row(carry, lane, b), at<S>(from, (lane * s.batch + b) * s.hidden), s.hidden);
+    else
+      std::memset(carry_row(carry, lane, b), 0, size_t(s.hidden) * sizeof(T));
+  }
+  void finish_carries(const Item& item) const {
+    if (!carry_c) return;
+    for (int64_t lane = item.lane; lane < item.lane_end; ++lane)
+      for (int64_t b = item.first; b < item.end; ++b)
+        convert_row(at<S>(x.d_c_0, (lane * s.batch + b) * s.hidden), carry_row(carry_c, lane, b), s.hidden);
+  }
+
+  // d_h = d_output + what carries over + d_gates_h(step after) w_hh, and then the gates, unless a projection is between.
+  void state_gradient(const Item& item, const Local& local, int64_t lane, int64_t step) const {
+    const int64_t t = time(lane, step), rows = alive(s, item, t), first_row = s.offset_at(t) + item.first;
+    // Rows [0, followed) have a step after this one; the others end here, and get the gradient of the final state.
+    const int64_t after = s.reversed(lane) ? t - 1 : t + 1;
+    const int64_t followed = after < 0 || after >= s.steps ? 0 : min64(rows, alive(s, item, after));
+    for (int64_t r = 0; r < followed; ++r) local.a[r] = d.gates_h(lane, s.offset_at(after) + item.first + r);
+    for (int64_t p = first_panel(states, local); p < end_panel(states, local); ++p) {
+      const int width = states.width(p);
+      const auto tiles = [&](int64_t from, int64_t n, bool ends) {
+        for_tiles(n, width, [&](int64_t row, int count) {
+          row += from;
+          for (int r = 0; r < count; ++r) {
+            local.start[r] = local.tile + r * width * V;
+            start_gradient({lane, first_row + row + r, item.first + row + r, t}, p, width, ends,
+                           local.tile + r * width * V);
+          }
+          if (!ends) multiply(local, lane, p, count, local.a + row);
+          for (int r = 0; r < count; ++r)
+            finish_gradient({lane, first_row + row + r, item.first + row + r, t}, p, width, local.tile + r * width * V);
+        });
+      };
+      tiles(0, followed, false);
+      tiles(followed, rows - followed, true);
+    }
+  }
+
+  void multiply(const Local& local, int64_t lane, int64_t p, int count, const O* const* a) const {
+    const int width = states.width(p);
+    const O* w = w_hh + lane * packed_size<O>(states, gate_rows) + panel_offset<O>(states, p, gate_rows);
+    tile_function<O>(count, width)(units<O>(gate_rows), a, w, local.start, 0, nullptr, local.tile, width * V);
+  }
+
+  void start_gradient(const Place& place, int64_t p, int width, bool ends, T* sums) const {
+    for (int c = 0; c < width; ++c) {
+      const int64_t j = (p * states.vectors + c) * V;
+      const int n = int(min64(V, s.state - j));
+      Vec<T> sum{};
+      if (x.d_output) sum = load(at<S>(x.d_output, (place.row * s.lanes + place.lane) * s.state + j), n);
+      if (carry_h)
+        sum += load(carry_row(carry_h, place.lane, place.b) + j);
+      else if (ends && x.d_h_n)
+        sum += load(at<S>(x.d_h_n, (place.lane * s.batch + place.b) * s.state + j), n);
+      store(sums + c * V, sum);
+    }
+  }
+
+  void finish_gradient(const Place& place, int64_t p, int width, const T* sums) const {
+    for (int c = 0; c < width; ++c) {
+      const int64_t j = (p * states.vectors + c) * V;
+      if (s.has_projection)
+        store(d.state + (place.lane * s.rows + place.row) * d.state_stride + j, load(sums + c * V));
+      else
+        gate_gradients(place, j, load(sums + c * V));
+    }
+  }
+
+  void through_projection(const Item& item, const Local& local, int64_t lane, int64_t step) const {
+    alignas(64) static constexpr T zeros[MAX_VECTORS * V] = {};
+    const int64_t t = time(lane, step), rows = alive(s, item, t), first_row = s.offset_at(t) + item.first;
+    for (int64_t r = 0; r < rows; ++r) {
+      local.a[r] = d.state + (lane * s.rows + first_row + r) * d.state_stride;
+      local.start[r] = zeros;
+    }
+    for (int64_t p = first_panel(units_, local); p < end_panel(units_, local); ++p) {
+      const O* w = w_hr + lane * packed_size<O>(units_, s.state) + panel_offset<O>(units_, p, s.state);
+      const int width = units_.width(p);
+      for_tiles(rows, width, [&](int64_t row, int count) {
+        tile_function<O>(count, width)(units<O>(s.state), local.a + row, w, local.start + row, 0, nullptr, local.tile,
+                                       width * V);
+        for (int r = 0; r < count; ++r)
+          for (int c = 0; c < width; ++c)
+            gate_gradients({lane, first_row + row + r, item.first + row + r, t}, (p * units_.vectors + c) * V,
+                           load(local.tile + (r * width + c) * V));
+      });
+    }
+  }
+
+  // From the gradient d_h of units j.. to that of their gates, and of the state before.
+  void gate_gradients(const Place& place, int64_t j, Vec<T> d_h) const {
+    const int64_t H = s.hidden;
+    const int n = int(min64(V, H - j));
+    O* gates = d.gates + (place.lane * s.rows + place.row) * d.stride + j;
+    const S* tape = at<S>(x.tape, (place.lane * s.rows + place.row) * tape_count(s.cell) * H + j);
+    const int64_t before = row_before(s, place.lane, place.t, place.b);
+    switch (s.cell) {
+      case Cell::rnn_tanh:
+      case Cell::rnn_relu: {
+        const Vec<T> h = load(at<S>(x.output, (place.row * s.lanes + place.lane) * H + j), n);
+        store(gates, s.cell == Cell::rnn_tanh ? rnn_tanh_backward(h, d_h) : rnn_relu_backward(h, d_h), n);
+        break;
+      }
+      case Cell::lstm: {
+        const S* c_before = before >= 0 ? at<S>(x.tape, (place.lane * s.rows + before) * 5 * H + 4 * H + j)
+                                        : at<S>(x.c_0, (place.lane * s.batch + place.b) * H + j);
+        T* carry = carry_row(carry_c, place.lane, place.b) + j;
+        Vec<T> i = load(tape, n), f = load(tape + H, n), g = load(tape + 2 * H, n), o = load(tape + 3 * H, n);
+        const Vec<T> c = load(tape + 4 * H, n);
+        Vec<T> d_c = load(carry);
+        if (s.has_projection)
+          store(d.unprojected + (place.lane * s.rows + place.row) * d.hidden_stride + j, o * Math<T>::tanh(c));
+        lstm_backward<Math<T>>(i, f, g, o, c, load(c_before, n), d_h, d_c);
+        store(carry, d_c);
+        store(gates, i, n);
+        store(gates + H, f, n);
+        store(gates + 2 * H, g, n);
+        store(gates + 3 * H, o, n);
+        break;
+      }
+      case Cell::gru: {
+        const S* h_before = before >= 0 ? at<S>(x.output, (before * s.lanes + place.lane) * H + j)
+                                        : at<S>(x.h_0, (place.lane * s.batch + place.b) * H + j);
+        Vec<T> r = load(tape, n), z = load(tape + H, n), n_x = load(tape + 2 * H, n), n_h = load(tape + 3 * H, n);
+        store(carry_row(carry_h, place.lane, place.b) + j, gru_backward<Math<T>>(r, z, n_x, n_h, load(h_before, n), d_h));
+        store(gates, n_x, n);
+        store(gates + H, r, n);
+        store(gates + 2 * H, z, n);
+        store(gates + 3 * H, n_h, n);
+        break;
+      }
+    }
+    if (Product<O>::depth > 1 && j + V >= H) gates[d.width - j] = O{};  // the other half of a last, odd, pair
+  }
+
+  void initial_gradient(const Item& item, const Local& local, int64_t lane) const {
+    const int64_t rows = item.end - item.first;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t b = item.first + r, t = s.reversed(lane) ? last_step(s, b) : 0;
+      local.a[r] = d.gates_h(lane, s.offset_at(t) + b);
+    }
+    for (int64_t p = first_panel(states, local); p < end_panel(states, local); ++p) {
+      const int width = states.width(p);
+      for_tiles(rows, width, [&](int64_t row, int count) {
+        for (int r = 0; r < count; ++r) {
+          T* sums = local.tile + r * width * V;
+          local.start[r] = sums;
+          for (int c = 0; c < width; ++c) {
+            const int64_t j = (p * states.vectors + c) * V;
+            store(sums + c * V, carry_h ? load(carry_row(carry_h, lane, item.first + row + r) + j) : Vec<T>{});
+          }
+        }
+        multiply(local, lane, p, count, local.a + row);
+        for (int r = 0; r < count; ++r)
+          for (int c = 0; c < width; ++c) {
+            const int64_t j = (p * states.vectors + c) * V;
+            store(at<S>(x.d_h_0, (lane * s.batch + item.first + row + r) * s.state + j),
+                  load(local.tile + (r * width + c) * V), int(min64(V, s.state - j)));
+          }
+      });
+    }
+  }
+};
+
+}  // namespace rnnfast::RNNFAST_ISA

@@ -1,0 +1,317 @@
+// The forward scan of one layer.
+#pragma once
+
+#include "layer.h"
+
+namespace rnnfast::RNNFAST_ISA {
+
+template <class S, class O>
+class Forward {
+  using T = typename Product<O>::T;
+  static constexpr int V = LANES<O>;
+  static constexpr int64_t CHUNK_ROWS = 32;  // rows of input product made at a time, to be read while still near
+  // An operand that lies in memory as the tile wants it is read where it is; any other goes through a buffer.
+  static constexpr bool SAME = sizeof(S) == sizeof(O);
+  // GRU adds the state itself, which must not be the rounded operand.
+  static constexpr bool ROUNDED = sizeof(O) < sizeof(T);
+
+  const ForwardArgs& x;
+  const ScanShape& s;
+  const PackedLayer<S, O>& packed;
+  const Split& split;
+  const bool direct_state, direct_input, table;
+  const int64_t state_stride, hidden_stride, input_stride, columns;
+
+  // Of all lanes and rows; a thread touches its own rows or units.
+  T* cell_state = nullptr;    // (D, B, hidden_stride), LSTM
+  T* hidden_state = nullptr;  // (D, B, hidden_stride), GRU where ROUNDED
+  O* operand = nullptr;       // (2, D, B, state_stride): the state after odd and even steps, where not direct
+  O* unprojected = nullptr;   // (D, B, hidden_stride): o tanh(c), where a projection follows
+
+ public:
+  // Of one thread.
+  struct Local {
+    const O** a;      // operand rows
+    const T** start;  // where their sums start
+    T* gates_x;       // (lanes of the item, chunk rows, columns)
+    O* inputs;        // (chunk rows, input_stride), where not direct
+    int member, members;
+    T* tile;          // (MAX_ROWS, MAX_VECTORS * V)
+  };
+
+  Forward(const ForwardArgs& args, const PackedLayer<S, O>& layer, const Split& how)
+      : x(args),
+        s(args.shape),
+        packed(layer),
+        split(how),
+        direct_state(SAME && s.state % Product<O>::depth == 0),
+        direct_input(SAME && s.input % Product<O>::depth == 0),
+        table(layer.use_table(args.shape)),
+        state_stride(round_up(s.state, V * Product<O>::depth)),
+        hidden_stride(round_up(s.hidden, V * Product<O>::depth)),
+        input_stride(round_up(s.input, V * Product<O>::depth)),
+        columns(layer.columns()) {}
+
+  void carve(Carver& carver) {
+    const int64_t states = s.lanes * s.batch;
+    if (s.cell == Cell::lstm) cell_state = carver.take<T>(states * hidden_stride);
+    if (s.cell == Cell::gru && ROUNDED) hidden_state = carver.take<T>(states * hidden_stride);
+    if (!direct_state) operand = carver.take<O>(2 * states * state_stride);
+    if (s.has_projection) unprojected = carver.take<O>(states * hidden_stride);
+  }
+
+  Local carve_local(Carver& carver) const {
+    Local local;
+    const int64_t rows = chunk_rows(), lanes = split.items_per_lane ? 1 : s.lanes;
+    local.a = carver.take<const O*>(rows);
+    local.start = carver.take<const T*>(rows);
+    local.gates_x = carver.take<T>(table ? 0 : lanes * rows * columns);
+    local.inputs = carver.take<O>(direct_input || s.ids ? 0 : rows * input_stride);
+    local.tile = carver.take<T>(MAX_ROWS * MAX_VECTORS * V);
+    return local;
+  }
+
+  void run_item(const Item& item, const Local& local, Barrier& barrier) const {
+    if (local.member == 0) init_states(item);
+    barrier.wait(local.members);
+    const int64_t chunk = chunk_steps();
+    for (int64_t step = 0; step < s.steps; ++step) {
+      if (step % chunk == 0 && !table)
+        for (int64_t lane = item.lane; lane < item.lane_end; ++lane)
+          make_gates_x(item, local, lane, step, min64(step + chunk, s.steps));
+      for (int64_t lane = item.lane; lane < item.lane_end; ++lane) run_step(item, local, lane, step);
+      barrier.wait(local.members);
+      if (!s.has_projection) continue;
+      for (int64_t lane = item.lane; lane < item.lane_end; ++lane) project(item, local, lane, step);
+      barrier.wait(local.members);
+    }
+    if (local.member == 0) finish_states(item);
+  }
+
+ private:
+  int64_t item_rows() const { return split.items_per_lane ? ceil_div(s.batch, split.items_per_lane) : s.batch; }
+  int64_t chunk_steps() const { return max64(1, CHUNK_ROWS / max64(1, item_rows())); }
+  int64_t chunk_rows() const { return chunk_steps() * item_rows(); }
+  int64_t time(int64_t lane, int64_t step) const { return s.reversed(lane) ? s.steps - 1 - step : step; }
+  static int64_t first_panel(const Panels& panels, const Local& local) { return panels.count() * local.member / local.members; }
+  static int64_t end_panel(const Panels& panels, const Local& local) {
+    return panels.count() * (local.member + 1) / local.members;
+  }
+  // Rows of the chunk that come before those of this step.
+  int64_t chunk_row(const Item& item, int64_t lane, int64_t step) const {
+    const int64_t first = step - step % chunk_steps();
+    if (!s.batch_sizes) return (step - first) * (item.end - item.first);
+    int64_t row = 0;
+    for (int64_t i = first; i < step; ++i) row += alive(s, item, time(lane, i));
+    return row;
+  }
+  T* gates_x(const Item& item, const Local& local, int64_t lane) const {
+    return local.gates_x + (lane - item.lane) * chunk_rows() * columns;
+  }
+  O* operand_row(int64_t parity, int64_t lane, int64_t b) const {
+    return operand + (((parity & 1) * s.lanes + lane) * s.batch + b) * state_stride;
+  }
+  S* output_row(int64_t row, int64_t lane) const { return at<S>(x.output, (row * s.lanes + lane) * s.state); }
+
+  void init_states(const Item& item) const {
+    for (int64_t lane = item.lane; lane < item.lane_end; ++lane)
+      for (int64_t b = item.first; b < item.end; ++b) {
+        const int64_t state = lane * s.batch + b;
+        const S* h_0 = at<S>(x.h_0, state * s.state);
+        // Both parities: a row may start after any step.
+        if (operand)
+          for (int parity = 0; parity < 2; ++parity) {
+            O* to = operand_row(parity, lane, b);
+            convert_row(to, h_0, s.state);
+            if (s.state % Product<O>::depth) to[s.state] = O{};
+          }
+        if (hidden_state) convert_row(hidden_state + state * hidden_stride, h_0, s.hidden);
+        if (cell_state) convert_row(cell_state + state * hidden_stride, at<S>(x.c_0, state * s.hidden), s.hidden);
+        if (unprojected && s.hidden % Product<O>::depth) unprojected[state * hidden_stride + s.hidden] = O{};
+      }
+  }
+
+  void finish_states(const Item& item) const {
+    for (int64_t lane = item.lane; lane < item.lane_end; ++lane)
+      for (int64_t b = item.first; b < item.end; ++b) {
+        const int64_t state = lane * s.batch + b;
+        const int64_t row = s.reversed(lane) ? s.offset_at(0) + b : s.offset_at(last_step(s, b)) + b;
+        copy_row(at<S>(x.h_n, state * s.state), output_row(row, lane), s.state);
+        if (cell_state) convert_row(at<S>(x.c_n, state * s.hidden), cell_state + state * hidden_stride, s.hidden);
+      }
+  }
+
+  // The input product and bias of steps [step, end), for this member's panels.
+  void make_gates_x(const Item& item, const Local& local, int64_t lane, int64_t step, int64_t end) const {
+    T* out = gates_x(item, local, lane);
+    const T* bias = packed.bias + lane * columns;
+    int64_t rows = 0;
+    for (int64_t i = step; i < end; ++i) {
+      const int64_t t = time(lane, i), n = alive(s, item, t), row = s.offset_at(t) + item.first;
+      for (int64_t r = 0; r < n; ++r, ++rows) {
+        if (s.ids) {
+          gather(out + rows * columns, lane, *at<int64_t>(x.input, row + r), local);
+          continue;
+        }
+        const S* from = at<S>(x.input, (row + r) * s.input);
+        if constexpr (SAME) local.a[rows] = reinterpret_cast<const O*>(from);
+        if (!direct_input) {
+          O* to = local.inputs + rows * input_stride;
+          convert_row(to, from, s.input);
+          if (s.input % Product<O>::depth) to[s.input] = O{};
+          local.a[rows] = to;
+        }
+        local.start[rows] = bias;
+      }
+    }
+    if (s.ids) return;
+    const Panels& panels = packed.gates;
+    for (int64_t p = first_panel(panels, local); p < end_panel(panels, local); ++p) {
+      const O* w = packed.w_ih + lane * packed.ih_size() + panel_offset<O>(panels, p, s.input);
+      const int64_t column = p * panels.vectors * V;
+      const int width = panels.width(p);
+      for_tiles(rows, width, [&](int64_t row, int count) {
+        tile_function<O>(count, width)(units<O>(s.input), local.a + row, w, local.start + row, column, nullptr,
+                                       out + row * columns + column, columns);
+      });
+    }
+  }
+
+  void gather(T* out, int64_t lane, int64_t id, const Local& local) const {
+    const Panels& panels = packed.gates;
+    const int64_t gate_rows = s.gates() * s.hidden;
+    for (int64_t p = first_panel(panels, local); p < end_panel(panels, local); ++p)
+      for (int c = 0; c < panels.width(p); ++c) {
+        const int64_t column = (p * panels.vectors + c) * V;
+        for (int e = 0; e < V; ++e) {
+          const int64_t row = packed.weight_row(p, c, e);
+          const T w = row < 0 ? T(0) : widen(*at<S>(x.w_ih, (lane * gate_rows + row) * s.input + id));
+          out[column + e] = packed.bias[lane * columns + column + e] + w;
+        }
+      }
+  }
+
+  void run_step(const Item& item, const Local& local, int64_t lane, int64_t step) const {
+    const int64_t t = time(lane, step), rows = alive(s, item, t), first_row = s.offset_at(t) + item.first;
+    const int64_t x_row = table ? 0 : chunk_row(item, lane, step);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t b = item.first + r;
+      if constexpr (SAME) {
+        const int64_t before = row_before(s, lane, t, b);
+        local.a[r] = reinterpret_cast<const O*>(before >= 0 ? output_row(before, lane)
+                                                            : at<S>(x.h_0, (lane * s.batch + b) * s.state));
+      }
+      if (!direct_state) local.a[r] = operand_row(step + 1, lane, b);
+      local.start[r] = table ? packed.table + (lane * s.input + *at<int64_t>(x.input, first_row + r)) * columns
+                             : gates_x(item, local, lane) + (x_row + r) * columns;
+    }
+    const Panels& panels = packed.gates;
+    for (int64_t p = first_panel(panels, local); p < end_panel(panels, local); ++p) {
+      const O* w = packed.w_hh + lane * packed.hh_size() + panel_offset<O>(panels, p, s.state);
+      const T* last = s.cell == Cell::gru ? packed.bias_n + lane * round_up(s.hidden, V) + p * V : nullptr;
+      const int width = panels.width(p);
+      for_tiles(rows, width, [&](int64_t row, int count) {
+        tile_function<O>(count, width)(units<O>(s.state), local.a + row, w, local.start + row, p * panels.vectors * V,
+                                       last, local.tile, width * V);
+        for (int r = 0; r < count; ++r) {
+          const Place place{lane, first_row + row + r, item.first + row + r, step, t};
+          const T* sums = local.tile + r * width * V;
+          switch (s.cell) {
+            case Cell::rnn_tanh:
+            case Cell::rnn_relu: rnn(place, p, width, sums); break;
+            case Cell::lstm: lstm(place, p, sums); break;
+            case Cell::gru: gru(place, p, sums, local.start[row + r], local.a[row + r]); break;
+          }
+        }
+      });
+    }
+  }
+
+  struct Place {
+    int64_t lane, row, b, step, t;
+  };
+
+  void store_state(const Place& at_, int64_t j, int n, Vec<T> h) const {
+    if (s.has_projection) return store(unprojected + (at_.lane * s.batch + at_.b) * hidden_stride + j, h, n);
+    store(output_row(at_.row, at_.lane) + j, h, n);
+    if (operand) store(operand_row(at_.step, at_.lane, at_.b) + j, h, n);
+  }
+  S* tape_row(const Place& place) const {
+    return at<S>(x.tape, (place.lane * s.rows + place.row) * tape_count(s.cell) * s.hidden);
+  }
+
+  void rnn(const Place& place, int64_t p, int width, const T* sums) const {
+    for (int c = 0; c < width; ++c) {
+      const int64_t j = (p * packed.gates.vectors + c) * V;
+      const Vec<T> sum = load(sums + c * V);
+      store_state(place, j, int(min64(V, s.hidden - j)), s.cell == Cell::rnn_tanh ? Math<T>::tanh(sum) : relu(sum));
+    }
+  }
+
+  void lstm(const Place& place, int64_t p, const T* sums) const {
+    const int64_t j = p * V, H = s.hidden;
+    const int n = int(min64(V, H - j));
+    T* state = cell_state + (place.lane * s.batch + place.b) * hidden_stride + j;
+    Vec<T> i = load(sums), f = load(sums + V), g = load(sums + 2 * V), o = load(sums + 3 * V), c = load(state);
+    const Vec<T> h = lstm_forward<Math<T>>(i, f, g, o, c);
+    store(state, c);
+    store_state(place, j, n, h);
+    if (!x.tape) return;
+    S* tape = tape_row(place) + j;
+    store(tape, i, n);
+    store(tape + H, f, n);
+    store(tape + 2 * H, g, n);
+    store(tape + 3 * H, o, n);
+    store(tape + 4 * H, c, n);
+  }
+
+  void gru(const Place& place, int64_t p, const T* sums, const T* start, const O* before) const {
+    const int64_t j = p * V, H = s.hidden;
+    const int count = int(min64(V, H - j));
+    T* state = hidden_state + (place.lane * s.batch + place.b) * hidden_stride + j;
+    Vec<T> r = load(sums), z = load(sums + V), n = load(start + p * 3 * V + 2 * V);
+    const Vec<T> h_n = load(sums + 2 * V);
+    Vec<T> h;
+    if constexpr (ROUNDED)
+      h = load(state);
+    else
+      h = load(before + j, count);
+    h = gru_forward<Math<T>>(r, z, n, h_n, h);
+    if constexpr (ROUNDED) store(state, h);
+    store_state(place, j, count, h);
+    if (!x.tape) return;
+    S* tape = tape_row(place) + j;
+    store(tape, r, count);
+    store(tape + H, z, count);
+    store(tape + 2 * H, n, count);
+    store(tape + 3 * H, h_n, count);
+  }
+
+  void project(const Item& item, const Local& local, int64_t lane, int64_t step) const {
+    const int64_t t = time(lane, step), rows = alive(s, item, t), first_row = s.offset_at(t) + item.first;
+    alignas(64) static constexpr T zeros[MAX_VECTORS * V] = {};
+    for (int64_t r = 0; r < rows; ++r) {
+      local.a[r] = unprojected + (lane * s.batch + item.first + r) * hidden_stride;
+      local.start[r] = zeros;
+    }
+    const Panels& panels = packed.projection;
+    for (int64_t p = first_panel(panels, local); p < end_panel(panels, local); ++p) {
+      const O* w = packed.w_hr + lane * packed.hr_size() + panel_offset<O>(panels, p, s.hidden);
+      const int width = panels.width(p);
+      for_tiles(rows, width, [&](int64_t row, int count) {
+        tile_function<O>(count, width)(units<O>(s.hidden), local.a + row, w, local.start + row, 0, nullptr, local.tile,
+                                       width * V);
+        for (int r = 0; r < count; ++r)
+          for (int c = 0; c < width; ++c) {
+            const int64_t j = (p * panels.vectors + c) * V;
+            const int n = int(min64(V, s.state - j));
+            const Vec<T> h = load(local.tile + (r * width + c) * V);
+            store(output_row(first_row + row + r, lane) + j, h, n);
+            if (operand) store(operand_row(step, lane, item.first + row + r) + j, h, n);
+          }
+      });
+    }
+  }
+};
+
+}  // namespace rnnfast::RNNFAST_ISA

@@ -1,0 +1,123 @@
+#include "ops.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <vector>
+
+#include "kernels.h"
+#include "threads.h"
+
+namespace rnnfast {
+namespace {
+
+using torch::headeronly::ScalarType;
+using Sizes = std::vector<int64_t>;
+
+Tensor empty(const Tensor& like, const Sizes& sizes) { return torch::stable::new_empty(like, sizes); }
+const void* data(const Tensor& tensor) { return tensor.const_data_ptr(); }
+const void* data(const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
+void* out(const Tensor& tensor) { return tensor.numel() ? tensor.mutable_data_ptr() : nullptr; }
+
+Cell parse_cell(const std::string& name) {
+  if (name == "rnn_tanh") return Cell::rnn_tanh;
+  if (name == "rnn_relu") return Cell::rnn_relu;
+  if (name == "lstm") return Cell::lstm;
+  STD_TORCH_CHECK(name == "gru", "unknown cell ", name);
+  return Cell::gru;
+}
+
+DType parse_dtype(const Tensor& tensor) {
+  const ScalarType type = tensor.scalar_type();
+  if (type == ScalarType::Float) return DType::float32;
+  if (type == ScalarType::Double) return DType::float64;
+  STD_TORCH_CHECK(type == ScalarType::BFloat16,
+                  "the cpu backend computes in float32, float64 and bfloat16; use backend='reference' for other types");
+  return DType::bfloat16;
+}
+
+// The shape, and the tensors it points into.
+struct Shape : ScanShape {
+  std::vector<int64_t> first_rows;
+
+  Shape(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh, const Tensor& h_0, const OptionalTensor& w_hr,
+        const OptionalTensor& sizes, const std::string& name, bool both)
+      : ScanShape{} {
+    cell = parse_cell(name);
+    dtype = parse_dtype(w_hh);
+    lanes = w_hh.size(0);
+    hidden = w_hh.size(1) / gate_count(cell);
+    state = w_hh.size(2);
+    input = w_ih.size(2);
+    batch = h_0.size(1);
+    rows = x.size(0);
+    bidirectional = both;
+    has_projection = w_hr.has_value();
+    ids = x.scalar_type() == ScalarType::Long;
+    if (sizes) {
+      steps = sizes->numel();
+      batch_sizes = static_cast<const int64_t*>(sizes->const_data_ptr());
+      first_rows.resize(steps);
+      for (int64_t t = 0, row = 0; t < steps; row += batch_sizes[t++]) first_rows[t] = row;
+      offsets = first_rows.data();
+    } else {
+      steps = batch ? rows / batch : 0;
+    }
+    if (!ids) return;
+    const int64_t* id = static_cast<const int64_t*>(x.const_data_ptr());
+    for (int64_t row = 0; row < rows; ++row)
+      STD_TORCH_CHECK(id[row] >= 0 && id[row] < input, "token id ", id[row], " in row ", row, " is outside [0, ", input, ")");
+  }
+  Shape(const Shape&) = delete;
+};
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> scan_cpu(
+    Tensor input, Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr, Tensor h_0,
+    OptionalTensor c_0, OptionalTensor batch_sizes, std::string cell, bool bidirectional, bool save_tape) {
+  const Shape s(input, w_ih, w_hh, h_0, w_hr, batch_sizes, cell, bidirectional);
+  const int64_t tape_width = tape_count(s.cell) * s.hidden;
+  Tensor output = empty(h_0, {s.rows, s.lanes * s.state}), h_n = empty(h_0, {s.lanes, s.batch, s.state});
+  Tensor c_n = c_0 ? empty(h_0, {s.lanes, s.batch, s.hidden}) : empty(h_0, {0});
+  Tensor tape = save_tape ? empty(h_0, {s.lanes, s.rows, tape_width}) : empty(h_0, {0});
+  if (s.rows) {
+    const ForwardArgs args{s,         data(input), data(w_ih), data(w_hh), data(b_ih), data(b_hh), data(w_hr),
+                           data(h_0), data(c_0),   out(output), out(h_n),  out(c_n),   out(tape)};
+    const Kernels& kernels = choose_kernels();
+    const bool native = s.dtype == DType::bfloat16 && kernels.forward_bf16;
+    (native ? kernels.forward_bf16 : kernels.forward)(args, available_threads());
+  }
+  return {output, h_n, c_n, tape};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_cpu_backward(
+    OptionalTensor d_output, OptionalTensor d_h_n, OptionalTensor d_c_n, Tensor input, Tensor w_ih, Tensor w_hh,
+    OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr, Tensor h_0, OptionalTensor c_0,
+    OptionalTensor batch_sizes, std::string cell, bool bidirectional, Tensor output, Tensor tape, bool need_input,
+    bool need_weights) {
+  const Shape s(input, w_ih, w_hh, h_0, w_hr, batch_sizes, cell, bidirectional);
+  const int64_t gate_rows = s.gates() * s.hidden;
+  const auto when = [&](bool needed, const Sizes& sizes) { return empty(h_0, needed ? sizes : Sizes{0}); };
+  Tensor d_input = when(need_input && !s.ids, {s.rows, s.input});
+  Tensor d_w_ih = when(need_weights, {s.lanes, gate_rows, s.input});
+  Tensor d_w_hh = when(need_weights, {s.lanes, gate_rows, s.state});
+  Tensor d_b_ih = when(need_weights && b_ih, {s.lanes, gate_rows});
+  Tensor d_b_hh = when(need_weights && b_ih, {s.lanes, gate_rows});
+  Tensor d_w_hr = when(need_weights && w_hr, {s.lanes, s.state, s.hidden});
+  Tensor d_h_0 = empty(h_0, {s.lanes, s.batch, s.state});
+  Tensor d_c_0 = when(c_0.has_value(), {s.lanes, s.batch, s.hidden});
+  if (s.rows) {
+    const BackwardArgs args{s,          data(d_output), data(d_h_n), data(d_c_n), data(input),  data(w_ih),   data(w_hh),
+                            data(b_ih), data(b_hh),     data(w_hr),  data(h_0),   data(c_0),    data(output), data(tape),
+                            out(d_input), out(d_w_ih),  out(d_w_hh), out(d_b_ih), out(d_b_hh),  out(d_w_hr),
+                            out(d_h_0), out(d_c_0)};
+    const Kernels& kernels = choose_kernels();
+    const bool native = s.dtype == DType::bfloat16 && kernels.backward_bf16;
+    (native ? kernels.backward_bf16 : kernels.backward)(args, available_threads());
+  } else {
+    for (Tensor* d : {&d_w_ih, &d_w_hh, &d_b_ih, &d_b_hh, &d_w_hr}) torch::stable::zero_(*d);
+  }
+  return {d_input, d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_w_hr, d_h_0, d_c_0};
+}
+
+}  // namespace rnnfast

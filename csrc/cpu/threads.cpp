@@ -1,0 +1,134 @@
+#include "threads.h"
+
+#include <omp.h>
+#include <pthread.h>
+
+#include <cstdlib>
+#include <mutex>
+#include <new>
+
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#else
+#include <thread>
+#endif
+
+#include <torch/csrc/stable/ops.h>
+
+namespace rnnfast {
+namespace {
+
+// libgomp's pool does not survive fork: a parallel region in the child waits for threads that do not exist.
+std::atomic<bool> forked{false};
+std::mutex kept_mutex;  // guards the scratch blocks below; held across fork, so that the child finds them whole
+const int fork_handler = pthread_atfork(
+    [] { kept_mutex.lock(); },
+    [] { kept_mutex.unlock(); },
+    [] {
+      forked.store(true);
+      kept_mutex.unlock();
+    });
+
+void pause_cpu() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+void sleep_while(std::atomic<uint32_t>& word, uint32_t value) {
+#if defined(__linux__)
+  syscall(SYS_futex, &word, FUTEX_WAIT_PRIVATE, value, nullptr, nullptr, 0);
+#else
+  (void)value;
+  std::this_thread::yield();
+#endif
+}
+
+void wake_all(std::atomic<uint32_t>& word) {
+#if defined(__linux__)
+  syscall(SYS_futex, &word, FUTEX_WAKE_PRIVATE, 0x7fffffff, nullptr, nullptr, 0);
+#endif
+}
+
+}  // namespace
+
+int available_threads() { return forked.load() ? 1 : int(torch::stable::get_num_threads()); }
+
+void run_parallel(int threads, void (*body)(void*, int, int), void* context) {
+  if (threads <= 1) return body(context, 0, 1);
+#pragma omp parallel num_threads(threads)
+  body(context, omp_get_thread_num(), omp_get_num_threads());
+}
+
+void Barrier::wait(int members) {
+  if (members == 1) return;
+  const uint32_t phase = phase_.load(std::memory_order_relaxed);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == uint32_t(members)) {
+    arrived_.store(0, std::memory_order_relaxed);
+    phase_.store(phase + 1);  // sequentially consistent, as are the sleepers' steps below: no wake-up is lost
+    if (sleepers_.load()) wake_all(phase_);
+    return;
+  }
+  constexpr int SPINS = 1000;
+  for (int spin = 0; spin < SPINS; ++spin) {
+    if (phase_.load(std::memory_order_acquire) != phase) return;
+    pause_cpu();
+  }
+  sleepers_.fetch_add(1);
+  while (phase_.load() == phase) sleep_while(phase_, phase);
+  sleepers_.fetch_sub(1);
+}
+
+// ---- scratch -------------------------------------------------------------------------------------------------------
+
+namespace {
+
+constexpr int KEPT_BLOCKS = 4;
+constexpr size_t KEPT_BYTES = size_t(64) << 20;  // larger blocks go back at once
+struct Block {
+  char* data;
+  size_t capacity;
+};
+Block kept[KEPT_BLOCKS];
+
+}  // namespace
+
+Scratch::Scratch(size_t bytes) {
+  bytes = bytes ? bytes : 64;
+  {
+    std::lock_guard<std::mutex> lock(kept_mutex);
+    Block* best = nullptr;
+    for (Block& block : kept)
+      if (block.data && block.capacity >= bytes && (!best || block.capacity < best->capacity)) best = &block;
+    if (best && best->capacity <= 4 * bytes + (size_t(1) << 20)) {
+      data_ = best->data;
+      capacity_ = best->capacity;
+      best->data = nullptr;
+      return;
+    }
+  }
+  capacity_ = (bytes + 4095) / 4096 * 4096;
+  data_ = static_cast<char*>(std::aligned_alloc(4096, capacity_));
+  if (!data_) throw std::bad_alloc();
+}
+
+Scratch::~Scratch() {
+  char* unwanted = data_;
+  if (capacity_ <= KEPT_BYTES) {
+    std::lock_guard<std::mutex> lock(kept_mutex);
+    Block* victim = &kept[0];
+    for (Block& block : kept)
+      if (!block.data || (victim->data && block.capacity < victim->capacity)) victim = &block;
+    if (!victim->data || victim->capacity < capacity_) {
+      unwanted = victim->data;
+      *victim = {data_, capacity_};
+    }
+  }
+  std::free(unwanted);
+}
+
+}  // namespace rnnfast

@@ -1,0 +1,58 @@
+// Threads, the barrier between time steps, and scratch memory. Not templates: one copy serves all instruction sets.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+
+namespace rnnfast {
+
+// How many threads a call may use: torch.get_num_threads(), and 1 in a forked child, where the parent's are gone.
+int available_threads();
+
+// Runs body(context, thread, threads) on at most `threads` threads of the pool that torch uses.
+void run_parallel(int threads, void (*body)(void* context, int thread, int threads), void* context);
+
+// Spins for some ten microseconds, then sleeps: a waiting thread must not hold a core that the others need.
+class Barrier {
+ public:
+  void wait(int members);
+
+ private:
+  alignas(64) std::atomic<uint32_t> arrived_{0};
+  alignas(64) std::atomic<uint32_t> phase_{0};
+  std::atomic<uint32_t> sleepers_{0};
+};
+
+// A 64-byte aligned block, kept for the next call rather than returned to the system at once.
+class Scratch {
+ public:
+  explicit Scratch(size_t bytes);
+  ~Scratch();
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  char* data() const { return data_; }
+
+ private:
+  char* data_;
+  size_t capacity_;
+};
+
+// Hands out consecutive parts of a Scratch. Run once without memory to learn the size, once with.
+class Carver {
+ public:
+  explicit Carver(char* base) : base_(base) {}
+  template <class T>
+  T* take(int64_t count) {
+    char* p = base_ ? base_ + used_ : nullptr;
+    used_ += (size_t(count) * sizeof(T) + 63) / 64 * 64;
+    return reinterpret_cast<T*>(p);
+  }
+  size_t used() const { return used_; }
+
+ private:
+  char* base_;
+  size_t used_ = 0;
+};
+
+}  // namespace rnnfast

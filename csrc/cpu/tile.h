@@ -1,0 +1,267 @@
+// The one product of this library, out += a w on a tile of a few rows by a few vectors of columns, and the packing of
+// both operands for it.
+//
+// Each element of the result is one accumulator that adds its products in the order of k, whatever the tile's shape
+// and place: so a result depends neither on the batch around a row nor on how the work is cut or shared.
+//
+// A *unit* is the part of an operand that one vector lane multiplies at once: a number, or a pair of bfloat16 numbers
+// adjacent in k where the processor has such a product. O is the type of an operand, S that of a tensor in memory.
+#pragma once
+
+#include "vec.h"
+
+namespace rnnfast::RNNFAST_ISA {
+
+template <class O>
+struct Product {
+  using T = O;
+  using Unit = Vec<O>;  // one unit for each lane
+  static constexpr int depth = 1;
+  RNNFAST_INLINE Unit broadcast(const O* a) { return splat(*a); }
+  RNNFAST_INLINE Vec<T> add(Vec<T> sum, Unit a, Unit w) { return fma(a, w, sum); }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Product<bf16> {
+  using T = float;
+  using Unit = F32;  // the bits of a pair of bf16 in each lane
+  static constexpr int depth = 2;
+  RNNFAST_INLINE Unit broadcast(const bf16* a) {
+    int32_t pair;
+    std::memcpy(&pair, a, 4);
+    return (F32)_mm512_set1_epi32(pair);
+  }
+  RNNFAST_INLINE F32 add(F32 sum, Unit a, Unit w) {
+    return (F32)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)w);
+  }
+};
+#endif
+
+template <class O>
+constexpr int LANES = Lanes<typename Product<O>::T>::count;
+template <class O>
+constexpr int64_t units(int64_t k) {
+  return (k + Product<O>::depth - 1) / Product<O>::depth;
+}
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+RNNFAST_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+RNNFAST_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// ---- the tile ------------------------------------------------------------------------------------------------------
+
+constexpr int MAX_VECTORS = 4;
+constexpr int MAX_ROWS = 8;
+// Rows of a tile that leave registers for its vectors of w and a broadcast.
+constexpr int max_rows(int vectors) {
+  return MANY_REGISTERS ? (vectors == 4 ? 6 : 8) : (vectors == 4 ? 3 : vectors == 3 ? 4 : vectors == 2 ? 6 : 8);
+}
+
+// Rows of operand a, and where their sums start: row r adds a[r] . w to start[r][offset...]. The last vector starts
+// from `last` instead where that is given.
+template <class O>
+struct TileRows {
+  using T = typename Product<O>::T;
+  const O* a[MAX_ROWS];
+  const T* start[MAX_ROWS];
+};
+
+template <int R, int NV, class O>
+void tile(int64_t k_units, const O* const* a, const O* w, const typename Product<O>::T* const* start, int64_t offset,
+          const typename Product<O>::T* last, typename Product<O>::T* out, int64_t out_stride) {
+  using P = Product<O>;
+  constexpr int V = LANES<O>;
+  Vec<typename P::T> sum[R][NV];
+  const O* row[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    row[r] = a[r];
+#pragma GCC unroll 4
+    for (int c = 0; c < NV; ++c) sum[r][c] = load(c == NV - 1 && last ? last : start[r] + offset + c * V);
+  }
+  for (int64_t k = 0; k < k_units; ++k) {
+    typename P::Unit wk[NV];
+#pragma GCC unroll 4
+    for (int c = 0; c < NV; ++c) std::memcpy(&wk[c], w + c * V * P::depth, sizeof wk[c]);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const typename P::Unit ak = P::broadcast(row[r] + k * P::depth);
+#pragma GCC unroll 4
+      for (int c = 0; c < NV; ++c) sum[r][c] = P::add(sum[r][c], ak, wk[c]);
+    }
+    w += NV * V * P::depth;
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int c = 0; c < NV; ++c) store(out + r * out_stride + c * V, sum[r][c]);
+  }
+}
+
+template <class O>
+using TileFn = decltype(&tile<1, 1, O>);
+
+// The tile function for a number of rows and vectors, at most max_rows(vectors) and MAX_VECTORS.
+template <class O>
+TileFn<O> tile_function(int rows, int vectors) {
+#define RNNFAST_TILES(NV) \
+  {tile<1, NV, O>, tile<2, NV, O>, tile<3, NV, O>, tile<4, NV, O>, \
+   tile<(5 <= max_rows(NV) ? 5 : 1), NV, O>, tile<(6 <= max_rows(NV) ? 6 : 1), NV, O>, \
+   tile<(7 <= max_rows(NV) ? 7 : 1), NV, O>, tile<(8 <= max_rows(NV) ? 8 : 1), NV, O>}
+  static constexpr TileFn<O> table[MAX_VECTORS][MAX_ROWS] = {
+      RNNFAST_TILES(1), RNNFAST_TILES(2), RNNFAST_TILES(3), RNNFAST_TILES(4)};
+#undef RNNFAST_TILES
+  return table[vectors - 1][rows - 1];
+}
+
+// Calls f(first row, rows) for tiles of nearly equal height that cover n rows.
+template <class F>
+RNNFAST_INLINE void for_tiles(int64_t n, int vectors, F f) {
+  const int64_t count = ceil_div(n, max_rows(vectors));
+  for (int64_t i = 0, row = 0; i < count; ++i) {
+    const int64_t next = n * (i + 1) / count;
+    f(row, int(next - row));
+    row = next;
+  }
+}
+
+// ---- panels of w ---------------------------------------------------------------------------------------------------
+
+// Columns are dealt in panels of `vectors` vectors, the last panel perhaps narrower. A panel holds, for each k unit,
+// its vectors side by side, so that the product reads w from end to end.
+struct Panels {
+  int64_t vectors, total_vectors;
+  int64_t count() const { return ceil_div(total_vectors, vectors); }
+  int width(int64_t p) const { return int(min64(vectors, total_vectors - p * vectors)); }
+};
+
+RNNFAST_INLINE Panels plain_panels(int64_t columns, int lanes) {
+  const int64_t n = ceil_div(columns, lanes);
+  return {n >= 12 || n == 4 ? 4 : n >= 6 ? 2 : n > 3 ? ceil_div(n, 2) : max64(n, 1), n};
+}
+
+template <class O>
+int64_t packed_size(const Panels& panels, int64_t k) {
+  return panels.total_vectors * LANES<O> * units<O>(k) * Product<O>::depth;
+}
+template <class O>
+RNNFAST_INLINE int64_t panel_offset(const Panels& panels, int64_t p, int64_t k) {
+  return p * panels.vectors * LANES<O> * units<O>(k) * Product<O>::depth;
+}
+
+// LANES units adjacent in k, of one row; n numbers are there.
+template <class O, class S>
+RNNFAST_INLINE typename Product<O>::Unit units_along(const S* p, int64_t n) {
+  if constexpr (Product<O>::depth == 1) {
+    return load(p, int(min64(n, LANES<O>)));
+  } else {
+    typename Product<O>::Unit v{};
+    if (n >= LANES<O> * 2)
+      std::memcpy(&v, p, sizeof v);
+    else
+      std::memcpy(&v, p, size_t(n) * sizeof(S));
+    return v;
+  }
+}
+
+// One unit of each of n adjacent columns; rows[0], rows[1].. are adjacent in k, null where there is no such k.
+template <class O, class S>
+RNNFAST_INLINE typename Product<O>::Unit units_across(const S* const* rows, int64_t column, int n) {
+  if constexpr (Product<O>::depth == 1) {
+    return rows[0] ? load(rows[0] + column, n) : typename Product<O>::Unit{};
+  } else {
+    const F32 low = rows[0] ? load(rows[0] + column, n) : F32{}, high = rows[1] ? load(rows[1] + column, n) : F32{};
+    return (F32)((U32)high | (U32)low >> 16);
+  }
+}
+
+// Transposes a square of lanes.
+#if defined(__GNUC__) && !defined(__clang__)
+template <class V>
+RNNFAST_INLINE void transpose(V* rows) {
+  constexpr int N = sizeof(V) / sizeof(rows[0][0]);
+  using Index = decltype(rows[0] < rows[0]);
+#pragma GCC unroll 4
+  for (int d = N / 2; d > 0; d /= 2) {
+    Index low{}, high{};
+    for (int e = 0; e < N; ++e) {
+      low[e] = e & d ? N + e - d : e;
+      high[e] = e & d ? N + e : e + d;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) {
+      if (i & d) continue;
+      const V x = rows[i], y = rows[i | d];
+      rows[i] = __builtin_shuffle(x, y, low);
+      rows[i | d] = __builtin_shuffle(x, y, high);
+    }
+  }
+}
+#else
+template <class V>
+RNNFAST_INLINE void transpose(V* rows) {
+  constexpr int N = sizeof(V) / sizeof(rows[0][0]);
+  for (int i = 0; i < N; ++i)
+    for (int j = 0; j < i; ++j) {
+      const auto x = rows[i][j];
+      rows[i][j] = rows[j][i];
+      rows[j][i] = x;
+    }
+}
+#endif
+
+// Packs vector c of a panel from a matrix stored column after column: column e of the vector is columns[e][0..k), or
+// zero where columns[e] is null.
+template <class O, class S>
+void pack_columns(O* panel, int width, int c, const S* const* columns, int64_t k) {
+  using Unit = typename Product<O>::Unit;
+  constexpr int V = LANES<O>, depth = Product<O>::depth;
+  for (int64_t u = 0; u < units<O>(k); u += V) {
+    Unit block[V];
+    for (int e = 0; e < V; ++e)
+      block[e] = columns[e] ? units_along<O>(columns[e] + u * depth, k - u * depth) : Unit{};
+    transpose(block);
+    for (int i = 0; i < V && u + i < units<O>(k); ++i)
+      std::memcpy(panel + ((u + i) * width + c) * V * depth, &block[i], sizeof(Unit));
+  }
+}
+
+// Packs a panel from a matrix stored row after row: row(k) points at row k, of which columns first.. are taken and
+// `columns` exist.
+template <class O, class Row>
+void pack_rows(O* panel, int width, Row row, int64_t k, int64_t first, int64_t columns) {
+  constexpr int V = LANES<O>, depth = Product<O>::depth;
+  for (int64_t u = 0; u < units<O>(k); ++u) {
+    decltype(row(0)) rows[2] = {row(u * depth), depth == 2 && u * 2 + 1 < k ? row(u * 2 + 1) : nullptr};
+    for (int c = 0; c < width; ++c) {
+      const int64_t column = first + c * V, n = min64(V, columns - column);
+      typename Product<O>::Unit unit{};
+      if (n > 0) unit = units_across<O>(rows, column, int(n));
+      std::memcpy(panel + (u * width + c) * V * depth, &unit, sizeof unit);
+    }
+  }
+}
+
+// The transpose of rows row(0..k) as operand a: column first + m becomes out[m * stride + 0..k), padded with zeros to
+// whole vectors of units; `columns` of them.
+template <class O, class Row>
+void pack_transposed(O* out, int64_t stride, Row row, int64_t k, int64_t first, int64_t columns) {
+  using Unit = typename Product<O>::Unit;
+  constexpr int V = LANES<O>, depth = Product<O>::depth;
+  for (int64_t u = 0; u < units<O>(k); u += V) {
+    for (int64_t m = 0; m < columns; m += V) {
+      const int n = int(min64(V, columns - m));
+      Unit block[V];
+      for (int i = 0; i < V; ++i) {
+        const int64_t at = (u + i) * depth;
+        decltype(row(0)) rows[2] = {at < k ? row(at) : nullptr, depth == 2 && at + 1 < k ? row(at + 1) : nullptr};
+        block[i] = rows[0] ? units_across<O>(rows, first + m, n) : Unit{};
+      }
+      transpose(block);
+      for (int e = 0; e < n; ++e) std::memcpy(out + (m + e) * stride + u * depth, &block[e], sizeof(Unit));
+    }
+  }
+}
+
+}  // namespace rnnfast::RNNFAST_ISA

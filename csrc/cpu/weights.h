@@ -1,0 +1,256 @@
+// What follows the backward scan and is parallel in time: the gradients of the input, the weights and the biases.
+#pragma once
+
+#include "backward.h"
+
+namespace rnnfast::RNNFAST_ISA {
+
+// Work is cut into tasks that threads take as they come free. A task owns its part of a result and adds up rows in their
+// order in memory, so the result depends neither on who ran it nor on the number of threads.
+template <class S, class O>
+class WeightGradients {
+  using T = typename Product<O>::T;
+  static constexpr int V = LANES<O>;
+  static constexpr int64_t K_BLOCK = 256;     // rows of the batch that are packed at a time
+  static constexpr int64_t INPUT_ROWS = 48;   // rows of d_input in a task
+  static constexpr int64_t BIAS_COLUMNS = 64, ID_COLUMNS = 64;
+
+  const BackwardArgs& x;
+  const ScanShape& s;
+  const Gradients<S, O>& d;
+  const int threads;
+  const int64_t gate_rows;
+  const Panels inputs, states, units_;
+  int64_t block_rows;    // rows of a weight's gradient in a task
+  O* w_ih = nullptr;     // packed: d_gates_x w_ih
+
+  struct Kind {
+    int64_t tasks;
+    void (WeightGradients::*run)(int64_t task, char* local) const;
+  };
+  Kind kinds[6];
+
+ public:
+  WeightGradients(const BackwardArgs& args, const Gradients<S, O>& gradients, int how_many)
+      : x(args),
+        s(args.shape),
+        d(gradients),
+        threads(how_many),
+        gate_rows(s.gates() * s.hidden),
+        inputs(plain_panels(s.input, V)),
+        states(plain_panels(s.state, V)),
+        units_(plain_panels(s.hidden, V)) {
+    block_rows = min64(96, round_up(ceil_div(gate_rows, threads), V));
+    const int64_t blocks = ceil_div(gate_rows, block_rows);
+    kinds[0] = {x.d_input ? ceil_div(s.rows, INPUT_ROWS) : 0, &WeightGradients::input_gradient};
+    kinds[1] = {x.d_w_hh ? s.lanes * blocks : 0, &WeightGradients::w_hh_gradient};
+    kinds[2] = {x.d_w_ih && !s.ids ? s.lanes * blocks : 0, &WeightGradients::w_ih_gradient};
+    kinds[3] = {x.d_w_ih && s.ids ? s.lanes * ceil_div(gate_rows, ID_COLUMNS) : 0, &WeightGradients::w_ids_gradient};
+    kinds[4] = {x.d_w_hr ? s.lanes * ceil_div(s.state, block_rows) : 0, &WeightGradients::w_hr_gradient};
+    kinds[5] = {x.d_b_ih ? s.lanes * ceil_div(gate_rows, BIAS_COLUMNS) : 0, &WeightGradients::bias_gradient};
+  }
+
+  void carve(Carver& carver) {
+    if (x.d_input) w_ih = carver.take<O>(s.lanes * packed_size<O>(inputs, gate_rows));
+  }
+  size_t local_bytes() const {
+    Carver carver(nullptr);
+    ProductBuffers(*this, carver);
+    Carver other(nullptr);
+    other.take<T>(s.ids ? s.input * ID_COLUMNS : 0);
+    other.take<T>(BIAS_COLUMNS);
+    other.take<T>(MAX_ROWS * MAX_VECTORS * V);
+    return carver.used() > other.used() ? carver.used() : other.used();
+  }
+  void pack(int thread, int n) const {
+    if (!w_ih) return;
+    for (int64_t i = thread; i < s.lanes * inputs.count(); i += n) {
+      const int64_t lane = i / inputs.count(), p = i % inputs.count();
+      pack_rows<O>(
+          w_ih + lane * packed_size<O>(inputs, gate_rows) + panel_offset<O>(inputs, p, gate_rows), inputs.width(p),
+          [&](int64_t k) { return at<S>(x.w_ih, (lane * gate_rows + d.weight_row_x(k)) * s.input); }, gate_rows,
+          p * inputs.vectors * V, s.input);
+    }
+  }
+  int64_t tasks() const {
+    int64_t n = 0;
+    for (const Kind& kind : kinds) n += kind.tasks;
+    return n;
+  }
+  void run(int64_t task, char* local) const {
+    for (const Kind& kind : kinds) {
+      if (task < kind.tasks) return (this->*kind.run)(task, local);
+      task -= kind.tasks;
+    }
+  }
+
+ private:
+  struct ProductBuffers {
+    O *a, *w;
+    T* sums;
+    int64_t a_stride, sums_stride;
+    ProductBuffers(const WeightGradients& of, Carver& carver) {
+      a_stride = round_up(K_BLOCK, V * Product<O>::depth);
+      sums_stride = max64(max64(of.inputs.total_vectors, of.states.total_vectors), of.units_.total_vectors) * V;
+      a = carver.take<O>(of.block_rows * a_stride);
+      w = carver.take<O>(K_BLOCK * MAX_VECTORS * V);
+      sums = carver.take<T>(of.block_rows * sums_stride);
+    }
+  };
+
+  // out[m, :] = sum over rows k of a(k)[column(m)] w(k)[:], for m in [first, end). column is contiguous but at `jump`.
+  template <class A, class Column, class W>
+  void product(const Panels& panels, int64_t columns, int64_t first, int64_t end, A a, Column column, int64_t jump, W w,
+               S* out, char* local) const {
+    Carver carver(local);
+    const ProductBuffers buffers(*this, carver);
+    const int64_t m_rows = end - first;
+    std::memset(buffers.sums, 0, size_t(m_rows * buffers.sums_stride) * sizeof(T));
+    for (int64_t k0 = 0; k0 < s.rows; k0 += K_BLOCK) {
+      const int64_t k = min64(K_BLOCK, s.rows - k0);
+      const auto a_row = [&](int64_t i) { return a(k0 + i); };
+      const int64_t cut = max64(first, min64(jump, end));
+      if (first < cut) pack_transposed<O>(buffers.a, buffers.a_stride, a_row, k, column(first), cut - first);
+      if (cut < end)
+        pack_transposed<O>(buffers.a + (cut - first) * buffers.a_stride, buffers.a_stride, a_row, k, column(cut), end - cut);
+      using W_row = decltype(w(int64_t(0)));
+      W_row w_rows[K_BLOCK];
+      for (int64_t i = 0; i < k; ++i) w_rows[i] = w(k0 + i);
+      for (int64_t p = 0; p < panels.count(); ++p) {
+        const int width = panels.width(p);
+        const int64_t at_column = p * panels.vectors * V;
+        pack_rows<O>(buffers.w, width, [&](int64_t i) { return w_rows[i]; }, k, at_column, columns);
+        for_tiles(m_rows, width, [&](int64_t m, int count) {
+          const O* rows[MAX_ROWS];
+          const T* start[MAX_ROWS];
+          for (int r = 0; r < count; ++r) {
+            rows[r] = buffers.a + (m + r) * buffers.a_stride;
+            start[r] = buffers.sums + (m + r) * buffers.sums_stride;
+          }
+          tile_function<O>(count, width)(units<O>(k), rows, buffers.w, start, at_column, nullptr,
+                                         buffers.sums + m * buffers.sums_stride + at_column, buffers.sums_stride);
+        });
+      }
+    }
+    for (int64_t m = 0; m < m_rows; ++m) convert_row(out + m * columns, buffers.sums + m * buffers.sums_stride, columns);
+  }
+
+  void w_hh_gradient(int64_t task, char* local) const {
+    const int64_t blocks = ceil_div(gate_rows, block_rows), lane = task / blocks, first = task % blocks * block_rows;
+    int64_t t = 0;
+    const auto state_before = [&](int64_t row) {
+      if (!s.batch_sizes) {
+        t = row / s.batch;
+      } else {
+        if (row < s.offset_at(t)) t = 0;
+        while (row >= s.offset_at(t) + s.size_at(t)) ++t;
+      }
+      const int64_t b = row - s.offset_at(t), before = row_before(s, lane, t, b);
+      return before >= 0 ? at<S>(x.output, (before * s.lanes + lane) * s.state)
+                         : at<S>(x.h_0, (lane * s.batch + b) * s.state);
+    };
+    product(states, s.state, first, min64(first + block_rows, gate_rows), [&](int64_t row) { return d.gates_h(lane, row); },
+            [](int64_t m) { return m; }, gate_rows, state_before, at<S>(x.d_w_hh, (lane * gate_rows + first) * s.state),
+            local);
+  }
+
+  void w_ih_gradient(int64_t task, char* local) const {
+    const int64_t blocks = ceil_div(gate_rows, block_rows), lane = task / blocks, first = task % blocks * block_rows;
+    product(inputs, s.input, first, min64(first + block_rows, gate_rows), [&](int64_t row) { return d.gates_x(lane, row); },
+            [&](int64_t m) { return d.column_x(m); }, s.cell == Cell::gru ? 2 * s.hidden : gate_rows,
+            [&](int64_t row) { return at<S>(x.input, row * s.input); },
+            at<S>(x.d_w_ih, (lane * gate_rows + first) * s.input), local);
+  }
+
+  void w_hr_gradient(int64_t task, char* local) const {
+    const int64_t blocks = ceil_div(s.state, block_rows), lane = task / blocks, first = task % blocks * block_rows;
+    product(units_, s.hidden, first, min64(first + block_rows, s.state),
+            [&](int64_t row) { return static_cast<const O*>(d.state + (lane * s.rows + row) * d.state_stride); },
+            [](int64_t m) { return m; }, s.state,
+            [&](int64_t row) {
+              return static_cast<const O*>(d.unprojected + (lane * s.rows + row) * d.hidden_stride);
+            },
+            at<S>(x.d_w_hr, (lane * s.state + first) * s.hidden), local);
+  }
+
+  // A segment sum over ids, transposed on the way out.
+  void w_ids_gradient(int64_t task, char* local) const {
+    const int64_t blocks = ceil_div(gate_rows, ID_COLUMNS), lane = task / blocks, first = task % blocks * ID_COLUMNS;
+    const int64_t n = min64(ID_COLUMNS, gate_rows - first);
+    T* sums = reinterpret_cast<T*>(local);
+    std::memset(sums, 0, size_t(s.input * ID_COLUMNS) * sizeof(T));
+    const int64_t* ids = at<int64_t>(x.input, 0);
+    for (int64_t row = 0; row < s.rows; ++row) add_columns(sums + ids[row] * ID_COLUMNS, lane, row, first, n);
+    for (int64_t m = 0; m < n; ++m) {
+      S* out = at<S>(x.d_w_ih, (lane * gate_rows + first + m) * s.input);
+      for (int64_t id = 0; id < s.input; ++id) store_one(out + id, sums[id * ID_COLUMNS + m]);
+    }
+  }
+
+  // sums[m] += d_gates_x[row, column_x(first + m)]
+  void add_columns(T* sums, int64_t lane, int64_t row, int64_t first, int64_t n) const {
+    const O* gates = d.gates_x(lane, row);
+    for (int64_t m = 0; m < n;) {
+      const int64_t boundary = s.cell == Cell::gru && first + m < 2 * s.hidden ? 2 * s.hidden : gate_rows;
+      const int count = int(min64(V, min64(n - m, boundary - first - m)));
+      const auto sum = load(sums + m, count) + load(gates + d.column_x(first + m), count);
+      store(sums + m, sum, count);
+      m += count;
+    }
+  }
+
+  void bias_gradient(int64_t task, char* local) const {
+    const int64_t blocks = ceil_div(gate_rows, BIAS_COLUMNS), lane = task / blocks, first = task % blocks * BIAS_COLUMNS;
+    const int64_t n = min64(BIAS_COLUMNS, gate_rows - first), at_ = lane * gate_rows + first;
+    T* sums = reinterpret_cast<T*>(local);
+    std::memset(sums, 0, BIAS_COLUMNS * sizeof(T));
+    for (int64_t row = 0; row < s.rows; ++row) add_columns(sums, lane, row, first, n);
+    convert_row(at<S>(x.d_b_ih, at_), sums, n);
+    if (s.cell == Cell::gru) {
+      std::memset(sums, 0, BIAS_COLUMNS * sizeof(T));
+      for (int64_t row = 0; row < s.rows; ++row) {
+        const O* gates = d.gates_h(lane, row) + first;
+        for (int64_t m = 0; m < n; m += V) {
+          const int count = int(min64(V, n - m));
+          store(sums + m, load(sums + m, count) + load(gates + m, count), count);
+        }
+      }
+    }
+    convert_row(at<S>(x.d_b_hh, at_), sums, n);
+  }
+
+  // Adds over the lanes in their order, in the accumulators.
+  void input_gradient(int64_t task, char* local) const {
+    const int64_t first = task * INPUT_ROWS, n = min64(INPUT_ROWS, s.rows - first);
+    T* sums = reinterpret_cast<T*>(local);
+    for (int64_t p = 0; p < inputs.count(); ++p) {
+      const int width = inputs.width(p);
+      for_tiles(n, width, [&](int64_t row, int count) {
+        row += first;
+        std::memset(sums, 0, sizeof(T) * size_t(count) * width * V);
+        const O* a[MAX_ROWS];
+        const T* start[MAX_ROWS];
+        for (int r = 0; r < count; ++r) start[r] = sums + r * width * V;
+        for (int64_t lane = 0; lane < s.lanes; ++lane) {
+          for (int r = 0; r < count; ++r) a[r] = d.gates_x(lane, row + r);
+          const O* w = w_ih + lane * packed_size<O>(inputs, gate_rows) + panel_offset<O>(inputs, p, gate_rows);
+          tile_function<O>(count, width)(units<O>(gate_rows), a, w, start, 0, nullptr, sums, width * V);
+        }
+        for (int r = 0; r < count; ++r) {
+          const int64_t column = p * inputs.vectors * V;
+          convert_row(at<S>(x.d_input, (row + r) * s.input + column), sums + r * width * V,
+                      min64(width * V, s.input - column));
+        }
+      });
+    }
+  }
+
+  static void store_one(S* to, T value) {
+    if constexpr (sizeof(S) == sizeof(T))
+      *to = value;
+    else
+      store(to, splat(value), 1);
+  }
+};
+
+}  // namespace rnnfast::RNNFAST_ISA
