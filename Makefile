@@ -1,0 +1,33 @@
+# make demo: environment, install, train on The Time Machine, print generated text.   make test: the test suite.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml setup.py requirements-dev.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
+
+.PHONY: demo test lint format clean
+
+demo: $(VENV)/installed
+	$(BIN)/rnnfast train --out runs/demo --overwrite
+	$(BIN)/rnnfast generate runs/demo --prefix "time traveller" --num-chars 200
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Without build isolation the compiled scan is built against the torch that it will run with.
+$(VENV)/installed: $(SOURCES)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info rnnfast/*.so
