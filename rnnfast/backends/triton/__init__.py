@@ -1,0 +1,53 @@
+"""The Triton backend: portable GPU kernels. Importing this package imports no Triton; `load()` does.
+
+Not yet run on a GPU: its kernels are checked in Triton's interpreter and compiled for sm_80 and sm_90 only.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+
+STATUS = "not yet run on a GPU"
+
+_library: torch.library.Library | None = None
+
+
+def interpreted() -> bool:
+    """True where Triton's interpreter is asked for: kernels then run on the CPU, slowly, for tests."""
+    return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on", "yes", "y")
+
+
+def why_not() -> str | None:
+    """Returns None where the backend can run, else the reason in one line."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton; Linux only)"
+    if not interpreted() and not torch.cuda.is_available():
+        return "no CUDA or ROCm device is visible to PyTorch"
+    return None
+
+
+def load() -> None:
+    """Registers the implementations of `rnnfast::scan_triton` and its backward; once is enough.
+
+    Raises RuntimeError where the backend cannot run.
+    """
+    global _library
+    if _library is not None:
+        return
+    reason = why_not()
+    if reason is not None:
+        raise RuntimeError(f"the triton backend is not available: {reason}")
+    from rnnfast.backends.triton import launch
+
+    if interpreted():
+        from rnnfast.backends.triton import interpreter
+
+        interpreter.repair()
+    library = torch.library.Library("rnnfast", "IMPL")
+    for key in ("CUDA", "CPU") if interpreted() else ("CUDA",):
+        library.impl("scan_triton", launch.forward, key)
+        library.impl("scan_triton_backward", launch.backward, key)
+    _library = library

@@ -1,0 +1,76 @@
+"""How the scan kernels address memory: the rows of a step, the gates' inputs, and what the backward reads.
+
+Rows are time-major, as in `PackedSequence.data`; row numbers are 64-bit. Optional pointers are None, which a kernel
+sees while it is compiled.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def step_rows(t, T, B, offsets):
+    """First row and number of rows of step t; a step outside 0..T-1 has none."""
+    inside = (t >= 0) & (t < T)
+    if offsets is not None:
+        start = tl.load(offsets + t, mask=inside, other=0)
+        end = tl.load(offsets + t + 1, mask=inside, other=0)
+        return start, (end - start).to(tl.int32)
+    else:
+        return t.to(tl.int64) * B, tl.where(inside, B, 0)
+
+
+@triton.jit
+def load_gates(base, rows, valid, ids, stride, unit, H, GATES: tl.constexpr):
+    """The gates' input pre-activations of some rows: rows of gx, or for token ids rows of the table w_ih^T + b_ih."""
+    if ids is not None:
+        rows = tl.load(ids + rows, mask=valid, other=0)
+    x = ()
+    for g in tl.static_range(GATES):
+        at = base + (rows * stride)[:, None] + (g * H + unit)[None, :]
+        x = x + (tl.load(at, mask=valid[:, None] & (unit < H)[None, :], other=0.0).to(tl.float32),)
+    return x
+
+
+@triton.jit
+def load_step(
+    tape,
+    output,
+    d_output,
+    row,
+    unit,
+    start,
+    size,
+    start_before,
+    size_before,
+    h_first,
+    c_first,
+    H,
+    output_stride,
+    TAPE: tl.constexpr,
+):
+    """What the backward of one step reads: tape, output, its gradient, and the states before, all in float32."""
+    in_units = (unit < H)[None, :]
+    valid = (row < size)[:, None] & in_units
+    at = (start + row)[:, None]
+    saved = ()
+    for s in tl.static_range(TAPE):
+        saved_at = tape + at * TAPE * H + (s * H + unit)[None, :]
+        saved = saved + (tl.load(saved_at, mask=valid, other=0.0).to(tl.float32),)
+    h_after = tl.load(output + at * output_stride + unit[None, :], mask=valid, other=0.0).to(tl.float32)
+    d_h = tl.zeros_like(h_after)
+    if d_output is not None:
+        d_h = tl.load(d_output + at * output_stride + unit[None, :], mask=valid, other=0.0).to(tl.float32)
+
+    # A row whose sequence begins at this step was preceded by its initial state.
+    continued = (row < size_before)[:, None] & in_units
+    at_before = (start_before + row)[:, None]
+    h_before = tl.load(output + at_before * output_stride + unit[None, :], mask=continued, other=0.0).to(tl.float32)
+    h_before = tl.where(continued, h_before, h_first)
+    c_before = h_before
+    if c_first is not None:
+        # The cell state is the tape's last value.
+        c_at = tape + at_before * TAPE * H + ((TAPE - 1) * H + unit)[None, :]
+        c_before = tl.load(c_at, mask=continued, other=0.0).to(tl.float32)
+        c_before = tl.where(continued, c_before, c_first)
+    return saved, h_after, d_h, h_before, c_before

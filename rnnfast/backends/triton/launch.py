@@ -1,0 +1,276 @@
+"""The scan on Triton, as torch calls it: all that is parallel in time in torch, and the launch of the scan kernel."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from rnnfast.backends.triton import block, cells, step
+from rnnfast.backends.triton.plan import Plan, plan, unsupported
+from rnnfast.cells import CELLS
+
+
+class _Walk(NamedTuple):
+    """The extent of a scan, as the kernels take it."""
+
+    steps: int
+    batch: int
+    lanes: int
+    rows: int
+    hidden: int
+    bidirectional: int
+    offsets: Tensor | None
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """T, B, D, N, H, bidirectional."""
+        return (self.steps, self.batch, self.lanes, self.rows, self.hidden, self.bidirectional)
+
+
+def _walk(h_0: Tensor, rows: int, batch_sizes: Tensor | None, bidirectional: bool) -> _Walk:
+    lanes, batch, hidden = h_0.shape
+    if batch_sizes is None:
+        return _Walk(rows // batch, batch, lanes, rows, hidden, int(bidirectional), None)
+    offsets = torch.zeros(len(batch_sizes) + 1, dtype=torch.int64, pin_memory=h_0.is_cuda)
+    torch.cumsum(batch_sizes, 0, out=offsets[1:])
+    offsets = offsets.to(h_0.device, non_blocking=True)
+    return _Walk(len(batch_sizes), batch, lanes, rows, hidden, int(bidirectional), offsets)
+
+
+def forward(
+    input: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    h_0: Tensor,
+    c_0: Tensor | None,
+    batch_sizes: Tensor | None,
+    cell: str,
+    bidirectional: bool,
+    save_tape: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Implements `rnnfast::scan_triton`; shapes are those of `rnnfast.scan.scan`."""
+    _require_supported(cell, h_0.dtype, w_hr)
+    lanes, batch, hidden = h_0.shape
+    rows = input.shape[0]
+    gates, values = CELLS[cell].gates, CELLS[cell].tape
+    output = h_0.new_empty(rows, lanes * hidden)
+    h_n = torch.empty_like(h_0)
+    c_n = None if c_0 is None else torch.empty_like(c_0)
+    tape = h_0.new_empty(lanes, rows, values * hidden) if save_tape else None
+    if rows == 0:
+        h_n.copy_(h_0)
+        if c_0 is not None and c_n is not None:
+            c_n.copy_(c_0)
+    else:
+        gx, ids = _gate_inputs(input, w_ih, b_ih)
+        walk = _walk(h_0, rows, batch_sizes, bidirectional)
+        tensors = (gx, ids, w_hh, b_hh, h_0, c_0, walk.offsets, output, h_n, c_n, tape if values else None)
+        how = plan(cell, hidden, h_0.dtype)
+        constants = {"CELL": cells.FORWARD[cell], "GATES": gates, "TAPE": values, **_constants(how)}
+        with _on_device_of(h_0):
+            if how.kernel == "block":
+                _launch_block(block.scan_forward, how, walk, tensors, constants)
+            else:
+                h_state = h_0.new_empty(2, *h_0.shape, dtype=torch.float32)
+                h_state[0] = h_0
+                c_state = None if c_0 is None else c_0.to(torch.float32, copy=True)
+                tensors = (*tensors, h_state, c_state)
+                _launch_steps(step.scan_forward, h_0.device, how, walk, walk.steps, tensors, constants)
+    empty = h_0.new_empty(0)
+    return output, h_n, empty if c_n is None else c_n, empty if tape is None else tape
+
+
+def backward(
+    d_output: Tensor | None,
+    d_h_n: Tensor | None,
+    d_c_n: Tensor | None,
+    input: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    h_0: Tensor,
+    c_0: Tensor | None,
+    batch_sizes: Tensor | None,
+    cell: str,
+    bidirectional: bool,
+    output: Tensor,
+    tape: Tensor,
+    need_input: bool,
+    need_weights: bool,
+) -> tuple[Tensor, ...]:
+    """Implements `rnnfast::scan_triton_backward`: what is absent or not needed is returned empty."""
+    _require_supported(cell, h_0.dtype, w_hr)
+    lanes, _, hidden = h_0.shape
+    rows = input.shape[0]
+    gates, values = CELLS[cell].gates, CELLS[cell].tape
+    d_gx = h_0.new_empty(rows, lanes * gates * hidden)
+    # The GRU's reset gate comes between n and its recurrent product, whose gradient therefore differs.
+    d_g_last = h_0.new_empty(rows, lanes * hidden) if cell == "gru" else None
+    d_h_n = torch.zeros_like(h_0) if d_h_n is None else d_h_n
+    d_h_0 = torch.empty_like(h_0)
+    d_c_0 = None
+    if c_0 is not None:
+        d_c_n = torch.zeros_like(c_0) if d_c_n is None else d_c_n
+        d_c_0 = torch.empty_like(c_0)
+
+    if rows == 0:
+        d_h_0.copy_(d_h_n)
+        if d_c_0 is not None and d_c_n is not None:
+            d_c_0.copy_(d_c_n)
+    else:
+        walk = _walk(h_0, rows, batch_sizes, bidirectional)
+        tensors = (d_output, d_h_n, d_c_n, w_hh, h_0, c_0, walk.offsets, output, tape, d_gx, d_g_last, d_h_0, d_c_0)
+        how = plan(cell, hidden, h_0.dtype)
+        constants = {"CELL": cells.BACKWARD[cell], "GATES": gates, "TAPE": values, **_constants(how)}
+        with _on_device_of(h_0):
+            if how.kernel == "block":
+                _launch_block(block.scan_backward, how, walk, tensors, constants)
+            else:
+                d_h_state = d_h_n.to(torch.float32, copy=True)
+                d_c_state = None if d_c_n is None else d_c_n.to(torch.float32, copy=True)
+                tensors = (*tensors, d_h_state, d_c_state)
+                _launch_steps(step.scan_backward, h_0.device, how, walk, walk.steps + 1, tensors, constants)
+
+    empty = h_0.new_empty(0)
+    gradients = [empty] * 6
+    if need_input and input.is_floating_point():
+        gradients[0] = d_gx @ w_ih.flatten(0, 1)
+    if need_weights:
+        h_before = _h_before(output, h_0, batch_sizes, bidirectional)
+        gradients[1] = _d_w_ih(d_gx, input, w_ih)
+        gradients[2] = _d_w_hh(d_gx, d_g_last, h_before)
+        if b_ih is not None:
+            gradients[3] = d_gx.sum(0).view_as(b_ih)
+            gradients[4] = gradients[3].clone()
+            if d_g_last is not None:
+                gradients[4].view(lanes, gates, hidden)[:, -1] = d_g_last.sum(0).view(lanes, hidden)
+    return (*gradients, d_h_0, empty if d_c_0 is None else d_c_0)
+
+
+# ---- before the scan -----------------------------------------------------------------------------------------------
+
+
+def _require_supported(cell: str, dtype: torch.dtype, w_hr: Tensor | None) -> None:
+    reason = unsupported(cell, dtype, w_hr is not None)
+    if reason is not None:
+        raise NotImplementedError(f"the triton backend {reason}; choose another backend")
+
+
+def _gate_inputs(input: Tensor, w_ih: Tensor, b_ih: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The rows the kernel adds to the recurrent product, lanes side by side in float32, and which row to take.
+
+    For token ids that is the table w_ih^T + b_ih and the ids, unless the table is larger than the rows it would serve.
+    """
+    weight = w_ih.flatten(0, 1)
+    if input.is_floating_point():
+        return _add_bias(_product(input, weight), b_ih), None
+    if weight.shape[1] <= len(input):
+        return _add_bias(weight.t().contiguous().float(), b_ih), input
+    return _add_bias(weight.t().index_select(0, input).float(), b_ih), None
+
+
+def _product(input: Tensor, weight: Tensor) -> Tensor:
+    """input weight^T in float32, without rounding half types on the way."""
+    if input.dtype is not torch.float32 and input.is_cuda:
+        return torch.mm(input, weight.t(), out_dtype=torch.float32)
+    return input.float() @ weight.float().t()
+
+
+def _add_bias(rows: Tensor, bias: Tensor | None) -> Tensor:
+    return rows if bias is None else rows.add_(bias.flatten())
+
+
+# ---- the scan ------------------------------------------------------------------------------------------------------
+
+
+def _on_device_of(tensor: Tensor) -> Any:
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def _constants(how: Plan) -> dict[str, Any]:
+    precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return {"PRECISION": precision, "num_warps": how.warps, "num_stages": how.stages, **how.tiles}
+
+
+def _launch_block(kernel: Any, how: Plan, walk: _Walk, tensors: Any, constants: dict[str, Any]) -> None:
+    grid = (triton.cdiv(walk.batch, how.rows), walk.lanes)
+    kernel[grid](*tensors, *walk.sizes, **constants)
+
+
+def _launch_steps(
+    kernel: Any, device: torch.device, how: Plan, walk: _Walk, steps: int, tensors: Any, constants: dict[str, Any]
+) -> None:
+    """One cooperative launch where all programs fit the device at once, else a launch for each step."""
+    grid = (triton.cdiv(walk.hidden, how.units), triton.cdiv(walk.batch, how.rows), walk.lanes)
+    programs = grid[0] * grid[1] * grid[2]
+    if device.type == "cuda" and programs <= torch.cuda.get_device_properties(device).multi_processor_count:
+        # One counter for each row tile of a lane, a cache line apart.
+        arrivals = torch.zeros(grid[1] * grid[2], 16, dtype=torch.int64, device=device)
+        kernel[grid](
+            *tensors, arrivals, 0, steps, *walk.sizes, **constants, SYNCHRONISE=True, launch_cooperative_grid=True
+        )
+        return
+    for i in range(steps):
+        kernel[grid](*tensors, None, i, i + 1, *walk.sizes, **constants, SYNCHRONISE=False)
+
+
+# ---- after the scan: products parallel in time ---------------------------------------------------------------------
+
+
+def _d_w_ih(d_gx: Tensor, input: Tensor, w_ih: Tensor) -> Tensor:
+    if input.is_floating_point():
+        return (d_gx.t() @ input).view_as(w_ih)
+    # The gradient of an embedding is a segment sum in a fixed order, unlike index_add_ on a GPU.
+    rows = d_gx if d_gx.is_cuda else d_gx.float()  # a GPU accumulates half types in float32, the CPU does not
+    by_id = torch.ops.aten.embedding_dense_backward(rows, input, w_ih.shape[2], -1, False)
+    return by_id.t().to(w_ih.dtype).contiguous().view_as(w_ih)
+
+
+def _d_w_hh(d_gx: Tensor, d_g_last: Tensor | None, h_before: list[Tensor]) -> Tensor:
+    lanes, hidden = len(h_before), h_before[0].shape[1]
+    d_w_hh = d_gx.new_empty(lanes, d_gx.shape[1] // lanes, hidden)
+    for d, h in enumerate(h_before):
+        d_gates = d_gx.unflatten(1, (lanes, -1))[:, d]
+        if d_g_last is None:
+            torch.mm(d_gates.t(), h, out=d_w_hh[d])
+        else:
+            torch.mm(d_gates[:, :-hidden].t(), h, out=d_w_hh[d, :-hidden])
+            torch.mm(d_g_last[:, d * hidden : (d + 1) * hidden].t(), h, out=d_w_hh[d, -hidden:])
+    return d_w_hh
+
+
+def _h_before(output: Tensor, h_0: Tensor, batch_sizes: Tensor | None, bidirectional: bool) -> list[Tensor]:
+    """For each lane the hidden state before every row, (N, H)."""
+    lanes, batch, hidden = h_0.shape
+    outputs = output.split(hidden, dim=1)
+    before = []
+    for d in range(lanes):
+        backwards = bidirectional and d % 2 == 1
+        if batch_sizes is None:
+            parts = (outputs[d][batch:], h_0[d]) if backwards else (h_0[d], outputs[d][:-batch])
+            before.append(torch.cat(parts) if len(output) else outputs[d])
+        else:
+            index = _rows_before(batch_sizes, backwards).to(output.device)
+            before.append(torch.cat((outputs[d], h_0[d])).index_select(0, index))
+    return before
+
+
+def _rows_before(batch_sizes: Tensor, backwards: bool) -> Tensor:
+    """Which row of (all rows, then the batch's initial states) comes before each row of a ragged batch."""
+    steps, rows = len(batch_sizes), int(batch_sizes.sum())
+    step = torch.repeat_interleave(torch.arange(steps), batch_sizes)
+    row = torch.arange(rows)
+    in_batch = row - (batch_sizes.cumsum(0) - batch_sizes)[step]
+    if backwards:
+        next_sizes = torch.cat((batch_sizes[1:], batch_sizes.new_zeros(1)))
+        return torch.where(in_batch < next_sizes[step], row + batch_sizes[step], rows + in_batch)
+    return torch.where(step > 0, row - batch_sizes[(step - 1).clamp(min=0)], rows + in_batch)

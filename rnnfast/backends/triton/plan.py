@@ -1,0 +1,61 @@
+"""Which kernel runs a layer, and in what tiles: a table by cell, hidden size and dtype.
+
+The batch size takes no part, so a row's result does not depend on the batch around it. The limits of the block scan
+are the sizes that compile without a spill for sm_80 and sm_90 (tests/triton/test_compile.py holds them to it); speed has
+not been measured on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Plan(NamedTuple):
+    """A kernel and its tiles.
+
+    `rows` and `units` of a program's tile, `warps` it runs on; `dot`: tl.dot (else multiply and sum, block scan only);
+    `depth`: how much of the inner dimension the step scan takes at a time; `stages` of its load pipeline.
+    """
+
+    kernel: str
+    rows: int
+    units: int
+    warps: int
+    dot: bool = True
+    depth: int = 0
+    stages: int = 1
+
+    @property
+    def tiles(self) -> dict[str, int | bool]:
+        tiles: dict[str, int | bool] = {"ROWS": self.rows, "UNITS": self.units}
+        return {**tiles, "DOT": self.dot} if self.kernel == "block" else {**tiles, "DEPTH": self.depth}
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def unsupported(cell: str, dtype: torch.dtype, projected: bool) -> str | None:
+    """Returns None for what this backend computes, else why not."""
+    if projected:
+        return "has no LSTM projection (proj_size)"
+    if dtype not in DTYPES:
+        return f"computes float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    return None
+
+
+# The largest padded H for which a program holds W_hh in registers in float32 (one batch row, multiply and sum), and
+# for half types the largest for which it holds it in shared memory (16 batch rows, tensor cores).
+IN_REGISTERS = {"rnn_tanh": 128, "rnn_relu": 128, "lstm": 64, "gru": 64}
+IN_SHARED_MEMORY = {"rnn_tanh": 256, "rnn_relu": 256, "lstm": 128, "gru": 128}
+
+
+def plan(cell: str, hidden: int, dtype: torch.dtype) -> Plan:
+    """Returns the kernel and tiles for a layer of `hidden` units."""
+    units = max(16, 1 << (hidden - 1).bit_length())
+    if units <= IN_REGISTERS[cell]:
+        return Plan("block", rows=1, units=units, warps=4 if units < 64 else 8, dot=False)
+    if dtype is not torch.float32 and units <= IN_SHARED_MEMORY[cell]:
+        return Plan("block", rows=16, units=units, warps=8)
+    return Plan("step", rows=16, units=16, warps=4, depth=32 if dtype is torch.float32 else 64, stages=3)

@@ -1,0 +1,255 @@
+"""The step-fused scan, for W_hh too large to stay in one program: recurrent product and gate math in one kernel.
+
+A program owns a block of units of a tile of batch rows, all gates, and runs the steps `first_step`..`last_step` - 1.
+The same kernel is launched in one of two ways:
+
+- once for all steps (SYNCHRONISE), where all programs fit the device at once (a cooperative launch): programs that
+  share a row tile wait for one another after each step, through a counter in global memory;
+- once a step, anywhere else: the launch order is the barrier. Triton's interpreter runs programs one after another, so
+  there this is the only way.
+
+The state passes between programs through global memory in float32.
+"""
+
+import triton
+import triton.language as tl
+
+from rnnfast.backends.triton.access import load_gates, load_step, step_rows
+
+
+@triton.jit
+def wait_for_peers(arrivals, expected):
+    """A barrier among the programs that share `arrivals`, a counter that only grows; `expected` is its next goal."""
+    tl.debug_barrier()
+    seen = tl.atomic_add(arrivals, 1, sem="acq_rel") + 1
+    while seen < expected:
+        seen = tl.atomic_add(arrivals, 0, sem="acquire")
+    tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["first_step", "last_step", "T", "B", "D", "N"])
+def scan_forward(
+    gx,
+    ids,
+    w_hh,
+    b_hh,
+    h_0,
+    c_0,
+    offsets,
+    output,
+    h_n,
+    c_n,
+    tape,
+    h_state,
+    c_state,
+    arrivals,
+    first_step,
+    last_step,
+    T,
+    B,
+    D,
+    N,
+    H,
+    bidirectional,
+    CELL: tl.constexpr,
+    GATES: tl.constexpr,
+    TAPE: tl.constexpr,
+    ROWS: tl.constexpr,
+    UNITS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SYNCHRONISE: tl.constexpr,
+):
+    """h_state (2, D, B, H) holds the states before even and odd steps, c_state (D, B, H) the cell state."""
+    lane = tl.program_id(2)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
+    in_units = unit < H
+    lane64 = lane.to(tl.int64)
+    backwards = bidirectional & (lane % 2)
+
+    b = ()
+    if b_hh is not None:
+        for g in tl.static_range(GATES):
+            b = b + (tl.load(b_hh + (lane * GATES + g) * H + unit, mask=in_units, other=0.0).to(tl.float32),)
+
+    state = (lane64 * B + row)[:, None] * H + unit[None, :]
+    in_batch = (row < B)[:, None] & in_units[None, :]
+    state_size = D.to(tl.int64) * B * H
+    w_hh += lane64 * GATES * H * H
+    gx += lane * GATES * H
+    gx_stride = D.to(tl.int64) * GATES * H
+    output += lane * H
+    if tape is not None:
+        tape += lane64 * N * TAPE * H
+
+    for i in range(first_step, last_step):
+        t = backwards * (T - 1) + i * (1 - 2 * backwards)
+        start, size = step_rows(t, T, B, offsets)
+        x = load_gates(gx, start + row, row < size, ids, gx_stride, unit, H, GATES)
+
+        # h is read past the first-level cache, which other programs' writes do not reach.
+        h_read = h_state + (i % 2) * state_size
+        h = tl.load(h_read + state, mask=in_batch, other=0.0, cache_modifier=".cg")
+        c = h
+        if c_0 is not None:
+            c = tl.load(c_state + state, mask=in_batch, other=0.0)
+
+        a = ()
+        for _ in tl.static_range(GATES):
+            a = a + (tl.zeros((ROWS, UNITS), tl.float32),)
+        for k_first in range(0, H, DEPTH):
+            k = k_first + tl.arange(0, DEPTH)
+            in_depth = k < H
+            h_at = h_read + (lane64 * B + row)[:, None] * H + k[None, :]
+            h_k = tl.load(h_at, mask=(row < B)[:, None] & in_depth[None, :], other=0.0, cache_modifier=".cg")
+            sums = ()
+            for g in tl.static_range(GATES):
+                w_at = w_hh + (g * H + unit)[None, :] * H + k[:, None]
+                w = tl.load(w_at, mask=in_depth[:, None] & in_units[None, :], other=0.0)
+                sums = sums + (tl.dot(h_k.to(w.dtype), w, acc=a[g], input_precision=PRECISION),)
+            a = sums
+        if b_hh is not None:
+            sums = ()
+            for g in tl.static_range(GATES):
+                sums = sums + (a[g] + b[g][None, :],)
+            a = sums
+
+        h_new, c_new, saved = CELL(x, a, h, c)
+        valid = (row < size)[:, None] & in_units[None, :]
+        h = tl.where(valid, h_new, h)
+        c = tl.where(valid, c_new, c)
+        tl.store(h_state + ((i + 1) % 2) * state_size + state, h, mask=in_batch)
+        if c_0 is not None:
+            tl.store(c_state + state, c, mask=in_batch)
+        at_row = (start + row)[:, None]
+        tl.store(output + at_row * D * H + unit[None, :], h.to(output.dtype.element_ty), mask=valid)
+        if tape is not None:
+            for s in tl.static_range(TAPE):
+                saved_at = tape + at_row * TAPE * H + (s * H + unit)[None, :]
+                tl.store(saved_at, saved[s].to(tape.dtype.element_ty), mask=valid)
+
+        last = in_batch & (i == T - 1)
+        tl.store(h_n + state, h.to(h_n.dtype.element_ty), mask=last)
+        if c_0 is not None:
+            tl.store(c_n + state, c.to(c_n.dtype.element_ty), mask=last)
+        if SYNCHRONISE:
+            tile = lane * tl.num_programs(1) + tl.program_id(1)
+            wait_for_peers(arrivals + tile * 16, (i + 1 - first_step).to(tl.int64) * tl.num_programs(0))
+
+
+@triton.jit(do_not_specialize=["first_step", "last_step", "T", "B", "D", "N"])
+def scan_backward(
+    d_output,
+    d_h_n,
+    d_c_n,
+    w_hh,
+    h_0,
+    c_0,
+    offsets,
+    output,
+    tape,
+    d_gx,
+    d_g_last,
+    d_h_0,
+    d_c_0,
+    d_h_state,
+    d_c_state,
+    arrivals,
+    first_step,
+    last_step,
+    T,
+    B,
+    D,
+    N,
+    H,
+    bidirectional,
+    CELL: tl.constexpr,
+    GATES: tl.constexpr,
+    TAPE: tl.constexpr,
+    ROWS: tl.constexpr,
+    UNITS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SYNCHRONISE: tl.constexpr,
+):
+    """Steps 0..T: step i adds to d_h what step i - 1's gates send back through W_hh, then runs the cell's backward.
+
+    Step T has no rows of its own and so leaves the gradient of the initial state. d_h_state (D, B, H) holds the part
+    of the gradient that does not pass through W_hh, d_c_state that of the cell state.
+    """
+    lane = tl.program_id(2)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
+    in_units = unit < H
+    lane64 = lane.to(tl.int64)
+    backwards = bidirectional & (lane % 2)
+
+    state = (lane64 * B + row)[:, None] * H + unit[None, :]
+    in_batch = (row < B)[:, None] & in_units[None, :]
+    h_first = tl.load(h_0 + state, mask=in_batch, other=0.0).to(tl.float32)
+    c_first = None
+    if c_0 is not None:
+        c_first = tl.load(c_0 + state, mask=in_batch, other=0.0).to(tl.float32)
+
+    stride = D.to(tl.int64) * H
+    output += lane * H
+    if d_output is not None:
+        d_output += lane * H
+    d_gx += lane * GATES * H
+    if d_g_last is not None:
+        d_g_last += lane * H
+    tape += lane64 * N * TAPE * H
+    w_hh += lane64 * GATES * H * H
+
+    direction = 1 - 2 * backwards
+    for i in range(first_step, last_step):
+        t = (1 - backwards) * (T - 1) - i * direction
+        start, size = step_rows(t, T, B, offsets)
+        start_before, size_before = step_rows(t - direction, T, B, offsets)
+        start_done, size_done = step_rows(t + direction, T, B, offsets)
+        saved, h_after, d_out, h_before, c_before = load_step(
+            tape, output, d_output, row, unit, start, size, start_before, size_before, h_first, c_first, H, stride,
+            TAPE,
+        )  # fmt: skip
+
+        d_h = tl.load(d_h_state + state, mask=in_batch, other=0.0)
+        for g in tl.static_range(GATES):
+            if g == GATES - 1 and d_g_last is not None:
+                d_done = d_g_last + (start_done + row)[:, None] * stride
+            else:
+                d_done = d_gx + (start_done + row)[:, None] * stride * GATES + g * H
+            for k_first in range(0, H, DEPTH):
+                k = k_first + tl.arange(0, DEPTH)
+                in_depth = k < H
+                d_mask = (row < size_done)[:, None] & in_depth[None, :]
+                d_k = tl.load(d_done + k[None, :], mask=d_mask, other=0.0, cache_modifier=".cg")
+                w_at = w_hh + (g * H + k)[:, None] * H + unit[None, :]
+                w = tl.load(w_at, mask=in_depth[:, None] & in_units[None, :], other=0.0)
+                d_h = tl.dot(d_k, w, acc=d_h, input_precision=PRECISION)
+
+        d_c = d_h
+        if c_0 is not None:
+            d_c = tl.load(d_c_state + state, mask=in_batch, other=0.0)
+        d_x, d_g, d_direct, d_c_before = CELL(d_h + d_out, d_c, saved, h_after, h_before, c_before)
+        valid = (row < size)[:, None] & in_units[None, :]
+        at_row = (start + row)[:, None]
+        for g in tl.static_range(GATES):
+            d_at = d_gx + at_row * stride * GATES + (g * H + unit)[None, :]
+            tl.store(d_at, d_x[g].to(d_gx.dtype.element_ty), mask=valid)
+        if d_g_last is not None:
+            d_last_at = d_g_last + at_row * stride + unit[None, :]
+            tl.store(d_last_at, d_g[GATES - 1].to(d_gx.dtype.element_ty), mask=valid)
+        d_h = tl.where(valid, d_direct, d_h)
+        d_c = tl.where(valid, d_c_before, d_c)
+        tl.store(d_h_state + state, d_h, mask=in_batch)
+        if c_0 is not None:
+            tl.store(d_c_state + state, d_c, mask=in_batch)
+
+        last = in_batch & (i == T)
+        tl.store(d_h_0 + state, d_h.to(d_h_0.dtype.element_ty), mask=last)
+        if c_0 is not None:
+            tl.store(d_c_0 + state, d_c.to(d_c_0.dtype.element_ty), mask=last)
+        if SYNCHRONISE:
+            tile = lane * tl.num_programs(1) + tl.program_id(1)
+            wait_for_peers(arrivals + tile * 16, (i + 1 - first_step).to(tl.int64) * tl.num_programs(0))
