@@ -194,7 +194,7 @@ def _check(
     """Raises the one clear error that a mistaken call deserves, before any kernel reads a wrong address."""
     w_ih, w_hh, *_ = weights[0]
     token_ids = not input.is_floating_point()
-    if input.is_complex() or input.dtype == torch.bool:
+    if token_ids and (input.is_complex() or input.dtype == torch.bool):
         raise RuntimeError(f"input must be floating, or integer token ids, got {input.dtype}")
     dims = 3 - token_ids - (batch_sizes is not None)
     if input.dim() != dims:
@@ -202,25 +202,28 @@ def _check(
     if input.shape[0] == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     if len(weights) % directions:
-        raise ValueError(
-            f"weights must hold one entry a layer and direction, got {len(weights)} for {directions} directions"
-        )
-    given = {"input": None if token_ids else input, "h_0": h_0, "c_0": c_0, "w_hh": w_hh}
-    for name, tensor in given.items():
-        if tensor is not None and tensor.dtype != w_ih.dtype:
-            raise RuntimeError(f"{name} has dtype {tensor.dtype}, the weights have {w_ih.dtype}; convert one of them")
-    for name, tensor in (given | {"input": input}).items():
-        if tensor is not None and tensor.device != w_ih.device:
-            raise RuntimeError(f"{name} is on {tensor.device}, the weights are on {w_ih.device}; move one of them")
-    if not token_ids and input.shape[-1] != w_ih.shape[1]:
-        raise RuntimeError(f"input has {input.shape[-1]} features, w_ih takes {w_ih.shape[1]}")
+        raise ValueError(f"weights must hold one entry a layer and direction, got {len(weights)}, an odd number")
     batch = int(batch_sizes[0]) if batch_sizes is not None else input.shape[1]
-    hidden = w_hh.shape[0] // CELLS[cell].gates
-    for name, tensor, columns in (("h_0", h_0, w_hh.shape[1]), ("c_0", c_0, hidden)):
-        expected = (len(weights), batch, columns)
-        if tensor is not None and tuple(tensor.shape) != expected:
-            raise RuntimeError(f"{name} must have shape {expected}, got {tuple(tensor.shape)}")
-    if token_ids and input.device.type == "cpu" and input.numel() and not torch.compiler.is_compiling():
+    _check_state("h_0", h_0, w_hh, (len(weights), batch, w_hh.shape[1]))
+    if c_0 is not None:
+        _check_state("c_0", c_0, w_hh, (len(weights), batch, w_hh.shape[0] // CELLS[cell].gates))
+    if input.device != w_hh.device:
+        raise RuntimeError(f"input is on {input.device}, the weights are on {w_hh.device}; move one of them")
+    if not token_ids:
+        if input.dtype != w_ih.dtype:
+            raise RuntimeError(f"input has dtype {input.dtype}, the weights have {w_ih.dtype}; convert one of them")
+        if input.shape[-1] != w_ih.shape[1]:
+            raise RuntimeError(f"input has {input.shape[-1]} features, w_ih takes {w_ih.shape[1]}")
+    elif input.device.type == "cpu" and input.numel() and not torch.compiler.is_compiling():
         low, high = (int(bound) for bound in input.aminmax())
         if low < 0 or high >= w_ih.shape[1]:
             raise IndexError(f"token ids must be in [0, {w_ih.shape[1]}), got {low if low < 0 else high}")
+
+
+def _check_state(name: str, state: Tensor, w_hh: Tensor, shape: tuple[int, int, int]) -> None:
+    if state.shape != shape:
+        raise RuntimeError(f"{name} must have shape {shape}, got {tuple(state.shape)}")
+    if state.dtype != w_hh.dtype:
+        raise RuntimeError(f"{name} has dtype {state.dtype}, the weights have {w_hh.dtype}; convert one of them")
+    if state.device != w_hh.device:
+        raise RuntimeError(f"{name} is on {state.device}, the weights are on {w_hh.device}; move one of them")

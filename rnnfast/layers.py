@@ -106,6 +106,13 @@ class _DropIn(nn.RNNBase):
             backend=self.backend,
         )
 
+    def _weights_have_changed(self) -> bool:
+        # torch.nn's own test, reached only where one of the weights is not the parameter it was.
+        names_and_weights = zip(self._flat_weights_names, self._flat_weights, strict=True)
+        if all(self._parameters.get(name) is weight for name, weight in names_and_weights):
+            return False
+        return bool(super()._weights_have_changed())
+
     def _function(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
         raise NotImplementedError  # each layer names its function in rnnfast.functional
 
