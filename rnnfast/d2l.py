@@ -291,18 +291,13 @@ def train_ch8(
     use_random_iter: bool = False,
 ) -> None:
     """Train with SGD, printing a prediction every ten epochs, and perplexity and speed at the end."""
-    updater: torch.optim.Optimizer | Callable[..., Any]
-    if isinstance(net, nn.Module):
-        updater = torch.optim.SGD(net.parameters(), lr)
-    else:
-        updater = partial(sgd, net.params, lr)
+    updater = torch.optim.SGD(net.parameters(), lr) if isinstance(net, nn.Module) else partial(sgd, net.params, lr)
     perplexity = speed = math.nan
     for epoch in range(num_epochs):
         perplexity, speed = train_epoch_ch8(net, train_iter, nn.CrossEntropyLoss(), updater, device, use_random_iter)
         if (epoch + 1) % 10 == 0:
-            print(
-                f"epoch {epoch + 1}, perplexity {perplexity:.1f}: {predict_ch8('time traveller', 50, net, vocab, device)}"
-            )
+            text = predict_ch8("time traveller", 50, net, vocab, device)
+            print(f"epoch {epoch + 1}, perplexity {perplexity:.1f}: {text}")
     print(f"perplexity {perplexity:.1f}, {speed:.1f} tokens/sec on {device}")
     print(predict_ch8("time traveller", 50, net, vocab, device))
     print(predict_ch8("traveller", 50, net, vocab, device))

@@ -65,14 +65,9 @@ def load(path: Path | str) -> Checkpoint:
     path = find(path)
     try:
         with path.open("rb") as file:
-            magic = file.read(4)
+            start = file.read(4)
     except OSError as error:
         raise UserError(f"cannot read the checkpoint {path}: {reason(error)}") from error
-    if magic == b"PK\x03\x04" or magic[:1] == b"\x80":
-        raise UserError(
-            f"{path} is a pickle (torch.save) file, which can run code when it is loaded; "
-            "rnnfast opens only the safetensors checkpoints that `rnnfast train` writes"
-        )
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -81,6 +76,11 @@ def load(path: Path | str) -> Checkpoint:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
             checkpoint = Checkpoint(**header, tensors=tensors)
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        if start == b"PK\x03\x04" or start[:1] == b"\x80":
+            raise UserError(
+                f"{path} is a pickle (torch.save) file, which can run code when it is loaded; "
+                "rnnfast opens only the safetensors checkpoints that `rnnfast train` writes"
+            ) from error
         raise UserError(f"{path} is truncated or damaged ({error}): train again, or take another copy") from error
     if not isinstance(checkpoint.config, dict) or not isinstance(checkpoint.progress, dict):
         raise UserError(f"{path} is damaged (its header is not what rnnfast writes): take another copy")

@@ -111,20 +111,29 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def build_model(config: TrainConfig, vocab_size: int) -> nn.Module:
-    """The model of a configuration, on the current default device, its start drawn from torch's global generator."""
-    if config.scratch:
-        return RNNLMScratch(vocab_size, config.hidden_size, backend=config.backend)
-    return RNNLM(
-        vocab_size,
-        config.cell,
-        config.hidden_size,
-        config.num_layers,
-        dropout=config.dropout,
-        embedding_size=config.embedding_size,
-        tie_weights=config.tie_weights,
-        bidirectional=config.bidirectional,
-        backend=config.backend,
-    )
+    """The model of a configuration, on the current default device, its start drawn from torch's global generator.
+
+    Raises:
+        UserError: it does not fit into memory.
+    """
+    try:
+        if config.scratch:
+            return RNNLMScratch(vocab_size, config.hidden_size, backend=config.backend)
+        return RNNLM(
+            vocab_size,
+            config.cell,
+            config.hidden_size,
+            config.num_layers,
+            dropout=config.dropout,
+            embedding_size=config.embedding_size,
+            tie_weights=config.tie_weights,
+            bidirectional=config.bidirectional,
+            backend=config.backend,
+        )
+    except RuntimeError as error:
+        raise UserError(
+            f"the model cannot be built ({str(error).splitlines()[0]}): try a smaller --hidden-size"
+        ) from error
 
 
 def check_backend(name: str, device: torch.device) -> None:

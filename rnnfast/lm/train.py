@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -297,6 +298,12 @@ class TrainResult:
     records: list[dict[str, Any]] = field(repr=False)
 
 
+def _print(line: str) -> None:
+    """Print above the progress bar, and at once where the output is a file or a pipe."""
+    tqdm.write(line)
+    sys.stdout.flush()
+
+
 # What may differ between a checkpoint and the run that goes on from it.
 CHANGEABLE = {"corpus", "epochs", "device", "backend", "prefix", "sample_every", "save_every"}
 
@@ -307,7 +314,7 @@ def train(
     *,
     resume: bool = False,
     overwrite: bool = False,
-    report: Callable[[str], None] = tqdm.write,
+    report: Callable[[str], None] = _print,
 ) -> TrainResult:
     """Train a model as `config` says.
 

@@ -1,0 +1,182 @@
+"""Checkpoints: what is written comes back, and nothing else is opened."""
+
+import errno
+import json
+import os
+import pickle
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+
+from rnnfast.lm import TrainConfig, UserError, load_model, train
+from rnnfast.lm.checkpoint import FILE_NAME, load
+
+CONFIG = TrainConfig(corpus="pydoc", max_tokens=500, hidden_size=8, batch_size=4, steps=10, epochs=1, sample_every=0)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    train(CONFIG, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def rewrite(path: Path, metadata: dict[str, str | None], **tensors: torch.Tensor) -> None:
+    """The same checkpoint with other metadata (None: without that entry) and tensors."""
+    with safetensors.safe_open(path, "pt") as file:
+        old = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        new = {key: value for key, value in (file.metadata() | metadata).items() if value is not None}
+    path.write_bytes(safetensors.torch.save(old | tensors, new))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"scratch": True},
+        {"cell": "lstm", "num_layers": 2},
+        {"cell": "gru", "embedding_size": 8, "tie_weights": True},
+        {"bidirectional": True},
+    ],
+    ids=str,
+)
+def test_a_model_comes_back(settings: dict[str, Any], tmp_path: Path) -> None:
+    result = train(replace(CONFIG, **settings), tmp_path)
+    before = torch.get_rng_state()
+    for path in (tmp_path, str(tmp_path / FILE_NAME)):
+        model, vocab, config, progress = load_model(path)
+        assert {k: v.tolist() for k, v in model.state_dict().items()} == {
+            k: v.tolist() for k, v in result.model.state_dict().items()
+        }
+        assert vocab.idx_to_token == result.vocab.idx_to_token
+        assert config == result.config
+        assert progress["epoch"] == 1
+        assert not model.training
+    assert torch.equal(before, torch.get_rng_state())
+    if settings.get("tie_weights"):
+        assert model.head.weight is model.embedding.weight
+
+
+def test_it_is_plain_safetensors_with_a_json_header(run: Path) -> None:
+    with safetensors.safe_open(run / FILE_NAME, "pt") as file:
+        assert json.loads(file.metadata()["config"])["hidden_size"] == 8
+        assert file.get_tensor("model.rnn.weight_hh_l0").shape == (8, 8)
+
+
+def test_missing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot read the checkpoint .*No such file"):
+        load(tmp_path / "nothing")
+    with pytest.raises(UserError, match=FILE_NAME):
+        load(tmp_path)  # a folder without one
+
+
+@pytest.mark.parametrize("share", [0.0, 0.0005, 0.1, 0.5, 0.99])
+def test_truncated(run: Path, share: float) -> None:
+    path = run / FILE_NAME
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(UserError, match="truncated or damaged"):
+        load_model(run)
+
+
+def test_another_format_version(run: Path) -> None:
+    rewrite(run / FILE_NAME, {"version": "99"})
+    with pytest.raises(UserError, match="format version 99, this rnnfast reads version 1"):
+        load_model(run)
+
+
+def test_a_stranger(tmp_path: Path) -> None:
+    safetensors.torch.save_file({"w": torch.ones(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="no rnnfast checkpoint"):
+        load_model(tmp_path / "model.safetensors")
+
+
+class Payload:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize("kind", ["pickle", "old pickle", "torch", "torch, legacy"])
+def test_pickled_code_is_never_executed(kind: str, tmp_path: Path) -> None:
+    path, witness = tmp_path / FILE_NAME, tmp_path / "executed"
+    if kind == "pickle":
+        path.write_bytes(pickle.dumps(Payload(witness)))
+    elif kind == "old pickle":
+        path.write_bytes(pickle.dumps(Payload(witness), protocol=0))
+    else:
+        torch.save(Payload(witness), path, _use_new_zipfile_serialization=kind == "torch")
+    with pytest.raises(UserError, match="truncated or damaged" if kind == "old pickle" else "pickle"):
+        load_model(tmp_path)
+    assert not witness.exists()
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"config": "{"}, "damaged"),
+        ({"config": "[]"}, "damaged"),
+        ({"config": "{}"}, "settings"),
+        ({"config": None}, "damaged"),
+        ({"vocab": '["<unk>", 3]'}, "vocabulary"),
+        ({"vocab": '["<unk>"]'}, "does not fit"),
+        ({"progress": "3"}, "damaged"),
+    ],
+)
+def test_damaged_headers(run: Path, metadata: dict[str, str | None], message: str) -> None:
+    rewrite(run / FILE_NAME, metadata)
+    with pytest.raises(UserError, match=message):
+        load_model(run)
+
+
+def test_settings_from_elsewhere_are_checked(run: Path) -> None:
+    config = json.loads((run / "config.json").read_text())
+    for changed in ({"hidden_size": 10**12}, {"num_layers": "8"}, {"cell": "cnn"}, {"dropout": None}):
+        rewrite(run / FILE_NAME, {"config": json.dumps(config | changed)})
+        with pytest.raises(UserError, match=r"cannot be built|settings"):
+            load_model(run)
+
+
+def test_tensors_that_do_not_fit(run: Path) -> None:
+    rewrite(run / FILE_NAME, {}, **{"model.head.bias": torch.zeros(3)})
+    with pytest.raises(UserError, match=r"shape of head\.bias"):
+        load_model(run)
+    rewrite(run / FILE_NAME, {}, **{"model.more": torch.zeros(3)})
+    with pytest.raises(UserError, match="more"):
+        load_model(run)
+
+
+def test_damaged_progress_does_not_resume(run: Path) -> None:
+    rewrite(run / FILE_NAME, {"progress": "{}"})
+    with pytest.raises(UserError, match="cannot be resumed"):
+        train(replace(CONFIG, epochs=2), run, resume=True)
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_a_full_disk_keeps_the_previous_checkpoint(run: Path, failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    saved = load(run)
+    saved.config["hidden_size"] = 99
+
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, failing, full)
+        with pytest.raises(UserError, match=r"No space left on device .*still the previous one"):
+            saved.save(run / FILE_NAME)
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+    saved.save(run / FILE_NAME)
+    assert load(run).config["hidden_size"] == 99
+
+
+def test_files_have_the_users_permissions(run: Path) -> None:
+    (run / "plain").touch()
+    assert (run / FILE_NAME).stat().st_mode == (run / "plain").stat().st_mode

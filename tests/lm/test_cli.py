@@ -1,0 +1,272 @@
+"""The command line: what it prints, and one clear line for bad input."""
+
+import errno
+import io
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import rnnfast
+from rnnfast.cli import main
+from rnnfast.lm.checkpoint import FILE_NAME, Checkpoint, load
+
+TINY = ["--corpus", "pydoc", "--max-tokens", "500", "--hidden-size", "8", "--batch-size", "4", "--steps", "10"]
+TRAIN = ["train", *TINY, "--epochs", "1"]
+
+
+@pytest.fixture
+def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    """The folder of a small trained model."""
+    assert main([*TRAIN, "--out", str(tmp_path / "run")]) == 0
+    capsys.readouterr()
+    return tmp_path / "run"
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The one line on stderr of a command that fails."""
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("rnnfast: error: ")
+    return lines[0]
+
+
+# What works
+
+
+def test_train_generate_info(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert {path.name for path in run.iterdir()} == {FILE_NAME, "config.json", "log.jsonl", "perplexity.png"}
+    assert main(["generate", str(run), "--prefix", "the", "--num-chars", "20"]) == 0
+    greedy = capsys.readouterr().out
+    assert greedy.startswith("the")
+    assert len(greedy) == 3 + 20 + 1
+    sampled = ["generate", str(run), "--temperature", "1", "--top-k", "9", "--top-p", "0.9", "--seed", "5"]
+    assert main(sampled) == main(sampled) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second
+    assert len(first) == len("time traveller") + 50
+    assert main(["info", str(run)]) == 0
+    info = capsys.readouterr().out
+    assert "rnn.weight_hh_l0" in info
+    assert "8x8" in info
+    assert f"{28 * 8 + 8 * 8 + 2 * 8 + 28 * 8 + 28:,}" in info  # the total
+    assert "1 epochs, 480 tokens" in info
+    assert "hidden_size=8" in info
+
+
+def test_info_lists_the_backends(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert torch.__version__ in out
+    assert str(rnnfast.backends()) in out
+
+
+def test_help_names_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["train", "--help"])
+    assert exit.value.code == 0
+    out = capsys.readouterr().out
+    for flag in ("--cell {rnn,rnn_relu,lstm,gru}", "--hidden-size", "--batch-size", "--steps", "--lr", "--config"):
+        assert flag in out
+
+
+def test_a_config_file_sets_defaults_and_flags_override(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("cell: gru\nhidden_size: 12\nscratch: false\nembedding_size: 5\nepochs: 7\n")
+    argv = ["train", "--config", str(config), *TINY, "--epochs", "1", "--out"]
+    assert main([*argv, str(tmp_path / "run")]) == 0
+    saved = load(tmp_path / "run").config
+    expected = {"cell": "gru", "hidden_size": 8, "embedding_size": 5, "epochs": 1}
+    assert {key: saved[key] for key in expected} == expected
+    # The config.json of a run is a config file, too.
+    again = ["train", "--config", str(tmp_path / "run" / "config.json"), "--out", str(tmp_path / "again")]
+    assert main(again) == 0
+    assert load(tmp_path / "again").config == saved
+    config.write_text("hidden: 12\n")
+    assert "hidden" in refused(capsys, "train", "--config", str(config))
+    config.write_text("hidden_size: many\n")
+    assert "--hidden-size" in refused(capsys, "train", "--config", str(config))
+
+
+def test_resume_takes_the_runs_own_settings(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--resume", str(run), "--epochs", "3"]) == 0
+    assert load(run).progress["epoch"] == 3
+    assert "finished its 3 epochs" in refused(capsys, "train", "--resume", str(run))
+    assert "--hidden-size" in refused(capsys, "train", "--resume", str(run), "--hidden-size", "9", "--epochs", "9")
+
+
+def test_unnamed_runs_get_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(TRAIN) == main(TRAIN) == 0
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"pydoc-rnn", "pydoc-rnn-2"}
+
+
+def test_without_the_time_machine_the_builtin_text_is_used_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("RNNFAST_DATA", raising=False)
+    argv = ["train", *TINY[2:], "--epochs", "1", "--out", str(tmp_path)]
+    assert main(argv) == 0
+    assert "Going on with the built-in text" in capsys.readouterr().err
+    assert load(tmp_path).config["corpus"] == "pydoc"
+    error = refused(capsys, *argv, "--overwrite", "--corpus", "timemachine")
+    assert "could not be downloaded" in error
+    assert "RNNFAST_DATA" in error
+
+
+def test_unknown_characters_are_taken_as_unk_and_named_once(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", str(run), "--prefix", "Töö Time", "--num-chars", "5"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith("Töö Time")
+    assert captured.err.splitlines() == [
+        "rnnfast: the model does not know 'T', 'ö' of the prefix, and takes <unk> instead"
+    ]
+
+
+# What does not
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file"),
+        (b"", "is empty"),
+        (b"\x89PNG\r\n\x1a\n\0\0", "binary"),
+        (b"caf\xe9", "not UTF-8"),
+        (b"too short", "--batch-size or --steps"),
+    ],
+)
+def test_bad_texts(content: bytes | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "text.txt"
+    if content is not None:
+        text.write_bytes(content)
+    assert message in refused(capsys, "train", "--corpus", str(text), "--out", str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_empty_prefix(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "prefix is empty" in refused(capsys, "generate", str(run), "--prefix", "")
+    assert "prefix is empty" in refused(capsys, *TRAIN, "--prefix", "", "--out", str(run / "new"))
+
+
+@pytest.mark.parametrize("verb", ["generate", "info"])
+def test_bad_checkpoints(verb: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = run / FILE_NAME
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert "truncated" in refused(capsys, verb, str(run))
+    path.write_bytes(whole.replace(b'"version":"1"', b'"version":"2"'))
+    assert "format version 2" in refused(capsys, verb, str(run))
+    buffer = io.BytesIO()
+    torch.save({"weight": torch.ones(3)}, buffer)
+    for pickled in (buffer.getvalue(), pickle.dumps([1, 2])):
+        path.write_bytes(pickled)
+        assert "pickle" in refused(capsys, verb, str(run))
+    path.unlink()
+    assert "No such file" in refused(capsys, verb, str(run))
+
+
+def test_unwritable_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert "cannot write" in refused(capsys, *TRAIN, "--out", str(tmp_path / "file" / "run"))
+
+
+def test_full_disk(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (run / FILE_NAME).read_bytes()
+    original = Checkpoint.save
+
+    def save(self: Checkpoint, path: Path) -> None:
+        def full(descriptor: int) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            original(self, path)
+
+    monkeypatch.setattr(Checkpoint, "save", save)
+    error = refused(capsys, "train", "--resume", str(run), "--epochs", "2")
+    assert "No space left on device" in error
+    assert "still the previous one" in error
+    assert (run / FILE_NAME).read_bytes() == before
+
+
+def test_bidirectional_models_do_not_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*TRAIN, "--bidirectional", "--sample-every", "1", "--out", str(tmp_path)]) == 0
+    assert "perplexity says nothing" in capsys.readouterr().err
+    assert "backward direction" in refused(capsys, "generate", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "train,generate,info"),
+        (["fly"], "fly"),
+        (["train", "--fly"], "--fly"),
+        (["train", "--cell", "cnn"], "--cell"),
+        (["train", "--epochs", "some"], "--epochs: Expected a int"),
+        (["train", "--lr", "-1"], "--lr must be a positive number"),
+        (["train", "--config", "/nowhere.yaml"], "/nowhere.yaml"),
+        (["train", "--backend", "magic"], "magic"),
+        (["train", "--device", "abacus"], "--device abacus"),
+        (["train", "--resume", "/nowhere"], "No such file"),
+        (["train", "--tie-weights"], "--embedding-size 512"),
+        (["generate"], "checkpoint"),
+        (["generate", "/nowhere"], "No such file"),
+    ],
+)
+def test_bad_arguments(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if argv[:1] == ["train"]:
+        argv = [*argv, "--corpus", "pydoc"]
+    assert message in refused(capsys, *argv)
+
+
+# In a process of its own
+
+
+def command(*argv: str) -> list[str]:
+    return [sys.executable, "-m", "rnnfast", *argv]
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupting_saves_and_resumes(signum: int, status: int, tmp_path: Path) -> None:
+    argv = command("train", *TINY, "--epochs", "1000000", "--sample-every", "1", "--out", str(tmp_path))
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()  # the first epoch is done
+    process.send_signal(signum)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert err.splitlines() == [line for line in err.splitlines() if "--resume" in line and "interrupted" in line]
+    assert len(err.splitlines()) == 1
+    epoch = load(tmp_path).progress["epoch"]
+    assert epoch >= 1
+    assert main(["train", "--resume", str(tmp_path), "--epochs", str(epoch + 2)]) == 0
+
+
+def test_a_reader_that_goes_is_no_error(run: Path) -> None:
+    process = subprocess.Popen(
+        command("generate", str(run), "--num-chars", "100000"), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0
+    assert process.stderr is not None
+    assert process.stderr.read() == b""
+    process.stderr.close()
+
+
+def test_the_core_imports_nothing_of_the_pipeline() -> None:
+    code = "import sys, torch; before = set(sys.modules); import rnnfast; print(*set(sys.modules) - before)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    imported = set(done.stdout.split())
+    assert "rnnfast.scan" in imported
+    heavy = {"tqdm", "safetensors", "jsonargparse", "matplotlib", "rnnfast.lm", "rnnfast.cli", "rnnfast.d2l"}
+    assert not imported & heavy

@@ -1,0 +1,202 @@
+"""Corpora, vocabulary and batches."""
+
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from rnnfast.lm import Batches, UserError, Vocab, data, load_corpus, random_batches, sequential_batches
+
+needs_time_machine = pytest.mark.skipif(not os.environ.get("RNNFAST_DATA"), reason="RNNFAST_DATA is not set")
+
+
+@needs_time_machine
+def test_time_machine_is_d2ls() -> None:
+    corpus = load_corpus("timemachine")
+    assert len(corpus.train) == 170_580
+    assert corpus.vocab.idx_to_token[:8] == ["<unk>", " ", "e", "t", "a", "i", "n", "o"]
+    assert len(corpus.vocab) == 28
+    lines = data.clean_lines(data.time_machine())
+    assert len(lines) == 3221
+    assert lines[0] == "the time machine by h g wells"
+    assert "".join(corpus.vocab.to_tokens(corpus.train[:29])) == lines[0]
+
+
+@needs_time_machine
+def test_time_machine_words_and_max_tokens() -> None:
+    words = load_corpus("timemachine", tokens="word")
+    assert len(words.train) == 32_775
+    assert words.vocab.idx_to_token[:4] == ["<unk>", "the", "i", "and"]
+    assert len(load_corpus("timemachine", max_tokens=10_000).train) == 10_000
+
+
+def test_cleaning_keeps_letters_only() -> None:
+    assert data.clean_lines("The Time-Machine, 1895!\n\n  É  a ") == ["the time machine", "", "a"]
+    assert data.tokenize("Ab c\nD") == "ab cd"
+    assert data.tokenize("Ab, c\nD", "word") == ["ab", "c", "d"]
+    assert data.tokenize("Ab, c\nD", raw=True) == "Ab, c\nD"
+    assert data.tokenize("Ab, c\nD", "word", raw=True) == ["Ab,", "c", "D"]
+
+
+def test_builtin_text_is_prose() -> None:
+    text = data.builtin_text()
+    assert len(text) > 50_000
+    assert "::=" not in text
+    assert ">>>" not in text
+    corpus = load_corpus("pydoc")
+    assert len(corpus.vocab) == 28
+    assert corpus.vocab.idx_to_token[1:3] == [" ", "e"]
+
+
+def test_no_name_falls_back_and_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("RNNFAST_DATA", raising=False)
+    assert load_corpus().name == "pydoc"
+    assert "built-in text" in capsys.readouterr().err
+
+
+def test_a_corpus_asked_for_by_name_is_never_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RNNFAST_DATA", raising=False)
+    with pytest.raises(UserError, match="could not be downloaded"):
+        load_corpus("timemachine")
+
+
+@pytest.mark.parametrize("name", [None, "timemachine"])
+def test_wrong_text_in_the_data_folder_is_an_error(
+    name: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "timemachine.txt").write_text("not the time machine")
+    monkeypatch.setenv("RNNFAST_DATA", str(tmp_path))
+    with pytest.raises(UserError, match="sha1"):
+        load_corpus(name)
+
+
+def test_download_is_checked_kept_and_read_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    text = b"a small time machine\n" * 9
+    calls: list[str] = []
+
+    def download(url: str) -> bytes:
+        calls.append(url)
+        return text
+
+    monkeypatch.delenv("RNNFAST_DATA", raising=False)
+    monkeypatch.setattr(data, "_download", download)
+    with pytest.raises(data.TextUnavailable, match="sha1 differs"):
+        data.time_machine()
+    assert not (tmp_path / "cache" / "timemachine.txt").exists()
+    monkeypatch.setattr(data, "TIME_MACHINE_SHA1", hashlib.sha1(text).hexdigest())
+    assert data.time_machine() == text.decode()
+    assert data.time_machine() == text.decode()
+    assert len(calls) == 2  # the second time it came from the cache
+    (tmp_path / "cache" / "timemachine.txt").write_bytes(text[:50])
+    assert data.time_machine() == text.decode()
+    assert len(calls) == 3  # a damaged cache is replaced
+
+
+def test_a_cache_that_cannot_be_written_is_no_obstacle(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.delenv("RNNFAST_DATA", raising=False)
+    monkeypatch.setenv("RNNFAST_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(data, "_download", lambda url: b"x")
+    monkeypatch.setattr(data, "TIME_MACHINE_SHA1", hashlib.sha1(b"x").hexdigest())
+    assert data.time_machine() == "x"
+    assert "not kept" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file"),
+        (b"", "empty"),
+        (b" \n\n", "empty"),
+        (b"\x7fELF\0\0\1", "binary"),
+        ("café".encode("latin1"), "not UTF-8"),
+        (b"1234 5678", "no letters"),
+    ],
+)
+def test_bad_files_get_one_clear_line(content: bytes | None, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        load_corpus(str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_is_no_text(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="directory"):
+        load_corpus(str(tmp_path))
+
+
+def test_user_file_with_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_bytes("\ufeffHé!".encode())
+    corpus = load_corpus(str(tmp_path / "text.txt"), raw=True)
+    assert corpus.vocab.to_tokens(corpus.train) == ["H", "é", "!"]
+
+
+def test_validation_is_the_end_of_the_text() -> None:
+    whole = load_corpus("pydoc", max_tokens=1000)
+    split = load_corpus("pydoc", max_tokens=1000, validation=0.1)
+    assert (len(split.train), len(split.validation)) == (900, 100)
+    assert torch.equal(torch.cat([split.train, split.validation]), whole.train)
+    assert len(whole.validation) == 0
+
+
+def test_vocab_orders_by_frequency_and_first_appearance() -> None:
+    vocab = Vocab(["b", "a", "c", "a", "d", "d"], min_freq=1, reserved_tokens=["<pad>"])
+    assert vocab.idx_to_token == ["<unk>", "<pad>", "a", "d", "b", "c"]
+    assert vocab.token_freqs[:2] == [("a", 2), ("d", 2)]
+    assert vocab[["a", "zebra"]] == [2, 0]
+    assert vocab["<pad>"] == 1
+    assert vocab.to_tokens([2, 0]) == ["a", "<unk>"]
+    assert vocab.to_tokens(torch.tensor([3])) == ["d"]
+    assert len(Vocab(["b", "a", "a"], min_freq=2)) == 2
+    assert Vocab([["a", "b"], [], ["b"]]).idx_to_token == ["<unk>", "b", "a"]
+    assert Vocab([[], ["x"]]).idx_to_token == ["<unk>", "x"]
+    assert Vocab().idx_to_token == ["<unk>"]
+    assert Vocab.from_list(vocab.idx_to_token).token_to_idx == vocab.token_to_idx
+
+
+def test_sequential_batches_go_on_where_the_last_ended() -> None:
+    x, y = sequential_batches(torch.arange(35), batch_size=2, num_steps=5, offset=3)
+    assert x.shape == (3, 5, 2)
+    assert x.is_contiguous()
+    assert y.is_contiguous()
+    assert torch.equal(y, x + 1)
+    assert x[0, :, 0].tolist() == [3, 4, 5, 6, 7]
+    assert x[1, :, 0].tolist() == [8, 9, 10, 11, 12]
+    assert x[0, 0, 1] == 3 + 15  # the second row starts at half of the 31 usable tokens
+
+
+def test_random_batches_cover_every_piece_once() -> None:
+    order = torch.randperm(6, generator=torch.Generator().manual_seed(0))
+    x, y = random_batches(torch.arange(35), batch_size=2, num_steps=5, offset=1, order=order)
+    assert x.shape == (3, 5, 2)
+    assert x[0].is_contiguous()
+    assert torch.equal(y, x + 1)
+    assert sorted(x[:, 0].flatten().tolist()) == [1, 6, 11, 16, 21, 26]
+    assert x[:, 0].flatten().tolist() == (1 + 5 * order).tolist()
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_batches_draw_anew_and_reproducibly(shuffle: bool) -> None:
+    def epochs() -> list[torch.Tensor]:
+        batches = Batches(torch.arange(1000), 4, 7, shuffle, torch.Generator().manual_seed(1))
+        return [batches.epoch()[0] for _ in range(3)]
+
+    first, again = epochs(), epochs()
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0], first[1])
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_shortest_text_has_a_batch_behind_every_offset(shuffle: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    batches = Batches(torch.arange(4 * 7 + 7 + 1), 4, 7, shuffle, generator)
+    assert all(len(batches.epoch()[0]) == 1 for _ in range(50))
+    assert len(batches) == 1
+    with pytest.raises(UserError, match=r"35 tokens.*needs 36"):
+        Batches(torch.arange(35), 4, 7, shuffle, generator)

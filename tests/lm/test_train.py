@@ -1,0 +1,234 @@
+"""Training: it learns, it is reproducible, and it resumes bit for bit."""
+
+import importlib
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from rnnfast.lm import Interrupted, TrainConfig, UserError, train, train_step
+from rnnfast.lm.config import build_model
+from rnnfast.lm.train import learning_rate_factor
+
+train_module = importlib.import_module("rnnfast.lm.train")
+SMALL = TrainConfig(corpus="pydoc", max_tokens=1500, hidden_size=16, batch_size=4, steps=10, epochs=4, sample_every=0)
+
+# Every part of a run's state is in at least one of these.
+RUNS = {
+    "scratch": replace(SMALL, scratch=True),
+    "lstm, sequential": replace(SMALL, cell="lstm"),
+    "gru, random batches": replace(SMALL, cell="gru", random_batches=True),
+    "adamw, cosine, dropout, layers, validation": replace(
+        SMALL,
+        cell="gru",
+        num_layers=2,
+        dropout=0.3,
+        embedding_size=16,
+        tie_weights=True,
+        optimizer="adamw",
+        lr=0.01,
+        schedule="cosine",
+        warmup=5,
+        weight_decay=0.1,
+        validation=0.2,
+    ),
+    "words, raw": replace(SMALL, tokens="word", raw=True, min_freq=2, random_batches=True, prefix="the"),
+    "bidirectional": replace(SMALL, bidirectional=True),
+}
+runs = pytest.mark.parametrize("config", RUNS.values(), ids=RUNS.keys())
+
+
+def assert_same_parameters(a: nn.Module, b: nn.Module) -> None:
+    ours, theirs = dict(a.named_parameters()), dict(b.named_parameters())
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+def without_speed(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in record.items() if key != "tokens_per_second"} for record in records]
+
+
+@runs
+def test_a_seed_reproduces_a_run_exactly(config: TrainConfig) -> None:
+    first, again = train(config), train(config)
+    assert_same_parameters(first.model, again.model)
+    assert without_speed(first.records) == without_speed(again.records)
+    other = train(replace(config, seed=1))
+    assert other.perplexity != first.perplexity
+
+
+@runs
+def test_interrupted_anywhere_it_resumes_bit_for_bit(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = train(config, tmp_path / "straight")
+    assert len(straight.records) == 4
+    # Ctrl-C once in the middle of an epoch and once behind an epoch's last step.
+    num_steps = []
+
+    def interrupting(*args: Any) -> Any:
+        num_steps.append(1)
+        if len(num_steps) in (stop_at, 2 * stop_at):
+            os.kill(os.getpid(), signal.SIGINT)
+        return train_step(*args)
+
+    monkeypatch.setattr(train_module, "train_step", interrupting)
+    stop_at = 35
+    for resume in (False, True):
+        with pytest.raises(Interrupted, match="--resume") as caught:
+            train(config, tmp_path / "parts", resume=resume)
+        assert caught.value.signum == signal.SIGINT
+    parts = train(config, tmp_path / "parts", resume=True)
+    assert_same_parameters(straight.model, parts.model)
+    assert without_speed(straight.records) == without_speed(parts.records)
+    log = [json.loads(line) for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
+    assert without_speed(log) == without_speed(straight.records)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("name", ["scratch", "lstm, sequential", "gru, random batches"])
+def test_four_epochs_equal_two_and_two(name: str, tmp_path: Path) -> None:
+    config = RUNS[name]
+    straight = train(config)
+    train(replace(config, epochs=2), tmp_path)
+    resumed = train(config, tmp_path, resume=True)
+    assert_same_parameters(straight.model, resumed.model)
+    with pytest.raises(UserError, match="finished its 4 epochs"):
+        train(config, tmp_path, resume=True)
+
+
+def test_a_log_ahead_of_its_checkpoint_is_cut_back(tmp_path: Path) -> None:
+    train(replace(SMALL, epochs=2), tmp_path)
+    with (tmp_path / "log.jsonl").open("a") as file:  # as a crash behind epoch 3, before its checkpoint, leaves it
+        file.write('{"epoch": 3, "perplexity": 1.0}\n')
+    records = train(SMALL, tmp_path, resume=True).records
+    assert [record["epoch"] for record in records] == [1, 2, 3, 4]
+    assert records[2]["perplexity"] > 1.0
+
+
+def test_only_the_same_run_resumes(tmp_path: Path) -> None:
+    train(replace(SMALL, epochs=1), tmp_path)
+    with pytest.raises(UserError, match="--hidden-size, --lr"):
+        train(replace(SMALL, lr=0.5, hidden_size=8), tmp_path, resume=True)
+    text = tmp_path / "text.txt"
+    text.write_text("another text " * 500)
+    with pytest.raises(UserError, match="not the one this run was trained on"):
+        train(replace(SMALL, corpus=str(text)), tmp_path, resume=True)
+
+
+def test_a_run_is_not_replaced_unasked(tmp_path: Path) -> None:
+    train(replace(SMALL, epochs=1), tmp_path)
+    with pytest.raises(UserError, match="--overwrite"):
+        train(SMALL, tmp_path)
+    assert len(train(SMALL, tmp_path, overwrite=True).records) == 4
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        TrainConfig(scratch=True, hidden_size=64, epochs=60),
+        TrainConfig(cell="gru", hidden_size=32, epochs=30, optimizer="adamw", lr=0.02, schedule="cosine"),
+    ],
+    ids=["scratch", "gru, adamw"],
+)
+def test_it_learns(config: TrainConfig, time_machine: str, tmp_path: Path) -> None:
+    config = replace(config, corpus="timemachine", max_tokens=3000, batch_size=8, steps=20, sample_every=0)
+    result = train(config, tmp_path)
+    assert result.records[0]["perplexity"] > 15
+    assert result.perplexity < 9
+    assert (tmp_path / "perplexity.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "config.json").read_text())["hidden_size"] == config.hidden_size
+
+
+def test_validation_and_sample_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    result = train(replace(SMALL, epochs=2, sample_every=2, validation=0.2))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1
+    assert all(part in lines[0] for part in ("validation", "tokens/s", "time traveller"))
+    assert result.records[1]["sample"].startswith("time traveller")
+    assert all(record["validation_perplexity"] > 1 for record in result.records)
+
+
+def test_a_loss_that_is_not_finite_stops_with_what_to_try(tmp_path: Path) -> None:
+    config = replace(SMALL, cell="rnn_relu", lr=1e30, clip=1e30)
+    with pytest.raises(UserError, match=r"epoch 1: try a smaller --lr \(now 1e\+30\)"):
+        train(config, tmp_path)
+    assert not (tmp_path / "checkpoint.safetensors").exists()
+
+
+def test_train_step_is_the_chapters() -> None:
+    """Against clipping and SGD written out."""
+    torch.manual_seed(0)
+    model: Any = build_model(replace(SMALL, scratch=True), 28)
+    expected = build_model(replace(SMALL, scratch=True), 28)
+    expected.load_state_dict(model.state_dict())
+    ids = torch.randint(28, (11, 4))
+    with torch.no_grad():
+        for p, q in zip(model.parameters(), expected.parameters(), strict=True):
+            p *= 30  # large enough for a gradient above the norm
+            q *= 30
+    loss, state = train_step(model, torch.optim.SGD(model.parameters(), lr=0.7), ids[:-1], ids[1:], None, clip=0.01)
+    logits, _ = expected(ids[:-1])
+    expected_loss = -logits.log_softmax(-1).gather(-1, ids[1:, :, None]).mean()
+    gradients = torch.autograd.grad(expected_loss, list(expected.parameters()))
+    norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
+    assert norm > 0.01
+    torch.testing.assert_close(loss, expected_loss.detach())
+    assert not state.requires_grad
+    for p, q, g in zip(model.parameters(), expected.parameters(), gradients, strict=True):
+        torch.testing.assert_close(p.detach(), (q - 0.7 * g * (0.01 / norm)).detach())
+
+
+def test_learning_rates() -> None:
+    factor = learning_rate_factor(replace(SMALL, schedule="cosine", warmup=4), total_steps=104)
+    assert [factor(step) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert factor(54) == pytest.approx(0.5)
+    assert factor(104) == pytest.approx(0.0)
+    assert factor(200) == pytest.approx(0.0)
+    assert learning_rate_factor(SMALL, 100)(99) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"hidden_size": 0}, "--hidden-size must be at least 1"),
+        ({"lr": float("nan")}, "--lr must be a positive number"),
+        ({"clip": -1.0}, "--clip"),
+        ({"dropout": 1.0}, "--dropout"),
+        ({"validation": 1.0}, "--validation"),
+        ({"max_tokens": 0}, "--max-tokens"),
+        ({"scratch": True, "num_layers": 2}, "--scratch .* --num-layers"),
+    ],
+)
+def test_settings_outside_their_range(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        TrainConfig(**settings)
+
+
+def test_texts_that_are_too_short() -> None:
+    with pytest.raises(UserError, match=r"the text has 40 tokens.*needs 51"):
+        train(replace(SMALL, max_tokens=40))
+    with pytest.raises(UserError, match="the validation text has 15 tokens"):
+        train(replace(SMALL, validation=0.01))
+
+
+def test_without_matplotlib_it_says_so_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    train(replace(SMALL, epochs=1), tmp_path)
+    assert "rnnfast[plot]" in capsys.readouterr().err
+    assert not (tmp_path / "perplexity.png").exists()
+
+
+def test_the_defaults_are_the_chapters() -> None:
+    c = TrainConfig()
+    assert (c.cell, c.hidden_size, c.batch_size, c.steps, c.epochs) == ("rnn", 512, 32, 35, 500)
+    assert (c.optimizer, c.lr, c.schedule, c.clip, c.max_tokens) == ("sgd", 1.0, "constant", 1.0, 10_000)
