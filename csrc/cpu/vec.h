@@ -125,28 +125,32 @@ RNNFAST_INLINE void store(bf16* p, F32 v) {
   std::memcpy(p, &half, sizeof half);
 }
 
-// The first n lanes; the others are zero.
+// Kept out of line: only the last units of a row come here.
 template <class S>
-RNNFAST_INLINE Vec<Compute<S>> load(const S* p, int n) {
-  if (n >= Lanes<Compute<S>>::count) return load(p);
+__attribute__((noinline)) Vec<Compute<S>> load_part(const S* p, int n) {
   S lanes[Lanes<Compute<S>>::count] = {};
   for (int e = 0; e < n; ++e) lanes[e] = p[e];
   return load(lanes);
 }
 template <class S>
-RNNFAST_INLINE void store(S* p, Vec<Compute<S>> v, int n) {
-  if (n >= Lanes<Compute<S>>::count) return store(p, v);
+__attribute__((noinline)) void store_part(S* p, Vec<Compute<S>> v, int n) {
   S lanes[Lanes<Compute<S>>::count];
   store(lanes, v);
   for (int e = 0; e < n; ++e) p[e] = lanes[e];
 }
 
-#if defined(__AVX512F__)
-RNNFAST_INLINE F32 load(const float* p, int n) { return (F32)_mm512_maskz_loadu_ps(n >= 16 ? 0xffff : (1u << n) - 1, p); }
-RNNFAST_INLINE void store(float* p, F32 v, int n) {
-  _mm512_mask_storeu_ps(p, n >= 16 ? 0xffff : (1u << n) - 1, (__m512)v);
+// The first n lanes; the others are zero.
+template <class S>
+RNNFAST_INLINE Vec<Compute<S>> load(const S* p, int n) {
+  if (n >= Lanes<Compute<S>>::count) return load(p);
+  return load_part(p, n);
 }
-#endif
+template <class S>
+RNNFAST_INLINE void store(S* p, Vec<Compute<S>> v, int n) {
+  if (n >= Lanes<Compute<S>>::count) return store(p, v);
+  store_part(p, v, n);
+}
+
 
 // ---- exp, tanh, sigmoid --------------------------------------------------------------------------------------------
 

@@ -1,0 +1,84 @@
+#include "peak.h"
+
+#include <atomic>
+#include <chrono>
+
+#include "threads.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace rnnfast {
+namespace {
+
+// 16 chains in flight hide the latency of two 4-cycle units; 16 accumulators and two factors fit 32 registers. AVX2 has
+// 16 registers, so there 12 chains. x -> x a + b with a < 1 converges: no overflow, no denormals.
+#define RNNFAST_FMA_LOOP(NAME, TARGET, CHAINS, VECTOR, BROADCAST, FMA)                 \
+  TARGET void NAME(int64_t rounds, float* out) {                                       \
+    VECTOR x[CHAINS];                                                                  \
+    const VECTOR a = BROADCAST(out[0]), b = BROADCAST(out[1]);                         \
+    _Pragma("GCC unroll 16") for (int i = 0; i < CHAINS; ++i) x[i] = BROADCAST(float(i)); \
+    for (int64_t round = 0; round < rounds; ++round) {                                 \
+      _Pragma("GCC unroll 16") for (int i = 0; i < CHAINS; ++i) x[i] = FMA(x[i], a, b); \
+    }                                                                                  \
+    _Pragma("GCC unroll 16") for (int i = 1; i < CHAINS; ++i) x[0] = FMA(x[0], a, x[i]); \
+    __builtin_memcpy(out, &x[0], sizeof(float));                                       \
+  }
+
+struct Loop {
+  void (*run)(int64_t rounds, float* out);  // out: a and b, then one number of the result, so that it must be computed
+  int chains, lanes;
+};
+
+#if defined(__x86_64__)
+RNNFAST_FMA_LOOP(loop_avx512, __attribute__((target("avx512f"))), 16, __m512, _mm512_set1_ps, _mm512_fmadd_ps)
+RNNFAST_FMA_LOOP(loop_avx2, __attribute__((target("avx2,fma"))), 12, __m256, _mm256_set1_ps, _mm256_fmadd_ps)
+inline __m128 multiply_add(__m128 x, __m128 a, __m128 b) { return _mm_add_ps(_mm_mul_ps(x, a), b); }
+RNNFAST_FMA_LOOP(loop_sse2, , 12, __m128, _mm_set1_ps, multiply_add)
+
+Loop widest() {
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f")) return {loop_avx512, 16, 16};
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {loop_avx2, 12, 8};
+  return {loop_sse2, 12, 4};
+}
+#elif defined(__aarch64__)
+inline float32x4_t multiply_add(float32x4_t x, float32x4_t a, float32x4_t b) { return vfmaq_f32(b, x, a); }
+RNNFAST_FMA_LOOP(loop_neon, , 16, float32x4_t, vdupq_n_f32, multiply_add)
+
+Loop widest() { return {loop_neon, 16, 4}; }
+#else
+inline float same(float x) { return x; }
+inline float multiply_add(float x, float a, float b) { return x * a + b; }
+RNNFAST_FMA_LOOP(loop_scalar, , 8, float, same, multiply_add)
+
+Loop widest() { return {loop_scalar, 8, 1}; }
+#endif
+
+}  // namespace
+
+double fma_peak_cpu(int64_t rounds) {
+  struct Work {
+    Loop loop;
+    int64_t rounds;
+    std::atomic<int> threads{0};
+  } work{widest(), rounds};
+  const auto start = std::chrono::steady_clock::now();
+  run_parallel(
+      available_threads(),
+      [](void* context, int thread, int threads) {
+        Work& work = *static_cast<Work*>(context);
+        if (thread == 0) work.threads.store(threads);
+        float numbers[] = {0.5f, 1.0f};
+        work.loop.run(work.rounds, numbers);
+        asm volatile("" : : "m"(numbers));
+      },
+      &work);
+  const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+  return 2e-9 * double(work.loop.chains * work.loop.lanes) * double(rounds) * work.threads.load() / seconds.count();
+}
+
+}  // namespace rnnfast
