@@ -2,8 +2,13 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/ops.h"
+#include "cpu/peak.h"
 
 STABLE_TORCH_LIBRARY_IMPL(rnnfast, CPU, m) {
   m.impl("scan_cpu", TORCH_BOX(&rnnfast::scan_cpu));
   m.impl("scan_cpu_backward", TORCH_BOX(&rnnfast::scan_cpu_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(rnnfast, CompositeExplicitAutograd, m) {  // it takes no tensor, so no device is known
+  m.impl("fma_peak_cpu", TORCH_BOX(&rnnfast::fma_peak_cpu));
 }

@@ -1,0 +1,376 @@
+// The host version of hardware.h. Every thread of a launch is a fiber; fibers run in an order shuffled anew each round
+// and are switched at barriers, waits and warp-wide instructions. Shared memory starts as NaN and remote stores arrive
+// late, so a missing barrier shows as a wrong number, and a wait that nothing ends as an error.
+#pragma once
+
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#define RNNFAST_DEVICE inline
+#define RNNFAST_KERNEL(threads) void
+
+namespace rnnfast::emulator {
+
+constexpr size_t kStackBytes = 64 << 10;
+constexpr int kWarp = 32;
+// A round in which no thread gets further counts as a second, so that a kernel's own watchdog can find it out first.
+constexpr int kIdleRounds = 100;
+
+// What a warp's lanes lay down for one another. Two sets, used in turn: a lane may run one instruction ahead.
+struct Warp {
+  uint64_t values[2][kWarp][6];
+  int arrived = 0, generation = 0;
+};
+
+struct Block {
+  int x, y, first_of_cluster;
+  std::vector<char> shared;
+  std::vector<Warp> warps;
+  int arrived = 0, generation = 0;
+};
+
+struct Fiber {
+  Block* block;
+  int thread;
+  ucontext_t context;
+  jmp_buf resume;
+  std::unique_ptr<char[]> stack;
+  bool started = false, finished = false;
+};
+
+struct RemoteStore {
+  char* target;
+  uint64_t* barrier;
+  uint32_t value;
+};
+
+// An mbarrier as the emulator keeps it in its 8 bytes.
+struct Mbarrier {
+  int16_t arrivals, pending;
+  int32_t bytes : 31;
+  uint32_t phase : 1;
+};
+static_assert(sizeof(Mbarrier) == 8);
+
+struct Launch {
+  int blocks_x, blocks_y, threads, cluster;
+  size_t shared_bytes;
+};
+
+struct Machine {
+  Launch launch;
+  std::vector<Block> blocks;
+  std::vector<Fiber> fibers;
+  std::vector<RemoteStore> in_flight;
+  std::vector<int> cluster_arrived, cluster_generation;
+  std::mt19937 random;
+  std::function<void()> kernel;
+  Fiber* current = nullptr;
+  jmp_buf scheduler;
+  ucontext_t home;
+  uint64_t progress = 0, nanoseconds = 0;
+  std::string failure;
+};
+
+inline Machine*& machine() {
+  static thread_local Machine* instance = nullptr;
+  return instance;
+}
+inline unsigned& schedule() {
+  static unsigned seed = 0;
+  return seed;
+}
+
+// Gives the turn away.
+inline void yield() {
+  Fiber* self = machine()->current;
+  if (!_setjmp(self->resume)) _longjmp(machine()->scheduler, 1);
+}
+
+inline void run_fiber() {
+  machine()->kernel();
+  machine()->current->finished = true;
+  ++machine()->progress;
+  _longjmp(machine()->scheduler, 1);
+}
+
+inline void complete(Mbarrier& b) {
+  if (b.pending == 0 && b.bytes == 0) {
+    b.phase ^= 1;
+    b.pending = b.arrivals;
+  }
+}
+
+inline void deliver(Machine& m, bool all) {
+  std::shuffle(m.in_flight.begin(), m.in_flight.end(), m.random);
+  size_t count = all ? m.in_flight.size() : m.random() % (m.in_flight.size() + 1);
+  for (; count; --count, ++m.progress) {
+    const RemoteStore store = m.in_flight.back();
+    m.in_flight.pop_back();
+    std::memcpy(store.target, &store.value, 4);
+    auto& barrier = *reinterpret_cast<Mbarrier*>(store.barrier);
+    barrier.bytes -= 4;
+    complete(barrier);
+  }
+}
+
+// Runs the kernel on every thread of the grid, all blocks at once; throws where it fails or can never end.
+inline void run(const Launch& launch, std::function<void()> kernel) {
+  Machine m;
+  m.launch = launch;
+  m.kernel = std::move(kernel);
+  m.random.seed(schedule());
+  const int blocks = launch.blocks_x * launch.blocks_y;
+  m.blocks.resize(blocks);
+  m.fibers.resize(static_cast<size_t>(blocks) * launch.threads);
+  m.cluster_arrived.assign(blocks, 0);
+  m.cluster_generation.assign(blocks, 0);
+  for (int b = 0; b < blocks; ++b) {
+    Block& block = m.blocks[b];
+    block.x = b % launch.blocks_x;
+    block.y = b / launch.blocks_x;
+    block.first_of_cluster = b - block.x % launch.cluster;
+    block.shared.assign(launch.shared_bytes, static_cast<char>(0xff));
+    block.warps.resize((launch.threads + kWarp - 1) / kWarp);
+    for (int t = 0; t < launch.threads; ++t) {
+      Fiber& fiber = m.fibers[static_cast<size_t>(b) * launch.threads + t];
+      fiber.block = &block;
+      fiber.thread = t;
+      fiber.stack.reset(new char[kStackBytes]);
+    }
+  }
+  machine() = &m;
+  std::vector<Fiber*> order;
+  for (Fiber& fiber : m.fibers) order.push_back(&fiber);
+  int idle_rounds = 0;
+  while (!order.empty() && m.failure.empty() && idle_rounds < kIdleRounds) {
+    const uint64_t before = m.progress;
+    std::shuffle(order.begin(), order.end(), m.random);
+    for (Fiber* fiber : order) {
+      m.current = fiber;
+      if (!_setjmp(m.scheduler)) {
+        if (fiber->started) _longjmp(fiber->resume, 1);
+        fiber->started = true;
+        getcontext(&fiber->context);
+        fiber->context.uc_stack.ss_sp = fiber->stack.get();
+        fiber->context.uc_stack.ss_size = kStackBytes;
+        fiber->context.uc_link = &m.home;
+        makecontext(&fiber->context, &run_fiber, 0);
+        setcontext(&fiber->context);
+      }
+    }
+    if (!m.in_flight.empty()) deliver(m, idle_rounds > 0);
+    order.erase(std::remove_if(order.begin(), order.end(), [](Fiber* f) { return f->finished; }), order.end());
+    idle_rounds = m.progress == before ? idle_rounds + 1 : 0;
+    if (idle_rounds) m.nanoseconds += 1'000'000'000;
+  }
+  machine() = nullptr;
+  if (!m.failure.empty()) throw std::runtime_error(m.failure);
+  if (!order.empty()) throw std::runtime_error("deadlock: threads wait for what nothing will do");
+}
+
+// All `count` parties of a barrier meet.
+inline void meet(int& arrived, int& generation, int count) {
+  const int mine = generation;
+  ++machine()->progress;
+  if (++arrived == count) {
+    arrived = 0;
+    ++generation;
+    return;
+  }
+  do yield();
+  while (generation == mine);
+}
+
+// Lays `words` values down for the warp and returns the place where all lanes' values lie until the next but one call.
+template <class Write>
+inline uint64_t (*exchange(Write write))[6] {
+  Fiber* self = machine()->current;
+  Warp& warp = self->block->warps[self->thread / kWarp];
+  auto* values = warp.values[warp.generation & 1];
+  write(values[self->thread % kWarp]);
+  meet(warp.arrived, warp.generation, kWarp);
+  return values;
+}
+
+}  // namespace rnnfast::emulator
+
+namespace rnnfast::hw {
+
+struct bfloat16 {
+  uint16_t bits;
+};
+using float16 = _Float16;
+
+struct alignas(16) Vec16 {
+  uint32_t word[4];
+};
+
+inline int thread() { return emulator::machine()->current->thread; }
+inline int threads() { return emulator::machine()->launch.threads; }
+inline int lane() { return thread() % 32; }
+inline int warp() { return thread() / 32; }
+inline int block_x() { return emulator::machine()->current->block->x; }
+inline int block_y() { return emulator::machine()->current->block->y; }
+inline int blocks_x() { return emulator::machine()->launch.blocks_x; }
+inline char* shared_memory() { return emulator::machine()->current->block->shared.data(); }
+
+inline void block_barrier() {
+  emulator::Block& block = *emulator::machine()->current->block;
+  emulator::meet(block.arrived, block.generation, threads());
+}
+
+template <class V>
+V shuffle_xor(V value, int mask) {
+  static_assert(sizeof(V) <= 8);
+  auto* lanes = emulator::exchange([&](uint64_t* mine) { std::memcpy(mine, &value, sizeof(V)); });
+  V other;
+  std::memcpy(&other, lanes[lane() ^ mask], sizeof(V));
+  return other;
+}
+
+inline float widen(float x) { return x; }
+inline double widen(double x) { return x; }
+inline float widen(bfloat16 x) {
+  const uint32_t bits = uint32_t{x.bits} << 16;
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+inline float widen(float16 x) { return static_cast<float>(x); }
+inline void narrow(float x, float& out) { out = x; }
+inline void narrow(double x, double& out) { out = x; }
+inline void narrow(float x, bfloat16& out) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  out.bits = static_cast<uint16_t>(x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+inline void narrow(float x, float16& out) { out = static_cast<float16>(x); }
+
+inline float round_tf32(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if (x == x) bits += 0x1000;
+  bits &= ~0x1fffu;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+struct Functions {
+  template <class V>
+  static V sigmoid(V x) { return 1 / (1 + std::exp(-x)); }
+  template <class V>
+  static V tanh(V x) { return std::tanh(x); }
+};
+
+// d (16 x 8) += a (16 x K) b (K x 8), where a 32-bit register holds PACK neighbours along K and K is 8 PACK.
+template <class Unpack>
+void emulate_mma(float (&d)[4], const uint32_t* a, uint32_t b0, uint32_t b1, int pack, Unpack unpack) {
+  auto* lanes = emulator::exchange([&](uint64_t* mine) {
+    std::copy(a, a + 4, mine);
+    mine[4] = b0;
+    mine[5] = b1;
+  });
+  const int group = lane() / 4, quad = lane() % 4;
+  for (int i = 0; i < 4; ++i) {
+    const int row = group, column = 2 * quad + (i & 1);
+    for (int high = 0; high < 2; ++high)
+      for (int q = 0; q < 4; ++q)
+        for (int e = 0; e < pack; ++e)
+          d[i] += unpack(static_cast<uint32_t>(lanes[row * 4 + q][2 * high + i / 2]), e) *
+                  unpack(static_cast<uint32_t>(lanes[column * 4 + q][4 + high]), e);
+  }
+}
+
+struct MmaBf16 {
+  static void mma(float (&d)[4], const uint32_t* a, uint32_t b0, uint32_t b1) {
+    emulate_mma(d, a, b0, b1, 2, [](uint32_t word, int e) {
+      return widen(bfloat16{static_cast<uint16_t>(word >> 16 * e)});
+    });
+  }
+};
+struct MmaF16 {
+  static void mma(float (&d)[4], const uint32_t* a, uint32_t b0, uint32_t b1) {
+    emulate_mma(d, a, b0, b1, 2, [](uint32_t word, int e) {
+      const uint16_t bits = static_cast<uint16_t>(word >> 16 * e);
+      float16 half;
+      std::memcpy(&half, &bits, 2);
+      return widen(half);
+    });
+  }
+};
+struct MmaTf32 {
+  static void mma(float (&d)[4], const uint32_t* a, uint32_t b0, uint32_t b1) {
+    emulate_mma(d, a, b0, b1, 1, [](uint32_t word, int) {
+      word &= ~0x1fffu;
+      float out;
+      std::memcpy(&out, &word, 4);
+      return out;
+    });
+  }
+};
+
+inline void copy_async(void* shared, const void* global) {
+  if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16)
+    emulator::machine()->failure = "misaligned async copy";
+  std::memcpy(shared, global, 16);
+}
+inline void copies_wait() {}
+
+inline void flag_release(uint32_t* flag, uint32_t value) {
+  *flag = value;
+  ++emulator::machine()->progress;
+}
+inline uint32_t flag_acquire(const uint32_t* flag) {
+  emulator::yield();
+  return *flag;
+}
+inline uint64_t nanoseconds() { return emulator::machine()->nanoseconds; }
+inline void fail(const char* message, int, int, unsigned) {
+  emulator::machine()->failure = message;
+  emulator::yield();
+}
+
+inline void cluster_barrier() {
+  emulator::Machine& m = *emulator::machine();
+  const int first = m.current->block->first_of_cluster;
+  emulator::meet(m.cluster_arrived[first], m.cluster_generation[first], m.launch.cluster * m.launch.threads);
+}
+inline void mbarrier_init(uint64_t* barrier, int arrivals) {
+  auto& b = *reinterpret_cast<emulator::Mbarrier*>(barrier);
+  b.arrivals = b.pending = static_cast<int16_t>(arrivals);
+  b.bytes = 0;
+  b.phase = 0;
+}
+inline void mbarrier_publish() {}
+inline void mbarrier_expect(uint64_t* barrier, int bytes) {
+  auto& b = *reinterpret_cast<emulator::Mbarrier*>(barrier);
+  --b.pending;
+  b.bytes += bytes;
+  emulator::complete(b);
+  ++emulator::machine()->progress;
+}
+inline void mbarrier_wait(uint64_t* barrier, int parity) {
+  auto& b = *reinterpret_cast<emulator::Mbarrier*>(barrier);
+  while (static_cast<int>(b.phase) == parity) emulator::yield();
+  ++emulator::machine()->progress;
+}
+inline void remote_store(void* local, uint64_t* barrier, int rank, uint32_t value) {
+  emulator::Machine& m = *emulator::machine();
+  emulator::Block& mine = *m.current->block;
+  emulator::Block& peer = m.blocks[mine.first_of_cluster + rank];
+  const auto there = [&](void* here) { return peer.shared.data() + (static_cast<char*>(here) - mine.shared.data()); };
+  m.in_flight.push_back({there(local), reinterpret_cast<uint64_t*>(there(barrier)), value});
+}
+
+}  // namespace rnnfast::hw

@@ -1,0 +1,198 @@
+// The one way through which the kernels reach the hardware. Compiled by nvcc, this is the device version; compiled by a
+// plain C++ compiler, emulator.h supplies the same names, and the very same kernels run on the CPU for the tests.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#ifndef __CUDACC__
+#include "emulator.h"
+#else
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdio>
+
+#define RNNFAST_DEVICE __device__ __forceinline__
+#define RNNFAST_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
+
+namespace rnnfast::hw {
+
+using bfloat16 = __nv_bfloat16;
+using float16 = __half;
+
+struct alignas(16) Vec16 {
+  uint32_t word[4];
+};
+
+// ---- where this thread is -------------------------------------------------------------------------------------------
+
+RNNFAST_DEVICE int thread() { return threadIdx.x; }
+RNNFAST_DEVICE int threads() { return blockDim.x; }
+RNNFAST_DEVICE int lane() { return threadIdx.x & 31; }
+RNNFAST_DEVICE int warp() { return threadIdx.x >> 5; }
+RNNFAST_DEVICE int block_x() { return blockIdx.x; }
+RNNFAST_DEVICE int block_y() { return blockIdx.y; }
+RNNFAST_DEVICE int blocks_x() { return gridDim.x; }
+
+RNNFAST_DEVICE char* shared_memory() {
+  extern __shared__ char __align__(128) shared[];
+  return shared;
+}
+
+// ---- barriers and shuffles ------------------------------------------------------------------------------------------
+
+RNNFAST_DEVICE void block_barrier() { __syncthreads(); }
+
+template <class V>
+RNNFAST_DEVICE V shuffle_xor(V value, int mask) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+
+// ---- numbers --------------------------------------------------------------------------------------------------------
+
+RNNFAST_DEVICE float widen(float x) { return x; }
+RNNFAST_DEVICE double widen(double x) { return x; }
+RNNFAST_DEVICE float widen(bfloat16 x) { return __bfloat162float(x); }
+RNNFAST_DEVICE float widen(float16 x) { return __half2float(x); }
+
+RNNFAST_DEVICE void narrow(float x, float& out) { out = x; }
+RNNFAST_DEVICE void narrow(double x, double& out) { out = x; }
+RNNFAST_DEVICE void narrow(float x, bfloat16& out) { out = __float2bfloat16_rn(x); }
+RNNFAST_DEVICE void narrow(float x, float16& out) { out = __float2half_rn(x); }
+
+// Rounds to TF32's 10 bits of mantissa, ties away from zero; mma alone would cut them off.
+RNNFAST_DEVICE float round_tf32(float x) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return __uint_as_float(bits);
+}
+
+struct Functions {
+  static RNNFAST_DEVICE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+  static RNNFAST_DEVICE double sigmoid(double x) { return 1.0 / (1.0 + exp(-x)); }
+  static RNNFAST_DEVICE float tanh(float x) { return tanhf(x); }
+  static RNNFAST_DEVICE double tanh(double x) { return ::tanh(x); }
+};
+
+// ---- tensor cores: d (16 x 8) += a (16 x 16, or 16 x 8 in TF32) b; fragments as PTX lays them out ---------------------
+
+struct MmaBf16 {
+  static RNNFAST_DEVICE void mma(float (&d)[4], const uint32_t* a, uint32_t b0, uint32_t b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+};
+
+struct MmaF16 {
+  static RNNFAST_DEVICE void mma(float (&d)[4], const uint32_t* a, uint32_t b0, uint32_t b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+};
+
+struct MmaTf32 {
+  static RNNFAST_DEVICE void mma(float (&d)[4], const uint32_t* a, uint32_t b0, uint32_t b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+};
+
+// ---- memory ---------------------------------------------------------------------------------------------------------
+
+RNNFAST_DEVICE uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// 16 bytes from global memory, as the L2 has them, to shared memory; complete after copies_wait().
+RNNFAST_DEVICE void copy_async(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
+}
+RNNFAST_DEVICE void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// A flag in global memory: what its writer's block did before the release is seen after an acquire that reads it.
+RNNFAST_DEVICE void flag_release(uint32_t* flag, uint32_t value) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+}
+RNNFAST_DEVICE uint32_t flag_acquire(const uint32_t* flag) {
+  uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+  return value;
+}
+
+RNNFAST_DEVICE uint64_t nanoseconds() {
+  uint64_t now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+  return now;
+}
+
+// Ends the kernel with an error and says why.
+RNNFAST_DEVICE void fail(const char* message, int block, int waits_for, unsigned step) {
+  printf("rnnfast: %s (block %d waits for block %d at step %u)\n", message, block, waits_for, step);
+  __trap();
+}
+
+// ---- clusters (sm_90): a block's shared memory is open to its peers, remote stores complete on an mbarrier ------------
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+RNNFAST_DEVICE void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+RNNFAST_DEVICE void mbarrier_init(uint64_t* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+// Makes initialised mbarriers visible to remote stores; a cluster barrier must follow.
+RNNFAST_DEVICE void mbarrier_publish() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+// Arrives, and keeps the phase open until `bytes` have been stored by peers.
+RNNFAST_DEVICE void mbarrier_expect(uint64_t* barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+}
+
+RNNFAST_DEVICE void mbarrier_wait(uint64_t* barrier, int parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra.uni finished;\n"
+      "bra.uni again;\n"
+      "finished:\n"
+      "}" ::"r"(shared_address(barrier)), "r"(parity) : "memory");
+}
+
+RNNFAST_DEVICE uint32_t remote_address(const void* local, int rank) {
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(local)), "r"(rank));
+  return address;
+}
+
+// Stores at the place that is `local` in this block, in the block of that rank, and completes on its `barrier`.
+RNNFAST_DEVICE void remote_store(void* local, uint64_t* barrier, int rank, uint32_t value) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(
+                   remote_address(local, rank)),
+               "r"(value), "r"(remote_address(barrier, rank))
+               : "memory");
+}
+#else
+// Never called: clusters are not planned for devices that lack them, but the code must compile.
+RNNFAST_DEVICE void cluster_barrier() { __trap(); }
+RNNFAST_DEVICE void mbarrier_init(uint64_t*, int) { __trap(); }
+RNNFAST_DEVICE void mbarrier_publish() { __trap(); }
+RNNFAST_DEVICE void mbarrier_expect(uint64_t*, int) { __trap(); }
+RNNFAST_DEVICE void mbarrier_wait(uint64_t*, int) { __trap(); }
+RNNFAST_DEVICE void remote_store(void*, uint64_t*, int, uint32_t) { __trap(); }
+#endif
+
+}  // namespace rnnfast::hw
+
+#endif

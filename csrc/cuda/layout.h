@@ -1,0 +1,97 @@
+// How a scan's work and weights are laid out over a team of blocks. Host code plans with it, kernels read it.
+//
+// A team of `blocks` blocks computes one lane for `rows` rows of the batch. Each block owns `units` hidden units with all
+// their gates. A step is a product of the `operand` (the hidden state forward, the gate gradients backward: `depth`
+// values a row, gathered from all blocks) with the block's weights (`columns` of them), which stay in registers and shared
+// memory from the first step to the last, and then the cell's math for each pair of a row and a unit.
+//
+// The product's columns are dealt to warps in groups, and its depth in chunks, of which a lane of a warp holds 16 bytes a
+// column: chunks of 512 bytes on plain arithmetic (a warp's lanes split the depth), of 64 bytes on tensor cores.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "../cells.h"
+
+namespace rnnfast::cuda {
+
+enum class Numbers { float32, tf32, bfloat16, float16, float64 };
+enum class Exchange { block, cluster, grid };
+
+constexpr bool tensor_cores(Numbers n) { return n == Numbers::tf32 || n == Numbers::bfloat16 || n == Numbers::float16; }
+constexpr int sum_bytes(Numbers n) { return n == Numbers::float64 ? 8 : 4; }
+constexpr int operand_bytes(Numbers n) {
+  return n == Numbers::float64 ? 8 : n == Numbers::bfloat16 || n == Numbers::float16 ? 2 : 4;
+}
+
+constexpr int kMaxWarps = 16;
+constexpr int kWeightWords = 64;  // 32-bit registers of a thread that hold weights
+constexpr int kMmaRows = 8;
+
+constexpr int group_columns(bool mma) { return mma ? 16 : 8; }
+constexpr int chunk_bytes(bool mma) { return mma ? 64 : 512; }
+constexpr int chunk_words(bool mma) { return mma ? 8 : 4 * group_columns(false); }  // a lane's, over a group's columns
+constexpr int register_chunks(bool mma) { return kWeightWords / chunk_words(mma); }
+constexpr int pairs_per_thread(bool mma) { return mma ? 4 : 1; }
+
+struct Layout {
+  int blocks, units, rows, warps;
+  int slice, depth;                   // operand values a row: of one block, of all blocks and rounded up to chunks
+  int columns, groups, group_warps;   // group_warps warps take different groups
+  int chunks, splits;                 // `splits` warps take different chunks of the same groups
+  int groups_per_warp, chunks_per_warp;
+  int stride;                         // bytes from one row of the operand to the next
+  int slots;                          // chunks that a warp keeps in shared memory
+  int scratch_at, operand_at, barrier_at, shared_bytes;
+};
+
+inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
+inline int round_up(int a, int b) { return ceil_div(a, b) * b; }
+
+inline Layout make_layout(int gates, int hidden, Numbers numbers, bool backward, int blocks, int rows, int warps) {
+  const bool mma = tensor_cores(numbers);
+  Layout l{};
+  l.blocks = blocks;
+  l.rows = rows;
+  l.warps = warps;
+  l.units = round_up(ceil_div(hidden, blocks), group_columns(mma));
+  l.slice = (backward ? gates : 1) * l.units;
+  const int chunk = chunk_bytes(mma) / operand_bytes(numbers);
+  l.depth = round_up(blocks * l.slice, chunk);
+  l.chunks = l.depth / chunk;
+  l.columns = (backward ? 1 : gates) * l.units;
+  l.groups = l.columns / group_columns(mma);
+  l.splits = std::max(1, std::min(l.chunks, warps / l.groups));
+  l.group_warps = warps / l.splits;
+  l.groups_per_warp = ceil_div(l.groups, l.group_warps);
+  l.chunks_per_warp = ceil_div(l.chunks, l.splits);
+  // Eight lanes, over two rows, then read 128 bytes that lie in different banks.
+  l.stride = round_up(l.depth * operand_bytes(numbers), 128) + 64;
+  l.slots = l.groups_per_warp * l.chunks_per_warp - std::min(register_chunks(mma), l.chunks_per_warp);
+  l.scratch_at = warps * l.slots * chunk_words(mma) * 128;
+  l.operand_at = l.scratch_at + round_up(l.splits * rows * l.columns * sum_bytes(numbers), 128);
+  l.barrier_at = l.operand_at + 2 * rows * l.stride;
+  l.shared_bytes = l.barrier_at + 16;
+  return l;
+}
+
+// Everything a scan kernel is given. Tensors are those of docs/design.md; null is absent.
+struct ScanParams {
+  int64_t steps, batch, lanes, rows;
+  int hidden;
+  bool bidirectional, relu;
+  const int64_t* offsets;  // (T + 1,) first row of each step, on the device; null: every step has `batch` rows
+  const void* w_hh;        // forward (D, G*H, H), backward its transpose (D, H, G*H)
+  const void *b_hh, *h_0, *c_0;
+  const void* gx;  // (rows or ids, D*G*H) in the accumulation type: what the input adds to the gates
+  const int64_t* ids;
+  void *output, *h_n, *c_n, *tape;  // written forward, read backward
+  const void *d_output, *d_h_n, *d_c_n;
+  void *d_gx, *d_g_last, *d_h_0, *d_c_0;  // d_gx (N, D*G*H); d_g_last (N, D*H): the GRU's recurrent n
+  void* exchange;                         // grid scan: a double buffer of operands for each team
+  uint32_t* flags;                        // grid scan: the last step each block has finished, 0 before
+  Layout layout;
+};
+
+}  // namespace rnnfast::cuda

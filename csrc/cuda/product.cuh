@@ -1,0 +1,254 @@
+// The product of a step, operand (rows, depth) times weights (depth, columns), with the weights resident: the first chunks
+// of a warp's first group in registers, the others in shared memory. Sums go to scratch (splits, rows, columns).
+// A row's sums do not depend on the rows beside it.
+#pragma once
+
+#include "layout.h"
+#include "math.cuh"
+
+namespace rnnfast::cuda {
+
+struct WarpShare {
+  int split, first_group;
+  RNNFAST_DEVICE explicit WarpShare(const Layout& l)
+      : split(hw::warp() % l.splits), first_group(hw::warp() / l.splits) {}
+};
+
+// Runs body(group index of this warp, group, chunk index of this warp, chunk, slot) for the chunks in shared memory.
+RNNFAST_DEVICE int slot_of(const Layout& l, int in_registers, int group, int chunk) {
+  return group * l.chunks_per_warp + chunk - min(in_registers, l.chunks_per_warp);
+}
+
+// Sums COUNT values over the warp in a fixed tree; lane l ends up with the sum of value l * COUNT / 32 in v[0].
+template <int COUNT, int OFFSET, class Sum>
+RNNFAST_DEVICE void reduce_scatter(Sum* v) {
+  if constexpr (OFFSET > 0) {
+    if constexpr (COUNT > 1) {
+      const bool upper = hw::lane() & OFFSET;
+#pragma unroll
+      for (int i = 0; i < COUNT / 2; ++i) {
+        const Sum give = upper ? v[i] : v[i + COUNT / 2];
+        const Sum keep = upper ? v[i + COUNT / 2] : v[i];
+        v[i] = keep + hw::shuffle_xor(give, OFFSET);
+      }
+    } else {
+      v[0] += hw::shuffle_xor(v[0], OFFSET);
+    }
+    reduce_scatter<(COUNT > 1 ? COUNT / 2 : 1), OFFSET / 2>(v);
+  }
+}
+
+// On plain arithmetic: a lane multiplies its 16 bytes of each chunk, for four rows and eight columns at a time.
+template <class M>
+class PlainProduct {
+  using Sum = typename M::Sum;
+  static constexpr int kColumns = group_columns(false);
+  static constexpr int kVector = 16 / sizeof(Sum);
+  static constexpr int kRegisterChunks = register_chunks(false);
+  static constexpr int kRowTile = 4;
+  struct alignas(16) Vector {
+    Sum at[kVector];
+  };
+  Vector weights_[kRegisterChunks][kColumns];
+  Vector* shared_;
+
+  RNNFAST_DEVICE Vector* slot(int index) { return shared_ + index * kColumns * 32 + hw::lane(); }
+
+  static RNNFAST_DEVICE void multiply_add(Sum& sum, const Vector& a, const Vector& b) {
+#pragma unroll
+    for (int e = 0; e < kVector; ++e) sum += a.at[e] * b.at[e];
+  }
+
+  template <int ROWS>
+  RNNFAST_DEVICE void tile(const Layout& l, const WarpShare& share, int group, int row, const char* operand,
+                           Sum* scratch) {
+    Sum sums[ROWS * kColumns] = {};
+    Vector x[ROWS];
+    const auto read = [&](int chunk) {
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r)
+        x[r] = *reinterpret_cast<const Vector*>(operand + (row + r) * l.stride + chunk * 512 + hw::lane() * 16);
+    };
+    if (group == 0) {
+#pragma unroll
+      for (int j = 0; j < kRegisterChunks; ++j) {
+        const int chunk = share.split + j * l.splits;
+        if (chunk < l.chunks) {
+          read(chunk);
+#pragma unroll
+          for (int c = 0; c < kColumns; ++c)
+#pragma unroll
+            for (int r = 0; r < ROWS; ++r) multiply_add(sums[r * kColumns + c], weights_[j][c], x[r]);
+        }
+      }
+    }
+    for (int j = group == 0 ? kRegisterChunks : 0; j < l.chunks_per_warp; ++j) {
+      const int chunk = share.split + j * l.splits;
+      if (chunk >= l.chunks) break;
+      read(chunk);
+      const Vector* weights = slot(slot_of(l, kRegisterChunks, group, j));
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+        const Vector w = weights[c * 32];
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) multiply_add(sums[r * kColumns + c], w, x[r]);
+      }
+    }
+    reduce_scatter<ROWS * kColumns, 16>(sums);
+    constexpr int kCopies = 32 / (ROWS * kColumns);  // lanes that hold the same sum
+    const int index = hw::lane() / kCopies;
+    const int first_column = (share.first_group + group * l.group_warps) * kColumns;
+    if (hw::lane() % kCopies == 0)
+      scratch[(share.split * l.rows + row + index / kColumns) * l.columns + first_column + index % kColumns] = sums[0];
+  }
+
+ public:
+  // element(column, k) is the weight; it is called for all columns and depths, and gives 0 beyond the layer's.
+  template <class Element>
+  RNNFAST_DEVICE void load(const Layout& l, char* shared, Element element) {
+    shared_ = reinterpret_cast<Vector*>(shared) + hw::warp() * l.slots * kColumns * 32;
+    const WarpShare share(l);
+    const auto read = [&](int group, int chunk, int c) {
+      Vector w;
+#pragma unroll
+      for (int e = 0; e < kVector; ++e)
+        w.at[e] = element(group * kColumns + c, (chunk * 32 + hw::lane()) * kVector + e);
+      return w;
+    };
+#pragma unroll
+    for (int j = 0; j < kRegisterChunks; ++j) {
+      const int chunk = share.split + j * l.splits;
+      const bool used = share.first_group < l.groups && chunk < l.chunks;
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) weights_[j][c] = used ? read(share.first_group, chunk, c) : Vector{};
+    }
+    for (int i = 0; i < l.groups_per_warp; ++i) {
+      const int group = share.first_group + i * l.group_warps;
+      for (int j = i == 0 ? kRegisterChunks : 0; j < l.chunks_per_warp && group < l.groups; ++j) {
+        const int chunk = share.split + j * l.splits;
+        if (chunk >= l.chunks) break;
+        for (int c = 0; c < kColumns; ++c) slot(slot_of(l, kRegisterChunks, i, j))[c * 32] = read(group, chunk, c);
+      }
+    }
+  }
+
+  RNNFAST_DEVICE void multiply(const Layout& l, const char* operand, Sum* scratch) {
+    const WarpShare share(l);
+    for (int i = 0; i < l.groups_per_warp; ++i) {
+      if (share.first_group >= l.group_warps || share.first_group + i * l.group_warps >= l.groups) break;
+      int row = 0;
+      for (; row + kRowTile <= l.rows; row += kRowTile) tile<kRowTile>(l, share, i, row, operand, scratch);
+      for (; row < l.rows; ++row) tile<1>(l, share, i, row, operand, scratch);
+    }
+  }
+};
+
+// On tensor cores: weights are the 16-row side of mma, 8 rows of the batch the other. A chunk is two mma deep; which of
+// its values a lane feeds to which mma is free so long as both sides agree, so that a lane reads 16 bytes in one piece.
+template <class M>
+class TensorCoreProduct {
+  using Operand = typename M::Operand;
+  static constexpr int kVector = 16 / sizeof(Operand);
+  static constexpr int kRegisterChunks = register_chunks(true);
+  struct Fragment {
+    uint32_t word[2][4];
+  };
+  Fragment weights_[kRegisterChunks];
+  hw::Vec16* shared_;
+
+  // The two halves of a lane's fragment lie apart, so that a warp reads each without a bank conflict.
+  RNNFAST_DEVICE hw::Vec16* slot(int index) { return shared_ + index * 64 + hw::lane(); }
+
+  static RNNFAST_DEVICE void multiply_add(float (&sums)[2][4], const uint32_t (&w)[2][4], const hw::Vec16& x) {
+    M::mma(sums[0], w[0], x.word[0], x.word[1]);
+    M::mma(sums[1], w[1], x.word[2], x.word[3]);
+  }
+
+ public:
+  template <class Element>
+  RNNFAST_DEVICE void load(const Layout& l, char* shared, Element element) {
+    shared_ = reinterpret_cast<hw::Vec16*>(shared) + hw::warp() * l.slots * 64;
+    const WarpShare share(l);
+    const auto read = [&](int group, int chunk) {
+      union Half {
+        Operand value[kVector];
+        uint32_t word[4];
+        RNNFAST_DEVICE Half() {}
+      } upper, lower;
+      const int column = group * 16 + hw::lane() / 4, k = (chunk * 4 + hw::lane() % 4) * kVector;
+#pragma unroll
+      for (int e = 0; e < kVector; ++e) {
+        upper.value[e] = M::operand(element(column, k + e));
+        lower.value[e] = M::operand(element(column + 8, k + e));
+      }
+      return Fragment{{{upper.word[0], lower.word[0], upper.word[1], lower.word[1]},
+                       {upper.word[2], lower.word[2], upper.word[3], lower.word[3]}}};
+    };
+#pragma unroll
+    for (int j = 0; j < kRegisterChunks; ++j) {
+      const int chunk = share.split + j * l.splits;
+      const bool used = share.first_group < l.groups && chunk < l.chunks;
+      weights_[j] = used ? read(share.first_group, chunk) : Fragment{};
+    }
+    for (int i = 0; i < l.groups_per_warp; ++i) {
+      const int group = share.first_group + i * l.group_warps;
+      for (int j = i == 0 ? kRegisterChunks : 0; j < l.chunks_per_warp && group < l.groups; ++j) {
+        const int chunk = share.split + j * l.splits;
+        if (chunk >= l.chunks) break;
+        const Fragment w = read(group, chunk);
+        hw::Vec16* place = slot(slot_of(l, kRegisterChunks, i, j));
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          place[half * 32] = {{w.word[half][0], w.word[half][1], w.word[half][2], w.word[half][3]}};
+      }
+    }
+  }
+
+  RNNFAST_DEVICE void multiply(const Layout& l, const char* operand, float* scratch) {
+    const WarpShare share(l);
+    const int lane = hw::lane();
+    for (int i = 0; i < l.groups_per_warp; ++i) {
+      const int group = share.first_group + i * l.group_warps;
+      if (share.first_group >= l.group_warps || group >= l.groups) break;
+      for (int row = 0; row < l.rows; row += kMmaRows) {
+        float sums[2][4] = {};
+        const char* from = operand + (row + lane / 4) * l.stride + lane % 4 * 16;
+        if (i == 0) {
+#pragma unroll
+          for (int j = 0; j < kRegisterChunks; ++j) {
+            const int chunk = share.split + j * l.splits;
+            if (chunk < l.chunks)
+              multiply_add(sums, weights_[j].word, *reinterpret_cast<const hw::Vec16*>(from + chunk * 64));
+          }
+        }
+        for (int j = i == 0 ? kRegisterChunks : 0; j < l.chunks_per_warp; ++j) {
+          const int chunk = share.split + j * l.splits;
+          if (chunk >= l.chunks) break;
+          const hw::Vec16* place = slot(slot_of(l, kRegisterChunks, i, j));
+          const hw::Vec16 w0 = place[0], w1 = place[32];
+          const uint32_t w[2][4] = {{w0.word[0], w0.word[1], w0.word[2], w0.word[3]},
+                                    {w1.word[0], w1.word[1], w1.word[2], w1.word[3]}};
+          multiply_add(sums, w, *reinterpret_cast<const hw::Vec16*>(from + chunk * 64));
+        }
+#pragma unroll
+        for (int s = 0; s < 4; ++s) {
+          const int column = group * 16 + lane / 4 + s / 2 * 8, r = row + lane % 4 * 2 + s % 2;
+          scratch[(share.split * l.rows + r) * l.columns + column] = sums[0][s] + sums[1][s];
+        }
+      }
+    }
+  }
+};
+
+template <class M, bool TENSOR_CORES>
+struct ChooseProduct {
+  using Type = PlainProduct<M>;
+};
+template <class M>
+struct ChooseProduct<M, true> {
+  using Type = TensorCoreProduct<M>;
+};
+template <class M>
+using Product = typename ChooseProduct<M, M::kTensorCores>::Type;
+
+}  // namespace rnnfast::cuda

@@ -1,0 +1,210 @@
+"""The native library: finds the installed one, or compiles csrc/ on first use and keeps the result.
+
+Nothing here runs at import. A library that was installed with the package serves any torch from 2.10 on, as it uses
+torch's stable ABI only. One that is compiled on first use is kept under `cache_folder()`, in a folder whose name is a
+hash of the sources, the compiler and the torch version. setup.py loads this file by its path, without the package, so
+it imports torch only where it compiles or loads.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+_TARGET_ABI = "0x020a000000000000"  # torch 2.10
+_FLAGS = (
+    "-std=c++17 -O3 -g0 -fPIC -fopenmp -ffp-contract=off -fvisibility=hidden "
+    f"-Wall -Wextra -Wno-psabi -Wno-unknown-pragmas -DTORCH_TARGET_VERSION={_TARGET_ABI}ULL"
+)
+_AVX2 = "-mavx2 -mfma"
+_AVX512 = f"{_AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl"
+# csrc/cpu/kernels.cpp is compiled once for each; csrc/cpu/choose.cpp picks one when it runs.
+_INSTRUCTION_SETS = {"generic": ""}
+if platform.machine() in ("x86_64", "AMD64"):
+    _INSTRUCTION_SETS |= {"avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": f"{_AVX512} -mavx512bf16"}
+
+_lock = threading.Lock()
+_loaded = False
+_failure: str | None = None
+
+
+def load() -> None:
+    """Loads the native library, compiling it first if need be (about half a minute, once).
+
+    Raises:
+        RuntimeError: there is no library and it cannot be compiled; the message says why.
+    """
+    global _loaded, _failure
+    if _loaded:
+        return
+    with _lock:
+        if _loaded:
+            return
+        reason = why_not()
+        if reason is not None:
+            raise RuntimeError(reason)
+        import torch
+
+        try:
+            torch.ops.load_library(str(_installed() or _compiled()))
+        except (OSError, RuntimeError) as error:
+            _failure = f"the native library failed to compile or load: {error}"
+            raise RuntimeError(_failure) from error
+        _loaded = True
+
+
+def why_not() -> str | None:
+    """Returns why the native library is not available and cannot be compiled, or None. Compiles and loads nothing."""
+    if _loaded:
+        return None
+    if _failure is not None:
+        return _failure
+    if not sys.platform.startswith("linux"):
+        return f"the native library is for Linux, this is {sys.platform}"
+    if _installed() is not None:
+        return None
+    if _sources() is None:
+        return "the package was installed without the native library and without its sources"
+    if _compiler() is None:
+        return "no C++ compiler was found: install g++ (or set CXX), and the library compiles on first use"
+    if _ninja() is None:
+        return "ninja was not found: pip install ninja, and the library compiles on first use"
+    return None
+
+
+def declines(request: Any) -> str | None:
+    """Returns why this backend cannot run a `rnnfast.dispatch.Request`, or None."""
+    import torch
+
+    if request.dtype in (torch.float32, torch.float64, torch.bfloat16):
+        return None
+    return f"it computes in float32, float64 and bfloat16, the weights are {request.dtype}"
+
+
+def cache_folder() -> Path:
+    """Where compiled libraries are kept: $RNNFAST_CACHE, or rnnfast under the user's cache folder."""
+    if folder := os.environ.get("RNNFAST_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rnnfast"
+
+
+def compile_library(target: Path) -> None:
+    """Compiles csrc/ and puts the library at `target`, in one step, so that no one sees half of it.
+
+    Raises:
+        RuntimeError: the compiler failed; the message ends with what it said.
+    """
+    import torch
+
+    sources, compiler, ninja = _sources(), _compiler(), _ninja()
+    assert sources is not None
+    assert compiler is not None
+    assert ninja is not None
+    torch_folder = Path(torch.__file__).parent
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = target.with_name(f"{target.name}.{os.getpid()}.build")
+    work.mkdir(exist_ok=True)
+    try:
+        (work / "build.ninja").write_text(_ninja_file(sources, compiler, torch_folder))
+        done = subprocess.run([ninja, "-C", str(work)], capture_output=True, text=True, check=False)
+        if done.returncode:
+            errors = [line for line in done.stdout.splitlines() if "error" in line] or done.stdout.splitlines()
+            raise RuntimeError("\n".join([f"{compiler} failed", *errors[-10:]]))
+        os.replace(work / "library.so", target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def source_hash() -> str:
+    """A hash of csrc/, which names the library that belongs to it."""
+    sources = _sources()
+    assert sources is not None
+    digest = hashlib.sha256(repr((_FLAGS, _INSTRUCTION_SETS)).encode())
+    for path in _source_files(sources):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _ninja_file(sources: Path, compiler: str, torch_folder: Path) -> str:
+    include = torch_folder / "include"
+    lines = [
+        f"cc = {compiler} {_FLAGS} -isystem {include} -isystem {include}/torch/csrc/api/include",
+        "rule compile",
+        "  command = $cc $isa -c $in -o $out",
+        "rule link",
+        f"  command = {compiler} -shared -fopenmp $in -o $out -L{torch_folder}/lib -ltorch_cpu",
+    ]
+    objects = []
+    for isa, flags in _INSTRUCTION_SETS.items():
+        objects.append(f"{isa}.o")
+        lines += [f"build {isa}.o: compile {sources}/cpu/kernels.cpp", f"  isa = -DRNNFAST_ISA={isa} {flags}"]
+    for path in _source_files(sources):
+        if path.suffix == ".cpp" and path.name != "kernels.cpp":
+            objects.append(f"{path.stem}.o")
+            lines.append(f"build {path.stem}.o: compile {path}")
+    return "\n".join([*lines, f"build library.so: link {' '.join(objects)}", ""])
+
+
+def _compiled() -> Path:
+    """The library in the cache, compiled now if it is not there."""
+    import torch
+
+    compiler = Path(_compiler() or "").resolve()
+    stamp = f"{source_hash()}, {compiler}, {compiler.stat().st_mtime_ns}, {torch.__version__}"
+    library = cache_folder() / hashlib.sha256(stamp.encode()).hexdigest()[:16] / "librnnfast.so"
+    if not library.exists():
+        with _one_process(library.parent):
+            if not library.exists():
+                print(f"rnnfast: compiling the native scan into {library.parent} (once)", file=sys.stderr, flush=True)
+                compile_library(library)
+    return library
+
+
+@contextmanager
+def _one_process(folder: Path) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file closes, however the process ends
+        yield
+
+
+def _installed() -> Path | None:
+    """The library beside the package, if it was compiled from the sources that are there, or there are none."""
+    found = sorted(_PACKAGE.glob("librnnfast-*.so"))
+    if not found or _sources() is None:
+        return found[0] if found else None
+    wanted = _PACKAGE / f"librnnfast-{source_hash()}.so"
+    return wanted if wanted in found else None
+
+
+@cache
+def _sources() -> Path | None:
+    """csrc/: within the package where it was installed, beside it in a checkout."""
+    return next((f for f in (_PACKAGE / "csrc", _PACKAGE.parent / "csrc") if (f / "library.cpp").exists()), None)
+
+
+def _source_files(sources: Path) -> list[Path]:
+    files = [path for folder in (sources, sources / "cpu") for path in folder.iterdir()]
+    return sorted(path for path in files if path.suffix in (".h", ".cpp"))
+
+
+def _compiler() -> str | None:
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    return next((path for name in names if (path := shutil.which(name))), None)
+
+
+def _ninja() -> str | None:
+    beside_python = Path(sys.executable).parent / "ninja"
+    return str(beside_python) if beside_python.exists() else shutil.which("ninja")

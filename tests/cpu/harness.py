@@ -1,0 +1,126 @@
+"""Inputs for the scan operators, and the native scan beside the reference in float64."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import rnnfast.scan  # noqa: F401  (defines the operators)
+from rnnfast.backends import native
+from rnnfast.cells import CELLS
+
+OUTPUTS = ("output", "h_n", "c_n", "tape")
+GRADIENTS = ("d_input", "d_w_ih", "d_w_hh", "d_b_ih", "d_b_hh", "d_w_hr", "d_h_0", "d_c_0")
+
+
+class Case(NamedTuple):
+    """The shape of one call: D lanes, T steps, B rows, I inputs, H units, P projected."""
+
+    cell: str
+    lanes: int = 1
+    steps: int = 5
+    batch: int = 3
+    inputs: int = 4
+    hidden: int = 8
+    projected: int = 0
+    ids: bool = False
+    ragged: bool = False
+    bias: bool = True
+
+
+def build(case: Case, dtype: torch.dtype) -> list[Any]:
+    """The first eleven arguments of the operator, drawn in float64 and rounded."""
+    cell, lanes, steps, batch, inputs, hidden, projected, ids, ragged, bias = case
+    gate_rows, state = CELLS[cell].gates * hidden, projected or hidden
+
+    def weight(*shape: int) -> Tensor:
+        return ((torch.rand(*shape, dtype=torch.float64) * 2 - 1) * hidden**-0.5).to(dtype)
+
+    batch_sizes, rows = None, steps * batch
+    if ragged:
+        lengths = torch.randint(1, steps + 1, (batch,))
+        lengths[0] = steps
+        batch_sizes = (lengths[None] > torch.arange(steps)[:, None]).sum(1)
+        rows = int(batch_sizes.sum())
+    x = torch.randint(inputs, (rows,)) if ids else torch.randn(rows, inputs, dtype=torch.float64).to(dtype)
+    return [
+        x,
+        weight(lanes, gate_rows, inputs),
+        weight(lanes, gate_rows, state),
+        weight(lanes, gate_rows) if bias else None,
+        weight(lanes, gate_rows) if bias else None,
+        weight(lanes, projected, hidden) if projected else None,
+        torch.randn(lanes, batch, state, dtype=torch.float64).mul(0.5).to(dtype),
+        torch.randn(lanes, batch, hidden, dtype=torch.float64).mul(0.5).to(dtype) if cell == "lstm" else None,
+        batch_sizes,
+        cell,
+        lanes > 1,
+    ]
+
+
+def widen(arguments: Any) -> list[Any]:
+    """The same values in float64."""
+    return [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments]
+
+
+def run(
+    backend: str, arguments: list[Any], d_outputs: list[Any], save_tape: bool = True
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """All outputs and all gradients of one backend, by name."""
+    outputs = getattr(torch.ops.rnnfast, f"scan_{backend}")(*arguments, save_tape)
+    gradients = ()
+    if save_tape:
+        backward = getattr(torch.ops.rnnfast, f"scan_{backend}_backward")
+        gradients = backward(*d_outputs, *arguments, outputs[0], outputs[3], True, True)
+    return dict(zip(OUTPUTS, outputs, strict=True)), dict(zip(GRADIENTS, gradients, strict=False))
+
+
+def gradients_like(arguments: list[Any], dtype: torch.dtype) -> list[Any]:
+    """Random gradients of output, h_n and c_n."""
+    h_0, c_0, lanes = arguments[6], arguments[7], arguments[6].shape[0]
+    shapes = [(arguments[0].shape[0], lanes * h_0.shape[2]), h_0.shape, None if c_0 is None else c_0.shape]
+    return [None if s is None else torch.randn(s, dtype=torch.float64).to(dtype) for s in shapes]
+
+
+def rms(tensor: Tensor) -> float:
+    """Root of the mean square; infinite if anything is not finite."""
+    value = float(tensor.double().square().mean().sqrt()) if tensor.numel() else 0.0
+    return value if value == value else float("inf")
+
+
+class Error(NamedTuple):
+    """RMS errors against float64 of the native scan and of the reference in the same type, and RMS of the truth."""
+
+    native: float
+    reference: float
+    truth: float
+
+
+def compare(case: Case, dtype: torch.dtype) -> dict[str, Error]:
+    """The errors of everything the native scan computes."""
+    native.load()
+    arguments = build(case, dtype)
+    d_outputs = gradients_like(arguments, dtype)
+    outputs, gradients = run("cpu", arguments, d_outputs)
+    for tensor in (outputs | gradients).values():
+        assert tensor.dtype is dtype
+        assert tensor.is_contiguous()
+    without_tape, _ = run("cpu", arguments, d_outputs, save_tape=False)
+    for name in OUTPUTS[:3]:
+        assert torch.equal(outputs[name], without_tape[name])
+    truth, _ = run("reference", widen(arguments), widen(d_outputs))
+    eager, _ = run("reference", arguments, d_outputs)
+    # Gradients from the same output and tape: the two backends' tapes can be exchanged, and a relu's kink is no matter.
+    saved = [outputs["output"], outputs["tape"]]
+    backward = torch.ops.rnnfast.scan_reference_backward
+    true_gradients = backward(*widen(d_outputs), *widen(arguments), *widen(saved), True, True)
+    eager_gradients = backward(*d_outputs, *arguments, *saved, True, True)
+    truth |= dict(zip(GRADIENTS, true_gradients, strict=True))
+    eager |= dict(zip(GRADIENTS, eager_gradients, strict=True))
+    errors = {}
+    for name, tensor in (outputs | gradients).items():
+        assert tensor.shape == truth[name].shape, name
+        errors[name] = Error(rms(tensor - truth[name]), rms(eager[name] - truth[name]), rms(truth[name]))
+    return errors

@@ -1,0 +1,89 @@
+"""The native scan against the reference in float64: every cell, shape, type and instruction set."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.cpu.harness import Case, compare, native
+
+pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
+
+CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")
+SHAPES = [
+    # lanes, steps, batch, inputs, hidden
+    (1, 1, 1, 1, 1),
+    (1, 4, 2, 3, 3),
+    (2, 5, 3, 17, 33),
+    (1, 2, 33, 64, 64),
+    (2, 7, 17, 5, 130),
+    (4, 3, 4, 33, 16),
+    (1, 35, 32, 28, 64),
+    (1, 9, 1, 130, 200),
+]
+# Of the RMS of the truth: the rounding of a few operations, which is granted on top of twice the eager error. In bfloat16
+# the operands of the products are rounded as well, so that its bounds hold alone; one rounding is 0.0011 to 0.0023.
+FLOOR = {torch.float64: (1e-15, 2e-15), torch.float32: (5e-7, 1e-6), torch.bfloat16: (0.005, 0.012)}
+# Small tensors can cancel to almost nothing; their errors are measured against this at least.
+LEAST_RMS = 0.25
+
+
+def grid(shapes: list[tuple[int, ...]]) -> list[Case]:
+    cases = []
+    for cell in CELLS:
+        for number, (lanes, steps, batch, inputs, hidden) in enumerate(shapes):
+            for ids in (False, True):
+                ragged = (number % 2 == 0) == ids
+                bias = (number + ids) % 3 != 0
+                case = Case(cell, lanes, steps, batch, inputs, hidden, 0, ids, ragged, bias)
+                cases.append(case)
+                if cell == "lstm":
+                    cases.append(case._replace(projected=max(1, hidden // 2)))
+    return cases
+
+
+def check(case: Case, dtype: torch.dtype) -> None:
+    for name, error in compare(case, dtype).items():
+        floor = FLOOR[dtype][name.startswith("d_")] * max(error.truth, LEAST_RMS)
+        bound = floor if dtype is torch.bfloat16 else floor + 2 * error.reference
+        assert error.native <= bound, f"{name} of {case} in {dtype}: {error}"
+
+
+@pytest.mark.parametrize("dtype", FLOOR, ids=str)
+@pytest.mark.parametrize("case", grid(SHAPES), ids=str)
+def test_parity(case: Case, dtype: torch.dtype) -> None:
+    check(case, dtype)
+
+
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16"])
+def test_parity_of_each_instruction_set(isa: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "tests.cpu.test_parity"],
+        env=os.environ | {"RNNFAST_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    if "this processor does not have it" in done.stderr:
+        pytest.skip(f"this processor has no {isa}")
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_unknown_instruction_set() -> None:
+    code = "from tests.cpu.harness import *; compare(Case('gru'), torch.float32)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"RNNFAST_CPU_ISA": "mmx"}, capture_output=True, text=True, check=False
+    )
+    assert "RNNFAST_CPU_ISA=mmx: not an instruction set of this build" in done.stderr
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    for dtype in FLOOR:
+        for case in grid([SHAPES[2], SHAPES[4], SHAPES[6]]):
+            check(case, dtype)
