@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from typing import Any
 
 import torch
 
@@ -27,6 +28,14 @@ def why_not() -> str | None:
     if not interpreted() and not torch.cuda.is_available():
         return "no CUDA or ROCm device is visible to PyTorch"
     return None
+
+
+def declines(request: Any) -> str | None:
+    """Returns why this backend cannot run a `rnnfast.dispatch.Request`, or None."""
+    from rnnfast.backends.triton.plan import unsupported
+
+    reason = unsupported(request.dtype, request.projected)
+    return None if reason is None else f"it {reason}"
 
 
 def load() -> None:

@@ -4,6 +4,8 @@ Rows are time-major, as in `PackedSequence.data`; row numbers are 64-bit. Option
 sees while it is compiled.
 """
 
+# ruff: noqa: RUF005 (Triton concatenates tuples, and cannot unpack them)
+
 import triton
 import triton.language as tl
 

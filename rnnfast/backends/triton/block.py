@@ -1,8 +1,10 @@
 """The block scan: one program walks all steps of a tile of batch rows of one lane, with W_hh resident.
 
 The state never leaves the program; the only traffic a step is gx in and the output (and tape) out. Units are padded to
-a power of two, with zero weights, so that padded units never reach a real one.
+a power of two; `w_hh` comes padded with zeros, (D, G, UNITS, UNITS), so padded units never reach a real one.
 """
+
+# ruff: noqa: RUF005 (Triton concatenates tuples, and cannot unpack them)
 
 import triton
 import triton.language as tl
@@ -12,7 +14,7 @@ from rnnfast.backends.triton.access import load_gates, load_step, step_rows
 
 @triton.jit
 def product(a, w, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """a (rows, K) times w (K, units), accumulated in float32, by `tl.dot` or as multiplications and a sum.
+    """Returns a (rows, K) times w (K, units), accumulated in float32, by `tl.dot` or as multiplications and a sum.
 
     `tl.dot` pads rows to 16 and needs tensor cores to pay; for float32 as such the sum keeps w in registers.
     """
@@ -60,8 +62,8 @@ def scan_forward(
     w = ()
     b = ()
     for g in tl.static_range(GATES):
-        at = w_hh + (lane64 * GATES + g) * H * H + k[:, None] + unit[None, :] * H
-        w = w + (tl.load(at, mask=(k < H)[:, None] & in_units[None, :], other=0.0),)
+        at = w_hh + (lane * GATES + g) * UNITS * UNITS + k[:, None] + unit[None, :] * UNITS
+        w = w + (tl.load(at),)
         if b_hh is not None:
             b = b + (tl.load(b_hh + (lane * GATES + g) * H + unit, mask=in_units, other=0.0).to(tl.float32),)
 
@@ -156,8 +158,8 @@ def scan_backward(
 
     w = ()
     for g in tl.static_range(GATES):
-        at = w_hh + (lane64 * GATES + g) * H * H + k[:, None] * H + unit[None, :]
-        w = w + (tl.load(at, mask=(k < H)[:, None] & in_units[None, :], other=0.0),)
+        at = w_hh + (lane * GATES + g) * UNITS * UNITS + k[:, None] * UNITS + unit[None, :]
+        w = w + (tl.load(at),)
 
     state = (lane64 * B + row)[:, None] * H + unit[None, :]
     in_batch = (row < B)[:, None] & in_units[None, :]

@@ -23,7 +23,7 @@ def sigmoid(x):
 
 @triton.jit
 def tanh(x):
-    """tanh within 4 ulp everywhere: near 0 the exponential formula cancels, so there an odd polynomial takes over.
+    """Within 4 ulp everywhere: near 0 the exponential formula cancels, so there an odd polynomial takes over.
 
     The polynomial x + x^3 Q(x^2) is our own minimax fit of the relative error on |x| < 0.625 (4.4e-9 before rounding).
     """

@@ -27,8 +27,8 @@ class _Walk(NamedTuple):
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """T, B, D, N, H, bidirectional."""
-        return (self.steps, self.batch, self.lanes, self.rows, self.hidden, self.bidirectional)
+        """T, B, D, N, H."""
+        return (self.steps, self.batch, self.lanes, self.rows, self.hidden)
 
 
 def _walk(h_0: Tensor, rows: int, batch_sizes: Tensor | None, bidirectional: bool) -> _Walk:
@@ -56,8 +56,8 @@ def forward(
     save_tape: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Implements `rnnfast::scan_triton`; shapes are those of `rnnfast.scan.scan`."""
-    _require_supported(cell, h_0.dtype, w_hr)
-    lanes, batch, hidden = h_0.shape
+    _require_supported(h_0.dtype, w_hr)
+    lanes, _, hidden = h_0.shape
     rows = input.shape[0]
     gates, values = CELLS[cell].gates, CELLS[cell].tape
     output = h_0.new_empty(rows, lanes * hidden)
@@ -71,15 +71,16 @@ def forward(
     else:
         gx, ids = _gate_inputs(input, w_ih, b_ih)
         walk = _walk(h_0, rows, batch_sizes, bidirectional)
-        tensors = (gx, ids, w_hh, b_hh, h_0, c_0, walk.offsets, output, h_n, c_n, tape if values else None)
-        how = plan(cell, hidden, h_0.dtype)
+        how = plan(cell, hidden, h_0.dtype, torch.backends.cuda.matmul.allow_tf32)
+        w = _pad_units(w_hh, how)
+        tensors = (gx, ids, w, b_hh, h_0, c_0, walk.offsets, output, h_n, c_n, tape if values else None)
         constants = {"CELL": cells.FORWARD[cell], "GATES": gates, "TAPE": values, **_constants(how)}
         with _on_device_of(h_0):
             if how.kernel == "block":
                 _launch_block(block.scan_forward, how, walk, tensors, constants)
             else:
-                h_state = h_0.new_empty(2, *h_0.shape, dtype=torch.float32)
-                h_state[0] = h_0
+                h_state = h_0.new_zeros(2, lanes, h_0.shape[1], how.padded(hidden), dtype=torch.float32)
+                h_state[0, ..., :hidden] = h_0
                 c_state = None if c_0 is None else c_0.to(torch.float32, copy=True)
                 tensors = (*tensors, h_state, c_state)
                 _launch_steps(step.scan_forward, h_0.device, how, walk, walk.steps, tensors, constants)
@@ -108,7 +109,7 @@ def backward(
     need_weights: bool,
 ) -> tuple[Tensor, ...]:
     """Implements `rnnfast::scan_triton_backward`: what is absent or not needed is returned empty."""
-    _require_supported(cell, h_0.dtype, w_hr)
+    _require_supported(h_0.dtype, w_hr)
     lanes, _, hidden = h_0.shape
     rows = input.shape[0]
     gates, values = CELLS[cell].gates, CELLS[cell].tape
@@ -128,8 +129,9 @@ def backward(
             d_c_0.copy_(d_c_n)
     else:
         walk = _walk(h_0, rows, batch_sizes, bidirectional)
-        tensors = (d_output, d_h_n, d_c_n, w_hh, h_0, c_0, walk.offsets, output, tape, d_gx, d_g_last, d_h_0, d_c_0)
-        how = plan(cell, hidden, h_0.dtype)
+        how = plan(cell, hidden, h_0.dtype, torch.backends.cuda.matmul.allow_tf32)
+        w = _pad_units(w_hh, how)
+        tensors = (d_output, d_h_n, d_c_n, w, h_0, c_0, walk.offsets, output, tape, d_gx, d_g_last, d_h_0, d_c_0)
         constants = {"CELL": cells.BACKWARD[cell], "GATES": gates, "TAPE": values, **_constants(how)}
         with _on_device_of(h_0):
             if how.kernel == "block":
@@ -159,8 +161,8 @@ def backward(
 # ---- before the scan -----------------------------------------------------------------------------------------------
 
 
-def _require_supported(cell: str, dtype: torch.dtype, w_hr: Tensor | None) -> None:
-    reason = unsupported(cell, dtype, w_hr is not None)
+def _require_supported(dtype: torch.dtype, w_hr: Tensor | None) -> None:
+    reason = unsupported(dtype, w_hr is not None)
     if reason is not None:
         raise NotImplementedError(f"the triton backend {reason}; choose another backend")
 
@@ -179,7 +181,7 @@ def _gate_inputs(input: Tensor, w_ih: Tensor, b_ih: Tensor | None) -> tuple[Tens
 
 
 def _product(input: Tensor, weight: Tensor) -> Tensor:
-    """input weight^T in float32, without rounding half types on the way."""
+    """Returns input weight^T in float32, without rounding half types on the way."""
     if input.dtype is not torch.float32 and input.is_cuda:
         return torch.mm(input, weight.t(), out_dtype=torch.float32)
     return input.float() @ weight.float().t()
@@ -187,6 +189,14 @@ def _product(input: Tensor, weight: Tensor) -> Tensor:
 
 def _add_bias(rows: Tensor, bias: Tensor | None) -> Tensor:
     return rows if bias is None else rows.add_(bias.flatten())
+
+
+def _pad_units(w_hh: Tensor, how: Plan) -> Tensor:
+    """Returns w_hh as (D, G, padded, padded), with zeros around; itself where nothing is to be padded."""
+    hidden = w_hh.shape[2]
+    more = how.padded(hidden) - hidden
+    w_hh = w_hh.unflatten(1, (-1, hidden))
+    return torch.nn.functional.pad(w_hh, (0, more, 0, more)) if more else w_hh
 
 
 # ---- the scan ------------------------------------------------------------------------------------------------------
@@ -203,7 +213,7 @@ def _constants(how: Plan) -> dict[str, Any]:
 
 def _launch_block(kernel: Any, how: Plan, walk: _Walk, tensors: Any, constants: dict[str, Any]) -> None:
     grid = (triton.cdiv(walk.batch, how.rows), walk.lanes)
-    kernel[grid](*tensors, *walk.sizes, **constants)
+    kernel[grid](*tensors, *walk.sizes, walk.bidirectional, **constants)
 
 
 def _launch_steps(
@@ -211,16 +221,20 @@ def _launch_steps(
 ) -> None:
     """One cooperative launch where all programs fit the device at once, else a launch for each step."""
     grid = (triton.cdiv(walk.hidden, how.units), triton.cdiv(walk.batch, how.rows), walk.lanes)
-    programs = grid[0] * grid[1] * grid[2]
-    if device.type == "cuda" and programs <= torch.cuda.get_device_properties(device).multi_processor_count:
+    sizes = (*walk.sizes, how.padded(walk.hidden), walk.bidirectional)
+    if grid[0] * grid[1] * grid[2] <= _programs_at_once(device):
         # One counter for each row tile of a lane, a cache line apart.
         arrivals = torch.zeros(grid[1] * grid[2], 16, dtype=torch.int64, device=device)
-        kernel[grid](
-            *tensors, arrivals, 0, steps, *walk.sizes, **constants, SYNCHRONISE=True, launch_cooperative_grid=True
-        )
+        at_once = {"SYNCHRONISE": True, "launch_cooperative_grid": True}
+        kernel[grid](*tensors, arrivals, 0, steps, *sizes, **constants, **at_once)
         return
     for i in range(steps):
-        kernel[grid](*tensors, None, i, i + 1, *walk.sizes, **constants, SYNCHRONISE=False)
+        kernel[grid](*tensors, None, i, i + 1, *sizes, **constants, SYNCHRONISE=False)
+
+
+def _programs_at_once(device: torch.device) -> int:
+    """How many programs surely run at the same time: one on each multiprocessor, and none where programs take turns."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
 
 
 # ---- after the scan: products parallel in time ---------------------------------------------------------------------

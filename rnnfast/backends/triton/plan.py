@@ -1,8 +1,8 @@
 """Which kernel runs a layer, and in what tiles: a table by cell, hidden size and dtype.
 
 The batch size takes no part, so a row's result does not depend on the batch around it. The limits of the block scan
-are the sizes that compile without a spill for sm_80 and sm_90 (tests/triton/test_compile.py holds them to it); speed has
-not been measured on a GPU yet.
+are the sizes that compile without a spill for sm_80 and sm_90 (tests/triton/test_compile.py holds them to it); speed
+has not been measured on a GPU yet.
 """
 
 from __future__ import annotations
@@ -33,10 +33,15 @@ class Plan(NamedTuple):
         return {**tiles, "DOT": self.dot} if self.kernel == "block" else {**tiles, "DEPTH": self.depth}
 
 
+    def padded(self, hidden: int) -> int:
+        """How many units the kernel expects in w_hh."""
+        return self.units if self.kernel == "block" else -(-hidden // self.depth) * self.depth
+
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def unsupported(cell: str, dtype: torch.dtype, projected: bool) -> str | None:
+def unsupported(dtype: torch.dtype, projected: bool) -> str | None:
     """Returns None for what this backend computes, else why not."""
     if projected:
         return "has no LSTM projection (proj_size)"
@@ -45,17 +50,22 @@ def unsupported(cell: str, dtype: torch.dtype, projected: bool) -> str | None:
     return None
 
 
-# The largest padded H for which a program holds W_hh in registers in float32 (one batch row, multiply and sum), and
-# for half types the largest for which it holds it in shared memory (16 batch rows, tensor cores).
+# The largest H, padded to a power of two, for which a program holds W_hh in registers in float32 (one batch row; the
+# product is multiply and sum), and in half types in shared memory (16 batch rows; the product runs on tensor cores).
 IN_REGISTERS = {"rnn_tanh": 128, "rnn_relu": 128, "lstm": 64, "gru": 64}
 IN_SHARED_MEMORY = {"rnn_tanh": 256, "rnn_relu": 256, "lstm": 128, "gru": 128}
 
 
-def plan(cell: str, hidden: int, dtype: torch.dtype) -> Plan:
+def plan(cell: str, hidden: int, dtype: torch.dtype, allow_tf32: bool) -> Plan:
     """Returns the kernel and tiles for a layer of `hidden` units."""
+    half = dtype is not torch.float32
     units = max(16, 1 << (hidden - 1).bit_length())
     if units <= IN_REGISTERS[cell]:
         return Plan("block", rows=1, units=units, warps=4 if units < 64 else 8, dot=False)
-    if dtype is not torch.float32 and units <= IN_SHARED_MEMORY[cell]:
-        return Plan("block", rows=16, units=units, warps=8)
-    return Plan("step", rows=16, units=16, warps=4, depth=32 if dtype is torch.float32 else 64, stages=3)
+    # An H that is no multiple of 16 costs addresses, one for each value, which these kernels have no registers for.
+    if half and units <= IN_SHARED_MEMORY[cell] and hidden % 16 == 0:
+        return Plan("block", rows=16, units=units, warps=8 if cell == "lstm" else 16)
+    # Tensor cores want 8 units a warp; without them smaller tiles spread over more of the device.
+    if half:
+        return Plan("step", rows=16, units=32, warps=4, depth=64, stages=2)
+    return Plan("step", rows=16, units=32 if allow_tf32 else 16, warps=4, depth=32 if allow_tf32 else 64, stages=2)

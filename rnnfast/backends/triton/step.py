@@ -8,8 +8,11 @@ The same kernel is launched in one of two ways:
 - once a step, anywhere else: the launch order is the barrier. Triton's interpreter runs programs one after another, so
   there this is the only way.
 
-The state passes between programs through global memory in float32.
+The state passes between programs through global memory in float32. `w_hh` comes padded with zeros to `padded` units, a
+multiple of all tiles, (D, G, padded, padded).
 """
+
+# ruff: noqa: RUF005 (Triton concatenates tuples, and cannot unpack them)
 
 import triton
 import triton.language as tl
@@ -50,6 +53,7 @@ def scan_forward(
     D,
     N,
     H,
+    padded,
     bidirectional,
     CELL: tl.constexpr,
     GATES: tl.constexpr,
@@ -60,7 +64,7 @@ def scan_forward(
     PRECISION: tl.constexpr,
     SYNCHRONISE: tl.constexpr,
 ):
-    """h_state (2, D, B, H) holds the states before even and odd steps, c_state (D, B, H) the cell state."""
+    """h_state (2, D, B, padded) holds the states before even and odd steps, c_state (D, B, H) the cell state."""
     lane = tl.program_id(2)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
@@ -75,8 +79,9 @@ def scan_forward(
 
     state = (lane64 * B + row)[:, None] * H + unit[None, :]
     in_batch = (row < B)[:, None] & in_units[None, :]
-    state_size = D.to(tl.int64) * B * H
-    w_hh += lane64 * GATES * H * H
+    h_row = (lane64 * B + row)[:, None] * padded
+    h_size = D.to(tl.int64) * B * padded
+    w_hh += lane64 * GATES * padded * padded
     gx += lane * GATES * H
     gx_stride = D.to(tl.int64) * GATES * H
     output += lane * H
@@ -89,8 +94,8 @@ def scan_forward(
         x = load_gates(gx, start + row, row < size, ids, gx_stride, unit, H, GATES)
 
         # h is read past the first-level cache, which other programs' writes do not reach.
-        h_read = h_state + (i % 2) * state_size
-        h = tl.load(h_read + state, mask=in_batch, other=0.0, cache_modifier=".cg")
+        h_read = h_state + (i % 2) * h_size + h_row
+        h = tl.load(h_read + unit[None, :], mask=in_batch, other=0.0, cache_modifier=".cg")
         c = h
         if c_0 is not None:
             c = tl.load(c_state + state, mask=in_batch, other=0.0)
@@ -100,13 +105,10 @@ def scan_forward(
             a = a + (tl.zeros((ROWS, UNITS), tl.float32),)
         for k_first in range(0, H, DEPTH):
             k = k_first + tl.arange(0, DEPTH)
-            in_depth = k < H
-            h_at = h_read + (lane64 * B + row)[:, None] * H + k[None, :]
-            h_k = tl.load(h_at, mask=(row < B)[:, None] & in_depth[None, :], other=0.0, cache_modifier=".cg")
+            h_k = tl.load(h_read + k[None, :], mask=(row < B)[:, None], other=0.0, cache_modifier=".cg")
             sums = ()
             for g in tl.static_range(GATES):
-                w_at = w_hh + (g * H + unit)[None, :] * H + k[:, None]
-                w = tl.load(w_at, mask=in_depth[:, None] & in_units[None, :], other=0.0)
+                w = tl.load(w_hh + (g * padded + unit)[None, :] * padded + k[:, None])
                 sums = sums + (tl.dot(h_k.to(w.dtype), w, acc=a[g], input_precision=PRECISION),)
             a = sums
         if b_hh is not None:
@@ -119,7 +121,7 @@ def scan_forward(
         valid = (row < size)[:, None] & in_units[None, :]
         h = tl.where(valid, h_new, h)
         c = tl.where(valid, c_new, c)
-        tl.store(h_state + ((i + 1) % 2) * state_size + state, h, mask=in_batch)
+        tl.store(h_state + ((i + 1) % 2) * h_size + h_row + unit[None, :], h, mask=in_batch)
         if c_0 is not None:
             tl.store(c_state + state, c, mask=in_batch)
         at_row = (start + row)[:, None]
@@ -163,6 +165,7 @@ def scan_backward(
     D,
     N,
     H,
+    padded,
     bidirectional,
     CELL: tl.constexpr,
     GATES: tl.constexpr,
@@ -200,7 +203,7 @@ def scan_backward(
     if d_g_last is not None:
         d_g_last += lane * H
     tape += lane64 * N * TAPE * H
-    w_hh += lane64 * GATES * H * H
+    w_hh += lane64 * GATES * padded * padded
 
     direction = 1 - 2 * backwards
     for i in range(first_step, last_step):
@@ -221,11 +224,9 @@ def scan_backward(
                 d_done = d_gx + (start_done + row)[:, None] * stride * GATES + g * H
             for k_first in range(0, H, DEPTH):
                 k = k_first + tl.arange(0, DEPTH)
-                in_depth = k < H
-                d_mask = (row < size_done)[:, None] & in_depth[None, :]
+                d_mask = (row < size_done)[:, None] & (k < H)[None, :]
                 d_k = tl.load(d_done + k[None, :], mask=d_mask, other=0.0, cache_modifier=".cg")
-                w_at = w_hh + (g * H + k)[:, None] * H + unit[None, :]
-                w = tl.load(w_at, mask=in_depth[:, None] & in_units[None, :], other=0.0)
+                w = tl.load(w_hh + (g * padded + k)[:, None] * padded + unit[None, :])
                 d_h = tl.dot(d_k, w, acc=d_h, input_precision=PRECISION)
 
         d_c = d_h

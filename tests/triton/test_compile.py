@@ -1,0 +1,97 @@
+"""Every kernel that `plan` sends a layer to compiles for sm_80 and sm_90, without a spill and within shared memory."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+REPORT = Path(__file__).with_name("compile_report.py")
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
+REGISTERS_OF_A_MULTIPROCESSOR = 65536
+
+# The largest H of the block scan in float32 and in half types.
+LARGEST = {"rnn_tanh": (128, 256), "rnn_relu": (128, 256), "lstm": (64, 128), "gru": (64, 128)}
+COMMON = {"batch": 32, "steps": 4, "lanes": 1, "token_ids": False, "ragged": False, "allow_tf32": False, "at_once": True}
+
+
+def cases() -> Iterator[dict[str, Any]]:
+    """Each cell at the limits of each kernel, and one of them in every other way a kernel is specialised."""
+    for arch in SHARED_BYTES:
+        for cell, (in_registers, in_shared_memory) in LARGEST.items():
+            for hidden in (in_registers, 512):
+                yield {**COMMON, "cell": cell, "hidden": hidden, "dtype": "float32", "arch": arch}
+            for hidden in (in_registers, in_shared_memory, 512):
+                yield {**COMMON, "cell": cell, "hidden": hidden, "dtype": "bfloat16", "arch": arch}
+        odd = {**COMMON, "cell": "lstm", "arch": arch, "lanes": 2, "ragged": True}
+        for hidden, dtype in ((3, "float32"), (31, "float16"), (63, "float32"), (63, "float16"), (501, "float16")):
+            yield {**odd, "hidden": hidden, "dtype": dtype}
+        yield {**odd, "cell": "gru", "hidden": 112, "dtype": "float16"}
+        yield {**odd, "hidden": 50, "dtype": "float32", "token_ids": True}
+        for cell in ("lstm", "gru"):
+            yield {**COMMON, "cell": cell, "hidden": 512, "dtype": "float32", "arch": arch, "allow_tf32": True}
+        yield {**COMMON, "cell": "gru", "hidden": 512, "dtype": "bfloat16", "arch": arch, "at_once": False}
+
+
+def recompilation_cases() -> Iterator[dict[str, Any]]:
+    for hidden, ragged in ((64, True), (512, False)):
+        for batch, steps in ((1, 7), (17, 1), (48, 3)):
+            case = {**COMMON, "cell": "gru", "hidden": hidden, "dtype": "float32", "arch": 90, "ragged": ragged}
+            yield {**case, "batch": batch, "steps": steps}
+
+
+CASES = list(cases())
+RECOMPILATION_CASES = list(recompilation_cases())
+
+
+def report(cases: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Runs compile_report.py on the cases, in two processes."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    halves = [cases[0::2], cases[1::2]]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, REPORT], env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
+        )
+        for _ in halves
+    ]
+    for process, half in zip(processes, halves, strict=True):
+        assert process.stdin is not None
+        json.dump(half, process.stdin)
+        process.stdin.close()
+        process.stdin = None
+    results: list[list[dict[str, Any]]] = [[] for _ in cases]
+    for start, process in enumerate(processes):
+        out, _ = process.communicate()
+        assert process.returncode == 0, "compile_report.py failed; its error is on stderr"
+        results[start::2] = json.loads(out)
+    return results
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[list[dict[str, Any]]]:
+    """The resources of the forward and the backward kernel of every case."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    return report(CASES + RECOMPILATION_CASES)
+
+
+@pytest.mark.parametrize("index", range(len(CASES)), ids=["-".join(str(v) for v in case.values()) for case in CASES])
+def test_within_budget(compiled, index):
+    case = CASES[index]
+    for kernel in compiled[index]:
+        block = case["hidden"] <= LARGEST[case["cell"]][case["dtype"] != "float32"]
+        assert kernel["kernel"] == ("block" if block else "step")
+        assert kernel["spilled_bytes"] == 0, kernel
+        assert kernel["shared_bytes"] <= SHARED_BYTES[case["arch"]], kernel
+        assert kernel["registers"] * 32 * kernel["warps"] <= REGISTERS_OF_A_MULTIPROCESSOR, kernel
+
+
+def test_no_recompilation_when_batch_or_length_changes(compiled):
+    results = compiled[len(CASES) :]
+    for same in (results[:3], results[3:]):
+        for direction in range(2):
+            assert len({result[direction]["hash"] for result in same}) == 1
