@@ -1,0 +1,232 @@
+"""Whole layers: ours beside torch.nn's and the peers, on the same weights and inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+import rnnfast
+from rnnfast.bench.measure import TOLERANCE, alternate, check_same, fma_peak, sample, timed
+from rnnfast.bench.report import OURS, TORCH, Row
+from rnnfast.cells import CELLS
+
+LAYERS = {"rnn": "RNN", "rnn_relu": "RNN", "lstm": "LSTM", "gru": "GRU"}
+FORWARD, BOTH = "forward", "forward+backward"
+PEER_REST = 0.01  # seconds; see measure.alternate
+
+
+@dataclass(frozen=True)
+class LayerCase:
+    """One layer, one direction, and what it is given.
+
+    Attributes:
+        direction: "forward" (no gradient is recorded) or "forward+backward" (of the parameters and the input).
+        packed: a PackedSequence of lengths from `steps` down to an eighth of it, evenly spread.
+        token_ids: ours takes ids, the others their one-hot rows, which they build in every call.
+    """
+
+    cell: str
+    hidden_size: int
+    batch: int
+    steps: int
+    direction: str = BOTH
+    dtype: str = "float32"
+    inputs: int = 28
+    packed: bool = False
+    token_ids: bool = False
+
+    @property
+    def label(self) -> str:
+        extra = [self.dtype] if self.dtype != "float32" else []
+        extra += ["packed"] if self.packed else []
+        extra += ["ids"] if self.token_ids else []
+        shape = f"{self.cell} H={self.hidden_size} B={self.batch} T={self.steps}"
+        return " ".join([shape, self.direction.replace("forward", "fwd").replace("backward", "bwd"), *extra])
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)  # type: ignore[no-any-return]
+
+    @property
+    def gates(self) -> int:
+        return CELLS["rnn_tanh" if self.cell == "rnn" else self.cell].gates
+
+    def lengths(self) -> list[int]:
+        """Steps of each sequence, longest first."""
+        shortest = max(1, self.steps // 8) if self.packed else self.steps
+        return torch.linspace(self.steps, shortest, self.batch).round().int().tolist()  # type: ignore[no-any-return]
+
+    @property
+    def flops(self) -> float:
+        """Operations of the matrix products; the gates' own arithmetic is not counted.
+
+        Forward: 2 G H H a row for the recurrent product and 2 G H I for the input's, which ids do not have. Backward: as
+        many for the gradients of the states and inputs, and again for those of the weights.
+        """
+        row = 2.0 * self.gates * self.hidden_size * (self.hidden_size + (0 if self.token_ids else self.inputs))
+        return sum(self.lengths()) * row * (1 if self.direction == FORWARD else 3)
+
+
+class Contestant(NamedTuple):
+    """`call` is what is timed; `results` names what it returned, as tensors, for the comparison."""
+
+    call: Callable[[], Any]
+    results: Callable[[Any], Mapping[str, Tensor]]
+
+
+class Setup(NamedTuple):
+    """A case made real: two layers with the same weights, their inputs, and the gradient that comes from above.
+
+    `d_output` has the shape of the output: (T, B, H), or packed (N, H).
+    """
+
+    case: LayerCase
+    ours: nn.RNNBase
+    theirs: nn.RNNBase
+    our_input: Tensor | PackedSequence
+    their_input: Tensor | PackedSequence
+    d_output: Tensor
+
+
+def set_up(case: LayerCase, backend: str = "auto") -> Setup:
+    """Build both layers and their inputs, the same ones every time."""
+    generator = torch.Generator().manual_seed(0)
+    dtype = case.torch_dtype
+    options: dict[str, Any] = {"dtype": dtype}
+    if case.cell == "rnn_relu":
+        options["nonlinearity"] = "relu"
+    theirs = getattr(nn, LAYERS[case.cell])(case.inputs, case.hidden_size, **options)
+    bound = case.hidden_size**-0.5
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
+    ours = getattr(rnnfast, LAYERS[case.cell])(case.inputs, case.hidden_size, backend=backend, **options)
+    ours.load_state_dict(theirs.state_dict())
+
+    our_input: Any
+    if case.token_ids:
+        our_input = their_input = torch.randint(case.inputs, (case.steps, case.batch), generator=generator)
+    else:
+        our_input = their_input = torch.randn(case.steps, case.batch, case.inputs, generator=generator).to(dtype)
+    if case.packed:
+        our_input = their_input = pack_padded_sequence(our_input, torch.tensor(case.lengths()))
+    rows = (sum(case.lengths()),) if case.packed else (case.steps, case.batch)
+    d_output = torch.randn(*rows, case.hidden_size, generator=generator).to(dtype)
+    return Setup(case, ours, theirs, our_input, their_input, d_output)
+
+
+def torch_contestant(layer: nn.RNNBase, input: Any, setup: Setup, one_hot: bool = False) -> Contestant:
+    """A torch.nn layer, or ours, which is called the same way."""
+    case = setup.case
+
+    def prepare(input: Any) -> Any:
+        if not one_hot:
+            return input
+        if isinstance(input, PackedSequence):
+            return PackedSequence(F.one_hot(input.data, case.inputs).to(case.torch_dtype), *input[1:])
+        return F.one_hot(input, case.inputs).to(case.torch_dtype)
+
+    if case.direction == FORWARD:
+
+        def forward() -> Any:
+            with torch.no_grad():
+                return layer(prepare(input))
+
+        return Contestant(forward, lambda result: outputs(*result))
+
+    leaves: dict[str, Tensor] = dict(layer.named_parameters())
+    if not case.token_ids:
+        data = input.data if isinstance(input, PackedSequence) else input
+        leaves["input"] = data = data.detach().clone().requires_grad_()
+        input = PackedSequence(data, *input[1:]) if isinstance(input, PackedSequence) else data
+    tensors = list(leaves.values())
+
+    def both() -> Any:
+        output, state = layer(prepare(input))
+        rows = output.data if case.packed else output
+        return (output, state), torch.autograd.grad(rows, tensors, setup.d_output)
+
+    def results(result: Any) -> dict[str, Tensor]:
+        gradients = {f"d_{name}": gradient for name, gradient in zip(leaves, result[1], strict=True)}
+        return outputs(*result[0]) | gradients
+
+    return Contestant(both, results)
+
+
+def outputs(output: Any, state: Any) -> dict[str, Tensor]:
+    """A layer's outputs by name."""
+    states = state if isinstance(state, tuple) else (state,)
+    output = output.data if isinstance(output, PackedSequence) else output
+    return {"output": output.detach()} | {
+        name: part.detach() for name, part in zip(("h_n", "c_n"), states, strict=False)
+    }
+
+
+def contestants(setup: Setup, peers: bool = False) -> dict[str, Contestant]:
+    """Ours, torch.nn's, and the peers that are installed and can do this case."""
+    case = setup.case
+    found = {
+        OURS: torch_contestant(setup.ours, setup.our_input, setup),
+        TORCH: torch_contestant(setup.theirs, setup.their_input, setup, one_hot=case.token_ids),
+    }
+    if peers:
+        from rnnfast.bench.peers import layer_peers
+
+        found |= layer_peers(setup)
+    return found
+
+
+def check_parity(case: LayerCase, contestants: Mapping[str, Contestant], truth: str = TORCH) -> None:
+    """Assert that all contestants compute what `truth` computes.
+
+    Raises:
+        Disagreement: one of them does not.
+    """
+    results = {name: contestant.results(contestant.call()) for name, contestant in contestants.items()}
+    for name, result in results.items():
+        if name != truth:
+            check_same(name, result, results[truth], TOLERANCE[case.torch_dtype], case.label)
+
+
+def measure_layer(case: LayerCase, seconds: float, backend: str = "auto", peers: bool = False) -> Row:
+    """Ours beside torch.nn's and, if asked for, the other libraries.
+
+    Raises:
+        Disagreement: they do not compute the same.
+    """
+    setup = set_up(case, backend)
+    return _measure(setup, contestants(setup, peers), TORCH, seconds)
+
+
+def measure_dtype(case: LayerCase, seconds: float, backend: str = "auto") -> Row:
+    """Ours in the case's dtype beside ours in float32."""
+    setup = set_up(case, backend)
+    full = set_up(LayerCase(**(asdict(case) | {"dtype": "float32"})), backend)
+    with torch.no_grad():  # both start from what the smaller type can hold
+        for ours, theirs in zip(full.ours.parameters(), setup.ours.parameters(), strict=True):
+            ours.copy_(theirs)
+    rounded = full._replace(d_output=setup.d_output.float())
+    our_input: Any = setup.our_input
+    both = {
+        OURS: torch_contestant(setup.ours, our_input, setup),
+        "our float32": torch_contestant(rounded.ours, our_input if case.token_ids else our_input.float(), rounded),
+    }
+    return _measure(setup, both, "our float32", seconds)
+
+
+def _measure(setup: Setup, contestants: Mapping[str, Contestant], truth: str, seconds: float) -> Row:
+    case = setup.case
+    check_parity(case, contestants, truth)
+    rest = PEER_REST if len(contestants) > 2 else 0.0
+    peak_before = fma_peak()
+    samples = alternate({name: timed(one.call) for name, one in contestants.items()}, seconds, rest)
+    peak_after = fma_peak()
+    choice = rnnfast.explain(setup.ours, setup.our_input)
+    peak = sample([peak_before, peak_after]).median if peak_before and peak_after else None
+    return Row(case.label, asdict(case), choice.backend, samples, flops=case.flops, peak=peak)

@@ -1,0 +1,193 @@
+"""How things are timed: in turns, medians of many, beside the machine's own limits."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rnnfast.backends import native
+from rnnfast.lm.files import UserError, note
+
+Turn = Callable[[int], float]
+"""Does its work so many times, and returns the seconds that took."""
+
+MIN_TURNS, MAX_TURNS = 3, 101
+TURN_SECONDS = 0.002  # short work is repeated within a turn until it takes this long
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2}
+"""The largest RMS of an error over the RMS of the truth at which two results are still the same computation."""
+
+
+class Sample(NamedTuple):
+    """A quantity measured several times: its median and quartiles. `calls` were averaged over in each turn."""
+
+    median: float
+    lower: float
+    upper: float
+    turns: int
+    calls: int
+
+    @property
+    def spread(self) -> float:
+        """Half the distance between the quartiles, as a share of the median."""
+        return (self.upper - self.lower) / 2 / self.median if self.median else 0.0
+
+
+def sample(values: Sequence[float], calls: int = 1) -> Sample:
+    """Median and quartiles of measured values."""
+    if len(values) == 1:
+        return Sample(values[0], values[0], values[0], 1, calls)
+    lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
+    return Sample(median, lower, upper, len(values), calls)
+
+
+def timed(work: Callable[[], object]) -> Turn:
+    """The turn of a plain function."""
+
+    def turn(calls: int) -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            work()
+        return time.perf_counter() - start
+
+    return turn
+
+
+def alternate(turns: Mapping[str, Turn], seconds: float, rest: float = 0.0) -> dict[str, Sample]:
+    """Time contestants in turn: A B C A B C ..., after a warm-up of each.
+
+    Args:
+        turns: the contestants by name.
+        seconds: about how long to go on, all contestants together; there are at least `MIN_TURNS` rounds.
+        rest: seconds of silence, and one call that does not count, in front of each turn. Contestants with thread
+            pools of their own need it: a pool's threads spin for a while after their work, on cores that the next
+            contestant would have to itself in a program of its own.
+
+    Returns:
+        Seconds a call, by name.
+    """
+    calls = {name: _calls_in_a_turn(turn) for name, turn in turns.items()}
+    times: dict[str, list[float]] = {name: [] for name in turns}
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        start = time.perf_counter()
+        for done in range(MAX_TURNS):
+            if done >= MIN_TURNS and time.perf_counter() - start > seconds:
+                break
+            for name, turn in turns.items():
+                if rest:
+                    time.sleep(rest)
+                    turn(1)
+                times[name].append(turn(calls[name]) / calls[name])
+    finally:
+        if collecting:
+            gc.enable()
+    return {name: sample(values, calls[name]) for name, values in times.items()}
+
+
+def _calls_in_a_turn(turn: Turn) -> int:
+    """Warms up, and finds how many calls make a turn long enough for the clock."""
+    turn(1)
+    calls, taken = 1, turn(1)
+    while taken < TURN_SECONDS:
+        calls = max(calls + 1, math.ceil(1.2 * calls * TURN_SECONDS / max(taken, 1e-9)))
+        taken = turn(calls)
+    return calls
+
+
+class Disagreement(UserError):
+    """Two contestants do not compute the same, so there is nothing to time."""
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """RMS of the difference over RMS of `expected`, in float64; 0 for tensors of no elements."""
+    if not expected.numel():
+        return 0.0
+    actual, expected = actual.double(), expected.double()
+    size = expected.square().mean().sqrt().item()
+    return (actual - expected).square().mean().sqrt().item() / (size or 1.0)
+
+
+def check_same(
+    who: str, actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float, where: str
+) -> None:
+    """Assert that a contestant's results, by name, are the expected ones.
+
+    Raises:
+        Disagreement: names, a shape or a value differ; NaN differs from everything.
+    """
+    if actual.keys() != expected.keys():
+        raise Disagreement(f"{where}: {who} returns {', '.join(actual)} in place of {', '.join(expected)}: not timed")
+    for name, tensor in expected.items():
+        if actual[name].shape != tensor.shape:
+            shapes = f"{tuple(actual[name].shape)}, not {tuple(tensor.shape)}"
+            raise Disagreement(f"{where}: {who}'s {name} has shape {shapes}: not timed")
+        error = relative_error(actual[name], tensor)
+        if not error <= tolerance:
+            raise Disagreement(
+                f"{where}: {who}'s {name} differs by {error:.1e} (RMS, relative; {tolerance:.0e} is allowed): not timed"
+            )
+
+
+# The machine
+
+
+def fma_peak(seconds: float = 0.01) -> float | None:
+    """GFLOP/s in float32 of a loop of multiply-adds on registers alone, on every thread torch uses.
+
+    None where the compiled library, which holds the loop, is not available.
+    """
+    peak = _fma_peak_operator()
+    if peak is None:
+        return None
+    rounds = 10_000
+    peak(rounds)  # starts the threads
+    start = time.perf_counter()
+    peak(rounds)
+    rounds = max(rounds, int(rounds * seconds / (time.perf_counter() - start)))
+    return float(peak(rounds))
+
+
+def copy_bandwidth(mebibytes: int = 256, repeats: int = 7) -> float:
+    """GB/s of copying a tensor that no cache holds; a byte read and written counts as two."""
+    source = torch.ones(mebibytes << 18)
+    target = torch.empty_like(source)
+    times = [timed(lambda: target.copy_(source))(1) for _ in range(repeats)]
+    return 2 * source.numel() * source.element_size() / statistics.median(times[1:]) / 1e9
+
+
+def cpu_model() -> str:
+    """The processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+@functools.cache
+def _fma_peak_operator() -> Any:
+    """The operator `rnnfast::fma_peak_cpu` (csrc/cpu/peak.cpp), or None."""
+    try:
+        native.load()
+    except RuntimeError as error:
+        note(f"the FMA peak is not measured: {error}")
+        return None
+    _library.define("fma_peak_cpu(int rounds) -> float")
+    return torch.ops.rnnfast.fma_peak_cpu.default
+
+
+_library = torch.library.Library("rnnfast", "FRAGMENT")
