@@ -1,0 +1,286 @@
+"""What the native scan promises beyond the right numbers: invariance, isolation of rows, threads, processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.cpu.harness import OUTPUTS, Case, build, gradients_like, native, run
+
+pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
+
+CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def _library() -> None:
+    native.load()
+
+
+def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for name, tensor in expected.items():
+        assert torch.equal(got[name].nan_to_num(nan=7), tensor.nan_to_num(nan=7)), name
+
+
+def with_threads(count: int, arguments: list, d_outputs: list) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        return run("cpu", arguments, d_outputs)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("shape", [(1, 40, 1, 5, 256), (2, 6, 33, 40, 70), (1, 9, 200, 3, 40), (3, 6, 5, 9, 130)], ids=str)
+def test_runs_and_thread_counts_agree_bitwise(shape: tuple[int, ...], cell: str, dtype: torch.dtype) -> None:
+    arguments = build(Case(cell, *shape, ragged=True), dtype)
+    d_outputs = gradients_like(arguments, dtype)
+    outputs, gradients = with_threads(1, arguments, d_outputs)
+    for threads in (1, 2, 3, 5):
+        again, again_gradients = with_threads(threads, arguments, d_outputs)
+        assert_same(again, outputs)
+        assert_same(again_gradients, gradients)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_row_does_not_depend_on_its_batch(cell: str, dtype: torch.dtype) -> None:
+    steps, batch, hidden = 7, 23, 130
+    arguments = build(Case(cell, 1, steps, batch, 37, hidden), dtype)
+    d_outputs = gradients_like(arguments, dtype)
+    outputs, gradients = run("cpu", arguments, d_outputs)
+    for rows in (slice(0, 1), slice(3, 9), slice(22, 23)):
+
+        def part(tensor: Tensor | None, rows: slice = rows) -> Tensor | None:
+            if tensor is None:
+                return None
+            if tensor.dim() == 3:  # a state: (1, B, H)
+                return tensor[:, rows].contiguous()
+            return tensor.view(steps, batch, -1)[:, rows].flatten(0, 1).contiguous()
+
+        some = [part(arguments[0]), *arguments[1:6], part(arguments[6]), part(arguments[7]), *arguments[8:]]
+        some_outputs, some_gradients = run("cpu", some, [part(d) for d in d_outputs])
+        for name in ("output", "h_n"):
+            assert torch.equal(some_outputs[name], part(outputs[name])), name
+        for name in ("d_input", "d_h_0"):
+            assert torch.equal(some_gradients[name], part(gradients[name])), name
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("ids", [False, True])
+def test_chunks_and_single_steps_agree_bitwise_with_the_whole(cell: str, dtype: torch.dtype, ids: bool) -> None:
+    steps, batch = 37, 3
+    arguments = build(Case(cell, 1, steps, batch, 11, 70, ids=ids), dtype)
+    whole = torch.ops.rnnfast.scan_cpu(*arguments, False)
+    for chunk in (1, 5, 36):
+        h, c, outputs = arguments[6], arguments[7], []
+        for rows in arguments[0].split(chunk * batch):
+            output, h, c_n, _ = torch.ops.rnnfast.scan_cpu(rows, *arguments[1:6], h, c, *arguments[8:], False)
+            c = c if c is None else c_n
+            outputs.append(output)
+        assert torch.equal(torch.cat(outputs), whole[0])
+        assert torch.equal(h, whole[1])
+        assert c is None or torch.equal(c, whole[2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_nan_and_inf_stay_in_their_row(cell: str, dtype: torch.dtype) -> None:
+    steps, batch = 4, 9
+    arguments = build(Case(cell, 1, steps, batch, 5, 33), dtype)
+    d_outputs = gradients_like(arguments, dtype)
+    clean = run("cpu", arguments, d_outputs)
+    arguments[0] = arguments[0].clone()
+    arguments[0][batch + 3, 2] = float("nan")
+    arguments[0][batch + 5, 2] = float("inf")
+    outputs, gradients = run("cpu", arguments, d_outputs)
+    good = [row for row in range(batch) if row not in (3, 5)]
+    for got, expected in zip((outputs["output"], gradients["d_input"]), (clean[0]["output"], clean[1]["d_input"]), strict=True):
+        assert torch.equal(got.view(steps, batch, -1)[:, good], expected.view(steps, batch, -1)[:, good])
+    assert outputs["output"].view(steps, batch, -1)[1:, 3].isnan().all()
+    assert torch.equal(outputs["output"].view(steps, batch, -1)[0], clean[0]["output"].view(steps, batch, -1)[0])
+    assert cell == "rnn_relu" or gradients["d_h_0"][0, 3].isnan().any()  # relu's gradient does not read its argument
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+def test_activations_over_the_whole_range(dtype: torch.dtype) -> None:
+    """A unit with weight 1 and zero state shows tanh and, through an LSTM's forget gate, sigmoid."""
+    tiny = torch.logspace(-300 if dtype is torch.float64 else -37, 0, 400, dtype=dtype)
+    x = torch.cat([tiny, torch.linspace(-110, 110, 4001, dtype=dtype), torch.tensor([0.0, -0.0, float("inf"), 1e30], dtype=dtype)])
+    x = torch.cat([x, -x])[:, None]
+    one, zero = torch.ones(1, 1, 1, dtype=dtype), torch.zeros(1, 1, 1, dtype=dtype)
+    h_0 = torch.zeros(1, len(x), 1, dtype=dtype)
+    tanh = torch.ops.rnnfast.scan_cpu(x, one, zero, None, None, None, h_0, None, None, "rnn_tanh", False, False)[0]
+    w = torch.tensor([-0.0, 1.0, 0.0, 0.0], dtype=dtype).view(1, 4, 1)
+    finite = x.isfinite().all(1)  # 0 * inf is NaN in the other gates
+    tape = torch.ops.rnnfast.scan_cpu(
+        x[finite], w, 0 * w, None, None, None, h_0[:, finite].contiguous(), h_0[:, finite].contiguous(), None, "lstm", False, True
+    )[3]
+    eps = torch.finfo(dtype).eps
+    exact = x.double().tanh()
+    assert ((tanh.double() - exact).abs() <= 3 * eps * exact.abs()).all()
+    assert torch.equal(torch.signbit(tanh[x != 0]), torch.signbit(x[x != 0]))
+    exact = x[finite].double().sigmoid()
+    smallest = torch.finfo(dtype).tiny * 2
+    assert ((tape[0, :, 1:2].double() - exact).abs() <= 3 * eps * exact + smallest).all()
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_empty_batch(cell: str) -> None:
+    arguments = build(Case(cell, 2, 3, 0, 4, 5), torch.float32)
+    outputs, gradients = run("cpu", arguments, gradients_like(arguments, torch.float32))
+    assert outputs["output"].shape == (0, 10)
+    assert outputs["h_n"].shape == (2, 0, 5)
+    assert not gradients["d_w_hh"].any()
+    assert gradients["d_h_0"].shape == (2, 0, 5)
+
+
+def test_outputs_that_are_not_wanted_are_empty() -> None:
+    arguments = build(Case("lstm"), torch.float32)
+    d_outputs = gradients_like(arguments, torch.float32)
+    output, _, _, tape = torch.ops.rnnfast.scan_cpu(*arguments, True)
+    full = torch.ops.rnnfast.scan_cpu_backward(*d_outputs, *arguments, output, tape, True, True)
+    none = torch.ops.rnnfast.scan_cpu_backward(*d_outputs, *arguments, output, tape, False, False)
+    assert [tuple(d.shape) for d in none[:6]] == [(0,)] * 6
+    assert all(torch.equal(a, b) for a, b in zip(full[6:], none[6:], strict=True))
+    d_h_n = torch.ops.rnnfast.scan_cpu_backward(None, d_outputs[1], None, *arguments, output, tape, True, True)
+    zeros = [torch.zeros_like(d) for d in d_outputs]
+    same = torch.ops.rnnfast.scan_cpu_backward(zeros[0], d_outputs[1], zeros[2], *arguments, output, tape, True, True)
+    assert all(torch.equal(a, b) for a, b in zip(d_h_n, same, strict=True))
+
+
+def test_a_hundred_thousand_steps() -> None:
+    arguments = build(Case("gru", 2, 100_000, 1, 2, 3), torch.float64)
+    outputs, gradients = run("cpu", arguments, gradients_like(arguments, torch.float64))
+    assert outputs["output"].isfinite().all()
+    assert gradients["d_w_hh"].isfinite().all()
+    forward = torch.ops.rnnfast.scan_cpu(arguments[0][-50:], *arguments[1:], False)[0]
+    assert torch.allclose(forward[-1, :3], outputs["output"][-1, :3], atol=1e-6)  # 50 steps forget where they began
+
+
+def test_token_id_out_of_range() -> None:
+    arguments = build(Case("gru", ids=True), torch.float32)
+    arguments[0][2] = 4
+    with pytest.raises(RuntimeError, match=r"token id 4 in row 2 is outside \[0, 4\)"):
+        torch.ops.rnnfast.scan_cpu(*arguments, False)
+
+
+def test_unsupported_dtype() -> None:
+    with pytest.raises(RuntimeError, match="float32, float64 and bfloat16"):
+        torch.ops.rnnfast.scan_cpu(*build(Case("gru"), torch.float16), False)
+
+
+def test_several_python_threads_at_once() -> None:
+    arguments = build(Case("lstm", 1, 20, 16, 8, 96), torch.float32)
+    d_outputs = gradients_like(arguments, torch.float32)
+    expected = run("cpu", arguments, d_outputs)
+    failures = []
+
+    def work() -> None:
+        for _ in range(10):
+            outputs, gradients = run("cpu", arguments, d_outputs)
+            if not all(torch.equal(outputs[name], expected[0][name]) for name in OUTPUTS):
+                failures.append("outputs")
+            if not torch.equal(gradients["d_w_hh"], expected[1]["d_w_hh"]):
+                failures.append("gradients")
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    assert not failures
+
+
+def test_the_gil_is_released() -> None:
+    arguments = build(Case("lstm", 1, 600, 16, 8, 256), torch.float32)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        ticks, running = [], threading.Event()
+
+        def tick() -> None:
+            while not running.is_set():
+                ticks.append(time.perf_counter())
+                time.sleep(0.001)
+
+        thread = threading.Thread(target=tick)
+        thread.start()
+        time.sleep(0.01)
+        start = time.perf_counter()
+        torch.ops.rnnfast.scan_cpu(*arguments, False)
+        end = time.perf_counter()
+        running.set()
+        thread.join()
+    finally:
+        torch.set_num_threads(before)
+    assert sum(start < tick < end for tick in ticks) >= 3, f"{end - start:.3f} s without a Python thread running"
+
+
+def test_after_fork() -> None:
+    code = """
+import os, sys, warnings, torch
+warnings.simplefilter("ignore")
+from tests.cpu.harness import Case, build, gradients_like, native, run
+native.load()
+torch.set_num_threads(2)
+arguments = build(Case("lstm", 1, 50, 16, 8, 128), torch.float32)
+d_outputs = gradients_like(arguments, torch.float32)
+expected = run("cpu", arguments, d_outputs)
+for _ in range(3):
+    pid = os.fork()
+    if pid == 0:
+        got = run("cpu", arguments, d_outputs)
+        # torch's own parallel operations hang here, so NumPy compares.
+        same = all((got[i][n].numpy() == expected[i][n].numpy()).all() for i in (0, 1) for n in got[i])
+        os._exit(0 if same else 1)
+    assert os.waitpid(pid, 0)[1] == 0
+assert torch.equal(run("cpu", arguments, d_outputs)[0]["output"], expected[0]["output"])
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_missing_compiler_is_a_reason(tmp_path: object) -> None:
+    code = """
+import torch
+import rnnfast.scan
+from rnnfast.backends import native
+native._installed = lambda: None
+print(native.why_not())
+try:
+    native.load()
+except RuntimeError as error:
+    print(error)
+"""
+    env = os.environ | {"CXX": "no-such-compiler", "RNNFAST_CACHE": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.count("no C++ compiler was found") == 2
+
+
+def test_a_failing_compiler_is_a_reason(tmp_path: object) -> None:
+    code = """
+import rnnfast.scan
+from rnnfast.backends import native
+native._installed = lambda: None
+assert native.why_not() is None
+try:
+    native.load()
+except RuntimeError as error:
+    print(error)
+print(native.why_not())
+"""
+    env = os.environ | {"CXX": "false", "RNNFAST_CACHE": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.count("failed to compile or load") == 2
