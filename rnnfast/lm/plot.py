@@ -13,6 +13,7 @@ def plot(records: list[dict[str, Any]], path: Path, title: str = "") -> None:
     """Draw perplexity over epochs from the records of a run's log, as a PNG."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator, NullFormatter
     except ImportError:
         note(f"no {path.name}: matplotlib is not installed (pip install 'rnnfast[plot]')")
         return
@@ -23,7 +24,10 @@ def plot(records: list[dict[str, Any]], path: Path, title: str = "") -> None:
         if records and key in records[-1]:
             axes.plot(epochs, [record.get(key, float("nan")) for record in records], label=label)
     axes.set(xlabel="epoch", ylabel="perplexity", yscale="log", title=title)
-    axes.grid(True, which="both", alpha=0.3)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.grid(True, alpha=0.3)
     axes.legend()
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=100)

@@ -283,7 +283,9 @@ class Run:
     def finish(self) -> None:
         self.save()
         config = self.trainer.config
-        plot(self.records, self.folder / "perplexity.png", "scratch" if config.scratch else config.cell)
+        cell = "scratch" if config.scratch else config.cell
+        title = f"{Path(str(config.corpus)).stem}: {cell}, {config.hidden_size} units"
+        plot(self.records, self.folder / "perplexity.png", title)
 
 
 @dataclass
@@ -384,7 +386,7 @@ def _loop(trainer: Trainer, run: Run | None, records: list[dict[str, Any]], repo
     with bar, _caught_signals() as caught:
         while trainer.epoch < config.epochs:
             record = trainer.run_epoch(after_step)
-            bar.set_postfix_str(f"perplexity {record['perplexity']:.2f}")
+            bar.set_postfix_str(f"perplexity {record['perplexity']:.2f}", refresh=False)
             if config.sample_every and record["epoch"] % config.sample_every == 0:
                 record["sample"] = None if config.bidirectional else trainer.sample()
                 report(_report_line(record))
