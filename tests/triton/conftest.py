@@ -1,4 +1,4 @@
-"""Where there is no GPU the kernels run in Triton's interpreter, which must be switched on before Triton is imported."""
+"""Without a GPU the kernels run in Triton's interpreter, which must be switched on before Triton is imported."""
 
 import os
 

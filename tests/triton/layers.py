@@ -37,10 +37,8 @@ def random_layer(
         lengths[0] = steps
         batch_sizes = (lengths[None, :] > torch.arange(steps)[:, None]).sum(1)
         rows = int(batch_sizes.sum())
-    if token_ids:
-        input = torch.randint(inputs, (rows,), generator=generator).to(device)
-    else:
-        input = uniform(rows, inputs)
+    ids = torch.randint(inputs, (rows,), generator=generator).to(device)
+    input = ids if token_ids else uniform(rows, inputs)
     scale, gate_rows = hidden**-0.5, CELLS[cell].gates * hidden
     biases = [uniform(lanes, gate_rows, scale=scale) if bias else None for _ in range(2)]
     w_ih, w_hh = uniform(lanes, gate_rows, inputs, scale=scale), uniform(lanes, gate_rows, hidden, scale=scale)
@@ -57,9 +55,7 @@ def widened(layer: list[object]) -> list[object]:
 def random_gradients(outputs: tuple[Tensor, ...]) -> list[Tensor | None]:
     """Gradients of output, h_n and (where the cell has one) c_n."""
     generator = torch.Generator().manual_seed(1)
-    return [
-        torch.randn(o.shape, generator=generator).to(o.device, o.dtype) if o.numel() else None for o in outputs[:3]
-    ]
+    return [torch.randn(o.shape, generator=generator).to(o.device, o.dtype) if o.numel() else None for o in outputs[:3]]
 
 
 def assert_near(name: str, actual: Tensor, truth: Tensor, dtype: torch.dtype, factor: float) -> None:

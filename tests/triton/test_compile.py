@@ -10,21 +10,34 @@ from typing import Any
 
 import pytest
 
+from rnnfast.backends.triton.plan import IN_REGISTERS, IN_SHARED_MEMORY
+
 ROOT = Path(__file__).parents[2]
 REPORT = Path(__file__).with_name("compile_report.py")
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 REGISTERS_OF_A_MULTIPROCESSOR = 65536
 
+# A step kernel may keep a few addresses in local memory; the block scan, which lives in registers, may not.
+SPILLED_BYTES = {"block": 0, "step": 32}
+
 # The largest H of the block scan in float32 and in half types.
-LARGEST = {"rnn_tanh": (128, 256), "rnn_relu": (128, 256), "lstm": (64, 128), "gru": (64, 128)}
-COMMON = {"batch": 32, "steps": 4, "lanes": 1, "token_ids": False, "ragged": False, "allow_tf32": False, "at_once": True}
+LARGEST = {cell: (max(IN_REGISTERS[cell]), max(IN_SHARED_MEMORY[cell])) for cell in IN_REGISTERS}
+COMMON = {
+    "batch": 32,
+    "steps": 4,
+    "lanes": 1,
+    "token_ids": False,
+    "ragged": False,
+    "allow_tf32": False,
+    "at_once": True,
+}
 
 
 def cases() -> Iterator[dict[str, Any]]:
     """Each cell at the limits of each kernel, and one of them in every other way a kernel is specialised."""
     for arch in SHARED_BYTES:
         for cell, (in_registers, in_shared_memory) in LARGEST.items():
-            for hidden in (in_registers, 512):
+            for hidden in (*IN_REGISTERS[cell], 512):
                 yield {**COMMON, "cell": cell, "hidden": hidden, "dtype": "float32", "arch": arch}
             for hidden in (in_registers, in_shared_memory, 512):
                 yield {**COMMON, "cell": cell, "hidden": hidden, "dtype": "bfloat16", "arch": arch}
@@ -85,7 +98,7 @@ def test_within_budget(compiled, index):
     for kernel in compiled[index]:
         block = case["hidden"] <= LARGEST[case["cell"]][case["dtype"] != "float32"]
         assert kernel["kernel"] == ("block" if block else "step")
-        assert kernel["spilled_bytes"] == 0, kernel
+        assert kernel["spilled_bytes"] <= SPILLED_BYTES[kernel["kernel"]], kernel
         assert kernel["shared_bytes"] <= SHARED_BYTES[case["arch"]], kernel
         assert kernel["registers"] * 32 * kernel["warps"] <= REGISTERS_OF_A_MULTIPROCESSOR, kernel
 

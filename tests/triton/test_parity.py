@@ -7,7 +7,7 @@ from torch import Tensor
 from rnnfast.backends import reference
 from rnnfast.backends.triton.plan import Plan
 from rnnfast.cells import CELLS
-from rnnfast.scan import scan
+from rnnfast.scan import Weights, scan
 
 from .layers import assert_near, random_gradients, random_layer, widened
 
@@ -73,3 +73,90 @@ def test_matches_the_reference(launch, monkeypatch, device, cell, kernel, shape,
         truth = reference.backward(*widened(gradients), *wide, *widened([run[0], run[3]]), True, True)
         for name, a, t in zip(GRADIENTS, results, truth, strict=True):
             assert_near(f"{way}: {name}", a, t, dtype, BACKWARD_ROUNDINGS[dtype])
+
+
+@pytest.mark.parametrize(("cell", "hidden", "dtype"), [("lstm", 40, torch.float32), ("gru", 112, torch.bfloat16),
+                                                        ("rnn_tanh", 130, torch.float32)])  # fmt: skip
+def test_planned_kernels(launch, device, cell, hidden, dtype):
+    """A size for each kernel that `plan` chooses among, as it chooses."""
+    layer = random_layer(cell, hidden, 2, 2, dtype, device=device)
+    truth = reference.forward(*widened(layer), False)
+    for a, t in zip(launch.forward(*layer, False)[:3], truth, strict=False):
+        assert_near("output", a, t, dtype, FORWARD_ROUNDINGS[dtype])
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_row_does_not_depend_on_the_batch_or_on_chunks(launch, monkeypatch, device, kernel):
+    """Bit for bit; and NaN in one row stays in that row."""
+    monkeypatch.setattr(launch, "plan", lambda cell, hidden, dtype, tf32: KERNELS[kernel](hidden))
+    batch, steps = 3, 4
+    layer = random_layer("lstm", 10, batch, steps, torch.float32, device=device)
+    input, *weights, h_0, c_0, _, cell, bidirectional = layer
+    # Row by row: token ids need no product over the input, whose own rounding may depend on the number of rows.
+    input = torch.randint(3, (steps * batch,), device=device)
+    output, h_n, c_n, _ = launch.forward(input, *weights, h_0, c_0, None, cell, bidirectional, False)
+    row = (input[1::batch].contiguous(), *weights, h_0[:, 1:2].contiguous(), c_0[:, 1:2].contiguous())
+    alone = launch.forward(*row, None, cell, bidirectional, False)
+    assert torch.equal(alone[0], output[1::batch])
+
+    half = steps // 2 * batch
+    first = launch.forward(input[:half], *weights, h_0, c_0, None, cell, bidirectional, False)
+    second = launch.forward(input[half:], *weights, *first[1:3], None, cell, bidirectional, False)
+    assert torch.equal(torch.cat((first[0], second[0])), output)
+    assert torch.equal(second[1], h_n)
+    assert torch.equal(second[2], c_n)
+
+    h_0 = h_0.clone()
+    h_0[:, 0, 0] = float("nan")
+    spoilt = launch.forward(input, *weights, h_0, c_0, None, cell, bidirectional, False)[0]
+    assert spoilt[0::batch].isnan().all()
+    assert torch.equal(spoilt[1::batch], output[1::batch])
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(("batch", "steps"), [(0, 0), (3, 0)])
+def test_nothing_to_scan(launch, device, cell, batch, steps):
+    layer = random_layer(cell, 5, batch, steps, torch.float32, lanes=2, device=device)
+    truth = reference.forward(*layer, True) if batch else None
+    ours = launch.forward(*layer, True)
+    assert torch.equal(ours[1], layer[6])
+    gradients = [None, torch.ones_like(ours[1]), None]
+    results = launch.backward(*gradients, *layer, ours[0], ours[3], True, True)
+    assert torch.equal(results[6], torch.ones_like(ours[1]))
+    assert not results[2].any()
+    if truth is not None:
+        assert [a.shape for a in ours[:3]] == [t.shape for t in truth[:3]]
+
+
+def test_what_is_not_needed_is_empty(launch, device):
+    layer = random_layer("gru", 5, 2, 2, torch.float32, device=device)
+    output, _, c_n, tape = launch.forward(*layer, False)
+    assert c_n.shape == tape.shape == (0,)
+    tape = launch.forward(*layer, True)[3]
+    results = launch.backward(None, None, None, *layer, output, tape, False, False)
+    assert [r.numel() for r in results] == [0, 0, 0, 0, 0, 0, 10, 0]
+    assert not results[6].any()
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_through_autograd(device, launch, cell):
+    """The registered operator gives the reference's gradients, h_n and c_n alone included."""
+
+    def gradients(backend: str) -> tuple[Tensor, ...]:
+        layer = random_layer(cell, 6, 3, 3, torch.float32, lanes=2, device=device)
+        leaves = [x.requires_grad_() for x in layer if isinstance(x, Tensor) and x.is_floating_point()]
+        input, *weights, h_0, c_0, sizes, cell_name, bidirectional = layer
+        _, h_n, c_n = scan(backend, input, Weights(*weights), h_0, c_0, sizes, cell_name, bidirectional)
+        return torch.autograd.grad(h_n.square().sum() + c_n.square().sum(), leaves)
+
+    for ours, theirs in zip(gradients("triton"), gradients("reference"), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_unsupported(launch, device):
+    layer = random_layer("lstm", 4, 2, 2, torch.float32, device=device)
+    with pytest.raises(NotImplementedError, match="float64"):
+        launch.forward(*widened(layer), False)
+    layer[5] = torch.zeros(1, 2, 4, device=device)
+    with pytest.raises(NotImplementedError, match="proj_size"):
+        launch.forward(*layer, False)

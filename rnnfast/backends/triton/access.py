@@ -4,6 +4,7 @@ Rows are time-major, as in `PackedSequence.data`; row numbers are 64-bit. Option
 sees while it is compiled.
 """
 
+# mypy: ignore-errors
 # ruff: noqa: RUF005 (Triton concatenates tuples, and cannot unpack them)
 
 import triton

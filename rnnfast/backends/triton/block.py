@@ -4,6 +4,7 @@ The state never leaves the program; the only traffic a step is gx in and the out
 a power of two; `w_hh` comes padded with zeros, (D, G, UNITS, UNITS), so padded units never reach a real one.
 """
 
+# mypy: ignore-errors
 # ruff: noqa: RUF005 (Triton concatenates tuples, and cannot unpack them)
 
 import triton

@@ -35,10 +35,13 @@ def _walk(h_0: Tensor, rows: int, batch_sizes: Tensor | None, bidirectional: boo
     lanes, batch, hidden = h_0.shape
     if batch_sizes is None:
         return _Walk(rows // batch, batch, lanes, rows, hidden, int(bidirectional), None)
-    offsets = torch.zeros(len(batch_sizes) + 1, dtype=torch.int64, pin_memory=h_0.is_cuda)
-    torch.cumsum(batch_sizes, 0, out=offsets[1:])
-    offsets = offsets.to(h_0.device, non_blocking=True)
-    return _Walk(len(batch_sizes), batch, lanes, rows, hidden, int(bidirectional), offsets)
+    offsets = torch.cat((batch_sizes.new_zeros(1), batch_sizes.cumsum(0)))
+    return _Walk(len(batch_sizes), batch, lanes, rows, hidden, int(bidirectional), _copy_to(h_0.device, offsets))
+
+
+def _copy_to(device: torch.device, on_host: Tensor) -> Tensor:
+    """Copies without making the host wait for the device."""
+    return on_host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else on_host
 
 
 def forward(
@@ -73,7 +76,19 @@ def forward(
         walk = _walk(h_0, rows, batch_sizes, bidirectional)
         how = plan(cell, hidden, h_0.dtype, torch.backends.cuda.matmul.allow_tf32)
         w = _pad_units(w_hh, how)
-        tensors = (gx, ids, w, b_hh, h_0, c_0, walk.offsets, output, h_n, c_n, tape if values else None)
+        tensors: tuple[Tensor | None, ...] = (
+            gx,
+            ids,
+            w,
+            b_hh,
+            h_0,
+            c_0,
+            walk.offsets,
+            output,
+            h_n,
+            c_n,
+            tape if values else None,
+        )
         constants = {"CELL": cells.FORWARD[cell], "GATES": gates, "TAPE": values, **_constants(how)}
         with _on_device_of(h_0):
             if how.kernel == "block":
@@ -131,7 +146,21 @@ def backward(
         walk = _walk(h_0, rows, batch_sizes, bidirectional)
         how = plan(cell, hidden, h_0.dtype, torch.backends.cuda.matmul.allow_tf32)
         w = _pad_units(w_hh, how)
-        tensors = (d_output, d_h_n, d_c_n, w, h_0, c_0, walk.offsets, output, tape, d_gx, d_g_last, d_h_0, d_c_0)
+        tensors: tuple[Tensor | None, ...] = (
+            d_output,
+            d_h_n,
+            d_c_n,
+            w,
+            h_0,
+            c_0,
+            walk.offsets,
+            output,
+            tape,
+            d_gx,
+            d_g_last,
+            d_h_0,
+            d_c_0,
+        )
         constants = {"CELL": cells.BACKWARD[cell], "GATES": gates, "TAPE": values, **_constants(how)}
         with _on_device_of(h_0):
             if how.kernel == "block":
@@ -245,7 +274,7 @@ def _d_w_ih(d_gx: Tensor, input: Tensor, w_ih: Tensor) -> Tensor:
         return (d_gx.t() @ input).view_as(w_ih)
     # The gradient of an embedding is a segment sum in a fixed order, unlike index_add_ on a GPU.
     rows = d_gx if d_gx.is_cuda else d_gx.float()  # a GPU accumulates half types in float32, the CPU does not
-    by_id = torch.ops.aten.embedding_dense_backward(rows, input, w_ih.shape[2], -1, False)
+    by_id: Tensor = torch.ops.aten.embedding_dense_backward(rows, input, w_ih.shape[2], -1, False)
     return by_id.t().to(w_ih.dtype).contiguous().view_as(w_ih)
 
 
@@ -273,7 +302,7 @@ def _h_before(output: Tensor, h_0: Tensor, batch_sizes: Tensor | None, bidirecti
             parts = (outputs[d][batch:], h_0[d]) if backwards else (h_0[d], outputs[d][:-batch])
             before.append(torch.cat(parts) if len(output) else outputs[d])
         else:
-            index = _rows_before(batch_sizes, backwards).to(output.device)
+            index = _copy_to(output.device, _rows_before(batch_sizes, backwards))
             before.append(torch.cat((outputs[d], h_0[d])).index_select(0, index))
     return before
 

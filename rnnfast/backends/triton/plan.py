@@ -32,7 +32,6 @@ class Plan(NamedTuple):
         tiles: dict[str, int | bool] = {"ROWS": self.rows, "UNITS": self.units}
         return {**tiles, "DOT": self.dot} if self.kernel == "block" else {**tiles, "DEPTH": self.depth}
 
-
     def padded(self, hidden: int) -> int:
         """How many units the kernel expects in w_hh."""
         return self.units if self.kernel == "block" else -(-hidden // self.depth) * self.depth
@@ -50,22 +49,27 @@ def unsupported(dtype: torch.dtype, projected: bool) -> str | None:
     return None
 
 
-# The largest H, padded to a power of two, for which a program holds W_hh in registers in float32 (one batch row; the
-# product is multiply and sum), and in half types in shared memory (16 batch rows; the product runs on tensor cores).
-IN_REGISTERS = {"rnn_tanh": 128, "rnn_relu": 128, "lstm": 64, "gru": 64}
-IN_SHARED_MEMORY = {"rnn_tanh": 256, "rnn_relu": 256, "lstm": 128, "gru": 128}
+# The block scan's sizes: H padded to a power of two, and the warps that run a program. In registers W_hh is float32, a
+# program has one batch row and the product is multiply and sum; the fewest warps that hold it exchange least. In shared
+# memory (half types only) it has 16 rows and the product runs on tensor cores.
+IN_REGISTERS = {
+    "rnn_tanh": {16: 1, 32: 1, 64: 2, 128: 4},
+    "rnn_relu": {16: 1, 32: 1, 64: 2, 128: 4},
+    "lstm": {16: 1, 32: 2, 64: 8},
+    "gru": {16: 1, 32: 1, 64: 4},
+}
+IN_SHARED_MEMORY = {"rnn_tanh": {256: 16}, "rnn_relu": {256: 16}, "lstm": {128: 8}, "gru": {128: 16}}
 
 
 def plan(cell: str, hidden: int, dtype: torch.dtype, allow_tf32: bool) -> Plan:
     """Returns the kernel and tiles for a layer of `hidden` units."""
     half = dtype is not torch.float32
     units = max(16, 1 << (hidden - 1).bit_length())
-    if units <= IN_REGISTERS[cell]:
-        return Plan("block", rows=1, units=units, warps=4 if units < 64 else 8, dot=False)
+    if units in IN_REGISTERS[cell]:
+        return Plan("block", rows=1, units=units, warps=IN_REGISTERS[cell][units], dot=False)
     # An H that is no multiple of 16 costs addresses, one for each value, which these kernels have no registers for.
-    if half and units <= IN_SHARED_MEMORY[cell] and hidden % 16 == 0:
-        return Plan("block", rows=16, units=units, warps=8 if cell == "lstm" else 16)
-    # Tensor cores want 8 units a warp; without them smaller tiles spread over more of the device.
+    if half and units in IN_SHARED_MEMORY[cell] and hidden % 16 == 0:
+        return Plan("block", rows=16, units=units, warps=IN_SHARED_MEMORY[cell][units])
     if half:
         return Plan("step", rows=16, units=32, warps=4, depth=64, stages=2)
     return Plan("step", rows=16, units=32 if allow_tf32 else 16, warps=4, depth=32 if allow_tf32 else 64, stages=2)

@@ -12,6 +12,7 @@ The state passes between programs through global memory in float32. `w_hh` comes
 multiple of all tiles, (D, G, padded, padded).
 """
 
+# mypy: ignore-errors
 # ruff: noqa: RUF005 (Triton concatenates tuples, and cannot unpack them)
 
 import triton

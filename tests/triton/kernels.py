@@ -1,0 +1,14 @@
+"""A kernel that evaluates one of the cells' functions on a vector."""
+
+import triton
+import triton.language as tl
+
+from rnnfast.backends.triton import cells
+
+__all__ = ["cells", "evaluate"]
+
+
+@triton.jit
+def evaluate(x, y, n, FUNCTION: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + at, FUNCTION(tl.load(x + at, mask=at < n)), mask=at < n)

@@ -1,0 +1,56 @@
+"""The accuracy of the kernels' tanh and sigmoid, and what a machine without Triton or a GPU is told."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from rnnfast.backends import triton as backend
+
+
+def _evaluate(device: torch.device, name: str, x: torch.Tensor) -> torch.Tensor:
+    import triton
+
+    from . import kernels
+
+    y = torch.empty_like(x, device=device)
+    kernels.evaluate[(triton.cdiv(x.numel(), 1024),)](
+        x.to(device), y, x.numel(), FUNCTION=getattr(kernels.cells, name), BLOCK=1024
+    )
+    return y.cpu()
+
+
+@pytest.mark.parametrize("name", ["tanh", "sigmoid"])
+def test_accuracy(device, name):
+    """Within 4 ulp of float64 from the smallest values (relative accuracy near 0) to saturation."""
+    magnitude = torch.cat((torch.logspace(-37, 2, 4000), torch.linspace(0.3, 10, 4000)))
+    x = torch.cat((magnitude, -magnitude))
+    truth = getattr(torch, name)(x.double())
+    ulp = torch.from_numpy(np.spacing(truth.abs().float().numpy())).double()
+    error = (_evaluate(device, name, x).double() - truth).abs() / ulp
+    assert error.max() <= 4
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's, from the branch not taken
+@pytest.mark.parametrize("name", ["tanh", "sigmoid"])
+def test_special_values(device, name):
+    x = torch.tensor([0.0, float("inf"), -float("inf"), float("nan")])
+    torch.testing.assert_close(_evaluate(device, name, x), getattr(torch, name)(x), equal_nan=True, rtol=0, atol=0)
+
+
+def test_import_imports_no_triton():
+    code = (
+        "import sys, rnnfast; from rnnfast.backends import triton as b; b.why_not(); assert 'triton' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_why_not(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setitem(os.environ, "TRITON_INTERPRET", "0")
+    assert "no CUDA or ROCm device" in str(backend.why_not())
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
+    assert "not installed" in str(backend.why_not())
