@@ -25,7 +25,8 @@ class BuildPython(build_py):
 
 class BuildNative(build_ext):
     def get_ext_filename(self, name):
-        return f"rnnfast/librnnfast-{native.source_hash()}.so"
+        # Asked for the full name, rnnfast.librnnfast, and for its last part alone.
+        return str(Path(*name.split(".")[:-1], f"librnnfast-{native.source_hash()}.so"))
 
     def build_extension(self, ext):
         target = Path(self.get_ext_fullpath(ext.name))
@@ -39,6 +40,6 @@ class BuildNative(build_ext):
 
 can_compile = importlib.util.find_spec("torch") is not None and native.why_not() is None
 setup(
-    ext_modules=[Extension("rnnfast.librnnfast", [])] if can_compile else [],
+    ext_modules=[Extension("rnnfast.librnnfast", [], optional=True)] if can_compile else [],
     cmdclass={"build_py": BuildPython, "build_ext": BuildNative},
 )

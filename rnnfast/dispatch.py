@@ -62,12 +62,15 @@ class Backend(NamedTuple):
         """Why this backend cannot run `request`, or None once it is loaded and can."""
         if self.devices and request.device not in self.devices:
             return f"it runs on {' and '.join(self.devices)}, the input is on {request.device}"
-        reason = self.declines(request) or self.why_not()
-        if reason is None:
-            try:
-                self.load()
-            except RuntimeError as error:
-                reason = str(error)
+        reason = self.declines(request)
+        if reason is None and self.name not in _loaded:
+            reason = self.why_not()
+            if reason is None:
+                try:
+                    self.load()
+                except RuntimeError as error:
+                    return str(error)
+                _loaded.add(self.name)
         return reason
 
 
@@ -87,6 +90,22 @@ def _torch_declines(request: Request) -> str | None:
 _BACKENDS = {
     backend.name: backend
     for backend in (
+        Backend(
+            "cpu",
+            ("cpu",),
+            "native C++, one library for every instruction set",
+            lambda: _module("native").why_not(),
+            lambda: _module("native").load(),
+            lambda request: _module("native").declines(request),
+        ),
+        Backend(
+            "triton",
+            (),
+            "Triton kernels for NVIDIA and AMD GPUs; not yet run on a GPU, so auto leaves it alone",
+            lambda: _module("triton").why_not(),
+            lambda: _module("triton").load(),
+            lambda request: _module("triton").declines(request),
+        ),
         Backend("reference", (), "eager PyTorch, the definition of every cell", _nothing, _nothing, _nothing),
         Backend(
             "torch",
@@ -101,9 +120,10 @@ _BACKENDS = {
 
 # For each kind of device, the order in which `auto` tries. It follows measurements: a kernel that no machine of
 # the kind has run and timed is not in it.
-_AUTO: dict[str, tuple[str, ...]] = {"cpu": ("torch", "reference")}
+_AUTO: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "torch", "reference")}
 _AUTO_ELSEWHERE = ("torch", "reference")
 
+_loaded: set[str] = set()
 _context = threading.local()
 
 

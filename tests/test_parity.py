@@ -90,48 +90,47 @@ def test_combined_options(case: Case, double: bool, backend: str) -> None:
         assert_same(*run_both(case, backend, torch.float32), rtol=1e-4, atol=1e-5)
 
 
+def errors(case: Case, dtype: torch.dtype, backend: str, draws: int) -> dict[str, tuple[float, float]]:
+    """Errors of torch.nn and of ours in `dtype`, against torch.nn in float64, for every output and gradient.
+
+    RMS of the error over RMS of the truth, over `draws` of weights and inputs: one draw of a small tensor may be lucky.
+    """
+    squares: dict[str, list[float]] = {}
+    for _ in range(draws):
+        theirs, ours = case.build(nn, dtype), case.build(rnnfast, dtype, backend=backend)
+        ours.load_state_dict(theirs.state_dict())
+        wide = case.build(nn, torch.float64)
+        wide.load_state_dict(theirs.state_dict())
+        input, _, hx = make_inputs(case, ours, dtype)
+        wide_hx = tuple(state.double() for state in hx) if isinstance(hx, tuple) else hx.double()
+        truth = run(wide, input.double(), wide_hx)
+        for true, their, mine in zip(truth, run(theirs, input, hx), run(ours, input, hx), strict=True):
+            for name, value in true.items():
+                sums = squares.setdefault(name, [0.0, 0.0, 0.0])
+                for k, tensor in enumerate((value, their[name] - value, mine[name] - value)):
+                    sums[k] += tensor.detach().square().sum().item()
+    return {name: ((their / true) ** 0.5, (mine / true) ** 0.5) for name, (true, their, mine) in squares.items()}
+
+
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("steps", [1, 2, 35, 1024])
 @pytest.mark.parametrize(("hidden_size", "batch"), [(1, 1), (33, 3), (64, 16)])
 def test_float32_error_is_at_most_twice_that_of_torch(
     layer: str, steps: int, hidden_size: int, batch: int, backend: str
 ) -> None:
-    """The truth is torch.nn in float64; a few units in the last place of each tensor's RMS are allowed on top."""
     if steps == 1024 and hidden_size == 64:
         steps = 128  # the same tiles at an eighth of the time
     case = Case(layer, hidden_size=hidden_size, input_size=11, batch=batch, steps=steps)
-    layers = {torch.float64: case.build(nn, torch.float64), torch.float32: case.build(nn, torch.float32)}
-    layers[torch.float32].load_state_dict(layers[torch.float64].state_dict())
-    layers[torch.float64].load_state_dict(layers[torch.float32].state_dict())
-    ours = case.build(rnnfast, torch.float32, backend=backend)
-    ours.load_state_dict(layers[torch.float32].state_dict())
-    input, _, hx = make_inputs(case, ours, torch.float32)
-    wide_hx = tuple(state.double() for state in hx) if isinstance(hx, tuple) else hx.double()
-    truth = run(layers[torch.float64], input.double(), wide_hx)
-    for true, theirs, mine in zip(truth, run(layers[torch.float32], input, hx), run(ours, input, hx), strict=True):
-        for name, value in true.items():
-            rms = value.square().mean().sqrt()
-            error = (mine[name] - value).square().mean().sqrt() / rms
-            allowed = 2 * (theirs[name] - value).square().mean().sqrt() / rms + 4 * torch.finfo(torch.float32).eps
-            assert error <= allowed, f"{name}: relative error {error:.2e}, allowed {allowed:.2e}"
+    draws = max(1, 512 // (hidden_size * steps))
+    for name, (theirs, ours) in errors(case, torch.float32, backend, draws).items():
+        allowed = 2 * theirs + 2 * torch.finfo(torch.float32).eps
+        assert ours <= allowed, f"{name}: relative error {ours:.2e}, allowed {allowed:.2e}"
 
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_bfloat16_is_as_good_as_torch(layer: str, backend: str) -> None:
     case = Case(layer, hidden_size=48, input_size=32, batch=8, steps=35)
-    theirs, ours = case.build(nn, torch.bfloat16), case.build(rnnfast, torch.bfloat16, backend=backend)
-    ours.load_state_dict(theirs.state_dict())
-    truth_layer = case.build(nn, torch.float64)
-    truth_layer.load_state_dict(theirs.state_dict())
-    input, _, hx = make_inputs(case, ours, torch.bfloat16)
-    wide_hx = tuple(state.double() for state in hx) if isinstance(hx, tuple) else hx.double()
-    truth = run(truth_layer, input.double(), wide_hx)
-
-    def error(value: torch.Tensor, true: torch.Tensor) -> float:
-        return float(((value.double() - true).square().mean() / true.square().mean()).sqrt().detach())
-
-    for true, their, mine in zip(truth, run(theirs, input, hx), run(ours, input, hx), strict=True):
-        for name, value in true.items():
-            assert error(mine[name], value) <= 1.5 * error(their[name], value), name
-            if name in ("output", "h_n", "c_n"):
-                assert error(mine[name], value) < 0.005, name
+    for name, (theirs, ours) in errors(case, torch.bfloat16, backend, draws=1).items():
+        assert ours <= 1.5 * theirs, f"{name}: relative error {ours:.2e}, torch.nn's {theirs:.2e}"
+        if name in ("output", "h_n", "c_n"):
+            assert ours < 0.005, f"{name}: relative error {ours:.2e}"

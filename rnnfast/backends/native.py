@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import importlib.util
 import os
 import platform
 import shutil
@@ -106,13 +107,13 @@ def compile_library(target: Path) -> None:
     Raises:
         RuntimeError: the compiler failed; the message ends with what it said.
     """
-    import torch
-
-    sources, compiler, ninja = _sources(), _compiler(), _ninja()
+    sources, compiler, ninja, torch = _sources(), _compiler(), _ninja(), importlib.util.find_spec("torch")
     assert sources is not None
     assert compiler is not None
     assert ninja is not None
-    torch_folder = Path(torch.__file__).parent
+    assert torch is not None
+    assert torch.origin is not None
+    torch_folder = Path(torch.origin).parent  # its headers; an installation in progress may lack what torch imports
     target.parent.mkdir(parents=True, exist_ok=True)
     work = target.with_name(f"{target.name}.{os.getpid()}.build")
     work.mkdir(exist_ok=True)
