@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import rnnfast
-from rnnfast.bench.measure import TOLERANCE, alternate, check_same, fma_peak, sample, timed
+from rnnfast.bench.measure import TOLERANCE, alternate_with_peak, check_same, timed
 from rnnfast.bench.report import OURS, TORCH, Row
 from rnnfast.cells import CELLS
 
@@ -51,7 +51,8 @@ class LayerCase:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return getattr(torch, self.dtype)  # type: ignore[no-any-return]
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
 
     @property
     def gates(self) -> int:
@@ -60,14 +61,14 @@ class LayerCase:
     def lengths(self) -> list[int]:
         """Steps of each sequence, longest first."""
         shortest = max(1, self.steps // 8) if self.packed else self.steps
-        return torch.linspace(self.steps, shortest, self.batch).round().int().tolist()  # type: ignore[no-any-return]
+        return [round(length) for length in torch.linspace(self.steps, shortest, self.batch).tolist()]
 
     @property
     def flops(self) -> float:
         """Operations of the matrix products; the gates' own arithmetic is not counted.
 
-        Forward: 2 G H H a row for the recurrent product and 2 G H I for the input's, which ids do not have. Backward: as
-        many for the gradients of the states and inputs, and again for those of the weights.
+        Forward: 2 G H H a row for the recurrent product and 2 G H I for the input's, which ids do not have.
+        Backward: as many for the gradients of the states and inputs, and again for those of the weights.
         """
         row = 2.0 * self.gates * self.hidden_size * (self.hidden_size + (0 if self.token_ids else self.inputs))
         return sum(self.lengths()) * row * (1 if self.direction == FORWARD else 3)
@@ -81,16 +82,15 @@ class Contestant(NamedTuple):
 
 
 class Setup(NamedTuple):
-    """A case made real: two layers with the same weights, their inputs, and the gradient that comes from above.
+    """A case made real: two layers with the same weights, their input, and the gradient that comes from above.
 
-    `d_output` has the shape of the output: (T, B, H), or packed (N, H).
+    `input` is (T, B, I), or ids (T, B), or a PackedSequence of either; `d_output` is (T, B, H), or packed (N, H).
     """
 
     case: LayerCase
     ours: nn.RNNBase
     theirs: nn.RNNBase
-    our_input: Tensor | PackedSequence
-    their_input: Tensor | PackedSequence
+    input: Any
     d_output: Tensor
 
 
@@ -109,21 +109,22 @@ def set_up(case: LayerCase, backend: str = "auto") -> Setup:
     ours = getattr(rnnfast, LAYERS[case.cell])(case.inputs, case.hidden_size, backend=backend, **options)
     ours.load_state_dict(theirs.state_dict())
 
-    our_input: Any
+    input: Any
     if case.token_ids:
-        our_input = their_input = torch.randint(case.inputs, (case.steps, case.batch), generator=generator)
+        input = torch.randint(case.inputs, (case.steps, case.batch), generator=generator)
     else:
-        our_input = their_input = torch.randn(case.steps, case.batch, case.inputs, generator=generator).to(dtype)
+        input = torch.randn(case.steps, case.batch, case.inputs, generator=generator).to(dtype)
     if case.packed:
-        our_input = their_input = pack_padded_sequence(our_input, torch.tensor(case.lengths()))
+        input = pack_padded_sequence(input, torch.tensor(case.lengths()))
     rows = (sum(case.lengths()),) if case.packed else (case.steps, case.batch)
     d_output = torch.randn(*rows, case.hidden_size, generator=generator).to(dtype)
-    return Setup(case, ours, theirs, our_input, their_input, d_output)
+    return Setup(case, ours, theirs, input, d_output)
 
 
-def torch_contestant(layer: nn.RNNBase, input: Any, setup: Setup, one_hot: bool = False) -> Contestant:
+def torch_contestant(layer: nn.RNNBase, setup: Setup) -> Contestant:
     """A torch.nn layer, or ours, which is called the same way."""
-    case = setup.case
+    case, input = setup.case, setup.input
+    one_hot = case.token_ids and layer is setup.theirs
 
     def prepare(input: Any) -> Any:
         if not one_hot:
@@ -170,10 +171,9 @@ def outputs(output: Any, state: Any) -> dict[str, Tensor]:
 
 def contestants(setup: Setup, peers: bool = False) -> dict[str, Contestant]:
     """Ours, torch.nn's, and the peers that are installed and can do this case."""
-    case = setup.case
     found = {
-        OURS: torch_contestant(setup.ours, setup.our_input, setup),
-        TORCH: torch_contestant(setup.theirs, setup.their_input, setup, one_hot=case.token_ids),
+        OURS: torch_contestant(setup.ours, setup),
+        TORCH: torch_contestant(setup.theirs, setup),
     }
     if peers:
         from rnnfast.bench.peers import layer_peers
@@ -211,12 +211,9 @@ def measure_dtype(case: LayerCase, seconds: float, backend: str = "auto") -> Row
     with torch.no_grad():  # both start from what the smaller type can hold
         for ours, theirs in zip(full.ours.parameters(), setup.ours.parameters(), strict=True):
             ours.copy_(theirs)
-    rounded = full._replace(d_output=setup.d_output.float())
-    our_input: Any = setup.our_input
-    both = {
-        OURS: torch_contestant(setup.ours, our_input, setup),
-        "our float32": torch_contestant(rounded.ours, our_input if case.token_ids else our_input.float(), rounded),
-    }
+    input = setup.input if case.token_ids else setup.input.float()
+    full = full._replace(input=input, d_output=setup.d_output.float())
+    both = {OURS: torch_contestant(setup.ours, setup), "our float32": torch_contestant(full.ours, full)}
     return _measure(setup, both, "our float32", seconds)
 
 
@@ -224,9 +221,7 @@ def _measure(setup: Setup, contestants: Mapping[str, Contestant], truth: str, se
     case = setup.case
     check_parity(case, contestants, truth)
     rest = PEER_REST if len(contestants) > 2 else 0.0
-    peak_before = fma_peak()
-    samples = alternate({name: timed(one.call) for name, one in contestants.items()}, seconds, rest)
-    peak_after = fma_peak()
-    choice = rnnfast.explain(setup.ours, setup.our_input)
-    peak = sample([peak_before, peak_after]).median if peak_before and peak_after else None
+    turns = {name: timed(one.call) for name, one in contestants.items()}
+    samples, peak = alternate_with_peak(turns, seconds, rest)
+    choice = rnnfast.explain(setup.ours, setup.input)
     return Row(case.label, asdict(case), choice.backend, samples, flops=case.flops, peak=peak)

@@ -23,6 +23,7 @@ Turn = Callable[[int], float]
 
 MIN_TURNS, MAX_TURNS = 3, 101
 TURN_SECONDS = 0.002  # short work is repeated within a turn until it takes this long
+FMA_ROUNDS = 500_000  # a few milliseconds on any processor
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2}
 """The largest RMS of an error over the RMS of the truth at which two results are still the same computation."""
@@ -107,6 +108,23 @@ def _calls_in_a_turn(turn: Turn) -> int:
     return calls
 
 
+def alternate_with_peak(
+    turns: Mapping[str, Turn], seconds: float, rest: float = 0.0
+) -> tuple[dict[str, Sample], float | None]:
+    """As `alternate`, with the loop of `fma_peak` as one more contestant: a limit from the very same seconds.
+
+    Returns:
+        Seconds a call, by name, and the FMA peak in GFLOP/s.
+    """
+    operator = _fma_peak_operator()
+    if operator is None:
+        return alternate(turns, seconds, rest), None
+    peaks: list[float] = []
+    samples = alternate({**turns, "peak": timed(lambda: peaks.append(operator(FMA_ROUNDS)))}, seconds, rest)
+    del samples["peak"]
+    return samples, statistics.median(peaks)
+
+
 class Disagreement(UserError):
     """Two contestants do not compute the same, so there is nothing to time."""
 
@@ -144,20 +162,13 @@ def check_same(
 # The machine
 
 
-def fma_peak(seconds: float = 0.01) -> float | None:
-    """GFLOP/s in float32 of a loop of multiply-adds on registers alone, on every thread torch uses.
+def fma_peak() -> float | None:
+    """GFLOP/s in float32 of a loop of multiply-adds on registers alone, on every thread torch uses; the best of three.
 
     None where the compiled library, which holds the loop, is not available.
     """
     peak = _fma_peak_operator()
-    if peak is None:
-        return None
-    rounds = 10_000
-    peak(rounds)  # starts the threads
-    start = time.perf_counter()
-    peak(rounds)
-    rounds = max(rounds, int(rounds * seconds / (time.perf_counter() - start)))
-    return float(peak(rounds))
+    return None if peak is None else max(float(peak(FMA_ROUNDS)) for _ in range(3))
 
 
 def copy_bandwidth(mebibytes: int = 256, repeats: int = 7) -> float:

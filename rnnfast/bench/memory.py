@@ -1,9 +1,9 @@
 """Peak memory of one call, each contestant in a process of its own.
 
-torch keeps no statistics of CPU memory, so the operating system is asked: Linux counts the most pages a process has held
-(VmHWM in /proc/self/status) and starts that count again when 5 is written to /proc/self/clear_refs. What is reported is
-that maximum less what the process held before the call: the weights and the input are not in it, the results, what is
-kept for the backward pass, and every temporary are. `python -m rnnfast.bench.memory CASE WHO` is the child.
+torch keeps no statistics of CPU memory, so the operating system is asked: Linux counts the most that a process has held
+(VmHWM in /proc/self/status), and starts counting again when 5 is written to /proc/self/clear_refs. What is reported is
+that maximum less what the process held before the call: the weights and the input are not in it; the results, what is
+kept for the backward pass, and every temporary are. `python -m rnnfast.bench.memory CASE WHO BACKEND` is the child.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def measure_memory(case: LayerCase, backend: str = "auto") -> Row:
     setup = set_up(case, backend)
     check_parity(case, contestants(setup))
     samples = {who: sample([_child(case, who, backend) for _ in range(RUNS)]) for who in (OURS, TORCH)}
-    choice = rnnfast.explain(setup.ours, setup.our_input)
+    choice = rnnfast.explain(setup.ours, setup.input)
     return Row(case.label, asdict(case), choice.backend, samples, unit="bytes")
 
 
@@ -73,9 +73,7 @@ def peak_of_call(case: LayerCase, who: str, backend: str) -> int:
 
 def _contestant(case: LayerCase, who: str, backend: str) -> Callable[[], Any]:
     setup = set_up(case, backend)
-    if who == OURS:
-        return torch_contestant(setup.ours, setup.our_input, setup).call
-    return torch_contestant(setup.theirs, setup.their_input, setup, one_hot=case.token_ids).call
+    return torch_contestant(setup.ours if who == OURS else setup.theirs, setup).call
 
 
 if __name__ == "__main__":

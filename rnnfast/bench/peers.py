@@ -104,7 +104,7 @@ def onnx_session(layer: nn.RNNBase, steps: int, batch: int, with_state: bool) ->
 def _onnx_contestant(setup: Setup) -> Contestant:
     case = setup.case
     session = onnx_session(setup.theirs, case.steps, case.batch, with_state=False)
-    inputs = {"X": _float_input(setup).numpy()}
+    inputs = {"X": setup.input.numpy()}
     names = ("output", "h_n", "c_n")
 
     def results(values: list[Any]) -> dict[str, Tensor]:
@@ -112,11 +112,6 @@ def _onnx_contestant(setup: Setup) -> Contestant:
         return tensors | {"output": tensors["output"].squeeze(1)}
 
     return Contestant(lambda: session.run(None, inputs), results)
-
-
-def _float_input(setup: Setup) -> Tensor:
-    assert isinstance(setup.their_input, Tensor)
-    return setup.their_input
 
 
 # JAX
@@ -169,7 +164,7 @@ def _jax_contestant(setup: Setup) -> Contestant:
     layer = _jax_layer(setup.case.cell)
     with jax.default_device(cpu):
         parameters = {name: jnp.array(p.detach().numpy()) for name, p in setup.theirs.named_parameters()}
-        x, d_output = jnp.array(_float_input(setup).numpy()), jnp.array(setup.d_output.numpy())
+        x, d_output = jnp.array(setup.input.numpy()), jnp.array(setup.d_output.numpy())
 
     def tensor(array: Any) -> Tensor:
         return torch.from_numpy(np.array(array))
@@ -180,14 +175,13 @@ def _jax_contestant(setup: Setup) -> Contestant:
 
     if setup.case.direction == FORWARD:
         forward = jax.jit(layer)
-        return Contestant(
-            lambda: jax.block_until_ready(forward(parameters, x)), lambda result: outputs(*result)
-        )
+        return Contestant(lambda: jax.block_until_ready(forward(parameters, x)), lambda result: outputs(*result))
 
-    @jax.jit
-    def both(parameters: Any, x: Any, d_output: Any) -> Any:
+    def run(parameters: Any, x: Any, d_output: Any) -> Any:
         output, backward, state = jax.vjp(layer, parameters, x, has_aux=True)
         return (output, state), backward(d_output)
+
+    both = jax.jit(run)
 
     def results(result: Any) -> dict[str, Tensor]:
         (output, state), (d_parameters, d_x) = result

@@ -13,6 +13,7 @@ from rnnfast.bench.measure import Sample
 from rnnfast.lm.files import atomic_write, note
 
 OURS, TORCH = "rnnfast", "torch.nn"
+LIBRARIES = (TORCH, "onnxruntime", "jax")  # of these the best at each point is told
 
 
 @dataclass
@@ -46,8 +47,10 @@ class Row:
         return [name for name in self.samples if name != OURS]
 
     @property
-    def best_peer(self) -> str:
-        return min(self.peers, key=lambda name: self.samples[name].median)
+    def best_peer(self) -> str | None:
+        """The quickest of the other libraries, if there are several."""
+        libraries = [name for name in LIBRARIES if name in self.samples]
+        return min(libraries, key=lambda name: self.samples[name].median) if len(libraries) > 1 else None
 
     @property
     def gflops(self) -> float | None:
@@ -93,15 +96,15 @@ class Report:
 
     @property
     def has_peers(self) -> bool:
-        """Whether there is more than one contestant to be the best of."""
-        return any(len(row.peers) > 1 for row in self.rows)
+        """Whether there are several libraries to be the best of."""
+        return any(row.best_peer for row in self.rows)
 
     def series(self) -> dict[str, list[tuple[Row, float]]]:
         """Ratios by what they are to: each contestant, and the best of them at each point where there are several."""
         names = dict.fromkeys(name for row in self.rows for name in row.peers)
         series = {name: [(row, row.ratio(name)) for row in self.rows if name in row.samples] for name in names}
         if self.has_peers:
-            series["the best peer"] = [(row, row.ratio(row.best_peer)) for row in self.rows if row.peers]
+            series["the best peer"] = [(row, row.ratio(row.best_peer)) for row in self.rows if row.best_peer]
         return series
 
     def table(self) -> str:
@@ -110,7 +113,7 @@ class Report:
         for name in dict.fromkeys(name for row in self.rows for name in row.peers):
             columns[f"vs {name}"] = [f"{row.ratio(name):.2f}x" if name in row.samples else "-" for row in self.rows]
         if self.has_peers:
-            best = [(row, row.best_peer if row.peers else None) for row in self.rows]
+            best = [(row, row.best_peer) for row in self.rows]
             columns["vs best peer"] = [f"{row.ratio(name):.2f}x {name}" if name else "-" for row, name in best]
         if any(row.rate for row in self.rows):
             columns["tokens/s"] = [f"{row.rate:,.0f}" if row.rate else "-" for row in self.rows]
@@ -123,9 +126,7 @@ class Report:
         columns["spread"] = [f"±{row.spread:.0%}" for row in self.rows]
         widths = [max(len(text) for text in (head, *cells)) for head, cells in columns.items()]
         lines = [tuple(columns), *zip(*columns.values(), strict=True)]
-        return "\n".join(
-            "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines
-        )
+        return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)
 
     def summary(self) -> dict[str, dict[str, Any]]:
         """Geometric mean and worst point of every series of ratios, and of the shares of the FMA peak."""
@@ -139,9 +140,9 @@ class Report:
         """The summary as text."""
         lines = []
         for name, numbers in self.summary().items():
-            mean, worst = numbers["geometric_mean"], numbers["worst"]
             form = "{:.0%}" if name.startswith("share") else "{:.2f}x"
-            lines.append(f"{name}: geometric mean {form.format(mean)}, worst {form.format(worst)} ({numbers['worst_at']})")
+            mean, worst = (form.format(numbers[key]) for key in ("geometric_mean", "worst"))
+            lines.append(f"{name}: geometric mean {mean}, worst {worst} ({numbers['worst_at']})")
         return lines
 
     def to_json(self) -> dict[str, Any]:

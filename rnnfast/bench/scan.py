@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rnnfast import dispatch
-from rnnfast.bench.measure import TOLERANCE, alternate, check_same, fma_peak, sample, timed
+from rnnfast.bench.measure import TOLERANCE, alternate_with_peak, check_same, timed
 from rnnfast.bench.report import OURS, Row
 from rnnfast.cells import CELLS
 from rnnfast.lm.files import UserError
@@ -84,14 +84,11 @@ def measure_scan(case: ScanCase, seconds: float, backend: str = "auto") -> Row:
     def run() -> Any:
         return forward(*arguments, True) if case.direction == "forward" else backward(*behind)
 
-    names = FORWARD_RESULTS
+    names: tuple[str, ...] = FORWARD_RESULTS
     if case.direction != "forward":
         names, truth = BACKWARD_RESULTS, torch.ops.rnnfast.scan_reference_backward.default(*behind)
     with torch.no_grad():
         results = (dict(zip(names, tensors, strict=True)) for tensors in (run(), truth))
         check_same(backend, next(results), next(results), TOLERANCE[dtype], case.label)
-        before = fma_peak()
-        samples = alternate({OURS: timed(run)}, seconds)
-        after = fma_peak()
-    peak = sample([before, after]).median if before and after else None
+        samples, peak = alternate_with_peak({OURS: timed(run)}, seconds)
     return Row(case.label, asdict(case), backend, samples, flops=case.flops, peak=peak)

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import rnnfast
 from rnnfast.bench.layers import FORWARD, LayerCase, Setup, outputs, set_up
@@ -33,24 +33,16 @@ Step = Callable[[Any], tuple[Any, Any]]
 """From a state to an output and the next state, on an input that stays the same."""
 
 
-def _ours(setup: Setup) -> Step:
-    layer: Any = setup.ours
-    x: Any = setup.our_input
-    return lambda state: layer(x, state)
-
-
-def _torch(setup: Setup) -> Step:
-    layer: Any = setup.theirs
-    x: Any = setup.their_input
-    return lambda state: layer(x, state)
+def _torch(layer: nn.RNNBase, setup: Setup) -> Step:
+    """A torch.nn layer's, or ours."""
+    return lambda state: layer(setup.input, state)
 
 
 def _onnx(setup: Setup) -> Step:
     from rnnfast.bench.peers import onnx_session
 
     session = onnx_session(setup.theirs, steps=1, batch=1, with_state=True)
-    assert isinstance(setup.their_input, Tensor)
-    x = setup.their_input.numpy()
+    x = setup.input.numpy()
 
     def step(state: Any) -> tuple[Any, Any]:
         inputs = dict(zip(("h_0", "c_0"), state, strict=False))
@@ -82,7 +74,10 @@ def measure_stream(case: LayerCase, seconds: float, backend: str = "auto", peers
         setup = set_up(case, backend)
         zero = torch.zeros(1, 1, case.hidden_size)
         state: Any = (zero, zero.clone()) if case.cell == "lstm" else zero
-        steps: dict[str, tuple[Step, Any]] = {OURS: (_ours(setup), state), TORCH: (_torch(setup), state)}
+        steps: dict[str, tuple[Step, Any]] = {
+            OURS: (_torch(setup.ours, setup), state),
+            TORCH: (_torch(setup.theirs, setup), state),
+        }
         if peers and not {"onnx", "onnxruntime"} & set(missing()):
             arrays = [part.numpy() for part in (state if isinstance(state, tuple) else (state,))]
             steps[ONNXRUNTIME] = (_onnx(setup), arrays)
@@ -90,13 +85,13 @@ def measure_stream(case: LayerCase, seconds: float, backend: str = "auto", peers
         for name in results.keys() - {TORCH}:
             check_same(name, results[name], results[TORCH], TOLERANCE[torch.float32], case.label)
         samples = alternate({name: _turn(*start) for name, start in steps.items()}, seconds)
-        choice = rnnfast.explain(setup.ours, setup.our_input)
+        choice = rnnfast.explain(setup.ours, setup.input)
     return Row(case.label, asdict(case), choice.backend, samples)
 
 
-def stream_case(cell: str, hidden_size: int) -> LayerCase:
+def stream_case(cell: str, hidden_size: int, inputs: int = 28) -> LayerCase:
     """One step of one sequence."""
-    return LayerCase(cell, hidden_size, batch=1, steps=1, direction=FORWARD)
+    return LayerCase(cell, hidden_size, batch=1, steps=1, direction=FORWARD, inputs=inputs)
 
 
 def _run(step: Step, state: Any) -> dict[str, Tensor]:

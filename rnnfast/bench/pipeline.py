@@ -1,0 +1,161 @@
+"""The whole pipeline beside the d2l chapter's own loop over torch.nn layers: tokens/s trained, characters/s generated.
+
+One model, B=32, T=35, the first 10,000 characters of the text, SGD with learning rate 1 and gradients clipped to 1.
+"""
+
+from __future__ import annotations
+
+import functools
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import rnnfast
+from rnnfast import lm
+from rnnfast.bench import chapter
+from rnnfast.bench.layers import LAYERS
+from rnnfast.bench.measure import Turn, alternate, check_same, timed
+from rnnfast.bench.report import OURS, Row
+
+CHAPTER, CHAPTER_NO_GRAD = "the chapter's loop", "the chapter's loop without gradients"
+PREFIX = "time traveller"
+EPOCHS = 3  # of a call
+CHECKED_STEPS = 3
+CHECKED_TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
+
+
+@dataclass(frozen=True)
+class PipelineCase:
+    """A model and what is done with it. `length`: characters to generate."""
+
+    cell: str
+    hidden_size: int
+    what: str
+    dtype: str = "float32"
+    length: int = 200
+
+    @property
+    def label(self) -> str:
+        return f"{self.what} {self.cell} H={self.hidden_size}" + ("" if self.dtype == "float32" else f" {self.dtype}")
+
+    def config(self, corpus: str, backend: str) -> lm.TrainConfig:
+        """The chapter's settings."""
+        options: Any = {"cell": self.cell, "hidden_size": self.hidden_size, "backend": backend}
+        return lm.TrainConfig(corpus=corpus, device="cpu", sample_every=0, epochs=EPOCHS, **options)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """How a model of float32 parameters is trained in another dtype."""
+        return torch.autocast("cpu", dtype=getattr(torch, self.dtype), enabled=self.dtype != "float32")
+
+
+@functools.cache
+def load_text() -> lm.Corpus:
+    """The chapter's text, or the built-in one: their letters and sizes are the same, and so is the work."""
+    return lm.load_corpus(max_tokens=10_000)
+
+
+def _models(case: PipelineCase, corpus: lm.Corpus, backend: str) -> tuple[nn.Module, chapter.ChapterModel]:
+    """Ours and the chapter's, with the same weights; the global random state is left as it was."""
+    vocab_size = len(corpus.vocab)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        ours: Any = lm.build_model(case.config(corpus.name, backend), vocab_size)
+        options = {"nonlinearity": "relu"} if case.cell == "rnn_relu" else {}
+        layer = getattr(nn, LAYERS[case.cell])(vocab_size, case.hidden_size, **options)
+        theirs = chapter.ChapterModel(layer, vocab_size)
+    theirs.rnn.load_state_dict(ours.rnn.state_dict())
+    theirs.linear.load_state_dict(ours.head.state_dict())
+    return ours, theirs
+
+
+def check_training(case: PipelineCase, corpus: lm.Corpus, backend: str) -> None:
+    """Assert that some steps of training give the same losses and parameters.
+
+    Raises:
+        Disagreement: they do not.
+    """
+    ours, theirs = _models(case, corpus, backend)
+    config = case.config(corpus.name, backend)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=config.lr) for model in (ours, theirs)]
+    inputs = chapter.batches(corpus.train, config.batch_size, config.steps, offset=0)
+    state = their_state = None
+    losses: list[Tensor] = []
+    their_losses: list[Tensor] = []
+    for (x, y), _ in zip(inputs, range(CHECKED_STEPS), strict=False):
+        ids, targets = x.T.contiguous(), y.T.contiguous()
+        with case.autocast():
+            loss, state = lm.train_step(ours, optimizers[0], ids, targets, state, config.clip)
+        their_loss, their_state = chapter.train_step(theirs, optimizers[1], x, y, their_state)
+        losses.append(loss)
+        their_losses.append(their_loss.detach())
+    results, truth = (
+        {"losses": torch.stack(losses)} | {f"parameter {i}": p.detach() for i, p in enumerate(model.parameters())}
+        for losses, model in ((losses, ours), (their_losses, theirs))
+    )
+    check_same(OURS, results, truth, CHECKED_TOLERANCE[case.dtype], case.label)
+
+
+def measure_training(case: PipelineCase, seconds: float, backend: str = "auto") -> Row:
+    """`lm.train`, by its own tokens/s (start-up is not in it), beside the chapter's epochs.
+
+    Raises:
+        Disagreement: they do not train the same model.
+    """
+    corpus = load_text()
+    check_training(case, corpus, backend)
+    config = case.config(corpus.name, backend)
+    ours, theirs = _models(case, corpus, backend)
+    updater = torch.optim.SGD(theirs.parameters(), lr=config.lr)
+
+    def train(calls: int) -> float:
+        seconds_a_token = 0.0
+        for _ in range(calls):
+            with torch.random.fork_rng(devices=[]), case.autocast():
+                seconds_a_token += 1 / lm.train(config, report=lambda line: None).tokens_per_second
+        return seconds_a_token * tokens
+
+    def train_chapter() -> int:
+        epochs = (
+            chapter.train_epoch(theirs, updater, corpus.train, config.batch_size, config.steps, offset=0)
+            for _ in range(EPOCHS)
+        )
+        return sum(tokens for _, tokens in epochs)
+
+    tokens = train_chapter()
+    turns: dict[str, Turn] = {OURS: train, CHAPTER: timed(train_chapter)}
+    samples = alternate(turns, seconds)
+    return Row(case.label, _describe(case, corpus), _backend(ours, corpus), samples, tokens=tokens)
+
+
+def measure_generation(case: PipelineCase, seconds: float, backend: str = "auto") -> Row:
+    """`lm.generate` beside the chapter's prediction, as it is and under `torch.no_grad`; greedy.
+
+    Raises:
+        Disagreement: they write different texts.
+    """
+    corpus = load_text()
+    ours, theirs = _models(case, corpus, backend)
+    prefix = corpus.vocab.encode(list(PREFIX))
+
+    def write() -> list[int]:
+        return list(lm.generate(ours, prefix, case.length))
+
+    def predict() -> list[int]:
+        return chapter.predict(theirs, prefix, case.length)
+
+    expected = torch.tensor(predict()[len(prefix) :])
+    check_same(OURS, {"text": torch.tensor(write())}, {"text": expected}, 0.0, case.label)
+    turns = {OURS: timed(write), CHAPTER: timed(predict), CHAPTER_NO_GRAD: timed(torch.no_grad()(predict))}
+    samples = alternate(turns, seconds)
+    return Row(case.label, _describe(case, corpus), _backend(ours, corpus), samples, tokens=case.length)
+
+
+def _describe(case: PipelineCase, corpus: lm.Corpus) -> dict[str, Any]:
+    return asdict(case) | {"corpus": corpus.name, "vocabulary": len(corpus.vocab), "tokens": len(corpus.train)}
+
+
+def _backend(model: Any, corpus: lm.Corpus) -> str:
+    return rnnfast.explain(model.rnn, corpus.train[:1, None]).backend
