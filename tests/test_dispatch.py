@@ -33,7 +33,7 @@ def test_unknown_names_are_refused_with_the_known_ones() -> None:
             backend="cudnn",
         ),
     ):
-        with pytest.raises(ValueError, match="unknown rnnfast backend .cudnn.; choose from auto, cpu"):
+        with pytest.raises(ValueError, match=r"unknown rnnfast backend .cudnn.; choose from auto, cpu"):
             call()
 
 
