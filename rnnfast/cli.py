@@ -1,4 +1,4 @@
-"""The command line: rnnfast train | generate | info."""
+"""The command line: rnnfast train | generate | info | bench."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser
 
 import rnnfast
+from rnnfast.bench import command as bench
 from rnnfast.lm import checkpoint
 from rnnfast.lm.config import TrainConfig, flag, pick_device
 from rnnfast.lm.files import UserError, note
@@ -61,6 +62,7 @@ def _run(argv: list[str]) -> int:
     verbs.add_subcommand("train", train_parser, help=TRAIN.split(".")[0])
     verbs.add_subcommand("generate", _generate_parser(), help=GENERATE.rstrip("."))
     verbs.add_subcommand("info", _info_parser(), help=INFO.rstrip("."))
+    verbs.add_subcommand("bench", bench.parser(), help=bench.DESCRIPTION.split(",")[0])
     arguments = _parse(parser, argv)
     options = arguments[arguments.verb]
     if arguments.verb == "train" and options.resume is not None:
@@ -68,7 +70,7 @@ def _run(argv: list[str]) -> int:
         saved = checkpoint.load(options.resume)
         train_parser.set_defaults(TrainConfig.from_json(saved.config, options.resume).to_json())
         options = _parse(parser, argv).train
-    return {"train": _train, "generate": _generate, "info": _info}[arguments.verb](options)
+    return {"train": _train, "generate": _generate, "info": _info, "bench": bench.run}[arguments.verb](options)
 
 
 def _parse(parser: ArgumentParser, argv: list[str]) -> Any:
@@ -140,9 +142,7 @@ def _generate_parser() -> ArgumentParser:
 
 def _generate(options: Any) -> int:
     model, vocab, config, _ = checkpoint.load_model(options.checkpoint, options.device, options.backend)
-    ids, unknown = encode_prefix(options.prefix, vocab, config.tokens)
-    if unknown:
-        note(f"the model does not know {', '.join(map(repr, unknown))} of the prefix, and takes <unk> instead")
+    ids = encode_prefix(options.prefix, vocab, config.tokens)
     written = generate(
         model,
         ids,
@@ -172,9 +172,9 @@ def _info(options: Any) -> int:
     if options.checkpoint is None:
         print(f"\n{rnnfast.backends()}")
         return 0
-    model, vocab, config, progress = checkpoint.load_model(options.checkpoint, "cpu")
+    model, vocab, config, progress = checkpoint.load_model(options.checkpoint, "cpu", "auto")
     print(f"text      {config.corpus}, {len(vocab)} {config.tokens}s")
-    print(f"trained   {progress.get('epoch')} epochs, {progress.get('tokens'):,} tokens\n")
+    print(f"trained   {progress.get('epoch')} epochs, {progress.get('tokens')} tokens\n")
     rows = [(name, "x".join(map(str, p.shape)), f"{p.numel():,}") for name, p in model.named_parameters()]
     rows = [("parameter", "shape", "numbers"), *rows, ("total", "", f"{sum(p.numel() for p in model.parameters()):,}")]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]

@@ -2,7 +2,7 @@
 
 from rnnfast import lm
 result = lm.train(lm.TrainConfig(cell="gru", hidden_size=256, epochs=100))
-ids, unknown = lm.encode_prefix("time traveller", result.vocab)
+ids = lm.encode_prefix("time traveller", result.vocab)
 print("".join(lm.render(lm.generate(result.model, ids, 50), result.vocab)))
 """
 

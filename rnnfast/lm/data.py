@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import os
 import re
 import urllib.request
@@ -71,7 +72,7 @@ def _download(url: str) -> bytes:
     try:
         with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response:
             return bytes(response.read(1 << 20))
-    except OSError as error:  # URLError and timeouts are OSErrors
+    except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
         raise TextUnavailable(
             f"The Time Machine could not be downloaded ({getattr(error, 'reason', error)}); "
             "put timemachine.txt into a folder and set RNNFAST_DATA to it"
@@ -183,19 +184,17 @@ def load_corpus(
     min_freq: int = 0,
     max_tokens: int = -1,
     validation: float = 0.0,
-    vocab: Vocab | None = None,
 ) -> Corpus:
     """Load a text, build its vocabulary (from all of it), and encode its first `max_tokens` tokens (-1: all).
 
     Args:
         validation: the share of the encoded tokens, from their end, that is held out.
-        vocab: use this vocabulary in place of the text's own.
     """
     name, text = load_text(name)
     stream = tokenize(text, tokens, raw)
     if not stream:
         raise UserError(f"the text {name} holds no letters A-Z: train on it as it is with --raw")
-    vocab = vocab or Vocab(stream, min_freq)
+    vocab = Vocab(stream, min_freq)
     ids = torch.tensor(vocab.encode(stream if max_tokens < 0 else stream[:max_tokens]))
     held_out = int(len(ids) * validation)
     return Corpus(name, vocab, ids[: len(ids) - held_out], ids[len(ids) - held_out :])

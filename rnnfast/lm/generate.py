@@ -7,13 +7,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from rnnfast.lm.files import UserError
+from rnnfast.lm.files import UserError, note
 from rnnfast.lm.model import State
 from rnnfast.lm.vocab import Vocab
 
 
-def encode_prefix(prefix: str, vocab: Vocab, tokens: str = "char") -> tuple[list[int], list[str]]:
-    """The ids of a prefix, and those of its tokens that the vocabulary does not know (they become `<unk>`).
+def encode_prefix(prefix: str, vocab: Vocab, tokens: str = "char", tell: bool = True) -> list[int]:
+    """The ids of a prefix. Tokens that the vocabulary does not know become `<unk>`; `tell` notes them, once, on stderr.
 
     Raises:
         UserError: the prefix is empty.
@@ -21,7 +21,10 @@ def encode_prefix(prefix: str, vocab: Vocab, tokens: str = "char") -> tuple[list
     parts = prefix.split() if tokens == "word" else list(prefix)
     if not parts:
         raise UserError('the prefix is empty: give the text to go on from, such as --prefix "time traveller"')
-    return vocab.encode(parts), [part for part in dict.fromkeys(parts) if part not in vocab]
+    unknown = [repr(part) for part in dict.fromkeys(parts) if part not in vocab]
+    if unknown and tell:
+        note(f"the vocabulary lacks {', '.join(unknown)} of the prefix: taken as <unk>")
+    return vocab.encode(parts)
 
 
 def generate(

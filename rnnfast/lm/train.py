@@ -191,7 +191,7 @@ class Trainer:
     def sample(self, length: int = 50) -> str:
         """The sample text of a report, greedy as in the chapter."""
         prefix, unit = self.config.prefix, self.config.tokens
-        ids, _ = encode_prefix(prefix, self.vocab, unit)
+        ids = encode_prefix(prefix, self.vocab, unit, tell=False)
         return prefix + "".join(render(generate(self.model, ids, length), self.vocab, unit))
 
     def checkpoint(self) -> Checkpoint:
@@ -332,6 +332,8 @@ def train(
         UserError: bad input, a folder that cannot be written, a loss that is no longer finite.
         Interrupted: by Ctrl-C or SIGTERM, after saving.
     """
+    if resume and out is None:
+        raise ValueError("to resume a run, give its folder as `out`")
     folder = None if out is None else Path(out).expanduser()
     saved = checkpoints.load(folder) if resume and folder is not None else None
     if saved is not None:
@@ -347,10 +349,10 @@ def train(
         validation=config.validation,
     )
     config = replace(config, corpus=corpus.name)
-    encode_prefix(config.prefix, corpus.vocab, config.tokens)  # an empty one is refused before, not in, the run
     if config.bidirectional:
         note("a bidirectional model reads the token it is to predict: its perplexity says nothing, it cannot generate")
     trainer = Trainer(config, corpus)
+    encode_prefix(config.prefix, corpus.vocab, config.tokens)  # an empty one is refused now, not in mid-run
     records: list[dict[str, Any]] = []
     if saved is not None and folder is not None:
         trainer.restore(saved, folder)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rnnfast.lm import data
+from rnnfast.lm.config import check_backend
 
 
 @pytest.fixture(autouse=True)
@@ -18,13 +19,14 @@ def _offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def refuse(url: str, timeout: float) -> None:
         raise urllib.error.URLError("no network in tests")
 
-    monkeypatch.setenv("RNNFAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(data, "cache_dir", lambda: tmp_path / "cache")
     monkeypatch.setattr(data.urllib.request, "urlopen", refuse)
 
 
 @pytest.fixture(autouse=True, scope="package")
 def _one_thread() -> Iterator[None]:
     """Models this small lose by threads, most of all on a busy machine."""
+    check_backend("auto", torch.device("cpu"))  # if the native scan is yet to be compiled, it is now, outside any test
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

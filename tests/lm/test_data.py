@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -94,12 +95,19 @@ def test_download_is_checked_kept_and_read_again(monkeypatch: pytest.MonkeyPatch
     assert len(calls) == 3  # a damaged cache is replaced
 
 
+def test_download_reads_a_url(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data.urllib.request, "urlopen", urllib.request.build_opener().open)
+    assert data._download("data:text/plain,The%20Time%20Machine") == b"The Time Machine"
+    with pytest.raises(data.TextUnavailable, match="set RNNFAST_DATA"):
+        data._download("file:///nowhere")
+
+
 def test_a_cache_that_cannot_be_written_is_no_obstacle(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.delenv("RNNFAST_DATA", raising=False)
-    monkeypatch.setenv("RNNFAST_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(data, "cache_dir", lambda: tmp_path / "file" / "cache")
     monkeypatch.setattr(data, "_download", lambda url: b"x")
     monkeypatch.setattr(data, "TIME_MACHINE_SHA1", hashlib.sha1(b"x").hexdigest())
     assert data.time_machine() == "x"
@@ -200,3 +208,13 @@ def test_shortest_text_has_a_batch_behind_every_offset(shuffle: bool) -> None:
     assert len(batches) == 1
     with pytest.raises(UserError, match=r"35 tokens.*needs 36"):
         Batches(torch.arange(35), 4, 7, shuffle, generator)
+
+
+def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # the cache that tests use
+    with monkeypatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", "/xdg")
+        patch.delenv("RNNFAST_CACHE", raising=False)
+        assert data.cache_dir() == Path("/xdg/rnnfast")
+        patch.setenv("RNNFAST_CACHE", "/mine")
+        assert data.cache_dir() == Path("/mine")

@@ -90,13 +90,15 @@ def test_bidirectional_is_refused_with_the_reason() -> None:
         generate(RNNLM(28, "rnn", 8, bidirectional=True), [1], 5)
 
 
-def test_prefix_and_rendering() -> None:
+def test_prefix_and_rendering(capsys: pytest.CaptureFixture[str]) -> None:
     vocab = Vocab("abc")
-    assert encode_prefix("axbyx", vocab) == ([1, 0, 2, 0, 0], ["x", "y"])
+    assert encode_prefix("axbyx", vocab) == [1, 0, 2, 0, 0]
+    assert capsys.readouterr().err == "rnnfast: the vocabulary lacks 'x', 'y' of the prefix: taken as <unk>\n"
     with pytest.raises(UserError, match="empty"):
         encode_prefix("", vocab)
     words = Vocab(["the", "time"])
-    assert encode_prefix("the  time", words, "word") == ([1, 2], [])
+    assert encode_prefix("the  time", words, "word") == [1, 2]
+    assert capsys.readouterr().err == ""
     with pytest.raises(UserError, match="empty"):
         encode_prefix("  ", words, "word")
     assert "".join(render(iter([1, 2]), vocab)) == "ab"
