@@ -22,15 +22,15 @@ class BlockExchange {
  public:
   RNNFAST_DEVICE BlockExchange(const ScanParams& p, char* shared) : layout_(p.layout), shared_(shared) {}
 
-  RNNFAST_DEVICE char* here(int64_t step) {
+  RNNFAST_DEVICE char* here(int step) {
     return shared_ + layout_.operand_at + (step & 1) * layout_.rows * layout_.stride;
   }
   RNNFAST_DEVICE void start() { hw::block_barrier(); }
-  RNNFAST_DEVICE void wait(int64_t) { hw::block_barrier(); }
-  RNNFAST_DEVICE void send(int64_t step, int row, int k, Operand value) {
+  RNNFAST_DEVICE void wait(int) { hw::block_barrier(); }
+  RNNFAST_DEVICE void send(int step, int row, int k, Operand value) {
     reinterpret_cast<Operand*>(here(step) + row * layout_.stride)[k] = value;
   }
-  RNNFAST_DEVICE void sent(int64_t) {}
+  RNNFAST_DEVICE void sent(int) {}
   RNNFAST_DEVICE void finish() {}
 };
 

@@ -15,14 +15,18 @@ class ClusterExchange {
   const Layout& layout_;
   char* shared_;
 
-  RNNFAST_DEVICE uint64_t* barrier(int64_t step) {
+  RNNFAST_DEVICE uint64_t* barrier(int step) {
     return reinterpret_cast<uint64_t*>(shared_ + layout_.barrier_at) + (step & 1);
+  }
+
+  RNNFAST_DEVICE void send_word(int step, char* place, uint32_t word) {
+    for (int peer = 0; peer < layout_.blocks; ++peer) hw::remote_store(place, barrier(step), peer, word);
   }
 
  public:
   RNNFAST_DEVICE ClusterExchange(const ScanParams& p, char* shared) : layout_(p.layout), shared_(shared) {}
 
-  RNNFAST_DEVICE char* here(int64_t step) {
+  RNNFAST_DEVICE char* here(int step) {
     return shared_ + layout_.operand_at + (step & 1) * layout_.rows * layout_.stride;
   }
 
@@ -36,37 +40,25 @@ class ClusterExchange {
   }
 
   // Bytes may arrive before they are expected: the phase stays open for thread 0's own arrival.
-  RNNFAST_DEVICE void wait(int64_t step) {
+  RNNFAST_DEVICE void wait(int step) {
     if (hw::thread() == 0)
       hw::mbarrier_expect(barrier(step), layout_.blocks * layout_.rows * layout_.slice * int{sizeof(Operand)});
-    hw::mbarrier_wait(barrier(step), static_cast<int>((step - 1) >> 1 & 1));
+    hw::mbarrier_wait(barrier(step), (step - 1) >> 1 & 1);
   }
 
-  RNNFAST_DEVICE void send(int64_t step, int row, int k, Operand value) {
+  RNNFAST_DEVICE void send(int step, int row, int k, Operand value) {
     char* place = here(step) + row * layout_.stride + k * sizeof(Operand);
-    union {
-      Operand value[sizeof(Operand) == 2 ? 2 : 1];
-      uint32_t word[sizeof(Operand) == 8 ? 2 : 1];
-    } packed;
     if constexpr (sizeof(Operand) == 2) {
       // The least that travels is four bytes: an even lane sends its neighbour's value with its own.
-      union {
-        Operand value;
-        uint16_t bits;
-      } mine;
-      mine.value = value;
-      const uint32_t next = hw::shuffle_xor(static_cast<uint32_t>(mine.bits), 1);
-      if (hw::lane() & 1) return;
-      packed.word[0] = mine.bits | next << 16;
+      const uint32_t mine = bits<uint16_t>(value);
+      const uint32_t next = hw::shuffle_xor(mine, 1);
+      if (hw::lane() % 2 == 0) send_word(step, place, mine | next << 16);
     } else {
-      packed.value[0] = value;
+      send_word(step, place, bits<uint32_t>(value));
     }
-    for (int peer = 0; peer < layout_.blocks; ++peer)
-      for (int w = 0; w < int{sizeof(packed) / 4}; ++w)
-        hw::remote_store(place + 4 * w, barrier(step), peer, packed.word[w]);
   }
 
-  RNNFAST_DEVICE void sent(int64_t) {}
+  RNNFAST_DEVICE void sent(int) {}
 
   // A block's shared memory must outlive its peers' stores.
   RNNFAST_DEVICE void finish() { hw::cluster_barrier(); }

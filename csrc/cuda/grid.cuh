@@ -18,7 +18,7 @@ class GridExchange {
   uint32_t* flags_;  // this team's
 
   RNNFAST_DEVICE int row_bytes() const { return layout_.blocks * layout_.slice * int{sizeof(Operand)}; }
-  RNNFAST_DEVICE char* there(int64_t step) { return global_ + (step & 1) * layout_.rows * row_bytes(); }
+  RNNFAST_DEVICE char* there(int step) { return global_ + (step & 1) * layout_.rows * row_bytes(); }
 
  public:
   RNNFAST_DEVICE GridExchange(const ScanParams& p, char* shared) : layout_(p.layout), shared_(shared) {
@@ -27,13 +27,13 @@ class GridExchange {
     flags_ = p.flags + team * layout_.blocks;
   }
 
-  RNNFAST_DEVICE char* here(int64_t step) {
+  RNNFAST_DEVICE char* here(int step) {
     return shared_ + layout_.operand_at + (step & 1) * layout_.rows * layout_.stride;
   }
 
   RNNFAST_DEVICE void start() { hw::block_barrier(); }
 
-  RNNFAST_DEVICE void wait(int64_t step) {
+  RNNFAST_DEVICE void wait(int step) {
     const uint64_t began = hw::nanoseconds();
     for (int peer = hw::thread(); peer < layout_.blocks; peer += hw::threads())
       while (hw::flag_acquire(flags_ + peer) < static_cast<uint32_t>(step))
@@ -48,11 +48,11 @@ class GridExchange {
     hw::block_barrier();
   }
 
-  RNNFAST_DEVICE void send(int64_t step, int row, int k, Operand value) {
+  RNNFAST_DEVICE void send(int step, int row, int k, Operand value) {
     reinterpret_cast<Operand*>(there(step) + row * row_bytes())[k] = value;
   }
 
-  RNNFAST_DEVICE void sent(int64_t step) {
+  RNNFAST_DEVICE void sent(int step) {
     hw::block_barrier();
     if (hw::thread() == 0) hw::flag_release(flags_ + hw::block_x() % layout_.blocks, static_cast<uint32_t>(step));
   }

@@ -5,8 +5,8 @@
 // values a row, gathered from all blocks) with the block's weights (`columns` of them), which stay in registers and shared
 // memory from the first step to the last, and then the cell's math for each pair of a row and a unit.
 //
-// The product's columns are dealt to warps in groups, and its depth in chunks, of which a lane of a warp holds 16 bytes a
-// column: chunks of 512 bytes on plain arithmetic (a warp's lanes split the depth), of 64 bytes on tensor cores.
+// The product's columns are dealt to warps in groups, and its depth in chunks: of 256 bytes on plain arithmetic, where the 32
+// lanes of a warp split the depth and each holds 8 bytes a column, of 64 bytes on tensor cores, two mma deep.
 #pragma once
 
 #include <algorithm>
@@ -26,14 +26,15 @@ constexpr int operand_bytes(Numbers n) {
 }
 
 constexpr int kMaxWarps = 16;
-constexpr int kWeightWords = 64;  // 32-bit registers of a thread that hold weights
+constexpr int kStepThreads = 256;  // of the kernel of one step
 constexpr int kMmaRows = 8;
 
 constexpr int group_columns(bool mma) { return mma ? 16 : 8; }
-constexpr int chunk_bytes(bool mma) { return mma ? 64 : 512; }
-constexpr int chunk_words(bool mma) { return mma ? 8 : 4 * group_columns(false); }  // a lane's, over a group's columns
-constexpr int register_chunks(bool mma) { return kWeightWords / chunk_words(mma); }
-constexpr int pairs_per_thread(bool mma) { return mma ? 4 : 1; }
+constexpr int chunk_bytes(bool mma) { return mma ? 64 : 256; }
+constexpr int chunk_words(bool mma) { return mma ? 8 : 2 * group_columns(false); }  // a lane's
+// How many chunks a warp keeps in registers: 64, 48 and (float64) 32 registers a thread, as many as compile without spills.
+constexpr int register_chunks(bool mma, int sum_bytes) { return mma ? 8 : sum_bytes == 8 ? 2 : 3; }
+constexpr int pairs_per_thread(bool mma) { return mma ? 2 : 1; }
 
 struct Layout {
   int blocks, units, rows, warps;
@@ -68,7 +69,7 @@ inline Layout make_layout(int gates, int hidden, Numbers numbers, bool backward,
   l.chunks_per_warp = ceil_div(l.chunks, l.splits);
   // Eight lanes, over two rows, then read 128 bytes that lie in different banks.
   l.stride = round_up(l.depth * operand_bytes(numbers), 128) + 64;
-  l.slots = l.groups_per_warp * l.chunks_per_warp - std::min(register_chunks(mma), l.chunks_per_warp);
+  l.slots = l.groups_per_warp * l.chunks_per_warp - std::min(register_chunks(mma, sum_bytes(numbers)), l.chunks_per_warp);
   l.scratch_at = warps * l.slots * chunk_words(mma) * 128;
   l.operand_at = l.scratch_at + round_up(l.splits * rows * l.columns * sum_bytes(numbers), 128);
   l.barrier_at = l.operand_at + 2 * rows * l.stride;
@@ -76,10 +77,18 @@ inline Layout make_layout(int gates, int hidden, Numbers numbers, bool backward,
   return l;
 }
 
+// Why no device can run a team laid out so; null if it is sound.
+inline const char* flaw(const Layout& l, Numbers numbers) {
+  const bool mma = tensor_cores(numbers);
+  if (l.blocks < 1 || l.rows < 1 || l.warps < 1 || l.warps > kMaxWarps) return "a team has blocks, rows and up to 16 warps";
+  if (mma && l.rows % kMmaRows) return "tensor cores take rows by eight";
+  if (l.rows * l.units > pairs_per_thread(mma) * l.warps * 32) return "there are too many states for the threads of a block";
+  return nullptr;
+}
+
 // Everything a scan kernel is given. Tensors are those of docs/design.md; null is absent.
 struct ScanParams {
-  int64_t steps, batch, lanes, rows;
-  int hidden;
+  int steps, batch, lanes, rows, hidden;
   bool bidirectional, relu;
   const int64_t* offsets;  // (T + 1,) first row of each step, on the device; null: every step has `batch` rows
   const void* w_hh;        // forward (D, G*H, H), backward its transpose (D, H, G*H)
@@ -93,5 +102,15 @@ struct ScanParams {
   uint32_t* flags;                        // grid scan: the last step each block has finished, 0 before
   Layout layout;
 };
+
+// What the kernel of one step is given besides.
+struct StepParams {
+  ScanParams scan;
+  int step;
+  const void* product;           // forward (D, B, G*H): h w_hh^T; backward (D, B, H): the last step's operand times w_hh
+  void *h_state, *c_state;       // (D, B, H), also the gradients of these
+  void* operand;                 // of the next product: forward (D, B, H), backward (D, B, G*H)
+};
+
 
 }  // namespace rnnfast::cuda

@@ -2,9 +2,20 @@
 // unit that multiplies.
 #pragma once
 
+#include <cstring>
+
 #include "hardware.h"
 
 namespace rnnfast::cuda {
+
+// The bits of `from` as a To.
+template <class To, class From>
+RNNFAST_DEVICE To bits(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(To));
+  return to;
+}
 
 struct Float32 {
   using Stored = float;

@@ -8,15 +8,18 @@
 
 namespace rnnfast::cuda {
 
+// The warp's groups are first_group, first_group + group_warps, ...; its chunks split, split + splits, ...
 struct WarpShare {
   int split, first_group;
-  RNNFAST_DEVICE explicit WarpShare(const Layout& l)
-      : split(hw::warp() % l.splits), first_group(hw::warp() / l.splits) {}
+  RNNFAST_DEVICE explicit WarpShare(const Layout& l) : split(hw::warp() % l.splits), first_group(hw::warp() / l.splits) {
+    if (first_group >= l.group_warps) first_group = l.groups;  // a warp left over
+  }
 };
 
-// Runs body(group index of this warp, group, chunk index of this warp, chunk, slot) for the chunks in shared memory.
+// Where a chunk of a warp lies in its shared memory, those in registers not counted.
 RNNFAST_DEVICE int slot_of(const Layout& l, int in_registers, int group, int chunk) {
-  return group * l.chunks_per_warp + chunk - min(in_registers, l.chunks_per_warp);
+  const int kept = in_registers < l.chunks_per_warp ? in_registers : l.chunks_per_warp;
+  return group * l.chunks_per_warp + chunk - kept;
 }
 
 // Sums COUNT values over the warp in a fixed tree; lane l ends up with the sum of value l * COUNT / 32 in v[0].
@@ -38,15 +41,15 @@ RNNFAST_DEVICE void reduce_scatter(Sum* v) {
   }
 }
 
-// On plain arithmetic: a lane multiplies its 16 bytes of each chunk, for four rows and eight columns at a time.
+// On plain arithmetic: a lane multiplies its 8 bytes of each chunk, for four rows and eight columns at a time.
 template <class M>
 class PlainProduct {
   using Sum = typename M::Sum;
   static constexpr int kColumns = group_columns(false);
-  static constexpr int kVector = 16 / sizeof(Sum);
-  static constexpr int kRegisterChunks = register_chunks(false);
+  static constexpr int kVector = 8 / sizeof(Sum);
+  static constexpr int kRegisterChunks = register_chunks(false, sizeof(Sum));
   static constexpr int kRowTile = 4;
-  struct alignas(16) Vector {
+  struct alignas(8) Vector {
     Sum at[kVector];
   };
   Vector weights_[kRegisterChunks][kColumns];
@@ -67,7 +70,7 @@ class PlainProduct {
     const auto read = [&](int chunk) {
 #pragma unroll
       for (int r = 0; r < ROWS; ++r)
-        x[r] = *reinterpret_cast<const Vector*>(operand + (row + r) * l.stride + chunk * 512 + hw::lane() * 16);
+        x[r] = *reinterpret_cast<const Vector*>(operand + (row + r) * l.stride + chunk * 256 + hw::lane() * 8);
     };
     if (group == 0) {
 #pragma unroll
@@ -135,7 +138,7 @@ class PlainProduct {
   RNNFAST_DEVICE void multiply(const Layout& l, const char* operand, Sum* scratch) {
     const WarpShare share(l);
     for (int i = 0; i < l.groups_per_warp; ++i) {
-      if (share.first_group >= l.group_warps || share.first_group + i * l.group_warps >= l.groups) break;
+      if (share.first_group + i * l.group_warps >= l.groups) break;
       int row = 0;
       for (; row + kRowTile <= l.rows; row += kRowTile) tile<kRowTile>(l, share, i, row, operand, scratch);
       for (; row < l.rows; ++row) tile<1>(l, share, i, row, operand, scratch);
@@ -149,7 +152,7 @@ template <class M>
 class TensorCoreProduct {
   using Operand = typename M::Operand;
   static constexpr int kVector = 16 / sizeof(Operand);
-  static constexpr int kRegisterChunks = register_chunks(true);
+  static constexpr int kRegisterChunks = register_chunks(true, 4);
   struct Fragment {
     uint32_t word[2][4];
   };
@@ -170,17 +173,14 @@ class TensorCoreProduct {
     shared_ = reinterpret_cast<hw::Vec16*>(shared) + hw::warp() * l.slots * 64;
     const WarpShare share(l);
     const auto read = [&](int group, int chunk) {
-      union Half {
-        Operand value[kVector];
-        uint32_t word[4];
-        RNNFAST_DEVICE Half() {}
-      } upper, lower;
+      Operand upper_values[kVector], lower_values[kVector];
       const int column = group * 16 + hw::lane() / 4, k = (chunk * 4 + hw::lane() % 4) * kVector;
 #pragma unroll
       for (int e = 0; e < kVector; ++e) {
-        upper.value[e] = M::operand(element(column, k + e));
-        lower.value[e] = M::operand(element(column + 8, k + e));
+        upper_values[e] = M::operand(element(column, k + e));
+        lower_values[e] = M::operand(element(column + 8, k + e));
       }
+      const auto upper = bits<hw::Vec16>(upper_values), lower = bits<hw::Vec16>(lower_values);
       return Fragment{{{upper.word[0], lower.word[0], upper.word[1], lower.word[1]},
                        {upper.word[2], lower.word[2], upper.word[3], lower.word[3]}}};
     };
@@ -209,7 +209,7 @@ class TensorCoreProduct {
     const int lane = hw::lane();
     for (int i = 0; i < l.groups_per_warp; ++i) {
       const int group = share.first_group + i * l.group_warps;
-      if (share.first_group >= l.group_warps || group >= l.groups) break;
+      if (group >= l.groups) break;
       for (int row = 0; row < l.rows; row += kMmaRows) {
         float sums[2][4] = {};
         const char* from = operand + (row + lane / 4) * l.stride + lane % 4 * 16;

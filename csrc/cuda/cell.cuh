@@ -1,0 +1,203 @@
+// One pair of a batch row and a hidden unit at one step, forward and backward: what it reads, the cell's math, what it
+// stores. Every kernel of this backend, persistent or a step at a time, is built on these.
+#pragma once
+
+#include "layout.h"
+#include "math.cuh"
+
+namespace rnnfast::cuda {
+
+enum class Kind { rnn, lstm, gru };  // tanh and relu are one kernel
+constexpr int gates_of(Kind kind) { return kind == Kind::lstm ? 4 : kind == Kind::gru ? 3 : 1; }
+constexpr int tape_of(Kind kind) { return kind == Kind::lstm ? 5 : kind == Kind::gru ? 4 : 0; }
+
+// How one lane and its team's rows of the batch walk through time.
+struct Walk {
+  const ScanParams& p;
+  int lane;
+  bool reversed;
+
+  RNNFAST_DEVICE Walk(const ScanParams& p, int lane) : p(p), lane(lane), reversed(p.bidirectional && (lane & 1)) {}
+
+  // The row of `batch_row` at the i-th step walked (the t-th of time), or -1 where its sequence has no such step.
+  RNNFAST_DEVICE int row(int i, int batch_row) const {
+    if (i < 0 || i >= p.steps) return -1;
+    return row_at(reversed ? p.steps - 1 - i : i, batch_row);
+  }
+
+  RNNFAST_DEVICE int row_at(int t, int batch_row) const {
+    const int first = p.offsets ? p.offsets[t] : t * p.batch;
+    return p.offsets && batch_row >= p.offsets[t + 1] - first ? -1 : first + batch_row;
+  }
+
+  // Places in the tensors of docs/design.md.
+  RNNFAST_DEVICE int64_t state(int batch_row, int unit) const {
+    return int64_t{lane * p.batch + batch_row} * p.hidden + unit;
+  }
+  RNNFAST_DEVICE int64_t output(int row, int unit) const {
+    return (int64_t{row} * p.lanes + lane) * p.hidden + unit;
+  }
+  RNNFAST_DEVICE int64_t tape(int row, int unit, int values) const {
+    return (int64_t{lane} * p.rows + row) * values * p.hidden + unit;
+  }
+  RNNFAST_DEVICE int64_t gate(int64_t row, int unit, int gates) const {
+    return (row * p.lanes + lane) * gates * p.hidden + unit;
+  }
+};
+
+// Where a pair lies within the layer.
+struct Place {
+  int batch_row, unit;
+};
+
+template <class M, Kind KIND>
+struct ForwardPair {
+  using Stored = typename M::Stored;
+  using Sum = typename M::Sum;
+  static constexpr int kGates = gates_of(KIND), kTape = tape_of(KIND);
+
+  Sum h = 0, c = 0, bias_n = 0;
+  Sum gx[kGates];  // of the step that was fetched last
+  int row = -1;    // of that step; -1 where the sequence has no such step
+
+  // Reads h_0 and c_0 as h and c.
+  RNNFAST_DEVICE void start(const Walk& walk, Place at) {
+    const int64_t state = walk.state(at.batch_row, at.unit);
+    h = hw::widen(static_cast<const Stored*>(walk.p.h_0)[state]);
+    if (KIND == Kind::lstm) c = hw::widen(static_cast<const Stored*>(walk.p.c_0)[state]);
+    fetch_bias(walk, at);
+  }
+
+  RNNFAST_DEVICE void fetch_bias(const Walk& walk, Place at) {
+    if (KIND == Kind::gru && walk.p.b_hh) bias_n = hw::widen(bias(walk, at)[2 * walk.p.hidden]);
+  }
+
+  // Reads what the input adds to the gates of a step, with b_hh where that is added too: the GRU's reset gate comes
+  // between n and its recurrent part.
+  RNNFAST_DEVICE void fetch(const Walk& walk, int step, Place at) {
+    const ScanParams& p = walk.p;
+    row = walk.row(step, at.batch_row);
+    if (row < 0) return;
+    const Sum* from = static_cast<const Sum*>(p.gx) + walk.gate(p.ids ? p.ids[row] : row, at.unit, kGates);
+#pragma unroll
+    for (int g = 0; g < kGates; ++g) {
+      gx[g] = from[int64_t{g} * p.hidden];
+      if (p.b_hh && !(KIND == Kind::gru && g == 2)) gx[g] += hw::widen(bias(walk, at)[g * p.hidden]);
+    }
+  }
+
+  // Takes the step that was fetched, given the recurrent products; stores the output and the tape.
+  RNNFAST_DEVICE void step(const Walk& walk, Place at, const Sum (&gh)[kGates]) {
+    const ScanParams& p = walk.p;
+    Sum saved[kTape ? kTape : 1];
+    if constexpr (KIND == Kind::rnn) {
+      const Sum x = gx[0] + gh[0];
+      h = p.relu ? relu(x) : hw::Functions::tanh(x);
+    } else if constexpr (KIND == Kind::lstm) {
+#pragma unroll
+      for (int g = 0; g < kGates; ++g) saved[g] = gx[g] + gh[g];
+      h = lstm_forward<hw::Functions>(saved[0], saved[1], saved[2], saved[3], c);
+      saved[4] = c;
+    } else {
+      saved[0] = gx[0] + gh[0];
+      saved[1] = gx[1] + gh[1];
+      saved[2] = gx[2];
+      saved[3] = gh[2] + bias_n;
+      h = gru_forward<hw::Functions>(saved[0], saved[1], saved[2], saved[3], h);
+    }
+    hw::narrow(h, static_cast<Stored*>(p.output)[walk.output(row, at.unit)]);
+    if (kTape && p.tape) {
+      Stored* tape = static_cast<Stored*>(p.tape) + walk.tape(row, at.unit, kTape);
+#pragma unroll
+      for (int k = 0; k < kTape; ++k) hw::narrow(saved[k], tape[int64_t{k} * p.hidden]);
+    }
+  }
+
+  RNNFAST_DEVICE void finish(const Walk& walk, Place at) const {
+    const int64_t state = walk.state(at.batch_row, at.unit);
+    hw::narrow(h, static_cast<Stored*>(walk.p.h_n)[state]);
+    if (KIND == Kind::lstm) hw::narrow(c, static_cast<Stored*>(walk.p.c_n)[state]);
+  }
+
+ private:
+  static RNNFAST_DEVICE const Stored* bias(const Walk& walk, Place at) {
+    return static_cast<const Stored*>(walk.p.b_hh) + int64_t{walk.lane} * kGates * walk.p.hidden + at.unit;
+  }
+};
+
+template <class M, Kind KIND>
+struct BackwardPair {
+  using Stored = typename M::Stored;
+  using Sum = typename M::Sum;
+  static constexpr int kGates = gates_of(KIND), kTape = tape_of(KIND);
+
+  Sum d_h = 0, d_c = 0;  // what comes to a step from those after it; d_h without what comes through w_hh
+  Sum d_output = 0, tape[kTape ? kTape : 1] = {};
+  Sum before = 0;  // the state before the step, c (LSTM) or h (GRU); for the RNN its output itself
+  int row = -1;
+
+  RNNFAST_DEVICE void start(const Walk& walk, Place at) {
+    const int64_t state = walk.state(at.batch_row, at.unit);
+    if (walk.p.d_h_n) d_h = hw::widen(static_cast<const Stored*>(walk.p.d_h_n)[state]);
+    if (KIND == Kind::lstm && walk.p.d_c_n) d_c = hw::widen(static_cast<const Stored*>(walk.p.d_c_n)[state]);
+  }
+
+  RNNFAST_DEVICE void fetch(const Walk& walk, int step, Place at) {
+    const ScanParams& p = walk.p;
+    row = walk.row(step, at.batch_row);
+    if (row < 0) return;
+    const Stored* output = static_cast<const Stored*>(p.output);
+    if (p.d_output) d_output = hw::widen(static_cast<const Stored*>(p.d_output)[walk.output(row, at.unit)]);
+    if constexpr (KIND == Kind::rnn) {
+      before = hw::widen(output[walk.output(row, at.unit)]);
+    } else {
+      const Stored* from = static_cast<const Stored*>(p.tape) + walk.tape(row, at.unit, kTape);
+#pragma unroll
+      for (int k = 0; k < kTape; ++k) tape[k] = hw::widen(from[int64_t{k} * p.hidden]);
+      const int previous = walk.row(step - 1, at.batch_row);
+      const int64_t initial = walk.state(at.batch_row, at.unit);
+      if constexpr (KIND == Kind::lstm) {
+        const Stored* cells = static_cast<const Stored*>(p.tape) + int64_t{4} * p.hidden;
+        before = hw::widen(previous >= 0 ? cells[walk.tape(previous, at.unit, kTape)]
+                                         : static_cast<const Stored*>(p.c_0)[initial]);
+      } else {
+        before = hw::widen(previous >= 0 ? output[walk.output(previous, at.unit)]
+                                         : static_cast<const Stored*>(p.h_0)[initial]);
+      }
+    }
+  }
+
+  // Takes the fetched step back; gives the gradients of its recurrent products, and stores those of the input's.
+  RNNFAST_DEVICE void step(const Walk& walk, Place at, Sum (&d_gates)[kGates]) {
+    const ScanParams& p = walk.p;
+    Stored* d_gx = static_cast<Stored*>(p.d_gx) + walk.gate(row, at.unit, kGates);
+    const Sum d = d_h + d_output;
+    if constexpr (KIND == Kind::rnn) {
+      d_gates[0] = p.relu ? rnn_relu_backward(before, d) : rnn_tanh_backward(before, d);
+      d_h = 0;
+    } else if constexpr (KIND == Kind::lstm) {
+#pragma unroll
+      for (int g = 0; g < kGates; ++g) d_gates[g] = tape[g];
+      lstm_backward<hw::Functions>(d_gates[0], d_gates[1], d_gates[2], d_gates[3], tape[4], before, d, d_c);
+      d_h = 0;
+    } else {
+      d_gates[0] = tape[0];
+      d_gates[1] = tape[1];
+      Sum d_n = tape[2];
+      d_gates[2] = tape[3];
+      d_h = gru_backward<hw::Functions>(d_gates[0], d_gates[1], d_n, d_gates[2], before, d);
+      hw::narrow(d_n, d_gx[int64_t{2} * p.hidden]);
+      hw::narrow(d_gates[2], static_cast<Stored*>(p.d_g_last)[walk.output(row, at.unit)]);
+    }
+#pragma unroll
+    for (int g = 0; g < (KIND == Kind::gru ? 2 : kGates); ++g) hw::narrow(d_gates[g], d_gx[int64_t{g} * p.hidden]);
+  }
+
+  RNNFAST_DEVICE void finish(const Walk& walk, Place at) const {
+    const int64_t state = walk.state(at.batch_row, at.unit);
+    hw::narrow(d_h, static_cast<Stored*>(walk.p.d_h_0)[state]);
+    if (KIND == Kind::lstm) hw::narrow(d_c, static_cast<Stored*>(walk.p.d_c_0)[state]);
+  }
+};
+
+}  // namespace rnnfast::cuda

@@ -1,0 +1,5 @@
+#include "../instance.cuh"
+
+namespace rnnfast::cuda {
+RNNFAST_SCAN_INSTANCE(Float32, BlockExchange)
+}

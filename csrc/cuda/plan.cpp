@@ -1,0 +1,99 @@
+#include "plan.h"
+
+namespace rnnfast::cuda {
+namespace {
+
+// The model, in microseconds, from datasheets and published latencies. `make gpu` measures these on a card (its
+// calibration); until a card has been measured the plan rests on them.
+constexpr double kClock = 1700;           // cycles a microsecond
+constexpr double kBlockExchange = 0.05, kClusterExchange = 0.35, kGridExchange = 1.3;
+constexpr double kCellMath = 0.15;        // gate math and the stores it waits for
+constexpr double kExchangeBytes = 32;     // a cycle into one multiprocessor
+constexpr double kSharedBytes = 128;      // a cycle from shared memory
+constexpr double kStepLaunches = 5.0;     // two kernels of a captured graph
+
+// Multiply-adds a cycle and multiprocessor that a product of this kind sustains.
+double multiply_adds(Numbers n, int capability) {
+  switch (n) {
+    case Numbers::float32: return 80;
+    case Numbers::float64: return capability == 80 || capability == 90 ? 32 : 1.5;
+    case Numbers::tf32: return capability >= 90 ? 500 : 300;
+    default: return capability >= 90 ? 1000 : 600;
+  }
+}
+
+double step_time(const Problem& p, const DeviceLimits& d, Kernel kernel, const Layout& l) {
+  const bool mma = tensor_cores(p.numbers);
+  const double arithmetic = 1.0 * l.rows * l.columns * l.depth / multiply_adds(p.numbers, d.capability);
+  const int row_tiles = mma ? l.rows / kMmaRows : l.rows / 4 + l.rows % 4;
+  const double weights_read = 1.0 * l.warps * l.slots * chunk_words(mma) * 128 * row_tiles;
+  const double operand_read = 1.0 * l.groups * l.rows * l.depth * operand_bytes(p.numbers);
+  const double product = std::max(arithmetic, (weights_read + operand_read) / kSharedBytes) / kClock;
+  const double arriving = kernel == Kernel::block ? 0 : 1.0 * l.rows * l.depth * operand_bytes(p.numbers) / kExchangeBytes / kClock;
+  const double exchange =
+      kernel == Kernel::block ? kBlockExchange : kernel == Kernel::cluster ? kClusterExchange : kGridExchange;
+  int at_once = d.multiprocessors / l.blocks;
+  if (kernel == Kernel::cluster)
+    for (int i = 0; i < 4; ++i)
+      if (l.blocks == 2 << i) at_once = d.clusters[i];
+  return ceil_div(teams(p, l.rows) * p.lanes, at_once) * (product + arriving + exchange + kCellMath);
+}
+
+double steps_time(const Problem& p, const DeviceLimits& d) {
+  const double work = 1.0 * p.lanes * p.batch * gate_count(p.cell) * p.hidden * p.hidden;
+  const double read = 1.0 * p.lanes * gate_count(p.cell) * p.hidden * p.hidden * operand_bytes(p.numbers);
+  return kStepLaunches + std::max(work / (1.5 * multiply_adds(p.numbers, d.capability)), read / kExchangeBytes) /
+                             d.multiprocessors / kClock;
+}
+
+}  // namespace
+
+Layout check_layout(const Problem& p, const DeviceLimits& d, Kernel kernel, int blocks, int rows, int warps,
+                    std::string& why_not) {
+  const Layout l = make_layout(gate_count(p.cell), p.hidden, p.numbers, p.backward, blocks, rows, warps);
+  const int all_teams = teams(p, rows) * p.lanes;
+  why_not.clear();
+  if (const char* reason = flaw(l, p.numbers))
+    why_not = reason;
+  else if (l.shared_bytes > d.shared_bytes)
+    why_not = "its weights and state take " + std::to_string(l.shared_bytes) + " bytes of shared memory a block, and there are " +
+              std::to_string(d.shared_bytes);
+  else if (kernel == Kernel::block && blocks != 1)
+    why_not = "a block scan's team is one block";
+  else if (kernel == Kernel::cluster) {
+    if (p.numbers == Numbers::float64)
+      why_not = "there is no float64 cluster scan";
+    else if (d.capability < 90)
+      why_not = "clusters need compute capability 9.0 or later";
+    else {
+      int at_once = 0;
+      for (int i = 0; i < 4; ++i)
+        if (blocks == 2 << i) at_once = d.clusters[i];
+      if (at_once == 0) why_not = "the device runs no cluster of " + std::to_string(blocks) + " such blocks";
+    }
+  } else if (kernel == Kernel::grid && blocks * all_teams > d.multiprocessors)
+    why_not = "its " + std::to_string(blocks * all_teams) + " blocks do not fit the device's " +
+              std::to_string(d.multiprocessors) + " multiprocessors at once";
+  return l;
+}
+
+Plan make_plan(const Problem& p, const DeviceLimits& d) {
+  Plan best{Kernel::steps, 0, 0, 0, 0, steps_time(p, d)};
+  const auto consider = [&](Kernel kernel, int blocks, int rows) {
+    std::string why_not;
+    const Layout l = check_layout(p, d, kernel, blocks, rows, kMaxWarps, why_not);
+    if (!why_not.empty()) return;
+    const double time = step_time(p, d, kernel, l);
+    if (time < best.microseconds) best = {kernel, blocks, rows, kMaxWarps, l.shared_bytes, time};
+  };
+  const bool mma = tensor_cores(p.numbers);
+  for (int rows = mma ? kMmaRows : 1; rows <= 128; rows = mma || rows >= 8 ? 2 * rows : rows + 1) {
+    consider(Kernel::block, 1, rows);
+    for (int blocks = 2; blocks <= 16; blocks *= 2) consider(Kernel::cluster, blocks, rows);
+    for (int blocks = 2; blocks <= d.multiprocessors; ++blocks) consider(Kernel::grid, blocks, rows);
+    if (rows >= p.batch) break;
+  }
+  return best;
+}
+
+}  // namespace rnnfast::cuda

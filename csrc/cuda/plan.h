@@ -1,0 +1,43 @@
+// Which kernel runs a layer, and how: one function of the layer's sizes and the device's limits.
+#pragma once
+
+#include <string>
+
+#include "layout.h"
+
+namespace rnnfast::cuda {
+
+struct DeviceLimits {
+  int capability;         // 90 for sm_90
+  int multiprocessors;
+  int shared_bytes;       // the most that one block can have
+  int clusters[4];        // how many clusters of 2, 4, 8, 16 blocks run at once, each block filling its multiprocessor
+};
+
+struct Problem {
+  Cell cell;
+  int hidden, batch, lanes;
+  Numbers numbers;
+  bool backward;
+};
+
+enum class Kernel { block, cluster, grid, steps };
+
+struct Plan {
+  Kernel kernel;
+  int blocks, rows, warps;  // of a team; 0 for Kernel::steps
+  int shared_bytes;
+  double microseconds;  // a step, by the model
+};
+
+// The kernel that the model finds fastest. Kernel::steps, a GEMM and a gate kernel a step, is what remains where no kernel
+// can hold the weights, or where the batch is so large that the product outweighs everything.
+Plan make_plan(const Problem& problem, const DeviceLimits& device);
+
+// The layout of a scan with a given team, or why the device cannot run it.
+Layout check_layout(const Problem& problem, const DeviceLimits& device, Kernel kernel, int blocks, int rows, int warps,
+                    std::string& why_not);
+
+inline int teams(const Problem& p, int rows) { return ceil_div(p.batch, rows); }
+
+}  // namespace rnnfast::cuda

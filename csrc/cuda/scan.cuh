@@ -1,0 +1,203 @@
+// The scan, forward and backward, over any exchange (block, cluster, grid) and any arithmetic: one launch walks all steps.
+#pragma once
+
+#include "block.cuh"
+#include "cell.cuh"
+#include "cluster.cuh"
+#include "grid.cuh"
+#include "layout.h"
+#include "math.cuh"
+#include "product.cuh"
+
+namespace rnnfast::cuda {
+
+// The place of this block in its team and of the team in the grid.
+struct Team {
+  int rank, first_row;
+  RNNFAST_DEVICE explicit Team(const Layout& l)
+      : rank(hw::block_x() % l.blocks), first_row(hw::block_x() / l.blocks * l.rows) {}
+};
+
+// The j-th pair that this thread keeps from the first step to the last.
+struct Share {
+  int row, unit;     // within the team's rows and the block's units
+  bool owned, real;  // in this thread's share; and in the layer, not padding
+  Place at;          // within the layer
+
+  RNNFAST_DEVICE Share(const ScanParams& p, const Team& team, int j) {
+    const Layout& l = p.layout;
+    const int index = hw::thread() + j * hw::threads();
+    row = index / l.units;
+    unit = index % l.units;
+    at = {team.first_row + row, team.rank * l.units + unit};
+    owned = index < l.rows * l.units;
+    real = owned && at.batch_row < p.batch && at.unit < p.hidden;
+  }
+};
+
+template <class Sum>
+RNNFAST_DEVICE Sum sum_splits(const Layout& l, const Sum* scratch, int row, int column) {
+  Sum sum = 0;
+  for (int s = 0; s < l.splits; ++s) sum += scratch[(s * l.rows + row) * l.columns + column];
+  return sum;
+}
+
+template <class X>
+RNNFAST_DEVICE void clear_operands(const Layout& l, X& exchange) {
+  auto* words = reinterpret_cast<hw::Vec16*>(exchange.here(0));
+  for (int i = hw::thread(); i < 2 * l.rows * l.stride / 16; i += hw::threads()) words[i] = {};
+  hw::block_barrier();
+}
+
+// A row that is not there keeps its state: a sequence that has ended, or a reversed one that has not begun.
+template <class M, Kind KIND, template <class> class X>
+RNNFAST_DEVICE void scan_forward(const ScanParams& p) {
+  using Stored = typename M::Stored;
+  using Sum = typename M::Sum;
+  constexpr int kGates = gates_of(KIND), kPairs = pairs_per_thread(M::kTensorCores);
+  const Layout& l = p.layout;
+  char* shared = hw::shared_memory();
+  const Walk walk(p, hw::block_y());
+  const Team team(l);
+  X<typename M::Operand> exchange(p, shared);
+  Sum* scratch = reinterpret_cast<Sum*>(shared + l.scratch_at);
+
+  Product<M> product;
+  const Stored* w_hh = static_cast<const Stored*>(p.w_hh) + int64_t{walk.lane} * kGates * p.hidden * p.hidden;
+  product.load(l, shared, [&](int column, int k) -> Sum {
+    const int unit = team.rank * l.units + column % l.units;
+    if (unit >= p.hidden || k >= p.hidden) return 0;
+    return hw::widen(w_hh[(int64_t{column / l.units} * p.hidden + unit) * p.hidden + k]);
+  });
+
+  clear_operands(l, exchange);
+  for (int i = hw::thread(); i < l.rows * p.hidden; i += hw::threads()) {
+    const int row = i / p.hidden, k = i % p.hidden;
+    if (team.first_row + row < p.batch)
+      reinterpret_cast<typename M::Operand*>(exchange.here(0) + row * l.stride)[k] =
+          M::operand(hw::widen(static_cast<const Stored*>(p.h_0)[walk.state(team.first_row + row, k)]));
+  }
+  ForwardPair<M, KIND> pairs[kPairs];
+#pragma unroll
+  for (int j = 0; j < kPairs; ++j) {
+    const Share share(p, team, j);
+    if (!share.real) continue;
+    pairs[j].start(walk, share.at);
+    pairs[j].fetch(walk, 0, share.at);
+  }
+  exchange.start();
+
+  for (int step = 0; step < p.steps; ++step) {
+    // The next step's input is on its way while this one is computed.
+    ForwardPair<M, KIND> next[kPairs];
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) {
+      const Share share(p, team, j);
+      if (share.real) next[j].fetch(walk, step + 1, share.at);
+    }
+    if (step > 0) exchange.wait(step);
+    product.multiply(l, exchange.here(step), scratch);
+    hw::block_barrier();
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) {
+      const Share share(p, team, j);
+      if (!share.owned) continue;
+      if (pairs[j].row >= 0) {
+        Sum gh[kGates];
+#pragma unroll
+        for (int g = 0; g < kGates; ++g) gh[g] = sum_splits(l, scratch, share.row, g * l.units + share.unit);
+        pairs[j].step(walk, share.at, gh);
+      }
+      if (step + 1 < p.steps)
+        exchange.send(step + 1, share.row, team.rank * l.slice + share.unit, M::operand(pairs[j].h));
+      pairs[j].row = next[j].row;
+#pragma unroll
+      for (int g = 0; g < kGates; ++g) pairs[j].gx[g] = next[j].gx[g];
+    }
+    if (step + 1 < p.steps) exchange.sent(step + 1);
+  }
+
+#pragma unroll
+  for (int j = 0; j < kPairs; ++j) {
+    const Share share(p, team, j);
+    if (share.real) pairs[j].finish(walk, share.at);
+  }
+  exchange.finish();
+}
+
+// The walk in reverse. At step i the operand is the gradient of the recurrent products of step i - 1 (in this order); a row
+// that is not there keeps its gradient. The last turn takes no step: it brings the gradient of the initial state.
+template <class M, Kind KIND, template <class> class X>
+RNNFAST_DEVICE void scan_backward(const ScanParams& p) {
+  using Stored = typename M::Stored;
+  using Sum = typename M::Sum;
+  constexpr int kGates = gates_of(KIND), kPairs = pairs_per_thread(M::kTensorCores);
+  const Layout& l = p.layout;
+  char* shared = hw::shared_memory();
+  const Walk walk(p, hw::block_y());
+  const Team team(l);
+  X<typename M::Operand> exchange(p, shared);
+  Sum* scratch = reinterpret_cast<Sum*>(shared + l.scratch_at);
+
+  Product<M> product;
+  const Stored* w_hh = static_cast<const Stored*>(p.w_hh) + int64_t{walk.lane} * kGates * p.hidden * p.hidden;
+  product.load(l, shared, [&](int column, int k) -> Sum {
+    const int unit = team.rank * l.units + column, from = k / l.slice * l.units + k % l.units;
+    const int gate = k % l.slice / l.units;
+    if (unit >= p.hidden || from >= p.hidden || k >= l.blocks * l.slice) return 0;
+    return hw::widen(w_hh[(int64_t{unit} * kGates + gate) * p.hidden + from]);
+  });
+  clear_operands(l, exchange);
+
+  BackwardPair<M, KIND> pairs[kPairs];
+#pragma unroll
+  for (int j = 0; j < kPairs; ++j) {
+    const Share share(p, team, j);
+    if (share.real) pairs[j].start(walk, share.at);
+  }
+  exchange.start();
+
+  for (int step = 0; step <= p.steps; ++step) {
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) {
+      const Share share(p, team, j);
+      if (share.real) pairs[j].fetch(walk, p.steps - 1 - step, share.at);
+    }
+    if (step > 0) {
+      exchange.wait(step);
+      product.multiply(l, exchange.here(step), scratch);
+      hw::block_barrier();
+    }
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) {
+      const Share share(p, team, j);
+      if (!share.owned) continue;
+      if (step > 0) pairs[j].d_h += sum_splits(l, scratch, share.row, share.unit);
+      Sum d_gates[kGates] = {};
+      if (pairs[j].row >= 0) pairs[j].step(walk, share.at, d_gates);
+      if (step < p.steps) {
+#pragma unroll
+        for (int g = 0; g < kGates; ++g)
+          exchange.send(step + 1, share.row, team.rank * l.slice + g * l.units + share.unit, M::operand(d_gates[g]));
+      }
+    }
+    if (step < p.steps) exchange.sent(step + 1);
+  }
+
+#pragma unroll
+  for (int j = 0; j < kPairs; ++j) {
+    const Share share(p, team, j);
+    if (share.real) pairs[j].finish(walk, share.at);
+  }
+  exchange.finish();
+}
+
+template <class M, Kind KIND, template <class> class X, bool BACKWARD>
+RNNFAST_KERNEL(kMaxWarps * 32) scan_kernel(const ScanParams p) {
+  if constexpr (BACKWARD)
+    scan_backward<M, KIND, X>(p);
+  else
+    scan_forward<M, KIND, X>(p);
+}
+
+}  // namespace rnnfast::cuda

@@ -1,0 +1,214 @@
+"""The scan on CUDA, as torch calls it: a plan, the kernels of csrc/cuda, and torch's GEMMs around them."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rnnfast.backends import products
+from rnnfast.cells import CELLS
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+KERNELS = ("block", "cluster", "grid", "steps")
+
+NAMESPACE = "rnnfast_cuda"
+
+
+class Plan(NamedTuple):
+    """Which kernel runs a scan, on teams of how many blocks, rows and warps; see csrc/cuda/plan.h.
+
+    `shared_bytes` a block; `nanoseconds` a step takes by the plan's model, which no GPU has confirmed yet.
+    """
+
+    kernel: str
+    blocks: int
+    rows: int
+    warps: int
+    shared_bytes: int = 0
+    nanoseconds: int = 0
+
+    @property
+    def team(self) -> list[int]:
+        return [KERNELS.index(self.kernel), self.blocks, self.rows, self.warps]
+
+
+def plan(h_0: Tensor, cell: str, backward: bool) -> Plan:
+    """Returns the plan for a layer whose initial state is h_0 (D, B, H). It depends on sizes only."""
+    lanes, batch, hidden = h_0.shape
+    device = -1 if h_0.device.index is None else h_0.device.index
+    return _plan(cell, hidden, batch, lanes, numbers(h_0.dtype), backward, device, NAMESPACE)
+
+
+def numbers(dtype: torch.dtype) -> str:
+    """How scans of this dtype compute: the dtype's name, or tf32 where torch's own GEMMs may use that."""
+    if dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+        return "tf32"
+    return str(dtype).removeprefix("torch.")
+
+
+@cache
+def _plan(*problem: Any) -> Plan:
+    *sizes, device, _ = problem
+    kernel, *rest = _ops().plan(*sizes, _limits(device, NAMESPACE))
+    return Plan(KERNELS[kernel], *rest)
+
+
+@cache
+def _limits(device: int, _: str) -> list[int]:
+    return list(_ops().limits(device))
+
+
+def _ops() -> Any:
+    return getattr(torch.ops, NAMESPACE)
+
+
+def forward(
+    input: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    h_0: Tensor,
+    c_0: Tensor | None,
+    batch_sizes: Tensor | None,
+    cell: str,
+    bidirectional: bool,
+    save_tape: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Implements `rnnfast::scan_cuda`; shapes are those of `rnnfast.scan.scan`."""
+    _require_supported(h_0.dtype, w_hr)
+    lanes, batch, hidden = h_0.shape
+    rows, tape_width = input.shape[0], CELLS[cell].tape * hidden
+    output = h_0.new_empty(rows, lanes * hidden)
+    tape = h_0.new_empty(lanes, rows, tape_width) if save_tape else h_0.new_empty(0)
+    if rows == 0:
+        return output, h_0.clone(), h_0.new_empty(0) if c_0 is None else c_0.clone(), tape
+
+    gx, ids = products.gate_inputs(input, w_ih, b_ih)
+    steps, offsets = _walk(rows, batch, batch_sizes, h_0.device)
+    saved = tape if tape.numel() else None
+    how = plan(h_0, cell, backward=False)
+    common = (cell, numbers(h_0.dtype), bidirectional, steps)
+    with _on_device_of(h_0):
+        if how.kernel != "steps":
+            h_n = torch.empty_like(h_0)
+            c_n = None if c_0 is None else torch.empty_like(c_0)
+            _ops().scan_forward(gx, ids, w_hh, b_hh, h_0, c_0, offsets, output, h_n, c_n, saved, *common, how.team)
+        else:
+            h_state, c_state = _state(h_0), None if c_0 is None else _state(c_0)
+            operand, product = h_0.clone(), h_state.new_empty(lanes, batch, w_hh.shape[1])
+            for step in range(steps):
+                _recurrent_product(operand, w_hh.mT, product)
+                args = (gx, ids, b_hh, h_0, c_0, offsets, output, saved, *common, step, product)
+                _ops().step_forward(*args, h_state, c_state, operand)
+            h_n, c_n = (None if s is None else s.to(h_0.dtype) for s in (h_state, c_state))
+    return output, h_n, h_0.new_empty(0) if c_n is None else c_n, tape
+
+
+def backward(
+    d_output: Tensor | None,
+    d_h_n: Tensor | None,
+    d_c_n: Tensor | None,
+    input: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    h_0: Tensor,
+    c_0: Tensor | None,
+    batch_sizes: Tensor | None,
+    cell: str,
+    bidirectional: bool,
+    output: Tensor,
+    tape: Tensor,
+    need_input: bool,
+    need_weights: bool,
+) -> tuple[Tensor, ...]:
+    """Implements `rnnfast::scan_cuda_backward`: what is absent or not needed is returned empty."""
+    _require_supported(h_0.dtype, w_hr)
+    lanes, batch, hidden = h_0.shape
+    rows, gates = input.shape[0], CELLS[cell].gates
+    d_gx = h_0.new_empty(rows, lanes * gates * hidden)
+    d_g_last = h_0.new_empty(rows, lanes * hidden) if cell == "gru" else None
+    d_h_0: Tensor | None
+    d_c_0: Tensor | None
+    if rows == 0:
+        d_h_0 = torch.zeros_like(h_0) if d_h_n is None else d_h_n.clone()
+        d_c_0 = None if c_0 is None else torch.zeros_like(c_0) if d_c_n is None else d_c_n.clone()
+    else:
+        steps, offsets = _walk(rows, batch, batch_sizes, h_0.device)
+        saved = tape if tape.numel() else None
+        how = plan(h_0, cell, backward=True)
+        common = (cell, numbers(h_0.dtype), bidirectional, steps)
+        with _on_device_of(h_0):
+            if how.kernel != "steps":
+                d_h_0 = torch.empty_like(h_0)
+                d_c_0 = None if c_0 is None else torch.empty_like(c_0)
+                w_hh_t = w_hh.mT.contiguous()
+                args = (d_output, d_h_n, d_c_n, w_hh_t, h_0, c_0, offsets, output, saved, d_gx, d_g_last, d_h_0, d_c_0)
+                _ops().scan_backward(*args, *common, how.team)
+            else:
+                d_h_state = _state(torch.zeros_like(h_0) if d_h_n is None else d_h_n)
+                d_c_state = None if c_0 is None else _state(torch.zeros_like(c_0) if d_c_n is None else d_c_n)
+                operand, product = h_0.new_empty(lanes, batch, w_hh.shape[1]), torch.empty_like(d_h_state)
+                for step in range(steps):
+                    args = (d_output, h_0, c_0, offsets, output, saved, d_gx, d_g_last, *common, step)
+                    _ops().step_backward(*args, product if step else None, d_h_state, d_c_state, operand)
+                    _recurrent_product(operand, w_hh, product)
+                d_h_state += product
+                d_h_0, d_c_0 = (None if s is None else s.to(h_0.dtype) for s in (d_h_state, d_c_state))
+
+    empty = h_0.new_empty(0)
+    gradients: list[Tensor | None] = [None] * 6
+    if need_input and input.is_floating_point():
+        gradients[0] = products.input_gradient(d_gx, w_ih)
+    if need_weights:
+        gradients[1:5] = products.weight_gradients(
+            d_gx, d_g_last, input, w_ih, b_ih is not None, output, h_0, batch_sizes, bidirectional
+        )
+    return tuple(empty if g is None else g for g in (*gradients, d_h_0, d_c_0))
+
+
+def unsupported(dtype: torch.dtype, projected: bool) -> str | None:
+    """Returns None for what this backend computes, else why not."""
+    if projected:
+        return "has no LSTM projection (proj_size)"
+    if dtype not in DTYPES:
+        return f"computes float32, float64, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    return None
+
+
+def _require_supported(dtype: torch.dtype, w_hr: Tensor | None) -> None:
+    reason = unsupported(dtype, w_hr is not None)
+    if reason is not None:
+        raise NotImplementedError(f"the cuda backend {reason}; choose another backend")
+
+
+def _walk(rows: int, batch: int, batch_sizes: Tensor | None, device: torch.device) -> tuple[int, Tensor | None]:
+    if batch_sizes is None:
+        return rows // batch, None
+    return len(batch_sizes), products.copy_to(device, products.first_rows(batch_sizes))
+
+
+def _on_device_of(tensor: Tensor) -> torch.cuda.device:
+    return torch.cuda.device(tensor.device if tensor.is_cuda else -1)
+
+
+def _state(tensor: Tensor) -> Tensor:
+    """A copy in the type that is accumulated in."""
+    return tensor.to(torch.float64 if tensor.dtype is torch.float64 else torch.float32, copy=True)
+
+
+def _recurrent_product(operand: Tensor, weight: Tensor, product: Tensor) -> None:
+    """product = operand weight for every lane, in the accumulation type and into memory that is there."""
+    if operand.dtype is product.dtype:
+        torch.bmm(operand, weight, out=product)
+    elif operand.is_cuda:
+        torch.bmm(operand, weight, out_dtype=product.dtype, out=product)
+    else:
+        torch.bmm(operand.float(), weight.float(), out=product)
