@@ -24,7 +24,7 @@ from rnnfast.bench.presets import FLAGS, PRESETS, Grid, cases
 from rnnfast.bench.report import Report
 from rnnfast.bench.stream import threads
 from rnnfast.lm.config import check_backend
-from rnnfast.lm.files import UserError, atomic_write, note
+from rnnfast.lm.files import UserError, atomic_write, note, reason
 
 DESCRIPTION = "Time rnnfast beside torch.nn and other libraries on this machine, after a comparison of their results."
 FORMAT = 1
@@ -89,6 +89,8 @@ def run(options: Any) -> int:
         raise UserError(f"no benchmark is called {odd[0]}: choose from {', '.join([*PRESETS, 'table'])}")
     names = list(PRESETS) if "table" in options.benchmarks else list(dict.fromkeys(options.benchmarks))
     grids = {name: _grid(name, options) for name in names}
+    if options.threads is not None and options.threads <= 0:
+        raise UserError("--threads must be positive")
     check_backend(options.backend or "auto", torch.device("cpu"))
     with threads(options.threads):
         return _run(grids, options)
@@ -111,6 +113,11 @@ def _run(grids: Mapping[str, Grid], options: Any) -> int:
     work = {name: cases(grid) for name, grid in grids.items()}
     if any(grid.peers for grid in grids.values()) and (absent := peers.missing()):
         note(f"{', '.join(absent)} not installed, so not among the peers (pip install 'rnnfast[peers]')")
+    path = _out(options.out, list(grids))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {reason(error)}; choose another place with --out") from error
     limits = machine()
     print(describe(limits))
     reports = []
@@ -123,7 +130,6 @@ def _run(grids: Mapping[str, Grid], options: Any) -> int:
                 bar.update()
             reports.append(report)
             tqdm.write("\n".join(["", f"{name}: {report.title}", report.table(), *report.summary_lines()]))
-    path = _out(options.out, reports)
     record = {
         "format": FORMAT,
         "commit": commit(),
@@ -140,10 +146,9 @@ def _run(grids: Mapping[str, Grid], options: Any) -> int:
     return 0
 
 
-def _out(given: str | None, reports: list[Report]) -> Path:
+def _out(given: str | None, names: list[str]) -> Path:
     if given is not None:
         return Path(given).expanduser()
-    names = [report.name for report in reports]
     return RESULTS / f"{'table' if names == list(PRESETS) else '+'.join(names)}.json"
 
 

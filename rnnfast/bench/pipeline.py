@@ -92,7 +92,7 @@ def check_training(case: PipelineCase, corpus: lm.Corpus, backend: str) -> None:
         losses.append(loss)
         their_losses.append(their_loss.detach())
     results, truth = (
-        {"losses": torch.stack(losses)} | {f"parameter {i}": p.detach() for i, p in enumerate(model.parameters())}
+        {"loss": torch.stack(losses)} | {f"parameter {i}": p.detach() for i, p in enumerate(model.parameters())}
         for losses, model in ((losses, ours), (their_losses, theirs))
     )
     check_same(OURS, results, truth, CHECKED_TOLERANCE[case.dtype], case.label)
