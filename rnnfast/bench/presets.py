@@ -59,7 +59,7 @@ PRESETS = {
         "the scan alone, forward and backward: its share of the machine's FMA peak",
         Grid("scan", hidden_sizes=(256, 512, 1024), batches=(16, 32, 128), steps=(35,)),
     ),
-    "layers": Preset("layers, forward+backward, against torch.nn", Grid("layer", batches=(1, 8, 32, 128))),
+    "layers": Preset("layers, forward+backward, against torch.nn", Grid("layer", batches=(1, 8, 32, 128), seconds=0.3)),
     "peers-forward": Preset(
         "layers, forward, against the best of torch.nn, ONNX Runtime and JAX",
         Grid("layer", directions=(FORWARD,), peers=True),
