@@ -7,6 +7,8 @@
 STABLE_TORCH_LIBRARY_IMPL(rnnfast, CPU, m) {
   m.impl("scan_cpu", TORCH_BOX(&rnnfast::scan_cpu));
   m.impl("scan_cpu_backward", TORCH_BOX(&rnnfast::scan_cpu_backward));
+  m.impl("scan_cpu_pack", TORCH_BOX(&rnnfast::scan_cpu_pack));
+  m.impl("scan_cpu_packed", TORCH_BOX(&rnnfast::scan_cpu_packed));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rnnfast, CompositeExplicitAutograd, m) {  // it takes no tensor, so no device is known

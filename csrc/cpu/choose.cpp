@@ -28,32 +28,29 @@ namespace {
 struct Choice {
   const char* name;
   bool available;
-  Kernels kernels;
+  const Kernels& kernels;
+  const Kernels& bf16;
 };
 
-Kernels choose() {
+Choice choose() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
-  Kernels with_bf16 = avx512::kernels;
-  with_bf16.isa = avx512_bf16::kernels.isa;
-  with_bf16.forward_bf16 = avx512_bf16::kernels.forward_bf16;
-  with_bf16.backward_bf16 = avx512_bf16::kernels.backward_bf16;
-  const Choice choices[] = {{"avx512_bf16", has_bf16, with_bf16},
-                            {"avx512", has_avx512, avx512::kernels},
-                            {"avx2", has_avx2, avx2::kernels},
-                            {"generic", true, generic::kernels}};
+  const Choice choices[] = {{"avx512_bf16", has_bf16, avx512::kernels, avx512_bf16::kernels},
+                            {"avx512", has_avx512, avx512::kernels, avx512::kernels},
+                            {"avx2", has_avx2, avx2::kernels, avx2::kernels},
+                            {"generic", true, generic::kernels, generic::kernels}};
 #else
-  const Choice choices[] = {{"generic", true, generic::kernels}};
+  const Choice choices[] = {{"generic", true, generic::kernels, generic::kernels}};
 #endif
   const char* wanted = std::getenv("RNNFAST_CPU_ISA");
   if (wanted && !*wanted) wanted = nullptr;
   for (const Choice& choice : choices) {
     if (wanted && std::strcmp(wanted, choice.name) != 0) continue;
-    if (choice.available) return choice.kernels;
+    if (choice.available) return choice;
     if (wanted) throw std::runtime_error(std::string("RNNFAST_CPU_ISA=") + wanted + ": this processor does not have it");
   }
   throw std::runtime_error(std::string("RNNFAST_CPU_ISA=") + wanted +
@@ -62,9 +59,9 @@ Kernels choose() {
 
 }  // namespace
 
-const Kernels& choose_kernels() {
-  static const Kernels chosen = choose();
-  return chosen;
+const Kernels& choose_kernels(DType dtype) {
+  static const Choice chosen = choose();
+  return dtype == DType::bfloat16 ? chosen.bf16 : chosen.kernels;
 }
 
 }  // namespace rnnfast

@@ -46,7 +46,7 @@ class Forward {
         split(how),
         direct_state(SAME && s.state % Product<O>::depth == 0),
         direct_input(SAME && s.input % Product<O>::depth == 0),
-        table(layer.use_table(args.shape)),
+        table(layer.table != nullptr),
         state_stride(round_up(s.state, V * Product<O>::depth)),
         hidden_stride(round_up(s.hidden, V * Product<O>::depth)),
         input_stride(round_up(s.input, V * Product<O>::depth)),

@@ -29,10 +29,10 @@ void run_items(const Scan& scan, const ScanShape& s, const Split& split, Local& 
 template <class S, class O>
 void forward(const ForwardArgs& x, int available) {
   const ScanShape& s = x.shape;
-  const PackedLayer<S, O> sizes(s, nullptr);
+  const PackedLayer<S, O> sizes(s, nullptr, x.packed);
   const Split split = split_work(s, sizes.gates.total_vectors * units<O>(s.state), sizes.gates.count(), available);
-  const Scratch packed_memory(sizes.bytes);
-  const PackedLayer<S, O> packed(s, packed_memory.data());
+  const Scratch packed_memory(x.packed ? 0 : sizes.bytes);
+  const PackedLayer<S, O> packed(s, x.packed ? static_cast<char*>(x.packed) : packed_memory.data(), x.packed);
   Forward<S, O> scan(x, packed, split);
   Carver shared(nullptr), own(nullptr);
   scan.carve(shared);
@@ -44,10 +44,20 @@ void forward(const ForwardArgs& x, int available) {
   parallel(split.threads, [&](int thread, int threads) {
     Carver mine(memory.data() + shared.used() + own.used() * thread);
     auto local = scan.carve_local(mine);
-    packed.pack(x, thread, threads);
-    all.wait(threads);
+    if (!x.packed) {
+      packed.pack(x, thread, threads);
+      all.wait(threads);
+    }
     run_items(scan, s, split, local, thread, threads, team);
   });
+}
+
+// Packs the weights to be kept at x.packed, or says how many bytes that takes if it is null.
+template <class S, class O>
+size_t pack(const ForwardArgs& x) {
+  const PackedLayer<S, O> packed(x.shape, static_cast<char*>(x.packed), true);
+  if (x.packed) packed.pack(x, 0, 1);
+  return packed.bytes;
 }
 
 template <class S, class O>
@@ -85,12 +95,12 @@ void backward(const BackwardArgs& x, int available) {
   });
 }
 
-template <class Args, void (*F32_)(const Args&, int), void (*F64_)(const Args&, int), void (*BF16_)(const Args&, int)>
-void by_dtype(const Args& x, int available) {
-  switch (x.shape.dtype) {
-    case DType::float32: return F32_(x, available);
-    case DType::float64: return F64_(x, available);
-    case DType::bfloat16: return BF16_(x, available);
+template <class F32_, class F64_, class BF16_, class... Args>
+auto by_dtype(DType dtype, F32_ f32, F64_ f64, BF16_ bf16_, const Args&... args) {
+  switch (dtype) {
+    case DType::float32: return f32(args...);
+    case DType::float64: return f64(args...);
+    default: return bf16_(args...);
   }
 }
 
@@ -98,12 +108,20 @@ extern const Kernels kernels;
 const Kernels kernels{
     RNNFAST_STRING(RNNFAST_ISA),
 #if defined(__AVX512BF16__)
-    // Only what differs from plain AVX-512.
-    nullptr, nullptr, forward<bf16, bf16>, backward<bf16, bf16>,
+    // What the processor's bfloat16 product makes different from plain AVX-512.
+    forward<bf16, bf16>,
+    backward<bf16, bf16>,
+    pack<bf16, bf16>,
 #else
-    by_dtype<ForwardArgs, forward<float, float>, forward<double, double>, forward<bf16, float>>,
-    by_dtype<BackwardArgs, backward<float, float>, backward<double, double>, backward<bf16, float>>,
-    nullptr, nullptr,
+    [](const ForwardArgs& x, int threads) {
+      by_dtype(x.shape.dtype, forward<float, float>, forward<double, double>, forward<bf16, float>, x, threads);
+    },
+    [](const BackwardArgs& x, int threads) {
+      by_dtype(x.shape.dtype, backward<float, float>, backward<double, double>, backward<bf16, float>, x, threads);
+    },
+    [](const ForwardArgs& x) {
+      return by_dtype(x.shape.dtype, pack<float, float>, pack<double, double>, pack<bf16, float>, x);
+    },
 #endif
 };
 

@@ -60,9 +60,9 @@ struct PackedLayer {
   T* table;          // instead of w_ih where the input is ids: a row of input product and bias for each id
   size_t bytes;
 
-  static bool use_table(const ScanShape& s) { return s.ids && s.input <= 4096; }
-
-  PackedLayer(const ScanShape& shape, char* base) : s(shape), gates(gate_panels(shape, V)) {
+  // A layer that is kept has the table for any vocabulary; for one call a large one would not pay.
+  PackedLayer(const ScanShape& shape, char* base, bool kept) : s(shape), gates(gate_panels(shape, V)) {
+    const bool use_table = s.ids && (kept || s.input <= 4096);
     projection = plain_panels(s.state, V);
     Carver carver(base);
     w_hh = carver.take<O>(s.lanes * hh_size());
@@ -70,7 +70,8 @@ struct PackedLayer {
     w_hr = carver.take<O>(s.has_projection ? s.lanes * hr_size() : 0);
     bias = carver.take<T>(s.lanes * columns());
     bias_n = carver.take<T>(s.lanes * round_up(s.hidden, V));
-    table = carver.take<T>(use_table(s) ? s.lanes * s.input * columns() : 0);
+    table = carver.take<T>(use_table ? s.lanes * s.input * columns() : 0);
+    if (!use_table) table = nullptr;
     bytes = carver.used();
   }
   int64_t columns() const { return gates.total_vectors * V; }
@@ -127,7 +128,7 @@ struct PackedLayer {
       pack_columns<O>(w_hh + lane * hh_size() + panel_offset<O>(gates, p, s.state), width, c, hh, s.state);
       if (!s.ids) {
         pack_columns<O>(w_ih + lane * ih_size() + panel_offset<O>(gates, p, s.input), width, c, ih, s.input);
-      } else if (use_table(s)) {
+      } else if (table) {
         for (int64_t id = 0; id < s.input; ++id) {
           T* row = table + (lane * s.input + id) * columns() + (p * gates.vectors + c) * V;
           for (int e = 0; e < V; ++e) row[e] = b[e] + (ih[e] ? widen(ih[e][id]) : T(0));

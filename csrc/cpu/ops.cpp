@@ -2,6 +2,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <cstring>
 #include <vector>
 
 #include "kernels.h"
@@ -13,7 +14,12 @@ namespace {
 using torch::headeronly::ScalarType;
 using Sizes = std::vector<int64_t>;
 
-Tensor empty(const Tensor& like, const Sizes& sizes) { return torch::stable::new_empty(like, sizes); }
+Tensor empty(const Tensor& like, const Sizes& sizes) {
+  Tensor tensor = torch::stable::new_empty(like, sizes);
+  const size_t bytes = size_t(tensor.numel()) * tensor.element_size();
+  if (bytes >= size_t(4) << 20) wish_huge_pages(tensor.mutable_data_ptr(), bytes);
+  return tensor;
+}
 const void* data(const Tensor& tensor) { return tensor.const_data_ptr(); }
 const void* data(const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
 void* out(const Tensor& tensor) { return tensor.numel() ? tensor.mutable_data_ptr() : nullptr; }
@@ -35,24 +41,30 @@ DType parse_dtype(const Tensor& tensor) {
   return DType::bfloat16;
 }
 
-// The shape, and the tensors it points into.
+// The sizes of the layer alone; the others are 0.
+ScanShape layer_shape(const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& w_hr, const std::string& cell,
+                      bool ids) {
+  ScanShape s{};
+  s.cell = parse_cell(cell);
+  s.dtype = parse_dtype(w_hh);
+  s.lanes = w_hh.size(0);
+  s.hidden = w_hh.size(1) / gate_count(s.cell);
+  s.state = w_hh.size(2);
+  s.input = w_ih.size(2);
+  s.has_projection = w_hr.has_value();
+  s.ids = ids;
+  return s;
+}
+
+// The shape of a call, with the offsets it points at.
 struct Shape : ScanShape {
   std::vector<int64_t> first_rows;
 
-  Shape(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh, const Tensor& h_0, const OptionalTensor& w_hr,
-        const OptionalTensor& sizes, const std::string& name, bool both)
-      : ScanShape{} {
-    cell = parse_cell(name);
-    dtype = parse_dtype(w_hh);
-    lanes = w_hh.size(0);
-    hidden = w_hh.size(1) / gate_count(cell);
-    state = w_hh.size(2);
-    input = w_ih.size(2);
+  Shape(const ScanShape& layer, const Tensor& x, const Tensor& h_0, const OptionalTensor& sizes, bool both)
+      : ScanShape(layer) {
     batch = h_0.size(1);
     rows = x.size(0);
     bidirectional = both;
-    has_projection = w_hr.has_value();
-    ids = x.scalar_type() == ScalarType::Long;
     if (sizes) {
       steps = sizes->numel();
       batch_sizes = static_cast<const int64_t*>(sizes->const_data_ptr());
@@ -70,22 +82,31 @@ struct Shape : ScanShape {
   Shape(const Shape&) = delete;
 };
 
+bool is_ids(const Tensor& input) { return input.scalar_type() == ScalarType::Long; }
+
+// What stands at the start of packed weights, before the panels.
+struct PackedHeader {
+  ScanShape layer;
+  uint64_t magic;
+  static constexpr uint64_t MAGIC = 0x7473616673616e6eULL;
+  static constexpr size_t BYTES = 192;
+};
+static_assert(sizeof(PackedHeader) <= PackedHeader::BYTES);
+
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> scan_cpu(
     Tensor input, Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr, Tensor h_0,
     OptionalTensor c_0, OptionalTensor batch_sizes, std::string cell, bool bidirectional, bool save_tape) {
-  const Shape s(input, w_ih, w_hh, h_0, w_hr, batch_sizes, cell, bidirectional);
+  const Shape s(layer_shape(w_ih, w_hh, w_hr, cell, is_ids(input)), input, h_0, batch_sizes, bidirectional);
   const int64_t tape_width = tape_count(s.cell) * s.hidden;
   Tensor output = empty(h_0, {s.rows, s.lanes * s.state}), h_n = empty(h_0, {s.lanes, s.batch, s.state});
   Tensor c_n = c_0 ? empty(h_0, {s.lanes, s.batch, s.hidden}) : empty(h_0, {0});
   Tensor tape = save_tape ? empty(h_0, {s.lanes, s.rows, tape_width}) : empty(h_0, {0});
   if (s.rows) {
     const ForwardArgs args{s,         data(input), data(w_ih), data(w_hh), data(b_ih), data(b_hh), data(w_hr),
-                           data(h_0), data(c_0),   out(output), out(h_n),  out(c_n),   out(tape)};
-    const Kernels& kernels = choose_kernels();
-    const bool native = s.dtype == DType::bfloat16 && kernels.forward_bf16;
-    (native ? kernels.forward_bf16 : kernels.forward)(args, available_threads());
+                           data(h_0), data(c_0),   out(output), out(h_n),  out(c_n),   out(tape), nullptr};
+    choose_kernels(s.dtype).forward(args, available_threads());
   }
   return {output, h_n, c_n, tape};
 }
@@ -95,7 +116,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_
     OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr, Tensor h_0, OptionalTensor c_0,
     OptionalTensor batch_sizes, std::string cell, bool bidirectional, Tensor output, Tensor tape, bool need_input,
     bool need_weights) {
-  const Shape s(input, w_ih, w_hh, h_0, w_hr, batch_sizes, cell, bidirectional);
+  const Shape s(layer_shape(w_ih, w_hh, w_hr, cell, is_ids(input)), input, h_0, batch_sizes, bidirectional);
   const int64_t gate_rows = s.gates() * s.hidden;
   const auto when = [&](bool needed, const Sizes& sizes) { return empty(h_0, needed ? sizes : Sizes{0}); };
   Tensor d_input = when(need_input && !s.ids, {s.rows, s.input});
@@ -111,13 +132,49 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_
                             data(b_ih), data(b_hh),     data(w_hr),  data(h_0),   data(c_0),    data(output), data(tape),
                             out(d_input), out(d_w_ih),  out(d_w_hh), out(d_b_ih), out(d_b_hh),  out(d_w_hr),
                             out(d_h_0), out(d_c_0)};
-    const Kernels& kernels = choose_kernels();
-    const bool native = s.dtype == DType::bfloat16 && kernels.backward_bf16;
-    (native ? kernels.backward_bf16 : kernels.backward)(args, available_threads());
+    choose_kernels(s.dtype).backward(args, available_threads());
   } else {
     for (Tensor* d : {&d_w_ih, &d_w_hh, &d_b_ih, &d_b_hh, &d_w_hr}) torch::stable::zero_(*d);
   }
   return {d_input, d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_w_hr, d_h_0, d_c_0};
+}
+
+Tensor scan_cpu_pack(Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr,
+                     std::string cell, bool ids) {
+  const PackedHeader header{layer_shape(w_ih, w_hh, w_hr, cell, ids), PackedHeader::MAGIC};
+  ForwardArgs args{header.layer, nullptr,    data(w_ih), data(w_hh), data(b_ih), data(b_hh), data(w_hr),
+                   nullptr,      nullptr,    nullptr,    nullptr,    nullptr,    nullptr,    nullptr};
+  const Kernels& kernels = choose_kernels(header.layer.dtype);
+  const int64_t bytes = int64_t(PackedHeader::BYTES + kernels.pack(args));
+  Tensor packed = torch::stable::new_empty(w_hh, {bytes}, ScalarType::Byte);
+  char* base = static_cast<char*>(packed.mutable_data_ptr());
+  wish_huge_pages(base, size_t(bytes));
+  std::memcpy(base, &header, sizeof header);
+  args.packed = base + PackedHeader::BYTES;
+  kernels.pack(args);
+  return packed;
+}
+
+std::tuple<Tensor, Tensor, Tensor> scan_cpu_packed(Tensor input, Tensor packed, Tensor h_0, OptionalTensor c_0,
+                                                   OptionalTensor batch_sizes, bool bidirectional) {
+  STD_TORCH_CHECK(packed.numel() >= int64_t(PackedHeader::BYTES), "these are not weights that scan_cpu_pack has packed");
+  char* base = static_cast<char*>(const_cast<void*>(packed.const_data_ptr()));
+  PackedHeader header;
+  std::memcpy(&header, base, sizeof header);
+  const ScanShape& layer = header.layer;
+  STD_TORCH_CHECK(header.magic == PackedHeader::MAGIC, "these are not weights that scan_cpu_pack has packed");
+  STD_TORCH_CHECK(is_ids(input) == layer.ids && parse_dtype(h_0) == layer.dtype && h_0.size(2) == layer.state &&
+                      h_0.size(0) == layer.lanes && (layer.ids || input.size(1) == layer.input),
+                  "input or state do not fit the packed weights");
+  const Shape s(layer, input, h_0, batch_sizes, bidirectional);
+  Tensor output = empty(h_0, {s.rows, s.lanes * s.state}), h_n = empty(h_0, {s.lanes, s.batch, s.state});
+  Tensor c_n = c_0 ? empty(h_0, {s.lanes, s.batch, s.hidden}) : empty(h_0, {0});
+  if (s.rows) {
+    const ForwardArgs args{s,         data(input), nullptr,     nullptr,  nullptr,  nullptr, nullptr,
+                           data(h_0), data(c_0),   out(output), out(h_n), out(c_n), nullptr, base + PackedHeader::BYTES};
+    choose_kernels(s.dtype).forward(args, available_threads());
+  }
+  return {output, h_n, c_n};
 }
 
 }  // namespace rnnfast

@@ -22,4 +22,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_
     OptionalTensor batch_sizes, std::string cell, bool bidirectional, Tensor output, Tensor tape, bool need_input,
     bool need_weights);
 
+// Packs a layer's weights once for many calls of scan_cpu_packed, which is scan_cpu without a tape. The result can be
+// used by the instruction set that made it, in this process.
+Tensor scan_cpu_pack(Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr,
+                     std::string cell, bool ids);
+std::tuple<Tensor, Tensor, Tensor> scan_cpu_packed(Tensor input, Tensor packed, Tensor h_0, OptionalTensor c_0,
+                                                   OptionalTensor batch_sizes, bool bidirectional);
+
 }  // namespace rnnfast

@@ -9,6 +9,7 @@
 
 #if defined(__linux__)
 #include <linux/futex.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #else
@@ -30,6 +31,8 @@ const int fork_handler = pthread_atfork(
       forked.store(true);
       kept_mutex.unlock();
     });
+
+constexpr size_t HUGE_PAGE = size_t(2) << 20;
 
 void pause_cpu() {
 #if defined(__x86_64__)
@@ -83,6 +86,16 @@ void Barrier::wait(int members) {
   sleepers_.fetch_sub(1);
 }
 
+void wish_huge_pages(void* data, size_t bytes) {
+#if defined(__linux__)
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / HUGE_PAGE * HUGE_PAGE;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // without it all works as well
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
 // ---- scratch -------------------------------------------------------------------------------------------------------
 
 namespace {
@@ -104,16 +117,19 @@ Scratch::Scratch(size_t bytes) {
     Block* best = nullptr;
     for (Block& block : kept)
       if (block.data && block.capacity >= bytes && (!best || block.capacity < best->capacity)) best = &block;
-    if (best && best->capacity <= 4 * bytes + (size_t(1) << 20)) {
+    if (best && best->capacity <= 4 * bytes + (size_t(4) << 20)) {
       data_ = best->data;
       capacity_ = best->capacity;
       best->data = nullptr;
       return;
     }
   }
-  capacity_ = (bytes + 4095) / 4096 * 4096;
-  data_ = static_cast<char*>(std::aligned_alloc(4096, capacity_));
+  constexpr size_t PAGE = 4096, WORTH_IT = size_t(128) << 10;
+  const size_t page = bytes >= WORTH_IT ? HUGE_PAGE : PAGE;
+  capacity_ = (bytes + page - 1) / page * page;
+  data_ = static_cast<char*>(std::aligned_alloc(page, capacity_));
   if (!data_) throw std::bad_alloc();
+  wish_huge_pages(data_, capacity_);
 }
 
 Scratch::~Scratch() {

@@ -24,6 +24,9 @@ class Barrier {
   std::atomic<uint32_t> sleepers_{0};
 };
 
+// Asks for huge pages where a block spans some: a first touch of small pages costs more than computing what goes there.
+void wish_huge_pages(void* data, size_t bytes);
+
 // A 64-byte aligned block, kept for the next call rather than returned to the system at once.
 class Scratch {
  public:

@@ -17,11 +17,12 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _TARGET_ABI = "0x020a000000000000"  # torch 2.10
@@ -36,7 +37,16 @@ _INSTRUCTION_SETS = {"generic": ""}
 if platform.machine() in ("x86_64", "AMD64"):
     _INSTRUCTION_SETS |= {"avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": f"{_AVX512} -mavx512bf16"}
 
+# Operators of this backend alone: weights packed once for many calls without gradients.
+_SCHEMAS = (
+    "scan_cpu_pack(Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, str cell, bool ids) -> Tensor",
+    "scan_cpu_packed(Tensor input, Tensor packed, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, bool bidirectional)"
+    " -> (Tensor output, Tensor h_n, Tensor c_n)",
+)
+
 _lock = threading.Lock()
+_library: Any = None
+_packed: dict[tuple[Any, ...], _Packed] = {}
 _loaded = False
 _failure: str | None = None
 
@@ -47,7 +57,7 @@ def load() -> None:
     Raises:
         RuntimeError: there is no library and it cannot be compiled; the message says why.
     """
-    global _loaded, _failure
+    global _loaded, _failure, _library
     if _loaded:
         return
     with _lock:
@@ -60,6 +70,9 @@ def load() -> None:
 
         try:
             torch.ops.load_library(str(_installed() or _compiled()))
+            _library = torch.library.Library("rnnfast", "FRAGMENT")
+            for schema in _SCHEMAS:
+                _library.define(schema)
         except (OSError, RuntimeError) as error:
             _failure = f"the native library failed to compile or load: {error}"
             raise RuntimeError(_failure) from error
@@ -92,6 +105,65 @@ def declines(request: Any) -> str | None:
     if request.dtype in (torch.float32, torch.float64, torch.bfloat16):
         return None
     return f"it computes in float32, float64 and bfloat16, the weights are {request.dtype}"
+
+
+class _Packed(NamedTuple):
+    stamp: tuple[Any, ...]
+    weights: Any
+
+
+def packed_weights(lanes: Sequence[Sequence[Any]], cell: str, ids: bool) -> Any:
+    """Returns a layer's weights packed for `scan_packed`, from the last call's while they have not changed.
+
+    A change is seen by the tensors' version counters and addresses, so by everything but writes through `.data`; call
+    `forget_packed_weights()` after those. What is kept goes when a weight does.
+
+    Args:
+        lanes: for each direction its w_ih (G*H, I), w_hh (G*H, P), b_ih, b_hh (G*H,) or None, w_hr (P, H) or None.
+        cell: "rnn_tanh", "rnn_relu", "lstm" or "gru".
+        ids: the input will be token ids.
+    """
+    import torch
+
+    tensors = [tensor for lane in lanes for tensor in lane if tensor is not None]
+    key = (cell, ids, *map(id, tensors))
+    # A tensor made in inference mode has no version; it is packed anew every time.
+    keep = not any(tensor.is_inference() for tensor in tensors)
+    stamp = tuple((tensor._version, tensor.data_ptr()) for tensor in tensors) if keep else ()
+    found = _packed.get(key) if keep else None
+    if found is not None and found.stamp == stamp:
+        return found.weights
+    load()
+    with torch.no_grad():
+        stacked = [None if column[0] is None else torch.stack(column) for column in zip(*lanes, strict=True)]
+        packed = torch.ops.rnnfast.scan_cpu_pack(*stacked, cell, ids)
+    if keep:
+        if found is None:
+            for tensor in tensors:
+                weakref.finalize(tensor, _packed.pop, key, None)
+        _packed[key] = _Packed(stamp, packed)
+    return packed
+
+
+def forget_packed_weights() -> None:
+    """Drops all that `packed_weights` keeps."""
+    _packed.clear()
+
+
+def scan_packed(
+    input: Any, packed: Any, h_0: Any, c_0: Any, batch_sizes: Any = None, bidirectional: bool = False
+) -> tuple[Any, Any, Any]:
+    """The scan without gradients, with weights from `packed_weights`; bitwise equal to `rnnfast.scan.scan`.
+
+    A call costs about five microseconds beyond its arithmetic. Arguments and results are those of `rnnfast.scan.scan`,
+    contiguous; input (N, I) or (N,) ids, h_0 (D, B, P), c_0 (D, B, H) or None.
+    """
+    import torch
+
+    result: tuple[Any, Any, Any] = torch.ops.rnnfast.scan_cpu_packed.default(
+        input, packed, h_0, c_0, batch_sizes, bidirectional
+    )
+    return result
 
 
 def cache_folder() -> Path:

@@ -63,10 +63,10 @@ def test_parity(case: Case, dtype: torch.dtype) -> None:
 def test_parity_of_each_instruction_set(isa: str) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "error", "-m", "tests.cpu.test_parity"],
-        env=os.environ | {"RNNFAST_CPU_ISA": isa},
+        env=os.environ | {"RNNFAST_CPU_ISA": isa, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=300,
         check=False,
     )
     if "this processor does not have it" in done.stderr:
@@ -77,7 +77,11 @@ def test_parity_of_each_instruction_set(isa: str) -> None:
 def test_unknown_instruction_set() -> None:
     code = "from tests.cpu.harness import *; compare(Case('gru'), torch.float32)"
     done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"RNNFAST_CPU_ISA": "mmx"}, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code],
+        env=os.environ | {"RNNFAST_CPU_ISA": "mmx"},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert "RNNFAST_CPU_ISA=mmx: not an instruction set of this build" in done.stderr
 

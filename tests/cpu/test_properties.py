@@ -41,7 +41,9 @@ def with_threads(count: int, arguments: list, d_outputs: list) -> tuple[dict[str
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("shape", [(1, 40, 1, 5, 256), (2, 6, 33, 40, 70), (1, 9, 200, 3, 40), (3, 6, 5, 9, 130)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 40, 1, 5, 256), (2, 6, 33, 40, 70), (1, 9, 200, 3, 40), (3, 6, 5, 9, 130)], ids=str
+)
 def test_runs_and_thread_counts_agree_bitwise(shape: tuple[int, ...], cell: str, dtype: torch.dtype) -> None:
     arguments = build(Case(cell, *shape, ragged=True), dtype)
     d_outputs = gradients_like(arguments, dtype)
@@ -96,6 +98,39 @@ def test_chunks_and_single_steps_agree_bitwise_with_the_whole(cell: str, dtype: 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("ids", [False, True])
+def test_packed_weights_give_the_same_bits(cell: str, dtype: torch.dtype, ids: bool) -> None:
+    for projected in (0, 5) if cell == "lstm" else (0,):
+        arguments = build(Case(cell, 2, 6, 5, 9, 37, projected, ids, ragged=True), dtype)
+        lanes = [[None if w is None else w[lane].clone() for w in arguments[1:6]] for lane in range(2)]
+        packed = native.packed_weights(lanes, cell, ids)
+        assert native.packed_weights(lanes, cell, ids) is packed
+        got = native.scan_packed(arguments[0], packed, *arguments[6:9], bidirectional=True)
+        assert all(map(torch.equal, got, torch.ops.rnnfast.scan_cpu(*arguments, False)))
+
+        lanes[1][1].mul_(2)  # seen by its version
+        arguments[2][1].mul_(2)
+        changed = native.packed_weights(lanes, cell, ids)
+        assert changed is not packed
+        got = native.scan_packed(arguments[0], changed, *arguments[6:9], bidirectional=True)
+        assert all(map(torch.equal, got, torch.ops.rnnfast.scan_cpu(*arguments, False)))
+
+        kept = len(native._packed)
+        del lanes
+        assert len(native._packed) == kept - 1
+
+
+def test_packed_weights_that_do_not_fit() -> None:
+    w_ih, w_hh, *_ = build(Case("gru"), torch.float32)[1:6]
+    packed = native.packed_weights([[w_ih[0], w_hh[0], None, None, None]], "gru", False)
+    with pytest.raises(RuntimeError, match="do not fit the packed weights"):
+        native.scan_packed(torch.zeros(3, 5), packed, torch.zeros(1, 3, 8), None)
+    with pytest.raises(RuntimeError, match="not weights that scan_cpu_pack has packed"):
+        native.scan_packed(torch.zeros(3, 4), torch.zeros(1000, dtype=torch.uint8), torch.zeros(1, 3, 8), None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
 def test_nan_and_inf_stay_in_their_row(cell: str, dtype: torch.dtype) -> None:
     steps, batch = 4, 9
     arguments = build(Case(cell, 1, steps, batch, 5, 33), dtype)
@@ -106,7 +141,9 @@ def test_nan_and_inf_stay_in_their_row(cell: str, dtype: torch.dtype) -> None:
     arguments[0][batch + 5, 2] = float("inf")
     outputs, gradients = run("cpu", arguments, d_outputs)
     good = [row for row in range(batch) if row not in (3, 5)]
-    for got, expected in zip((outputs["output"], gradients["d_input"]), (clean[0]["output"], clean[1]["d_input"]), strict=True):
+    for got, expected in zip(
+        (outputs["output"], gradients["d_input"]), (clean[0]["output"], clean[1]["d_input"]), strict=True
+    ):
         assert torch.equal(got.view(steps, batch, -1)[:, good], expected.view(steps, batch, -1)[:, good])
     assert outputs["output"].view(steps, batch, -1)[1:, 3].isnan().all()
     assert torch.equal(outputs["output"].view(steps, batch, -1)[0], clean[0]["output"].view(steps, batch, -1)[0])
@@ -117,7 +154,9 @@ def test_nan_and_inf_stay_in_their_row(cell: str, dtype: torch.dtype) -> None:
 def test_activations_over_the_whole_range(dtype: torch.dtype) -> None:
     """A unit with weight 1 and zero state shows tanh and, through an LSTM's forget gate, sigmoid."""
     tiny = torch.logspace(-300 if dtype is torch.float64 else -37, 0, 400, dtype=dtype)
-    x = torch.cat([tiny, torch.linspace(-110, 110, 4001, dtype=dtype), torch.tensor([0.0, -0.0, float("inf"), 1e30], dtype=dtype)])
+    x = torch.cat(
+        [tiny, torch.linspace(-110, 110, 4001, dtype=dtype), torch.tensor([0.0, -0.0, float("inf"), 1e30], dtype=dtype)]
+    )
     x = torch.cat([x, -x])[:, None]
     one, zero = torch.ones(1, 1, 1, dtype=dtype), torch.zeros(1, 1, 1, dtype=dtype)
     h_0 = torch.zeros(1, len(x), 1, dtype=dtype)
@@ -125,7 +164,18 @@ def test_activations_over_the_whole_range(dtype: torch.dtype) -> None:
     w = torch.tensor([-0.0, 1.0, 0.0, 0.0], dtype=dtype).view(1, 4, 1)
     finite = x.isfinite().all(1)  # 0 * inf is NaN in the other gates
     tape = torch.ops.rnnfast.scan_cpu(
-        x[finite], w, 0 * w, None, None, None, h_0[:, finite].contiguous(), h_0[:, finite].contiguous(), None, "lstm", False, True
+        x[finite],
+        w,
+        0 * w,
+        None,
+        None,
+        None,
+        h_0[:, finite].contiguous(),
+        h_0[:, finite].contiguous(),
+        None,
+        "lstm",
+        False,
+        True,
     )[3]
     eps = torch.finfo(dtype).eps
     exact = x.double().tanh()
