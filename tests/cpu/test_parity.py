@@ -25,7 +25,7 @@ SHAPES = [
     (1, 35, 32, 28, 64),
     (1, 9, 1, 130, 200),
 ]
-# Of the RMS of the truth: the rounding of a few operations, which is granted on top of twice the eager error. In bfloat16
+# Of the RMS of the truth: the rounding of a few operations, granted on top of twice the eager error. In bfloat16
 # the operands of the products are rounded as well, so that its bounds hold alone; one rounding is 0.0011 to 0.0023.
 FLOOR = {torch.float64: (1e-15, 2e-15), torch.float32: (5e-7, 1e-6), torch.bfloat16: (0.005, 0.012)}
 # Small tensors can cancel to almost nothing; their errors are measured against this at least.

@@ -78,7 +78,7 @@ def test_a_row_does_not_depend_on_its_batch(cell: str, dtype: torch.dtype) -> No
             assert torch.equal(some_gradients[name], part(gradients[name])), name
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("ids", [False, True])
 def test_chunks_and_single_steps_agree_bitwise_with_the_whole(cell: str, dtype: torch.dtype, ids: bool) -> None:
@@ -150,7 +150,7 @@ def test_nan_and_inf_stay_in_their_row(cell: str, dtype: torch.dtype) -> None:
     assert cell == "rnn_relu" or gradients["d_h_0"][0, 3].isnan().any()  # relu's gradient does not read its argument
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_activations_over_the_whole_range(dtype: torch.dtype) -> None:
     """A unit with weight 1 and zero state shows tanh and, through an LSTM's forget gate, sigmoid."""
     tiny = torch.logspace(-300 if dtype is torch.float64 else -37, 0, 400, dtype=dtype)
