@@ -227,6 +227,8 @@ def test_bad_arguments(argv: list[str], message: str, capsys: pytest.CaptureFixt
 
 # In a process of its own
 
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
 
 def command(*argv: str) -> list[str]:
     """A command line, on the backend that is there without compiling."""
@@ -236,7 +238,7 @@ def command(*argv: str) -> list[str]:
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupting_saves_and_resumes(signum: int, status: int, tmp_path: Path) -> None:
     argv = command("train", *TINY, "--epochs", "1000000", "--sample-every", "1", "--out", str(tmp_path))
-    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(argv, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     process.stdout.readline()  # the first epoch is done
     process.send_signal(signum)
@@ -251,9 +253,8 @@ def test_interrupting_saves_and_resumes(signum: int, status: int, tmp_path: Path
 
 
 def test_a_reader_that_goes_is_no_error(run: Path) -> None:
-    process = subprocess.Popen(
-        command("generate", str(run), "--num-chars", "100000"), stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    argv = command("generate", str(run), "--num-chars", "100000")
+    process = subprocess.Popen(argv, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.read(1)
     process.stdout.close()

@@ -133,8 +133,8 @@ def test_a_run_is_not_replaced_unasked(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        TrainConfig(scratch=True, hidden_size=64, epochs=60),
-        TrainConfig(cell="gru", hidden_size=32, epochs=30, optimizer="adamw", lr=0.02, schedule="cosine"),
+        TrainConfig(scratch=True, hidden_size=64, epochs=35),
+        TrainConfig(cell="gru", hidden_size=32, epochs=12, optimizer="adamw", lr=0.02, schedule="cosine"),
     ],
     ids=["scratch", "gru, adamw"],
 )
