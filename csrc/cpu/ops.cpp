@@ -95,6 +95,8 @@ static_assert(sizeof(PackedHeader) <= PackedHeader::BYTES);
 
 }  // namespace
 
+int available_threads() { return usable_threads(int(torch::stable::get_num_threads())); }
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> scan_cpu(
     Tensor input, Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr, Tensor h_0,
     OptionalTensor c_0, OptionalTensor batch_sizes, std::string cell, bool bidirectional, bool save_tape) {

@@ -12,6 +12,9 @@ namespace rnnfast {
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+// How many threads a call may use: torch.get_num_threads(), and 1 in a forked child.
+int available_threads();
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> scan_cpu(
     Tensor input, Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr, Tensor h_0,
     OptionalTensor c_0, OptionalTensor batch_sizes, std::string cell, bool bidirectional, bool save_tape);

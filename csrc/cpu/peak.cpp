@@ -3,6 +3,7 @@
 #include <atomic>
 #include <chrono>
 
+#include "ops.h"
 #include "threads.h"
 
 #if defined(__x86_64__)

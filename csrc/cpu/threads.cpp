@@ -16,8 +16,6 @@
 #include <thread>
 #endif
 
-#include <torch/csrc/stable/ops.h>
-
 namespace rnnfast {
 namespace {
 
@@ -59,7 +57,7 @@ void wake_all(std::atomic<uint32_t>& word) {
 
 }  // namespace
 
-int available_threads() { return forked.load() ? 1 : int(torch::stable::get_num_threads()); }
+int usable_threads(int wanted) { return forked.load() ? 1 : wanted; }
 
 void run_parallel(int threads, void (*body)(void*, int, int), void* context) {
   if (threads <= 1) return body(context, 0, 1);

@@ -7,8 +7,8 @@
 
 namespace rnnfast {
 
-// How many threads a call may use: torch.get_num_threads(), and 1 in a forked child, where the parent's are gone.
-int available_threads();
+// How many threads a call may use of `wanted`: 1 in a forked child, where the parent's are gone.
+int usable_threads(int wanted);
 
 // Runs body(context, thread, threads) on at most `threads` threads of the pool that torch uses.
 void run_parallel(int threads, void (*body)(void* context, int thread, int threads), void* context);

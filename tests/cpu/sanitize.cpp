@@ -1,0 +1,150 @@
+// The native scan without torch, for the sanitizers: every cell, type and odd shape on blocks of exactly the size of
+// each tensor. Prints nothing and returns 0 where all is well.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "../../csrc/cpu/kernels.h"
+
+using namespace rnnfast;
+
+namespace {
+
+// A malloc of its own for each tensor, so that a read or write past its end is seen.
+struct Tensor {
+  std::unique_ptr<char, void (*)(void*)> block{nullptr, std::free};
+  int64_t count = 0;
+  DType dtype = DType::float32;
+  void* data() const { return block.get(); }
+};
+
+size_t size_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
+
+double get(const Tensor& tensor, int64_t i) {
+  if (tensor.dtype == DType::float64) return reinterpret_cast<const double*>(tensor.data())[i];
+  if (tensor.dtype == DType::float32) return reinterpret_cast<const float*>(tensor.data())[i];
+  const uint32_t bits = uint32_t(reinterpret_cast<const uint16_t*>(tensor.data())[i]) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+void set(Tensor& tensor, int64_t i, double value) {
+  if (tensor.dtype == DType::float64) {
+    reinterpret_cast<double*>(tensor.data())[i] = value;
+  } else if (tensor.dtype == DType::float32) {
+    reinterpret_cast<float*>(tensor.data())[i] = float(value);
+  } else {
+    const float single = float(value);
+    uint32_t bits;
+    std::memcpy(&bits, &single, 4);
+    reinterpret_cast<uint16_t*>(tensor.data())[i] = uint16_t(bits >> 16);
+  }
+}
+
+// Outputs start as NaN, so that an element left out is seen.
+Tensor make(DType dtype, int64_t count, bool random) {
+  static uint64_t state = 1;
+  Tensor tensor;
+  tensor.count = count;
+  tensor.dtype = dtype;
+  tensor.block.reset(static_cast<char*>(std::malloc(size_t(count) * size_of(dtype))));
+  for (int64_t i = 0; i < count; ++i) {
+    state = state * 6364136223846793005ULL + 1442695040888963407ULL;
+    set(tensor, i, random ? (double(state >> 40) / (1 << 24) - 0.5) * 0.4 : NAN);
+  }
+  return tensor;
+}
+
+void require_finite(const Tensor& tensor, const char* name) {
+  for (int64_t i = 0; i < tensor.count; ++i)
+    if (!std::isfinite(get(tensor, i))) {
+      std::fprintf(stderr, "%s[%ld] is not finite\n", name, long(i));
+      std::exit(1);
+    }
+}
+
+void run(Cell cell, DType dtype, int64_t lanes, int64_t steps, int64_t batch, int64_t inputs, int64_t hidden,
+         int64_t projected, bool ids, bool ragged, int threads) {
+  ScanShape s{};
+  s.lanes = lanes, s.steps = steps, s.batch = batch, s.input = inputs, s.hidden = hidden;
+  s.state = projected ? projected : hidden;
+  s.has_projection = projected > 0;
+  s.cell = cell, s.dtype = dtype, s.bidirectional = lanes > 1, s.ids = ids;
+  std::vector<int64_t> sizes, offsets;
+  for (int64_t t = 0; t < steps; ++t) {
+    sizes.push_back(ragged ? (batch > t ? batch - t : 1) : batch);
+    offsets.push_back(s.rows);
+    s.rows += sizes.back();
+  }
+  if (ragged) s.batch_sizes = sizes.data(), s.offsets = offsets.data();
+  std::vector<int64_t> tokens(s.rows);
+  for (int64_t i = 0; i < s.rows; ++i) tokens[i] = i * 7 % inputs;
+
+  const int64_t G = s.gates() * hidden, K = tape_count(cell) * hidden, states = lanes * batch;
+  const auto input = make(dtype, ids ? 0 : s.rows * inputs, true), w_ih = make(dtype, lanes * G * inputs, true);
+  const auto w_hh = make(dtype, lanes * G * s.state, true), b_ih = make(dtype, lanes * G, true);
+  const auto b_hh = make(dtype, lanes * G, true), w_hr = make(dtype, lanes * projected * hidden, true);
+  const auto h_0 = make(dtype, states * s.state, true), c_0 = make(dtype, states * hidden, true);
+  const auto output = make(dtype, s.rows * lanes * s.state, false), h_n = make(dtype, states * s.state, false);
+  const auto c_n = make(dtype, states * hidden, false), tape = make(dtype, lanes * s.rows * K, false);
+  const bool lstm = cell == Cell::lstm;
+  const auto if_projected = [&](const Tensor& t) { return projected ? t.data() : nullptr; };
+  ForwardArgs forward{s, ids ? static_cast<void*>(tokens.data()) : input.data(), w_ih.data(), w_hh.data(), b_ih.data(),
+                      b_hh.data(), if_projected(w_hr), h_0.data(), lstm ? c_0.data() : nullptr, output.data(), h_n.data(),
+                      lstm ? c_n.data() : nullptr, K ? tape.data() : nullptr, nullptr};
+  const Kernels& kernels = choose_kernels(dtype);
+  kernels.forward(forward, threads);
+  require_finite(output, "output");
+  require_finite(h_n, "h_n");
+  require_finite(tape, "tape");
+  if (lstm) require_finite(c_n, "c_n");
+
+  const auto packed = std::unique_ptr<char, void (*)(void*)>(
+      static_cast<char*>(std::aligned_alloc(64, (kernels.pack(forward) + 63) / 64 * 64)), std::free);
+  forward.packed = packed.get();
+  kernels.pack(forward);
+  kernels.forward(forward, threads);
+
+  const auto d_input = make(dtype, ids ? 0 : input.count, false), d_w_ih = make(dtype, w_ih.count, false);
+  const auto d_w_hh = make(dtype, w_hh.count, false), d_b_ih = make(dtype, lanes * G, false);
+  const auto d_b_hh = make(dtype, lanes * G, false), d_w_hr = make(dtype, w_hr.count, false);
+  const auto d_h_0 = make(dtype, h_0.count, false), d_c_0 = make(dtype, c_0.count, false);
+  const BackwardArgs backward{s, output.data(), h_n.data(), lstm ? c_n.data() : nullptr, forward.input, w_ih.data(),
+                              w_hh.data(), b_ih.data(), b_hh.data(), if_projected(w_hr), h_0.data(),
+                              lstm ? c_0.data() : nullptr, output.data(), tape.data(), ids ? nullptr : d_input.data(),
+                              d_w_ih.data(), d_w_hh.data(), d_b_ih.data(), d_b_hh.data(), if_projected(d_w_hr),
+                              d_h_0.data(), lstm ? d_c_0.data() : nullptr};
+  kernels.backward(backward, threads);
+  require_finite(d_input, "d_input");
+  require_finite(d_w_ih, "d_w_ih");
+  require_finite(d_w_hh, "d_w_hh");
+  require_finite(d_b_ih, "d_b_ih");
+  require_finite(d_b_hh, "d_b_hh");
+  require_finite(d_h_0, "d_h_0");
+  if (projected) require_finite(d_w_hr, "d_w_hr");
+  if (lstm) require_finite(d_c_0, "d_c_0");
+}
+
+void run_kernels() {
+  const int64_t shapes[][5] = {{1, 1, 1, 1, 1}, {2, 5, 3, 17, 33}, {1, 4, 7, 3, 130}, {3, 3, 20, 33, 16}, {1, 40, 1, 5, 70}};
+  for (Cell cell : {Cell::rnn_tanh, Cell::rnn_relu, Cell::lstm, Cell::gru})
+    for (DType dtype : {DType::float32, DType::float64, DType::bfloat16})
+      for (const auto& shape : shapes)
+        for (int variant = 0; variant < 4; ++variant) {
+          const bool ids = variant & 1, ragged = variant & 2;
+          run(cell, dtype, shape[0], shape[1], shape[2], shape[3], shape[4], 0, ids, ragged, 1);
+          if (cell == Cell::lstm)
+            run(cell, dtype, shape[0], shape[1], shape[2], shape[3], shape[4], (shape[4] + 1) / 2, ids, ragged, 1);
+        }
+}
+
+}  // namespace
+
+int main() {
+  run_kernels();
+  return 0;
+}

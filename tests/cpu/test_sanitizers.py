@@ -1,0 +1,55 @@
+"""The native scan under AddressSanitizer and UBSan, and its barrier under ThreadSanitizer, without torch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from rnnfast.backends import native
+
+HERE = Path(__file__).parent
+CSRC = HERE.parent.parent / "csrc/cpu"
+COMPILER = native._compiler()
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler was found")
+
+
+def compile_program(folder: Path, sanitizer: str, *sources: str) -> Path:
+    program = folder / "program"
+    flags = "-std=c++17 -O1 -g -fopenmp -ffp-contract=off -Wno-psabi -fno-sanitize-recover=all"
+    command = [COMPILER, *flags.split(), f"-fsanitize={sanitizer}", *sources, "-o", str(program)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "cannot find -l" in done.stderr or "cannot find lib" in done.stderr:
+        pytest.skip(f"this compiler has no {sanitizer} sanitizer")
+    assert done.returncode == 0, done.stderr[-2000:]
+    return program
+
+
+def run_program(program: Path, **environment: str) -> None:
+    done = subprocess.run([program], env=os.environ | environment, capture_output=True, text=True, check=False)
+    if "does not have it" in done.stderr:
+        pytest.skip("this processor lacks the instruction set")
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_barrier_under_thread_sanitizer(tmp_path: Path) -> None:
+    program = compile_program(tmp_path, "thread", str(HERE / "barrier.cpp"), str(CSRC / "threads.cpp"))
+    run_program(program, TSAN_OPTIONS="halt_on_error=1")
+
+
+@pytest.mark.skipif("RNNFAST_SANITIZE" not in os.environ, reason="takes minutes; set RNNFAST_SANITIZE=1 to run it")
+def test_kernels_under_address_sanitizer(tmp_path: Path) -> None:
+    objects = []
+    for isa, flags in native._INSTRUCTION_SETS.items():
+        objects.append(str(tmp_path / f"{isa}.o"))
+        flags = f"-std=c++17 -O1 -g -ffp-contract=off -Wno-psabi -fno-sanitize-recover=all -DRNNFAST_ISA={isa} {flags}"
+        sanitizer = "-fsanitize=address,undefined"
+        command = [COMPILER, *flags.split(), sanitizer, "-c", str(CSRC / "kernels.cpp"), "-o", objects[-1]]
+        subprocess.run(command, check=True)
+    sources = [str(HERE / "sanitize.cpp"), str(CSRC / "threads.cpp"), str(CSRC / "choose.cpp"), *objects]
+    program = compile_program(tmp_path, "address,undefined", *sources)
+    for isa in native._INSTRUCTION_SETS:
+        run_program(program, RNNFAST_CPU_ISA=isa)
