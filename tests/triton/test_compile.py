@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rnnfast.backends.triton.plan import IN_REGISTERS, IN_SHARED_MEMORY
+from rnnfast.backends.triton.plan import IN_REGISTERS, IN_SHARED_MEMORY, RESIDENT
 
 ROOT = Path(__file__).parents[2]
 REPORT = Path(__file__).with_name("compile_report.py")
@@ -36,10 +36,12 @@ COMMON = {
 def cases() -> Iterator[dict[str, Any]]:
     """Each cell at the limits of each kernel, and one of them in every other way a kernel is specialised."""
     for arch in SHARED_BYTES:
-        for cell, (in_registers, in_shared_memory) in LARGEST.items():
-            for hidden in (*IN_REGISTERS[cell], 512):
+        yield {**COMMON, "cell": "rnn_relu", "hidden": 128, "dtype": "float32", "arch": arch}
+        for cell in ("rnn_tanh", "lstm", "gru"):
+            in_registers, in_shared_memory = LARGEST[cell]
+            for hidden in (*IN_REGISTERS[cell], RESIDENT[cell]):
                 yield {**COMMON, "cell": cell, "hidden": hidden, "dtype": "float32", "arch": arch}
-            for hidden in (in_registers, in_shared_memory, 512):
+            for hidden in (in_registers, in_shared_memory, RESIDENT[cell], 2048):
                 yield {**COMMON, "cell": cell, "hidden": hidden, "dtype": "bfloat16", "arch": arch}
         odd = {**COMMON, "cell": "lstm", "arch": arch, "lanes": 2, "ragged": True}
         for hidden, dtype in ((3, "float32"), (31, "float16"), (63, "float32"), (63, "float16"), (501, "float16")):
@@ -47,12 +49,13 @@ def cases() -> Iterator[dict[str, Any]]:
         yield {**odd, "cell": "gru", "hidden": 112, "dtype": "float16"}
         yield {**odd, "hidden": 50, "dtype": "float32", "token_ids": True}
         for cell in ("lstm", "gru"):
+            yield {**COMMON, "cell": cell, "hidden": 1024, "dtype": "float32", "arch": arch}
             yield {**COMMON, "cell": cell, "hidden": 512, "dtype": "float32", "arch": arch, "allow_tf32": True}
         yield {**COMMON, "cell": "gru", "hidden": 512, "dtype": "bfloat16", "arch": arch, "at_once": False}
 
 
 def recompilation_cases() -> Iterator[dict[str, Any]]:
-    for hidden, ragged in ((64, True), (512, False)):
+    for hidden, ragged in ((64, True), (1024, False)):
         for batch, steps in ((1, 7), (17, 1), (48, 3)):
             case = {**COMMON, "cell": "gru", "hidden": hidden, "dtype": "float32", "arch": 90, "ragged": ragged}
             yield {**case, "batch": batch, "steps": steps}

@@ -16,6 +16,7 @@ KERNELS = {
     "registers": lambda hidden: Plan("block", 1, _power_of_two(hidden), 4, dot=False),
     "tensor cores": lambda hidden: Plan("block", 16, _power_of_two(hidden), 4),
     "step": lambda hidden: Plan("step", 16, 16, 4, depth=16, stages=2),
+    "resident step": lambda hidden: Plan("step", 16, 16, 4, depth=_power_of_two(hidden), resident=True),
 }
 SHAPES = {
     "one unit": {"hidden": 1, "batch": 4, "steps": 3, "seed": 1},
@@ -33,10 +34,15 @@ HALF_TYPES = [
 # The plain RNN's two activations differ in one line. A kernel with one batch row always has many row tiles.
 CASES = [
     (cell, kernel, shape, dtype)
-    for kernel in KERNELS
+    for kernel in ("registers", "tensor cores", "step")
     for cell in ("rnn_tanh", "lstm", "gru")
     for shape, dtype in [*((shape, torch.float32) for shape in SHAPES), *HALF_TYPES]
     if (kernel, shape) != ("registers", "two row tiles")
+]
+CASES += [
+    (cell, "resident step", shape, dtype)
+    for cell in ("lstm", "gru")
+    for shape, dtype in (("odd sizes", torch.float32), ("ragged", torch.bfloat16))
 ]
 CASES += [("rnn_relu", kernel, "ragged", torch.float32) for kernel in KERNELS]
 GRADIENTS = ("d_input", "d_w_ih", "d_w_hh", "d_b_ih", "d_b_hh", "d_w_hr", "d_h_0", "d_c_0")

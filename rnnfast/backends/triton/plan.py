@@ -16,7 +16,8 @@ class Plan(NamedTuple):
     """A kernel and its tiles.
 
     `rows` and `units` of a program's tile, `warps` it runs on; `dot`: tl.dot (else multiply and sum, block scan only);
-    `depth`: how much of the inner dimension the step scan takes at a time; `stages` of its load pipeline.
+    `depth`: how much of the inner dimension the step scan takes at a time; `resident`: all of it, with the program's
+    share of W_hh kept in shared memory from step to step; `stages` of its load pipeline elsewhere.
     """
 
     kernel: str
@@ -25,12 +26,15 @@ class Plan(NamedTuple):
     warps: int
     dot: bool = True
     depth: int = 0
+    resident: bool = False
     stages: int = 1
 
     @property
     def tiles(self) -> dict[str, int | bool]:
         tiles: dict[str, int | bool] = {"ROWS": self.rows, "UNITS": self.units}
-        return {**tiles, "DOT": self.dot} if self.kernel == "block" else {**tiles, "DEPTH": self.depth}
+        if self.kernel == "block":
+            return {**tiles, "DOT": self.dot}
+        return {**tiles, "DEPTH": self.depth, "RESIDENT": self.resident}
 
     def padded(self, hidden: int) -> int:
         """How many units the kernel expects in w_hh."""
@@ -59,6 +63,8 @@ IN_REGISTERS = {
     "gru": {16: 1, 32: 1, 64: 4},
 }
 IN_SHARED_MEMORY = {"rnn_tanh": {256: 16}, "rnn_relu": {256: 16}, "lstm": {128: 8}, "gru": {128: 16}}
+# The largest padded H for which a program of the step scan keeps its units' share of W_hh (160 KB with its operand).
+RESIDENT = {"rnn_tanh": 1024, "rnn_relu": 1024, "lstm": 512, "gru": 512}
 
 
 def plan(cell: str, hidden: int, dtype: torch.dtype, allow_tf32: bool) -> Plan:
@@ -70,6 +76,8 @@ def plan(cell: str, hidden: int, dtype: torch.dtype, allow_tf32: bool) -> Plan:
     # An H that is no multiple of 16 costs addresses, one for each value, which these kernels have no registers for.
     if half and units in IN_SHARED_MEMORY[cell] and hidden % 16 == 0:
         return Plan("block", rows=16, units=units, warps=IN_SHARED_MEMORY[cell][units])
+    if units <= RESIDENT[cell] and (half or not allow_tf32):
+        return Plan("step", rows=16, units=32 if half else 16, warps=8, depth=units, resident=True)
     if half:
         return Plan("step", rows=16, units=32, warps=4, depth=64, stages=2)
     return Plan("step", rows=16, units=32 if allow_tf32 else 16, warps=4, depth=32 if allow_tf32 else 64, stages=2)

@@ -9,7 +9,8 @@ The same kernel is launched in one of two ways:
   there this is the only way.
 
 The state passes between programs through global memory in float32. `w_hh` comes padded with zeros to `padded` units, a
-multiple of all tiles, (D, G, padded, padded).
+multiple of all tiles, (D, G, padded, padded); a program reads its share of it once (RESIDENT: DEPTH = padded) or again
+at each step.
 """
 
 # mypy: ignore-errors
@@ -62,6 +63,7 @@ def scan_forward(
     ROWS: tl.constexpr,
     UNITS: tl.constexpr,
     DEPTH: tl.constexpr,
+    RESIDENT: tl.constexpr,
     PRECISION: tl.constexpr,
     SYNCHRONISE: tl.constexpr,
 ):
@@ -89,6 +91,12 @@ def scan_forward(
     if tape is not None:
         tape += lane64 * N * TAPE * H
 
+    k = tl.arange(0, DEPTH)
+    w = ()
+    if RESIDENT:
+        for g in tl.static_range(GATES):
+            w = w + (tl.load(w_hh + (g * padded + unit)[None, :] * padded + k[:, None]),)
+
     for i in range(first_step, last_step):
         t = backwards * (T - 1) + i * (1 - 2 * backwards)
         start, size = step_rows(t, T, B, offsets)
@@ -104,14 +112,21 @@ def scan_forward(
         a = ()
         for _ in tl.static_range(GATES):
             a = a + (tl.zeros((ROWS, UNITS), tl.float32),)
-        for k_first in range(0, H, DEPTH):
-            k = k_first + tl.arange(0, DEPTH)
+        if RESIDENT:
             h_k = tl.load(h_read + k[None, :], mask=(row < B)[:, None], other=0.0, cache_modifier=".cg")
             sums = ()
             for g in tl.static_range(GATES):
-                w = tl.load(w_hh + (g * padded + unit)[None, :] * padded + k[:, None])
-                sums = sums + (tl.dot(h_k.to(w.dtype), w, acc=a[g], input_precision=PRECISION),)
+                sums = sums + (tl.dot(h_k.to(w[g].dtype), w[g], acc=a[g], input_precision=PRECISION),)
             a = sums
+        else:
+            for k_first in range(0, H, DEPTH):
+                h_at = h_read + (k_first + k)[None, :]
+                h_k = tl.load(h_at, mask=(row < B)[:, None], other=0.0, cache_modifier=".cg")
+                sums = ()
+                for g in tl.static_range(GATES):
+                    w_k = tl.load(w_hh + (g * padded + unit)[None, :] * padded + (k_first + k)[:, None])
+                    sums = sums + (tl.dot(h_k.to(w_k.dtype), w_k, acc=a[g], input_precision=PRECISION),)
+                a = sums
         if b_hh is not None:
             sums = ()
             for g in tl.static_range(GATES):
@@ -174,6 +189,7 @@ def scan_backward(
     ROWS: tl.constexpr,
     UNITS: tl.constexpr,
     DEPTH: tl.constexpr,
+    RESIDENT: tl.constexpr,
     PRECISION: tl.constexpr,
     SYNCHRONISE: tl.constexpr,
 ):
@@ -206,6 +222,12 @@ def scan_backward(
     tape += lane64 * N * TAPE * H
     w_hh += lane64 * GATES * padded * padded
 
+    k = tl.arange(0, DEPTH)
+    w = ()
+    if RESIDENT:
+        for g in tl.static_range(GATES):
+            w = w + (tl.load(w_hh + (g * padded + k)[:, None] * padded + unit[None, :]),)
+
     direction = 1 - 2 * backwards
     for i in range(first_step, last_step):
         t = (1 - backwards) * (T - 1) - i * direction
@@ -223,12 +245,16 @@ def scan_backward(
                 d_done = d_g_last + (start_done + row)[:, None] * stride
             else:
                 d_done = d_gx + (start_done + row)[:, None] * stride * GATES + g * H
-            for k_first in range(0, H, DEPTH):
-                k = k_first + tl.arange(0, DEPTH)
+            if RESIDENT:
                 d_mask = (row < size_done)[:, None] & (k < H)[None, :]
                 d_k = tl.load(d_done + k[None, :], mask=d_mask, other=0.0, cache_modifier=".cg")
-                w = tl.load(w_hh + (g * padded + k)[:, None] * padded + unit[None, :])
-                d_h = tl.dot(d_k, w, acc=d_h, input_precision=PRECISION)
+                d_h = tl.dot(d_k, w[g], acc=d_h, input_precision=PRECISION)
+            else:
+                for k_first in range(0, H, DEPTH):
+                    d_mask = (row < size_done)[:, None] & (k_first + k < H)[None, :]
+                    d_k = tl.load(d_done + (k_first + k)[None, :], mask=d_mask, other=0.0, cache_modifier=".cg")
+                    w_k = tl.load(w_hh + (g * padded + k_first + k)[:, None] * padded + unit[None, :])
+                    d_h = tl.dot(d_k, w_k, acc=d_h, input_precision=PRECISION)
 
         d_c = d_h
         if c_0 is not None:
