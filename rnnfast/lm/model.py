@@ -1,8 +1,12 @@
-"""The language models: recurrent layers from token ids to the logits of the next token."""
+"""The language models: recurrent layers from token ids to the logits of the next token.
+
+Each is called as `logits, state = model(ids, state)`: ids (T, B), int64; logits (T, B, vocabulary); state None at the
+start. Its attribute `bidirectional` tells whether it reads the text both ways.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,15 +18,6 @@ from rnnfast.lm.files import UserError
 
 State = Any
 """A recurrent state: a tensor (layers * directions, B, hidden), for an LSTM a pair of them; None at the start."""
-
-
-class LanguageModel(Protocol):
-    """What training and generation ask of a model. It is an `nn.Module`, too."""
-
-    bidirectional: bool
-
-    def __call__(self, ids: Tensor, state: State = None) -> tuple[Tensor, State]:
-        """Logits (T, B, vocabulary) of the tokens that follow `ids` (T, B), int64, and the state after them."""
 
 
 class RNNLM(nn.Module):
