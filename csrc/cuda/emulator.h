@@ -21,7 +21,7 @@
 
 namespace rnnfast::emulator {
 
-constexpr size_t kStackBytes = 64 << 10;
+constexpr size_t kStackBytes = 32 << 10;
 constexpr int kWarp = 32;
 // A round in which no thread gets further counts as a second, so that a kernel's own watchdog can find it out first.
 constexpr int kIdleRounds = 100;
@@ -44,7 +44,7 @@ struct Fiber {
   int thread;
   ucontext_t context;
   jmp_buf resume;
-  std::unique_ptr<char[]> stack;
+  char* stack;
   bool started = false, finished = false;
 };
 
@@ -89,6 +89,13 @@ inline Machine*& machine() {
 inline unsigned& schedule() {
   static unsigned seed = 0;
   return seed;
+}
+
+// The i-th stack; kept from one launch to the next.
+inline char* stack(size_t i) {
+  static thread_local std::vector<std::unique_ptr<char[]>> stacks;
+  while (stacks.size() <= i) stacks.emplace_back(new char[kStackBytes]);
+  return stacks[i].get();
 }
 
 // Gives the turn away.
@@ -146,7 +153,7 @@ inline void run(const Launch& launch, std::function<void()> kernel) {
       Fiber& fiber = m.fibers[static_cast<size_t>(b) * launch.threads + t];
       fiber.block = &block;
       fiber.thread = t;
-      fiber.stack.reset(new char[kStackBytes]);
+      fiber.stack = stack(&fiber - m.fibers.data());
     }
   }
   machine() = &m;
@@ -162,7 +169,7 @@ inline void run(const Launch& launch, std::function<void()> kernel) {
         if (fiber->started) _longjmp(fiber->resume, 1);
         fiber->started = true;
         getcontext(&fiber->context);
-        fiber->context.uc_stack.ss_sp = fiber->stack.get();
+        fiber->context.uc_stack.ss_sp = fiber->stack;
         fiber->context.uc_stack.ss_size = kStackBytes;
         fiber->context.uc_link = &m.home;
         makecontext(&fiber->context, &run_fiber, 0);

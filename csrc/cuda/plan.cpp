@@ -22,6 +22,12 @@ double multiply_adds(Numbers n, int capability) {
   }
 }
 
+int clusters_at_once(const DeviceLimits& d, int blocks) {
+  for (int i = 0; i < 4; ++i)
+    if (blocks == 2 << i) return d.clusters[i];
+  return 0;
+}
+
 double step_time(const Problem& p, const DeviceLimits& d, Kernel kernel, const Layout& l) {
   const bool mma = tensor_cores(p.numbers);
   const double arithmetic = 1.0 * l.rows * l.columns * l.depth / multiply_adds(p.numbers, d.capability);
@@ -32,10 +38,7 @@ double step_time(const Problem& p, const DeviceLimits& d, Kernel kernel, const L
   const double arriving = kernel == Kernel::block ? 0 : 1.0 * l.rows * l.depth * operand_bytes(p.numbers) / kExchangeBytes / kClock;
   const double exchange =
       kernel == Kernel::block ? kBlockExchange : kernel == Kernel::cluster ? kClusterExchange : kGridExchange;
-  int at_once = d.multiprocessors / l.blocks;
-  if (kernel == Kernel::cluster)
-    for (int i = 0; i < 4; ++i)
-      if (l.blocks == 2 << i) at_once = d.clusters[i];
+  const int at_once = kernel == Kernel::cluster ? clusters_at_once(d, l.blocks) : d.multiprocessors / l.blocks;
   return ceil_div(teams(p, l.rows) * p.lanes, at_once) * (product + arriving + exchange + kCellMath);
 }
 
@@ -55,25 +58,20 @@ Layout check_layout(const Problem& p, const DeviceLimits& d, Kernel kernel, int 
   why_not.clear();
   if (const char* reason = flaw(l, p.numbers))
     why_not = reason;
+  else if (kernel == Kernel::block && blocks != 1)
+    why_not = "a block scan's team is one block";
+  else if (kernel == Kernel::cluster && p.numbers == Numbers::float64)
+    why_not = "there is no float64 cluster scan";
+  else if (kernel == Kernel::cluster && d.capability < 90)
+    why_not = "clusters need compute capability 9.0 or later";
+  else if (kernel == Kernel::cluster && clusters_at_once(d, blocks) == 0)
+    why_not = "the device runs no cluster of " + std::to_string(blocks) + " such blocks";
+  else if (kernel == Kernel::grid && blocks * all_teams > d.multiprocessors)
+    why_not = "its " + std::to_string(blocks * all_teams) + " blocks do not fit the device's " +
+              std::to_string(d.multiprocessors) + " multiprocessors at once";
   else if (l.shared_bytes > d.shared_bytes)
     why_not = "its weights and state take " + std::to_string(l.shared_bytes) + " bytes of shared memory a block, and there are " +
               std::to_string(d.shared_bytes);
-  else if (kernel == Kernel::block && blocks != 1)
-    why_not = "a block scan's team is one block";
-  else if (kernel == Kernel::cluster) {
-    if (p.numbers == Numbers::float64)
-      why_not = "there is no float64 cluster scan";
-    else if (d.capability < 90)
-      why_not = "clusters need compute capability 9.0 or later";
-    else {
-      int at_once = 0;
-      for (int i = 0; i < 4; ++i)
-        if (blocks == 2 << i) at_once = d.clusters[i];
-      if (at_once == 0) why_not = "the device runs no cluster of " + std::to_string(blocks) + " such blocks";
-    }
-  } else if (kernel == Kernel::grid && blocks * all_teams > d.multiprocessors)
-    why_not = "its " + std::to_string(blocks * all_teams) + " blocks do not fit the device's " +
-              std::to_string(d.multiprocessors) + " multiprocessors at once";
   return l;
 }
 

@@ -1,7 +1,7 @@
-"""What is parallel in time around a GPU's scan: the input's part of the gates before it, the weights' gradients after it.
+"""What is parallel in time around a GPU's scan: the input's part of the gates, and the weights' gradients.
 
-D lanes, N rows, B rows of the first step, I inputs, H hidden units, G gates. All of it is torch's GEMMs and gathers, and
-every sum has a fixed order.
+D lanes, N rows, B rows of the first step, I inputs, H hidden units, G gates. All of it is torch's GEMMs and gathers,
+and every sum has a fixed order.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ def first_rows(batch_sizes: Tensor) -> Tensor:
 
 
 def gate_inputs(input: Tensor, w_ih: Tensor, b_ih: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Rows that the scan adds to the recurrent product, (rows, D*G*H), and which of them each step takes, if not in order.
+    """Rows that the scan adds to the recurrent product, (rows, D*G*H), and which of them each step takes.
 
-    They are in float32 for half types. For token ids they are the table w_ih^T + b_ih, unless the table is larger than the
-    rows it would serve.
+    None: in order. The rows are in float32 for half types. For token ids they are the table w_ih^T + b_ih, unless the
+    table is larger than the rows it would serve.
     """
     weight = w_ih.flatten(0, 1)
     if input.is_floating_point():
@@ -106,7 +106,7 @@ def _d_w_hh(d_gx: Tensor, d_g_last: Tensor | None, h_before: list[Tensor]) -> Te
 
 def _h_before(output: Tensor, h_0: Tensor, batch_sizes: Tensor | None, bidirectional: bool) -> list[Tensor]:
     """For each lane the hidden state before every row, (N, H)."""
-    lanes, batch, hidden = h_0.shape
+    _, batch, hidden = h_0.shape
     before = []
     for d, lane_output in enumerate(output.split(hidden, dim=1)):
         backwards = bidirectional and d % 2 == 1

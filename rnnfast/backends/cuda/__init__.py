@@ -1,7 +1,7 @@
 """The CUDA backend: kernels that keep the recurrent weights on the chip for all steps (csrc/cuda).
 
-Importing this package compiles and loads nothing. Not yet run on a GPU: its kernels are run on the CPU by an emulator of
-the hardware, and compiled for sm_80 and sm_90a.
+Importing this package compiles and loads nothing. Not yet run on a GPU: its kernels are run on the CPU by an emulator
+of the hardware, and compiled for sm_80 and sm_90a.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def library() -> Path:
 
 
 def compile_library(target: Path) -> None:
-    """Compiles csrc/cuda and puts the library at `target` in one step. Raises RuntimeError with the compiler's words."""
+    """Compiles csrc/cuda and puts the library at `target` in one step; a RuntimeError has the compiler's words."""
     ninja = native._ninja()
     assert ninja is not None
     work = target.with_name(f"{target.name}.{os.getpid()}.build")

@@ -205,7 +205,7 @@ def _state(tensor: Tensor) -> Tensor:
 
 
 def _recurrent_product(operand: Tensor, weight: Tensor, product: Tensor) -> None:
-    """product = operand weight for every lane, in the accumulation type and into memory that is there."""
+    """Puts operand times weight, for every lane and in the accumulation type, into `product`."""
     if operand.dtype is product.dtype:
         torch.bmm(operand, weight, out=product)
     elif operand.is_cuda:

@@ -1,0 +1,80 @@
+"""Compiles csrc/cuda/instances with nvcc for a GPU that is not there, and reads what ptxas says of each kernel.
+
+As a program it compiles everything for every default architecture and prints a table:
+
+    python -m tests.cuda.compile_report
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+from rnnfast.backends.cuda import build
+
+KINDS = ("rnn", "lstm", "gru")
+
+
+class Kernel(NamedTuple):
+    """What ptxas reports of one kernel."""
+
+    name: str
+    registers: int
+    spilled_bytes: int
+
+
+def instances() -> list[str]:
+    """The files that hold kernels, by stem."""
+    sources = build._sources()
+    assert sources is not None
+    return sorted(path.stem for path in (sources / "instances").glob("*.cu"))
+
+
+def compile_instance(stem: str, architecture: str) -> list[Kernel]:
+    """Compiles one file. Raises RuntimeError with nvcc's words."""
+    sources = build._sources()
+    nvcc = build.nvcc()
+    assert sources is not None
+    assert nvcc is not None
+    with tempfile.TemporaryDirectory() as folder:
+        target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
+        file, out = str(sources / "instances" / f"{stem}.cu"), str(Path(folder) / "out.o")
+        command = [nvcc, *build._NVCC_FLAGS.split(), target, "-Xptxas", "-v", "-c", file, "-o", out]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stdout + done.stderr)
+    return _parse(done.stderr)
+
+
+def _parse(report: str) -> list[Kernel]:
+    kernels = []
+    for block in report.split("Compiling entry function '")[1:]:
+        mangled = block.split("'", 1)[0]
+        spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", block)
+        used = re.search(r"Used (\d+) registers", block)
+        assert spills is not None
+        assert used is not None
+        kernels.append(Kernel(_readable(mangled), int(used[1]), int(spills[1]) + int(spills[2])))
+    return kernels
+
+
+def _readable(mangled: str) -> str:
+    """Such as "BFloat16 lstm backward", from template arguments as the ABI spells them."""
+    numbers, kind, backward = (
+        re.search(pattern, mangled) for pattern in (r"_kernelINS0_\d+(\w+?)ELNS", r"4KindE(\d)", r"Lb([01])E")
+    )
+    assert numbers is not None
+    assert kind is not None
+    assert backward is not None
+    return f"{numbers[1]} {KINDS[int(kind[1])]} {'backward' if backward[1] == '1' else 'forward'}"
+
+
+if __name__ == "__main__":
+    for stem in instances():
+        for architecture in build.DEFAULT_ARCHITECTURES:
+            for kernel in compile_instance(stem, architecture):
+                use = f"{kernel.registers:4} registers {kernel.spilled_bytes:5} bytes spilled"
+                print(f"{stem:18} sm_{architecture:4} {kernel.name:24} {use}", flush=True)

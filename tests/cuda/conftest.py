@@ -1,0 +1,87 @@
+"""Compiles the CUDA kernels for the CPU, with the emulator of csrc/cuda/emulator.h, once a state of the sources."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from rnnfast.backends import native
+from rnnfast.backends.cuda import build, launch
+
+HERE = Path(__file__).parent
+EMULATED = "rnnfast_cuda_emulated"
+
+
+def _ninja_file(compiler: str, sources: list[Path]) -> str:
+    folder = Path(torch.__file__).parent
+    flags = (
+        "-std=c++17 -O1 -g0 -fPIC -Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-clobbered "
+        f"-DTORCH_TARGET_VERSION=0x020a000000000000ULL -DRNNFAST_CUDA_NAMESPACE={EMULATED} -DRNNFAST_CUDA_KEY=CPU "
+        f"-isystem {folder}/include -isystem {folder}/include/torch/csrc/api/include -I{build._sources()}"
+    )
+    lines = ["rule compile", f"  command = {compiler} {flags} -x c++ -c $in -o $out"]
+    lines += ["rule link", f"  command = {compiler} -shared $in -o $out -L{folder}/lib -ltorch_cpu"]
+    lines += [f"build {path.stem}.o: compile {path}" for path in sources]
+    return "\n".join([*lines, f"build emulated.so: link {' '.join(f'{path.stem}.o' for path in sources)}", ""])
+
+
+@pytest.fixture(scope="session")
+def emulated() -> ctypes.CDLL:
+    """The library with its operators registered for the CPU in the namespace `rnnfast_cuda_emulated`."""
+    compiler, ninja = native._compiler(), native._ninja()
+    if compiler is None or ninja is None:
+        pytest.skip("no C++ compiler or no ninja")
+    ours = sorted(HERE.glob("*.cpp"))
+    files = [path for path in build._files() if path.name != "device.cu"]
+    text = _ninja_file(compiler, [path for path in files if path.suffix in (".cu", ".cpp")] + ours)
+    stamp = hashlib.sha256((text + torch.__version__).encode())
+    for path in files + ours:
+        stamp.update(path.read_bytes())
+    library = native.cache_folder() / f"emulated-{stamp.hexdigest()[:16]}" / "emulated.so"
+    if not library.exists():
+        work = library.with_name(f"{os.getpid()}.build")
+        work.mkdir(parents=True)
+        (work / "build.ninja").write_text(text)
+        done = subprocess.run([ninja, "-C", str(work)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[-4000:]
+        os.replace(work / "emulated.so", library)
+        shutil.rmtree(work)
+    torch.ops.load_library(str(library))
+    functions = ctypes.CDLL(str(library))
+    functions.rnnfast_run_fault.restype = ctypes.c_char_p
+    return functions
+
+
+@pytest.fixture
+def schedule(emulated: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
+    """Sends `rnnfast.backends.cuda.launch` to the emulator; call it to choose the order in which threads run."""
+    monkeypatch.setattr(launch, "NAMESPACE", EMULATED)
+    emulated.rnnfast_set_schedule(0)
+    yield emulated.rnnfast_set_schedule
+    emulated.rnnfast_set_schedule(0)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """The layers are tiny: torch's threads would only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _tf32_off() -> Iterator[None]:
+    """Tests may allow TF32; the setting does not outlive them."""
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = allowed

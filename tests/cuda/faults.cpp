@@ -1,0 +1,72 @@
+// Small kernels, right and wrong, for the test of the emulator itself: does it find what a GPU would get wrong?
+#include <cstdio>
+
+#include "grid.cuh"
+#include "instance.cuh"
+
+namespace rnnfast::cuda {
+namespace {
+
+// Each thread hands its number to its neighbour through shared memory.
+template <bool BARRIER>
+void neighbours(int* out) {
+  int* shared = reinterpret_cast<int*>(hw::shared_memory());
+  shared[hw::thread()] = hw::thread();
+  if (BARRIER) hw::block_barrier();
+  out[hw::thread()] = shared[(hw::thread() + 1) % hw::threads()];
+}
+
+// Thread 0 of each block of a cluster stores its block's number at all its peers.
+template <bool WAIT>
+void broadcast(int* out) {
+  const int blocks = hw::blocks_x(), rank = hw::block_x();
+  auto* barrier = reinterpret_cast<uint64_t*>(hw::shared_memory());
+  int* values = reinterpret_cast<int*>(barrier + 1);
+  if (hw::thread() == 0) hw::mbarrier_init(barrier, 1);
+  hw::cluster_barrier();
+  if (hw::thread() == 0) {
+    hw::mbarrier_expect(barrier, 4 * blocks);
+    for (int peer = 0; peer < blocks; ++peer) hw::remote_store(values + rank, barrier, peer, static_cast<uint32_t>(rank));
+  }
+  if (WAIT) hw::mbarrier_wait(barrier, 0);
+  for (int i = hw::thread(); i < blocks; i += hw::threads()) out[rank * blocks + i] = values[i];
+  hw::cluster_barrier();
+}
+
+void half_a_barrier(int*) {
+  if (hw::thread() > 0) hw::block_barrier();
+}
+
+// Waits for the flag of a block that never raises it.
+void absent_peer(uint32_t* flags) {
+  ScanParams p{};
+  p.flags = flags;
+  p.layout.blocks = 2;
+  GridExchange<float>(p, hw::shared_memory()).wait(1);
+}
+
+}  // namespace
+}  // namespace rnnfast::cuda
+
+// Runs a kernel by name; writes its numbers, or gives the message it failed with (empty: none).
+extern "C" const char* rnnfast_run_fault(const char* name, int* out) {
+  using namespace rnnfast;
+  using namespace rnnfast::cuda;
+  static std::string message;
+  message.clear();
+  uint32_t flags[2] = {};
+  const std::string kernel = name;
+  try {
+    if (kernel == "neighbours") emulator::run({1, 1, 64, 1, 256}, [&] { neighbours<true>(out); });
+    if (kernel == "neighbours without a barrier") emulator::run({1, 1, 64, 1, 256}, [&] { neighbours<false>(out); });
+    if (kernel == "broadcast") emulator::run({4, 1, 32, 4, 64}, [&] { broadcast<true>(out); });
+    if (kernel == "broadcast without a wait") emulator::run({4, 1, 32, 4, 64}, [&] { broadcast<false>(out); });
+    if (kernel == "half a barrier") emulator::run({1, 1, 64, 1, 64}, [&] { half_a_barrier(out); });
+    if (kernel == "absent peer") emulator::run({2, 1, 32, 1, 64}, [&] { absent_peer(flags); });
+  } catch (const std::exception& error) {
+    message = error.what();
+  }
+  return message.c_str();
+}
+
+extern "C" void rnnfast_set_schedule(unsigned seed) { rnnfast::emulator::schedule() = seed; }

@@ -1,0 +1,37 @@
+"""The emulator finds what a GPU would get wrong: a missing barrier, a missing wait, a peer that never comes."""
+
+import ctypes
+
+import pytest
+
+SCHEDULES = range(8)
+
+
+def _run(emulated: ctypes.CDLL, kernel: str, seed: int) -> tuple[list[int], str]:
+    out = (ctypes.c_int * 64)()
+    emulated.rnnfast_set_schedule(seed)
+    message = emulated.rnnfast_run_fault(kernel.encode(), out).decode()
+    return list(out), message
+
+
+@pytest.mark.parametrize(
+    ("kernel", "expected"),
+    [("neighbours", [(i + 1) % 64 for i in range(64)]), ("broadcast", [0, 1, 2, 3] * 4 + [0] * 48)],
+)
+def test_a_right_kernel_is_right_under_every_schedule(emulated, kernel, expected):
+    for seed in SCHEDULES:
+        assert _run(emulated, kernel, seed) == (expected, "")
+
+
+@pytest.mark.parametrize("kernel", ["neighbours without a barrier", "broadcast without a wait"])
+def test_a_missing_barrier_shows_as_a_wrong_number(emulated, kernel):
+    right = _run(emulated, kernel.split(" without")[0], 0)
+    assert any(_run(emulated, kernel, seed) != right for seed in SCHEDULES)
+
+
+def test_a_barrier_that_not_all_reach_is_an_error(emulated):
+    assert "deadlock" in _run(emulated, "half a barrier", 0)[1]
+
+
+def test_the_watchdog_of_the_grid_scan_says_who_is_missing(emulated):
+    assert "did not arrive" in _run(emulated, "absent peer", 0)[1]

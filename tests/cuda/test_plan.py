@@ -1,0 +1,108 @@
+"""The launch plan for cards that are not here: what runs where, and that what is planned can run."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from rnnfast.backends.cuda.launch import KERNELS, Plan
+from rnnfast.cells import CELLS
+
+from .conftest import EMULATED
+from .layers import DTYPES
+
+# Compute capability, multiprocessors, shared memory a block, clusters of 2, 4, 8 and 16 blocks at once. The counts of
+# clusters are estimates (a cluster lies within a group of 16 or 18 multiprocessors); on a device they are asked for.
+CARDS = {
+    "H200": [90, 132, 232448, 66, 32, 16, 7],
+    "H100 PCIe": [90, 114, 232448, 57, 28, 14, 6],
+    "A100": [80, 108, 166912, 0, 0, 0, 0],
+    "RTX 4060": [89, 24, 101376, 0, 0, 0, 0],
+}
+HIDDEN = (1, 31, 128, 256, 512, 1000, 2048)
+BATCH = (1, 7, 32, 100, 512)
+
+
+@pytest.fixture
+def plan(emulated):
+    ops = getattr(torch.ops, EMULATED)
+
+    def make(card: str, cell: str, hidden: int, batch: int, numbers: str, backward: bool = False) -> Plan:
+        problem = (cell, hidden, batch, 1, numbers, backward, CARDS[card])
+        kernel, *rest = ops.plan(*problem)
+        made = Plan(KERNELS[kernel], *rest)
+        if made.kernel != "steps":
+            assert ops.check(*problem, made.team) == ""
+        return made
+
+    return make
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_what_is_planned_can_run(plan, card):
+    for cell, hidden, batch, numbers, backward in itertools.product(CELLS, HIDDEN, BATCH, DTYPES, (False, True)):
+        made = plan(card, cell, hidden, batch, numbers, backward)
+        capability, multiprocessors, shared_bytes, *_ = CARDS[card]
+        assert made.shared_bytes <= shared_bytes
+        if made.kernel == "cluster":
+            assert capability >= 90
+            assert numbers != "float64"
+            assert made.blocks in (2, 4, 8, 16)
+        elif made.kernel == "grid":
+            assert made.blocks * -(-batch // made.rows) <= multiprocessors
+        elif made.kernel == "block":
+            assert made.blocks == 1
+
+
+def test_small_layers_stay_in_a_block(plan):
+    for card, cell in itertools.product(CARDS, CELLS):
+        assert plan(card, cell, 32, 32, "float32").kernel == "block"
+
+
+@pytest.mark.parametrize(
+    ("cell", "numbers", "backward"),
+    [
+        ("lstm", "bfloat16", False),
+        ("lstm", "bfloat16", True),
+        ("lstm", "tf32", False),  # backward its operand, four gates, leaves no room for the weights of a cluster
+        ("rnn_tanh", "float32", False),
+        ("rnn_tanh", "float32", True),
+    ],
+)
+def test_the_goals_sizes_run_in_clusters_on_an_h200(plan, cell, numbers, backward):
+    """Hidden size 512 and 32 rows."""
+    assert plan("H200", cell, 512, 32, numbers, backward).kernel == "cluster"
+
+
+def test_without_clusters_the_whole_chip_is_used(plan):
+    made = plan("A100", "lstm", 512, 32, "bfloat16")
+    assert made.kernel == "grid"
+    assert made.blocks > 1
+
+
+def test_what_no_chip_holds_goes_step_by_step(plan):
+    for card in CARDS:
+        assert plan(card, "lstm", 8192, 4, "float32").kernel == "steps"
+
+
+def test_a_plan_for_fewer_rows_is_never_modelled_slower(plan):
+    for card, cell, numbers in itertools.product(CARDS, CELLS, DTYPES):
+        times = [plan(card, cell, 512, batch, numbers).nanoseconds for batch in (1, 8, 32, 128)]
+        assert times == sorted(times)
+
+
+@pytest.mark.parametrize(
+    ("card", "numbers", "team", "why"),
+    [
+        ("A100", "float32", Plan("cluster", 4, 4, 16), "compute capability 9.0"),
+        ("H200", "float64", Plan("cluster", 4, 2, 16), "no float64 cluster"),
+        ("H200", "float32", Plan("block", 1, 1, 16), "shared memory"),
+        ("RTX 4060", "bfloat16", Plan("grid", 24, 8, 16), "at once"),
+        ("H200", "bfloat16", Plan("cluster", 8, 12, 16), "rows by eight"),
+    ],
+)
+def test_a_refusal_says_why(emulated, card, numbers, team, why):
+    refusal = getattr(torch.ops, EMULATED).check("lstm", 256, 32, 1, numbers, False, CARDS[card], team.team)
+    assert why in refusal

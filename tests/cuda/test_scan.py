@@ -1,0 +1,134 @@
+"""The CUDA kernels themselves, run on the CPU by the emulator, against the reference in float64."""
+
+import pytest
+import torch
+
+from rnnfast.backends.cuda import launch
+from rnnfast.backends.cuda.launch import Plan
+from rnnfast.cells import CELLS
+
+from .layers import DTYPES, check_against_reference, random_layer
+
+# Teams small enough that little layers take several blocks, row tiles, column groups and chunks of the depth. Where the
+# second team is given it is for tensor cores, which take rows by eight.
+TEAMS = {
+    "block": (Plan("block", 1, 3, 3), Plan("block", 1, 8, 4)),
+    "cluster": (Plan("cluster", 2, 5, 4), Plan("cluster", 2, 8, 4)),
+    "grid": (Plan("grid", 3, 2, 2), Plan("grid", 3, 8, 4)),
+    "steps": (Plan("steps", 0, 0, 0), Plan("steps", 0, 0, 0)),
+}
+CASES = [(k, n) for k in TEAMS for n in DTYPES if (k, n) != ("cluster", "float64")]
+SHAPES = {
+    # Of many lanes, since an RMS error is of many numbers.
+    "one unit, row and step": {"hidden": 1, "batch": 1, "steps": 1, "lanes": 8},
+    "both directions": {"hidden": 17, "batch": 4, "steps": 3, "lanes": 2, "bias": False},
+    "ragged": {"hidden": 20, "batch": 6, "steps": 4, "lanes": 2, "ragged": True},
+    "ragged token ids": {"hidden": 9, "batch": 9, "steps": 3, "lanes": 2, "ragged": True, "token_ids": True},
+}
+
+
+def use(monkeypatch: pytest.MonkeyPatch, plan: Plan, numbers: str) -> None:
+    monkeypatch.setattr(launch, "plan", lambda *_, **__: plan)
+    torch.backends.cuda.matmul.allow_tf32 = numbers == "tf32"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("kernel", "numbers"), CASES, ids=lambda value: value)
+@pytest.mark.parametrize("cell", CELLS)
+def test_matches_the_reference(schedule, monkeypatch, cell, kernel, numbers, shape):
+    plan = TEAMS[kernel][numbers in ("tf32", "bfloat16", "float16")]
+    use(monkeypatch, plan, numbers)
+    layer = random_layer(cell, **SHAPES[shape], dtype=DTYPES[numbers])
+    schedule(len(shape))
+    check_against_reference(launch.forward, launch.backward, layer, numbers)
+
+
+@pytest.mark.parametrize(
+    ("cell", "numbers", "hidden", "batch", "plan"),
+    [
+        ("rnn_tanh", "float32", 200, 1, Plan("block", 1, 1, 7)),  # 25 column groups; a fourth chunk
+        ("rnn_relu", "float32", 65, 9, Plan("cluster", 2, 9, 13)),  # a split depth; row tiles of 4, 4 and 1
+        ("lstm", "float32", 65, 2, Plan("cluster", 4, 2, 2)),  # a last block with one unit; backward ten chunks deep
+        ("gru", "float32", 40, 5, Plan("grid", 5, 4, 16)),  # a block to each group; two teams
+        ("lstm", "float64", 33, 2, Plan("grid", 2, 2, 3)),
+        ("gru", "float64", 33, 2, Plan("block", 1, 2, 3)),
+        ("rnn_tanh", "bfloat16", 100, 3, Plan("block", 1, 8, 14)),  # seven column groups, over two splits
+        ("lstm", "bfloat16", 80, 17, Plan("cluster", 2, 16, 12)),  # two row tiles and teams; backward eleven chunks
+        ("gru", "float16", 49, 3, Plan("cluster", 4, 8, 5)),  # the depth split over warps, some left over
+        ("lstm", "tf32", 40, 9, Plan("grid", 3, 8, 2)),
+        ("gru", "tf32", 65, 2, Plan("cluster", 2, 8, 6)),
+    ],
+)  # fmt: skip
+def test_tile_edges(schedule, monkeypatch, cell, numbers, hidden, batch, plan):
+    """Sizes at which work crosses from one tile, chunk, group, warp or block to the next."""
+    use(monkeypatch, plan, numbers)
+    layer = random_layer(cell, hidden, batch, 2, DTYPES[numbers])
+    check_against_reference(launch.forward, launch.backward, layer, numbers)
+
+
+@pytest.mark.parametrize("numbers", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kernel", ["block", "cluster", "grid"])
+def test_every_schedule_gives_the_same_bits(schedule, monkeypatch, kernel, numbers):
+    use(monkeypatch, TEAMS[kernel][numbers == "bfloat16"], numbers)
+    layer = random_layer("lstm", 20, 4, 5, DTYPES[numbers], lanes=2, ragged=True)
+    runs = []
+    for seed in range(6):
+        schedule(seed)
+        outputs = launch.forward(*layer, True)
+        gradients = launch.backward(outputs[0], None, None, *layer, outputs[0], outputs[3], True, True)
+        runs.append((*outputs, *gradients))
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+@pytest.mark.parametrize("numbers", ["float32", "tf32", "float64"])
+def test_a_row_does_not_depend_on_its_batch(schedule, monkeypatch, numbers):
+    plan = Plan("block", 1, 8, 16) if numbers == "tf32" else Plan("block", 1, 5, 6)
+    use(monkeypatch, plan, numbers)
+    dtype = DTYPES[numbers]
+    layer = random_layer("gru", 20, 5, 3, dtype, token_ids=True)  # ids: torch's GEMM would depend on the batch
+    output, h_n, _, _ = launch.forward(*layer, False)
+    alone = list(layer)
+    alone[0], alone[6] = layer[0].view(3, 5)[:, 4].contiguous(), layer[6][:, 4:].contiguous()
+    output_alone, h_n_alone, _, _ = launch.forward(*alone, False)
+    assert torch.equal(output_alone, output.view(3, 5, -1)[:, 4])
+    assert torch.equal(h_n_alone, h_n[:, 4:])
+
+
+@pytest.mark.parametrize("numbers", ["float32", "bfloat16"])
+def test_nan_stays_in_its_row(schedule, monkeypatch, numbers):
+    use(monkeypatch, TEAMS["cluster"][numbers == "bfloat16"], numbers)
+    layer = random_layer("lstm", 20, 4, 3, DTYPES[numbers])
+    clean, *_ = launch.forward(*layer, False)
+    layer[6] = layer[6].clone()
+    layer[6][0, 1] = torch.nan
+    output, *_ = launch.forward(*layer, False)
+    output, clean = output.view(3, 4, -1), clean.view(3, 4, -1)
+    assert output[:, 1].isnan().all()
+    assert torch.equal(output[:, [0, 2, 3]], clean[:, [0, 2, 3]])
+
+
+def test_no_rows_and_no_steps(schedule, monkeypatch):
+    use(monkeypatch, TEAMS["block"][0], "float32")
+    layer = random_layer("lstm", 5, 3, 0, torch.float32)
+    output, h_n, c_n, tape = launch.forward(*layer, True)
+    assert output.shape == (0, 5)
+    assert tape.shape == (1, 0, 25)
+    assert torch.equal(h_n, layer[6])
+    assert torch.equal(c_n, layer[7])
+    gradients = launch.backward(None, h_n, None, *layer, output, tape, True, True)
+    assert torch.equal(gradients[6], h_n)
+    assert not gradients[2].any()
+
+
+def test_a_team_that_cannot_be_is_an_error(schedule, monkeypatch):
+    use(monkeypatch, Plan("block", 1, 8, 1), "float32")
+    with pytest.raises(RuntimeError, match="too many states"):
+        launch.forward(*random_layer("lstm", 20, 4, 3, torch.float32), False)
+
+
+def test_what_it_does_not_compute_is_declined(monkeypatch):
+    layer = random_layer("lstm", 4, 1, 1, torch.float32)
+    layer[5] = torch.zeros(1, 2, 4)
+    with pytest.raises(NotImplementedError, match="proj_size"):
+        launch.forward(*layer, False)
