@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from rnnfast.backends.triton.plan import IN_REGISTERS, IN_SHARED_MEMORY, RESIDENT
+from rnnfast.backends.triton.plan import IN_REGISTERS, IN_SHARED_MEMORY, RESIDENT, plan
 
 ROOT = Path(__file__).parents[2]
 REPORT = Path(__file__).with_name("compile_report.py")
@@ -111,3 +112,12 @@ def test_no_recompilation_when_batch_or_length_changes(compiled):
     for same in (results[:3], results[3:]):
         for direction in range(2):
             assert len({result[direction]["hash"] for result in same}) == 1
+
+
+@pytest.mark.parametrize("cell", LARGEST)
+def test_a_card_with_little_shared_memory(cell):
+    """It gets the kernels that need little: consumer cards have 99 KB, which the large tiles exceed."""
+    for hidden in (128, 256, 512):
+        for dtype in (torch.float32, torch.bfloat16):
+            little = plan(cell, hidden, dtype, allow_tf32=False, shared_bytes=99 * 1024)
+            assert (little.kernel, little.dot) == ("block", False) or (little.kernel == "step" and not little.resident)

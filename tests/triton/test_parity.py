@@ -66,7 +66,7 @@ def launch(device: torch.device):
 @pytest.mark.parametrize(("cell", "kernel", "shape", "dtype"), CASES)
 def test_matches_the_reference(launch, monkeypatch, device, cell, kernel, shape, dtype):
     """Forward and all gradients, each side reading its own tape and the other's."""
-    monkeypatch.setattr(launch, "plan", lambda cell, hidden, dtype, tf32: KERNELS[kernel](hidden))
+    monkeypatch.setattr(launch, "plan", lambda cell, hidden, *_: KERNELS[kernel](hidden))
     layer = random_layer(cell, **SHAPES[shape], dtype=dtype, device=device)
     wide = widened(layer)
     truth = reference.forward(*wide, True)
@@ -100,7 +100,7 @@ def test_planned_kernels(launch, device, cell, hidden, dtype):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_row_does_not_depend_on_the_batch_or_on_chunks(launch, monkeypatch, device, kernel):
     """Bit for bit; and NaN in one row stays in that row."""
-    monkeypatch.setattr(launch, "plan", lambda cell, hidden, dtype, tf32: KERNELS[kernel](hidden))
+    monkeypatch.setattr(launch, "plan", lambda cell, hidden, *_: KERNELS[kernel](hidden))
     batch, steps = 3, 4
     layer = random_layer("lstm", 10, batch, steps, torch.float32, device=device)
     input, *weights, h_0, c_0, _, cell, bidirectional = layer

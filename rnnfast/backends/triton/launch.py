@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from rnnfast.backends.triton import block, cells, step
-from rnnfast.backends.triton.plan import Plan, plan, unsupported
+from rnnfast.backends.triton.plan import AMPLE_SHARED_BYTES, Plan, plan, unsupported
 from rnnfast.cells import CELLS
 
 
@@ -74,7 +74,7 @@ def forward(
     else:
         gx, ids = _gate_inputs(input, w_ih, b_ih)
         walk = _walk(h_0, rows, batch_sizes, bidirectional)
-        how = plan(cell, hidden, h_0.dtype, torch.backends.cuda.matmul.allow_tf32)
+        how = _plan(cell, h_0)
         w = _pad_units(w_hh, how)
         tensors: tuple[Tensor | None, ...] = (
             gx,
@@ -144,7 +144,7 @@ def backward(
             d_c_0.copy_(d_c_n)
     else:
         walk = _walk(h_0, rows, batch_sizes, bidirectional)
-        how = plan(cell, hidden, h_0.dtype, torch.backends.cuda.matmul.allow_tf32)
+        how = _plan(cell, h_0)
         w = _pad_units(w_hh, how)
         tensors: tuple[Tensor | None, ...] = (
             d_output,
@@ -229,6 +229,13 @@ def _pad_units(w_hh: Tensor, how: Plan) -> Tensor:
 
 
 # ---- the scan ------------------------------------------------------------------------------------------------------
+
+
+def _plan(cell: str, h_0: Tensor) -> Plan:
+    shared_bytes = AMPLE_SHARED_BYTES
+    if h_0.is_cuda:
+        shared_bytes = getattr(torch.cuda.get_device_properties(h_0.device), "shared_memory_per_block_optin", 0)
+    return plan(cell, h_0.shape[2], h_0.dtype, torch.backends.cuda.matmul.allow_tf32, shared_bytes)
 
 
 def _on_device_of(tensor: Tensor) -> Any:

@@ -65,18 +65,21 @@ IN_REGISTERS = {
 IN_SHARED_MEMORY = {"rnn_tanh": {256: 16}, "rnn_relu": {256: 16}, "lstm": {128: 8}, "gru": {128: 16}}
 # The largest padded H for which a program of the step scan keeps its units' share of W_hh (160 KB with its operand).
 RESIDENT = {"rnn_tanh": 1024, "rnn_relu": 1024, "lstm": 512, "gru": 512}
+# Shared memory of a program that these last two ask for: that of sm_80, which sm_90 and sm_100 exceed.
+AMPLE_SHARED_BYTES = 163 * 1024
 
 
-def plan(cell: str, hidden: int, dtype: torch.dtype, allow_tf32: bool) -> Plan:
-    """Returns the kernel and tiles for a layer of `hidden` units."""
+def plan(cell: str, hidden: int, dtype: torch.dtype, allow_tf32: bool, shared_bytes: int) -> Plan:
+    """Returns the kernel and tiles for a layer of `hidden` units, a program having `shared_bytes` of shared memory."""
     half = dtype is not torch.float32
+    ample = shared_bytes >= AMPLE_SHARED_BYTES
     units = max(16, 1 << (hidden - 1).bit_length())
     if units in IN_REGISTERS[cell]:
         return Plan("block", rows=1, units=units, warps=IN_REGISTERS[cell][units], dot=False)
     # An H that is no multiple of 16 costs addresses, one for each value, which these kernels have no registers for.
-    if half and units in IN_SHARED_MEMORY[cell] and hidden % 16 == 0:
+    if ample and half and units in IN_SHARED_MEMORY[cell] and hidden % 16 == 0:
         return Plan("block", rows=16, units=units, warps=IN_SHARED_MEMORY[cell][units])
-    if units <= RESIDENT[cell] and (half or not allow_tf32):
+    if ample and units <= RESIDENT[cell] and (half or not allow_tf32):
         return Plan("step", rows=16, units=32 if half else 16, warps=8, depth=units, resident=True)
     if half:
         return Plan("step", rows=16, units=32, warps=4, depth=64, stages=2)
