@@ -115,7 +115,7 @@ def test_another_step_is_another_model(text: lm.Corpus, monkeypatch: pytest.Monk
             parameter.grad /= 2
 
     monkeypatch.setattr(chapter, "clip_gradients", halve_gradients)
-    with pytest.raises(Disagreement, match="rnnfast's (loss|parameter .) differs"):
+    with pytest.raises(Disagreement, match=r"rnnfast's (loss|parameter .) differs"):
         pipeline.check_training(pipeline.PipelineCase("rnn", 16, "training"), text, "reference")
 
 
