@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rnnfast.backends import triton as backend
+from rnnfast.dispatch import Request
 
 
 def _evaluate(device: torch.device, name: str, x: torch.Tensor) -> torch.Tensor:
@@ -52,5 +53,7 @@ def test_why_not(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setitem(os.environ, "TRITON_INTERPRET", "0")
     assert "no CUDA or ROCm device" in str(backend.why_not())
+    on_cpu = Request("gru", "cpu", torch.float32, False, False)
+    assert "runs on a GPU" in str(backend.declines(on_cpu))
     monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
     assert "not installed" in str(backend.why_not())

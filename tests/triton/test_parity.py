@@ -165,6 +165,17 @@ def test_through_autograd(device, launch, cell):
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
+def test_operator_check(device, launch, cell):
+    """The implementation honours its schema (nothing mutated, nothing aliased) and the fakes its shapes."""
+    checks = ("test_schema", "test_faketensor")
+    layer = random_layer(cell, 3, 2, 2, torch.float32, device=device)
+    torch.library.opcheck(torch.ops.rnnfast.scan_triton.default, (*layer, True), test_utils=checks)
+    ours = launch.forward(*layer, True)
+    arguments = (*random_gradients(ours), *layer, ours[0], ours[3], True, True)
+    torch.library.opcheck(torch.ops.rnnfast.scan_triton_backward.default, arguments, test_utils=checks)
+
+
 def test_unsupported(launch, device):
     layer = random_layer("lstm", 4, 2, 2, torch.float32, device=device)
     with pytest.raises(NotImplementedError, match="float64"):

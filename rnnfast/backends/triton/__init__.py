@@ -34,6 +34,8 @@ def declines(request: Any) -> str | None:
     """Returns why this backend cannot run a `rnnfast.dispatch.Request`, or None."""
     from rnnfast.backends.triton.plan import unsupported
 
+    if request.device == "cpu" and not interpreted():
+        return "it runs on a GPU, the input is on the CPU"
     reason = unsupported(request.dtype, request.projected)
     return None if reason is None else f"it {reason}"
 

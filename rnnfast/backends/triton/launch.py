@@ -99,8 +99,7 @@ def forward(
                 c_state = None if c_0 is None else c_0.to(torch.float32, copy=True)
                 tensors = (*tensors, h_state, c_state)
                 _launch_steps(step.scan_forward, h_0.device, how, walk, walk.steps, tensors, constants)
-    empty = h_0.new_empty(0)
-    return output, h_n, empty if c_n is None else c_n, empty if tape is None else tape
+    return output, h_n, h_0.new_empty(0) if c_n is None else c_n, h_0.new_empty(0) if tape is None else tape
 
 
 def backward(
@@ -171,8 +170,7 @@ def backward(
                 tensors = (*tensors, d_h_state, d_c_state)
                 _launch_steps(step.scan_backward, h_0.device, how, walk, walk.steps + 1, tensors, constants)
 
-    empty = h_0.new_empty(0)
-    gradients = [empty] * 6
+    gradients = [h_0.new_empty(0) for _ in range(6)]  # an operator's outputs share no memory
     if need_input and input.is_floating_point():
         gradients[0] = d_gx @ w_ih.flatten(0, 1)
     if need_weights:
@@ -184,7 +182,7 @@ def backward(
             gradients[4] = gradients[3].clone()
             if d_g_last is not None:
                 gradients[4].view(lanes, gates, hidden)[:, -1] = d_g_last.sum(0).view(lanes, hidden)
-    return (*gradients, d_h_0, empty if d_c_0 is None else d_c_0)
+    return (*gradients, d_h_0, h_0.new_empty(0) if d_c_0 is None else d_c_0)
 
 
 # ---- before the scan -----------------------------------------------------------------------------------------------
