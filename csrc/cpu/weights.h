@@ -11,9 +11,9 @@ template <class S, class O>
 class WeightGradients {
   using T = typename Product<O>::T;
   static constexpr int V = LANES<O>;
-  static constexpr int64_t K_BLOCK = 256;     // rows of the batch that are packed at a time
+  static constexpr int64_t K_BLOCK = 128;     // rows of the batch that are packed at a time
   static constexpr int64_t INPUT_ROWS = 48;   // rows of d_input in a task
-  static constexpr int64_t BIAS_COLUMNS = 64, ID_COLUMNS = 64;
+  static constexpr int64_t BIAS_COLUMNS = 256, ID_COLUMNS = 64;
 
   const BackwardArgs& x;
   const ScanShape& s;
@@ -40,7 +40,10 @@ class WeightGradients {
         inputs(plain_panels(s.input, V)),
         states(plain_panels(s.state, V)),
         units_(plain_panels(s.hidden, V)) {
-    block_rows = min64(96, round_up(ceil_div(gate_rows, threads), V));
+    // A task's sums, and the packed rows of one K_BLOCK, stay in L2; tasks come out equal for each thread.
+    const int64_t most = max64(s.input, max64(s.state, s.hidden)) <= 512 ? 192 : 96;
+    const int64_t rounds = ceil_div(gate_rows, threads * most);
+    block_rows = round_up(ceil_div(gate_rows, threads * rounds), V);
     const int64_t blocks = ceil_div(gate_rows, block_rows);
     kinds[0] = {x.d_input ? ceil_div(s.rows, INPUT_ROWS) : 0, &WeightGradients::input_gradient};
     kinds[1] = {x.d_w_hh ? s.lanes * blocks : 0, &WeightGradients::w_hh_gradient};
@@ -93,7 +96,7 @@ class WeightGradients {
       a_stride = round_up(K_BLOCK, V * Product<O>::depth);
       sums_stride = max64(max64(of.inputs.total_vectors, of.states.total_vectors), of.units_.total_vectors) * V;
       a = carver.take<O>(of.block_rows * a_stride);
-      w = carver.take<O>(K_BLOCK * MAX_VECTORS * V);
+      w = carver.take<O>(K_BLOCK * sums_stride);
       sums = carver.take<T>(of.block_rows * sums_stride);
     }
   };
@@ -116,10 +119,20 @@ class WeightGradients {
       using W_row = decltype(w(int64_t(0)));
       W_row w_rows[K_BLOCK];
       for (int64_t i = 0; i < k; ++i) w_rows[i] = w(k0 + i);
+      // A few rows at a time, all panels of them, so that memory is read in order; the next rows are fetched meanwhile.
+      constexpr int64_t GROUP = 8;
+      for (int64_t i = 0; i < k; i += GROUP) {
+        const int64_t n = min64(GROUP, k - i);
+        for (int64_t next = i + n; next < min64(i + n + GROUP, k); ++next)
+          for (int64_t j = 0; j < columns; j += 64 / int64_t(sizeof(*w_rows[0]))) __builtin_prefetch(w_rows[next] + j);
+        for (int64_t p = 0; p < panels.count(); ++p)
+          pack_rows<O>(buffers.w + panel_offset<O>(panels, p, k) + i * panels.width(p) * V, panels.width(p),
+                       [&](int64_t row) { return w_rows[i + row]; }, n, p * panels.vectors * V, columns);
+      }
       for (int64_t p = 0; p < panels.count(); ++p) {
         const int width = panels.width(p);
         const int64_t at_column = p * panels.vectors * V;
-        pack_rows<O>(buffers.w, width, [&](int64_t i) { return w_rows[i]; }, k, at_column, columns);
+        const O* packed = buffers.w + panel_offset<O>(panels, p, k);
         for_tiles(m_rows, width, [&](int64_t m, int count) {
           const O* rows[MAX_ROWS];
           const T* start[MAX_ROWS];
@@ -127,7 +140,7 @@ class WeightGradients {
             rows[r] = buffers.a + (m + r) * buffers.a_stride;
             start[r] = buffers.sums + (m + r) * buffers.sums_stride;
           }
-          tile_function<O>(count, width)(units<O>(k), rows, buffers.w, start, at_column, nullptr,
+          tile_function<O>(count, width)(units<O>(k), rows, packed, start, at_column, nullptr,
                                          buffers.sums + m * buffers.sums_stride + at_column, buffers.sums_stride);
         });
       }
