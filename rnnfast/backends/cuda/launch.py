@@ -93,6 +93,7 @@ def forward(
     saved = tape if tape.numel() else None
     how = plan(h_0, cell, backward=False)
     common = (cell, numbers(h_0.dtype), bidirectional, steps)
+    c_n: Tensor | None
     with _on_device_of(h_0):
         if how.kernel != "steps":
             h_n = torch.empty_like(h_0)
@@ -103,9 +104,9 @@ def forward(
             operand, product = h_0.clone(), h_state.new_empty(lanes, batch, w_hh.shape[1])
             for step in range(steps):
                 _recurrent_product(operand, w_hh.mT, product)
-                args = (gx, ids, b_hh, h_0, c_0, offsets, output, saved, *common, step, product)
-                _ops().step_forward(*args, h_state, c_state, operand)
-            h_n, c_n = (None if s is None else s.to(h_0.dtype) for s in (h_state, c_state))
+                inputs = (gx, ids, b_hh, h_0, c_0, offsets, output, saved, *common, step, product)
+                _ops().step_forward(*inputs, h_state, c_state, operand)
+            h_n, c_n = h_state.to(h_0.dtype), None if c_state is None else c_state.to(h_0.dtype)
     return output, h_n, h_0.new_empty(0) if c_n is None else c_n, tape
 
 
@@ -135,7 +136,7 @@ def backward(
     rows, gates = input.shape[0], CELLS[cell].gates
     d_gx = h_0.new_empty(rows, lanes * gates * hidden)
     d_g_last = h_0.new_empty(rows, lanes * hidden) if cell == "gru" else None
-    d_h_0: Tensor | None
+    inputs: tuple[Any, ...]  # of an operator, as they come
     d_c_0: Tensor | None
     if rows == 0:
         d_h_0 = torch.zeros_like(h_0) if d_h_n is None else d_h_n.clone()
@@ -150,18 +151,18 @@ def backward(
                 d_h_0 = torch.empty_like(h_0)
                 d_c_0 = None if c_0 is None else torch.empty_like(c_0)
                 w_hh_t = w_hh.mT.contiguous()
-                args = (d_output, d_h_n, d_c_n, w_hh_t, h_0, c_0, offsets, output, saved, d_gx, d_g_last, d_h_0, d_c_0)
-                _ops().scan_backward(*args, *common, how.team)
+                inputs = (d_output, d_h_n, d_c_n, w_hh_t, h_0, c_0, offsets, output, saved)
+                _ops().scan_backward(*inputs, d_gx, d_g_last, d_h_0, d_c_0, *common, how.team)
             else:
                 d_h_state = _state(torch.zeros_like(h_0) if d_h_n is None else d_h_n)
                 d_c_state = None if c_0 is None else _state(torch.zeros_like(c_0) if d_c_n is None else d_c_n)
                 operand, product = h_0.new_empty(lanes, batch, w_hh.shape[1]), torch.empty_like(d_h_state)
                 for step in range(steps):
-                    args = (d_output, h_0, c_0, offsets, output, saved, d_gx, d_g_last, *common, step)
-                    _ops().step_backward(*args, product if step else None, d_h_state, d_c_state, operand)
+                    inputs = (d_output, h_0, c_0, offsets, output, saved, d_gx, d_g_last, *common, step)
+                    _ops().step_backward(*inputs, product if step else None, d_h_state, d_c_state, operand)
                     _recurrent_product(operand, w_hh, product)
                 d_h_state += product
-                d_h_0, d_c_0 = (None if s is None else s.to(h_0.dtype) for s in (d_h_state, d_c_state))
+                d_h_0, d_c_0 = d_h_state.to(h_0.dtype), None if d_c_state is None else d_c_state.to(h_0.dtype)
 
     empty = h_0.new_empty(0)
     gradients: list[Tensor | None] = [None] * 6

@@ -1,0 +1,96 @@
+"""The CUDA kernels on a GPU, against the reference in float64 on the CPU. Run with `pytest -m gpu`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from rnnfast.backends.cuda import build, launch
+from rnnfast.backends.cuda.launch import Plan
+from rnnfast.cells import CELLS
+
+from .layers import DTYPES, check_against_reference, random_layer
+
+pytestmark = pytest.mark.gpu
+
+SHAPES = {
+    "small": {"hidden": 20, "batch": 6, "steps": 4, "lanes": 2},
+    "ragged token ids": {"hidden": 65, "batch": 9, "steps": 7, "lanes": 2, "ragged": True, "token_ids": True},
+    "of a block": {"hidden": 128, "batch": 33, "steps": 35},
+    "of a cluster": {"hidden": 512, "batch": 32, "steps": 35},
+    "of the chip": {"hidden": 1024, "batch": 8, "steps": 5},
+}
+# Every kernel at a size that each kind of team can hold.
+TEAMS = [
+    *(Plan("cluster", blocks, 8, 16) for blocks in (2, 4, 8, 16)),
+    *(Plan("grid", blocks, 8, 16) for blocks in (2, 13, 32)),
+    Plan("block", 1, 8, 16),
+    Plan("steps", 0, 0, 0),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _library() -> None:
+    torch.ops.load_library(str(build.library()))
+
+
+def _layer(numbers: str, cell: str = "lstm", **shape: Any) -> list[Any]:
+    torch.backends.cuda.matmul.allow_tf32 = numbers == "tf32"
+    return random_layer(cell, dtype=DTYPES[numbers], device="cuda", **shape)
+
+
+@pytest.mark.parametrize("numbers", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("cell", CELLS)
+def test_as_planned(cell, shape, numbers):
+    check_against_reference(launch.forward, launch.backward, _layer(numbers, cell, **SHAPES[shape]), numbers)
+
+
+@pytest.mark.parametrize("numbers", DTYPES)
+@pytest.mark.parametrize("plan", TEAMS, ids=lambda p: f"{p.kernel}-{p.blocks}")
+def test_every_team(monkeypatch, plan, numbers):
+    problem = ("gru", 100, 20, 2, numbers)
+    for backward in (False, True) if plan.kernel != "steps" else ():
+        refusal = torch.ops.rnnfast_cuda.check(*problem, backward, launch._limits(0, ""), plan.team)
+        if refusal:
+            pytest.skip(refusal)
+    monkeypatch.setattr(launch, "plan", lambda *_, **__: plan)
+    check_against_reference(
+        launch.forward, launch.backward, _layer(numbers, "gru", hidden=100, batch=20, steps=9, lanes=2), numbers
+    )
+
+
+@pytest.mark.parametrize("numbers", DTYPES)
+def test_runs_give_the_same_bits_on_two_streams(numbers):
+    layer = _layer(numbers, hidden=256, batch=16, steps=64)
+    expected = launch.forward(*layer, True)
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    runs = []
+    for stream in streams * 3:
+        with torch.cuda.stream(stream):
+            runs.append(launch.forward(*layer, True))
+    torch.cuda.synchronize()
+    for run in runs:
+        assert all(torch.equal(a, b) for a, b in zip(run, expected, strict=True))
+
+
+@pytest.mark.parametrize("hidden", [64, 512, 4096])
+def test_a_graph_replays_it(hidden):
+    """Block, cluster or grid, and a step at a time."""
+    layer = _layer("bfloat16", hidden=hidden, batch=8, steps=5)
+    launch.forward(*layer, True)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = launch.forward(*layer, True)
+        gradients = launch.backward(outputs[0], None, None, *layer, outputs[0], outputs[3], True, True)
+    layer[6].neg_()
+    graph.replay()
+    expected = launch.forward(*layer, True)
+    expected_gradients = launch.backward(expected[0], None, None, *layer, expected[0], expected[3], True, True)
+    torch.cuda.synchronize()
+    for a, b in zip((*outputs, *gradients), (*expected, *expected_gradients), strict=True):
+        assert torch.equal(a, b)

@@ -1,0 +1,48 @@
+"""The operator `rnnfast::scan_cuda` and the layers on it, with the emulator in the GPU's place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from rnnfast.backends import cuda
+from rnnfast.backends.cuda.launch import Plan
+from rnnfast.scan import BACKENDS, Weights, scan
+
+from .layers import random_layer
+from .test_scan import use
+
+pytestmark = pytest.mark.skipif("cuda" not in BACKENDS, reason="rnnfast::scan_cuda is not defined in rnnfast/scan.py")
+
+
+@pytest.fixture
+def _on_the_cpu(schedule, monkeypatch) -> Iterator[None]:
+    use(monkeypatch, Plan("cluster", 2, 5, 4), "float32")
+    library = cuda.register("CPU")
+    yield
+    library._destroy()
+
+
+@pytest.mark.usefixtures("_on_the_cpu")
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
+def test_gradients_through_autograd(cell):
+    input, w_ih, w_hh, b_ih, b_hh, _, h_0, c_0, sizes, _, both = random_layer(
+        cell, 9, 4, 5, torch.float32, lanes=2, ragged=True
+    )
+    leaves = [t.requires_grad_() for t in (input, w_ih, w_hh, b_ih, b_hh, h_0, c_0) if t is not None]
+
+    def gradients(backend: str) -> tuple[torch.Tensor, ...]:
+        outputs = scan(backend, input, Weights(w_ih, w_hh, b_ih, b_hh), h_0, c_0, sizes, cell, both)
+        return torch.autograd.grad(sum(out.square().sum() for out in outputs), leaves)
+
+    for ours, theirs in zip(gradients("cuda"), gradients("reference"), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.usefixtures("_on_the_cpu")
+def test_opcheck():
+    layer = random_layer("lstm", 9, 4, 3, torch.float32, lanes=2)
+    layer = [t.requires_grad_() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in layer]
+    torch.library.opcheck(torch.ops.rnnfast.scan_cuda.default, (*layer, True))
