@@ -7,7 +7,6 @@ of a PackedSequence.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +14,9 @@ from torch import Tensor
 
 from rnnfast import dispatch
 from rnnfast.cells import CELLS
-from rnnfast.scan import Weights, scan
+from rnnfast.scan import Weights, scan_layer
 
-__all__ = ["Weights", "gru", "lstm", "rnn"]
+__all__ = ["Weights", "gru", "lstm", "rnn", "step"]
 
 
 def rnn(
@@ -125,38 +124,73 @@ def _stack(
     rows = input.long() if token_ids else input
     if batch_sizes is None:
         rows = rows.reshape(-1) if token_ids else rows.reshape(-1, rows.shape[-1])
+    rows, h_n, c_n = _run_layers(
+        chosen, cell, rows, h_0, c_0, weights, batch_sizes, bidirectional, dropout if training else 0.0
+    )
+    output = rows if batch_sizes is not None else rows.view(*input.shape[:2], rows.shape[-1])
+    return output, h_n, c_n
+
+
+def step(
+    cell: str,
+    input: Tensor,
+    h_0: Tensor,
+    c_0: Tensor | None,
+    weights: Sequence[Weights],
+    *,
+    dropout: float = 0.0,
+    backend: str = dispatch.AUTO,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One time step through L layers, with little around the arithmetic.
+
+    Args:
+        cell: a key of `rnnfast.cells.CELLS`.
+        input: (B, I) of the weights' dtype, or (B,) integer token ids.
+        h_0, c_0: (L, B, P) and, for the LSTM, (L, B, H).
+        weights: one for each layer.
+        dropout: probability of zeroing an output between layers.
+
+    Returns:
+        output (B, P), h_n and c_n; c_n is empty but for the LSTM.
+
+    Raises:
+        RuntimeError, IndexError: as `rnn`.
+    """
+    w_ih, w_hh, w_hr = weights[0].w_ih, weights[0].w_hh, weights[0].w_hr
+    token_ids = not input.is_floating_point()
+    _check(cell, input.unsqueeze(0), h_0, c_0, weights, None, 1)
+    request = dispatch.Request(cell, w_hh.device.type, w_ih.dtype, token_ids, w_hr is not None)
+    chosen = dispatch.choose(request, backend).backend
+    if chosen == "torch":
+        output, h_n, c_n = _torch_stack(cell, input.unsqueeze(0), h_0, c_0, weights, None, False, dropout, dropout > 0)
+        return output.squeeze(0), h_n, c_n
+    return _run_layers(chosen, cell, input.long() if token_ids else input, h_0, c_0, weights, None, False, dropout)
+
+
+def _run_layers(
+    backend: str,
+    cell: str,
+    rows: Tensor,
+    h_0: Tensor,
+    c_0: Tensor | None,
+    weights: Sequence[Weights],
+    batch_sizes: Tensor | None,
+    bidirectional: bool,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    directions = 2 if bidirectional else 1
+    if len(weights) == directions:
+        return scan_layer(backend, rows, weights, h_0, c_0, batch_sizes, cell, bidirectional)
     h_n, c_n = [], []
     for start in range(0, len(weights), directions):
         lanes = slice(start, start + directions)
-        rows, h, c = scan(
-            chosen,
-            rows,
-            _stack_lanes(weights[lanes]),
-            h_0[lanes],
-            None if c_0 is None else c_0[lanes],
-            batch_sizes,
-            cell,
-            bidirectional,
-        )
+        c = None if c_0 is None else c_0[lanes]
+        rows, h, c = scan_layer(backend, rows, weights[lanes], h_0[lanes], c, batch_sizes, cell, bidirectional)
         h_n.append(h)
         c_n.append(c)
-        if dropout > 0 and training and start + directions < len(weights):
+        if dropout > 0 and start + directions < len(weights):
             rows = F.dropout(rows, dropout)
-    output = rows if batch_sizes is not None else rows.view(*input.shape[:2], rows.shape[-1])
-    return output, _join(h_n), _join(c_n)
-
-
-def _join(states: list[Tensor]) -> Tensor:
-    return states[0] if len(states) == 1 else torch.cat(states)
-
-
-def _stack_lanes(weights: Sequence[Weights]) -> Weights:
-    def stack(parameters: tuple[Tensor | None, ...]) -> Any:
-        given = [parameter for parameter in parameters if parameter is not None]
-        # A view where it can be: a single direction's parameters are not copied.
-        return given[0].unsqueeze(0) if len(given) == 1 else torch.stack(given) if given else None
-
-    return Weights(*(stack(parameters) for parameters in zip(*weights, strict=True)))
+    return rows, torch.cat(h_n), torch.cat(c_n)
 
 
 def _torch_stack(

@@ -7,10 +7,11 @@ compiled library is loaded; a backend registers implementations and nothing else
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import _C, Tensor
 
 from rnnfast.backends import reference
 from rnnfast.cells import CELLS
@@ -76,6 +77,59 @@ def scan(
     contiguous = [None if t is None else t.contiguous() for t in tensors]
     output, h_n, c_n, _ = op(*contiguous, batch_sizes, cell, bidirectional, save_tape)
     return output, h_n, c_n
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def scan_layer(
+    backend: str,
+    input: Tensor,
+    lanes: Sequence[Weights],
+    h_0: Tensor,
+    c_0: Tensor | None,
+    batch_sizes: Tensor | None,
+    cell: str,
+    bidirectional: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`scan` with the parameters of each lane on their own, as modules hold them.
+
+    Where no gradient is wanted, the cpu backend uses weights it has packed in an earlier call, if they are still good.
+    """
+    if backend == "cpu" and _is_plain_inference(input, lanes, h_0, c_0):
+        from rnnfast.backends import native
+
+        packed = native.packed_weights(lanes, cell, not input.is_floating_point())
+        return native.scan_packed(
+            input.contiguous(),
+            packed,
+            h_0.contiguous(),
+            None if c_0 is None else c_0.contiguous(),
+            batch_sizes,
+            bidirectional,
+        )
+    return scan(backend, input, _stack_lanes(lanes), h_0, c_0, batch_sizes, cell, bidirectional)
+
+
+def _stack_lanes(lanes: Sequence[Weights]) -> Weights:
+    def stack(parameters: tuple[Tensor | None, ...]) -> Any:
+        given = [parameter for parameter in parameters if parameter is not None]
+        # A view where it can be: a single direction's parameters are not copied.
+        return given[0].unsqueeze(0) if len(given) == 1 else torch.stack(given) if given else None
+
+    return Weights(*(stack(parameters) for parameters in zip(*lanes, strict=True)))
+
+
+def _is_plain_inference(input: Tensor, lanes: Sequence[Weights], h_0: Tensor, c_0: Tensor | None) -> bool:
+    """No gradient is wanted, and nothing (compiler, vmap, a tensor subclass) must see the operator itself."""
+    tensors = [input, h_0, *([] if c_0 is None else [c_0]), *(p for lane in lanes for p in lane if p is not None)]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return False
+    if torch.compiler.is_compiling() or _C._len_torch_dispatch_stack():
+        return False
+    if _C._functorch.maybe_current_level() is not None:
+        return False
+    return all(type(tensor) in _PLAIN for tensor in tensors)
 
 
 def _fake_forward(

@@ -109,40 +109,61 @@ def declines(request: Any) -> str | None:
 
 class _Packed(NamedTuple):
     stamp: tuple[Any, ...]
+    samples: list[Any]  # views of a few elements of each weight, and what they held
+    sampled: list[bytes]
     weights: Any
 
 
 def packed_weights(lanes: Sequence[Sequence[Any]], cell: str, ids: bool) -> Any:
     """Returns a layer's weights packed for `scan_packed`, from the last call's while they have not changed.
 
-    A change is seen by the tensors' version counters and addresses, so by everything but writes through `.data`; call
-    `forget_packed_weights()` after those. What is kept goes when a weight does.
+    A change is seen by the tensors' version counters and addresses. Writes through `.data` count no version: they are
+    seen by a sample of each weight's elements, so that only one that leaves all samples as they were needs
+    `forget_packed_weights()`. What is kept goes when a weight does.
 
     Args:
         lanes: for each direction its w_ih (G*H, I), w_hh (G*H, P), b_ih, b_hh (G*H,) or None, w_hr (P, H) or None.
         cell: "rnn_tanh", "rnn_relu", "lstm" or "gru".
         ids: the input will be token ids.
     """
-    import torch
-
     tensors = [tensor for lane in lanes for tensor in lane if tensor is not None]
     key = (cell, ids, *map(id, tensors))
-    # A tensor made in inference mode has no version; it is packed anew every time.
-    keep = not any(tensor.is_inference() for tensor in tensors)
-    stamp = tuple((tensor._version, tensor.data_ptr()) for tensor in tensors) if keep else ()
-    found = _packed.get(key) if keep else None
-    if found is not None and found.stamp == stamp:
+    found = _packed.get(key)
+    if (
+        found is not None
+        and found.stamp == tuple([(tensor._version, tensor.data_ptr()) for tensor in tensors])
+        and found.sampled == [sample.tobytes() for sample in found.samples]
+    ):
         return found.weights
+    return _pack(lanes, cell, ids, key, tensors)
+
+
+def _pack(lanes: Sequence[Sequence[Any]], cell: str, ids: bool, key: tuple[Any, ...], tensors: list[Any]) -> Any:
+    import torch
+
     load()
     with torch.no_grad():
         stacked = [None if column[0] is None else torch.stack(column) for column in zip(*lanes, strict=True)]
         packed = torch.ops.rnnfast.scan_cpu_pack(*stacked, cell, ids)
-    if keep:
-        if found is None:
-            for tensor in tensors:
-                weakref.finalize(tensor, _packed.pop, key, None)
-        _packed[key] = _Packed(stamp, packed)
+    # A tensor made in inference mode has no version, and one that is not contiguous no samples: packed anew every time.
+    if any(tensor.is_inference() or not tensor.is_contiguous() for tensor in tensors):
+        return packed
+    samples = [_sample(tensor) for tensor in tensors]
+    if key not in _packed:
+        for tensor in tensors:
+            weakref.finalize(tensor, _packed.pop, key, None)
+    stamp = tuple((tensor._version, tensor.data_ptr()) for tensor in tensors)
+    _packed[key] = _Packed(stamp, samples, [sample.tobytes() for sample in samples], packed)
     return packed
+
+
+def _sample(tensor: Any) -> Any:
+    """Some sixteen elements from all over a contiguous tensor, as a view that is quick to read again."""
+    import torch
+
+    flat = tensor.detach().view(-1)
+    flat = flat.view(torch.int16) if flat.dtype == torch.bfloat16 else flat
+    return flat.numpy()[:: max(1, flat.numel() // 16)]
 
 
 def forget_packed_weights() -> None:
