@@ -78,7 +78,9 @@ struct ForwardPair {
     const ScanParams& p = walk.p;
     row = walk.row(step, at.batch_row);
     if (row < 0) return;
-    const Sum* from = static_cast<const Sum*>(p.gx) + walk.gate(p.ids ? p.ids[row] : row, at.unit, kGates);
+    const int64_t gx_row = p.ids ? p.ids[row] : row;
+    if (gx_row < 0 || gx_row >= p.gx_rows) hw::fail("a token id is outside the vocabulary", gx_row);
+    const Sum* from = static_cast<const Sum*>(p.gx) + walk.gate(gx_row, at.unit, kGates);
 #pragma unroll
     for (int g = 0; g < kGates; ++g) {
       gx[g] = from[int64_t{g} * p.hidden];

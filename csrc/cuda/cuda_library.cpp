@@ -166,6 +166,7 @@ ScanParams forward_params(const Tensor& gx, const OptionalTensor& ids, const Opt
                           const std::string& cell, bool bidirectional, int64_t steps) {
   ScanParams p = make_params(h_0, output, offsets, cell, bidirectional, steps);
   p.gx = in(gx);
+  p.gx_rows = checked_int(gx.size(0), "rows or token ids");
   p.ids = static_cast<const int64_t*>(in(ids));
   p.b_hh = in(b_hh);
   p.h_0 = in(h_0);

@@ -237,6 +237,10 @@ inline void block_barrier() {
   emulator::meet(block.arrived, block.generation, threads());
 }
 
+inline void warp_barrier() {
+  emulator::exchange([](uint64_t*) {});
+}
+
 template <class V>
 V shuffle_xor(V value, int mask) {
   static_assert(sizeof(V) <= 8);
@@ -343,9 +347,9 @@ inline uint32_t flag_acquire(const uint32_t* flag) {
   return *flag;
 }
 inline uint64_t nanoseconds() { return emulator::machine()->nanoseconds; }
-inline void fail(const char* message, int, int, unsigned) {
-  emulator::machine()->failure = message;
-  emulator::yield();
+inline void fail(const char* message, int64_t which) {
+  emulator::machine()->failure = std::string(message) + ": " + std::to_string(which);
+  for (;;) emulator::yield();  // the scheduler ends the launch
 }
 
 inline void cluster_barrier() {

@@ -9,6 +9,7 @@
 namespace rnnfast::cuda {
 
 constexpr uint64_t kWatchdogNanoseconds = 20'000'000'000;
+constexpr unsigned kPollsACheck = 16;  // of the clock, which is slow to read
 
 template <class Operand>
 class GridExchange {
@@ -34,12 +35,15 @@ class GridExchange {
   RNNFAST_DEVICE void start() { hw::block_barrier(); }
 
   RNNFAST_DEVICE void wait(int step) {
-    const uint64_t began = hw::nanoseconds();
-    for (int peer = hw::thread(); peer < layout_.blocks; peer += hw::threads())
-      while (hw::flag_acquire(flags_ + peer) < static_cast<uint32_t>(step))
-        if (hw::nanoseconds() - began > kWatchdogNanoseconds)
-          hw::fail("a block of the grid scan did not arrive", hw::block_x() % layout_.blocks, peer,
-                   static_cast<unsigned>(step));
+    for (int peer = hw::thread(); peer < layout_.blocks; peer += hw::threads()) {
+      uint64_t deadline = 0;
+      for (unsigned polls = 1; hw::flag_acquire(flags_ + peer) < static_cast<uint32_t>(step); ++polls) {
+        if (polls % kPollsACheck) continue;
+        const uint64_t now = hw::nanoseconds();
+        if (deadline == 0) deadline = now + kWatchdogNanoseconds;
+        if (now > deadline) hw::fail("a block of the grid scan did not arrive", peer);
+      }
+    }
     hw::block_barrier();
     const int pieces = row_bytes() / 16;
     for (int i = hw::thread(); i < layout_.rows * pieces; i += hw::threads())

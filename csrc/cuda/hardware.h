@@ -12,6 +12,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cassert>
 #include <cstdio>
 
 #define RNNFAST_DEVICE __device__ __forceinline__
@@ -44,6 +45,8 @@ RNNFAST_DEVICE char* shared_memory() {
 // ---- barriers and shuffles ------------------------------------------------------------------------------------------
 
 RNNFAST_DEVICE void block_barrier() { __syncthreads(); }
+// Brings a warp's threads together again, as mma demands.
+RNNFAST_DEVICE void warp_barrier() { __syncwarp(); }
 
 template <class V>
 RNNFAST_DEVICE V shuffle_xor(V value, int mask) {
@@ -133,17 +136,17 @@ RNNFAST_DEVICE uint64_t nanoseconds() {
   return now;
 }
 
-// Ends the kernel with an error and says why.
-RNNFAST_DEVICE void fail(const char* message, int block, int waits_for, unsigned step) {
-  printf("rnnfast: %s (block %d waits for block %d at step %u)\n", message, block, waits_for, step);
-  __trap();
+// Ends the kernel with an error and says why: an assertion's message reaches the user even as the kernel dies.
+RNNFAST_DEVICE void fail(const char* message, int64_t which) {
+  printf("rnnfast: %s: %lld\n", message, static_cast<long long>(which));
+  __assert_fail(message, "rnnfast", 0, "scan");
 }
 
 // ---- clusters (sm_90): a block's shared memory is open to its peers, remote stores complete on an mbarrier ------------
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 RNNFAST_DEVICE void cluster_barrier() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
 RNNFAST_DEVICE void mbarrier_init(uint64_t* barrier, int arrivals) {
@@ -159,15 +162,19 @@ RNNFAST_DEVICE void mbarrier_expect(uint64_t* barrier, int bytes) {
 }
 
 RNNFAST_DEVICE void mbarrier_wait(uint64_t* barrier, int parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra.uni finished;\n"
-      "bra.uni again;\n"
-      "finished:\n"
-      "}" ::"r"(shared_address(barrier)), "r"(parity) : "memory");
+  uint32_t done;
+  do {
+    asm volatile(
+        "{\n"
+        ".reg .pred complete;\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 complete, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, complete;\n"
+        "}"
+        : "=r"(done)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+  } while (!done);
+  __syncwarp();
 }
 
 RNNFAST_DEVICE uint32_t remote_address(const void* local, int rank) {

@@ -94,6 +94,7 @@ struct ScanParams {
   const void* w_hh;        // forward (D, G*H, H), backward its transpose (D, H, G*H)
   const void *b_hh, *h_0, *c_0;
   const void* gx;  // (rows or ids, D*G*H) in the accumulation type: what the input adds to the gates
+  int gx_rows;
   const int64_t* ids;
   void *output, *h_n, *c_n, *tape;  // written forward, read backward
   const void *d_output, *d_h_n, *d_c_n;

@@ -206,6 +206,7 @@ class TensorCoreProduct {
 
   RNNFAST_DEVICE void multiply(const Layout& l, const char* operand, float* scratch) {
     const WarpShare share(l);
+    hw::warp_barrier();
     const int lane = hw::lane();
     for (int i = 0; i < l.groups_per_warp; ++i) {
       const int group = share.first_group + i * l.group_warps;

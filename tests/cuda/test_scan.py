@@ -121,6 +121,15 @@ def test_no_rows_and_no_steps(schedule, monkeypatch):
     assert not gradients[2].any()
 
 
+@pytest.mark.parametrize("kernel", ["cluster", "steps"])
+def test_a_token_id_outside_the_vocabulary_ends_the_kernel(schedule, monkeypatch, kernel):
+    use(monkeypatch, TEAMS[kernel][0], "float32")
+    layer = random_layer("gru", 8, 4, 3, torch.float32, token_ids=True)
+    layer[0][5] = 3
+    with pytest.raises(RuntimeError, match="outside the vocabulary: 3"):
+        launch.forward(*layer, False)
+
+
 def test_a_team_that_cannot_be_is_an_error(schedule, monkeypatch):
     use(monkeypatch, Plan("block", 1, 8, 1), "float32")
     with pytest.raises(RuntimeError, match="too many states"):

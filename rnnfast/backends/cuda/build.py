@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -29,6 +31,8 @@ def why_not() -> str | None:
         return "the package was installed without the sources of its CUDA kernels"
     if nvcc() is None:
         return "nvcc was not found: install the CUDA toolkit or set CUDA_HOME, and the kernels compile on first use"
+    if torch.version.cuda is not None and _major() != torch.version.cuda.split(".")[0]:
+        return f"nvcc is of CUDA {_major()}, PyTorch of CUDA {torch.version.cuda}: set CUDA_HOME to one that matches"
     if native._ninja() is None:
         return "ninja was not found: pip install ninja, and the kernels compile on first use"
     return None
@@ -118,6 +122,12 @@ def nvcc() -> str | None:
     return found or (str(usual) if usual.exists() else None)
 
 
+def _major() -> str:
+    found = re.search(r"release (\d+)", _nvcc_version())
+    return found[1] if found else "an unknown version"
+
+
+@cache
 def _nvcc_version() -> str:
     done = subprocess.run([nvcc() or "", "--version"], capture_output=True, text=True, check=False)
     return done.stdout
