@@ -19,8 +19,8 @@ import torch
 
 from rnnfast.backends import native
 
-_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000ULL -DUSE_CUDA"
-_NVCC_FLAGS = f"-std=c++17 -O3 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden {_ABI}"
+_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"
+_NVCC_FLAGS = f"-std=c++17 -O3 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden -DUSE_CUDA {_ABI}"
 _CXX_FLAGS = f"-std=c++17 -O2 -fPIC -fvisibility=hidden -Wall -Wextra {_ABI}"
 DEFAULT_ARCHITECTURES = ("80", "90a")
 
@@ -79,14 +79,13 @@ def compile_library(target: Path) -> None:
 def ninja_file() -> str:
     """The build, as ninja reads it."""
     folder = Path(torch.__file__).parent
-    home = Path(nvcc() or "").resolve().parent.parent
     include = f"-isystem {folder}/include -isystem {folder}/include/torch/csrc/api/include"
     targets = " ".join(f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures())
     lines = [
         "rule nvcc",
         f"  command = {nvcc()} {_NVCC_FLAGS} {targets} {include} -c $in -o $out",
         "rule cxx",
-        f"  command = {native._compiler() or 'c++'} {_CXX_FLAGS} {include} -I{home}/include -c $in -o $out",
+        f"  command = {native._compiler() or 'c++'} {_CXX_FLAGS} {include} -c $in -o $out",
         "rule link",
         f"  command = {nvcc()} -shared -cudart shared $in -o $out -L{folder}/lib -ltorch_cpu -ltorch_cuda",
     ]
