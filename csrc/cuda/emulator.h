@@ -331,6 +331,11 @@ struct MmaTf32 {
   }
 };
 
+inline Vec16 load_vector(const void* from) {
+  if (reinterpret_cast<uintptr_t>(from) % 16) emulator::machine()->failure = "misaligned vector load";
+  return *static_cast<const Vec16*>(from);
+}
+
 inline void copy_async(void* shared, const void* global) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16)
     emulator::machine()->failure = "misaligned async copy";

@@ -114,6 +114,12 @@ RNNFAST_DEVICE uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// 16 bytes in one piece.
+RNNFAST_DEVICE Vec16 load_vector(const void* from) {
+  const uint4 v = *static_cast<const uint4*>(from);
+  return {{v.x, v.y, v.z, v.w}};
+}
+
 // 16 bytes from global memory, as the L2 has them, to shared memory; complete after copies_wait().
 RNNFAST_DEVICE void copy_async(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");

@@ -219,17 +219,17 @@ class TensorCoreProduct {
           for (int j = 0; j < kRegisterChunks; ++j) {
             const int chunk = share.split + j * l.splits;
             if (chunk < l.chunks)
-              multiply_add(sums, weights_[j].word, *reinterpret_cast<const hw::Vec16*>(from + chunk * 64));
+              multiply_add(sums, weights_[j].word, hw::load_vector(from + chunk * 64));
           }
         }
         for (int j = i == 0 ? kRegisterChunks : 0; j < l.chunks_per_warp; ++j) {
           const int chunk = share.split + j * l.splits;
           if (chunk >= l.chunks) break;
           const hw::Vec16* place = slot(slot_of(l, kRegisterChunks, i, j));
-          const hw::Vec16 w0 = place[0], w1 = place[32];
+          const hw::Vec16 w0 = hw::load_vector(place), w1 = hw::load_vector(place + 32);
           const uint32_t w[2][4] = {{w0.word[0], w0.word[1], w0.word[2], w0.word[3]},
                                     {w1.word[0], w1.word[1], w1.word[2], w1.word[3]}};
-          multiply_add(sums, w, *reinterpret_cast<const hw::Vec16*>(from + chunk * 64));
+          multiply_add(sums, w, hw::load_vector(from + chunk * 64));
         }
 #pragma unroll
         for (int s = 0; s < 4; ++s) {
