@@ -24,9 +24,15 @@ RNNFAST_HD V relu(V x) {
   return x < V{} ? V{} : x;
 }
 
+// The derivative of tanh, from its value: 1 - y^2 without that form's cancellation where |y| is near 1.
+template <class V>
+RNNFAST_HD V tanh_slope(V y) {
+  return (1 - y) * (1 + y);
+}
+
 template <class V>
 RNNFAST_HD V rnn_tanh_backward(V h, V d_h) {
-  return d_h * (1 - h * h);
+  return d_h * tanh_slope(h);
 }
 
 template <class V>
@@ -49,12 +55,12 @@ RNNFAST_HD V lstm_forward(V& i, V& f, V& g, V& o, V& c) {
 template <class M, class V>
 RNNFAST_HD void lstm_backward(V& i, V& f, V& g, V& o, V c, V c_before, V d_h, V& d_c) {
   const V tanh_c = M::tanh(c);
-  const V d_c_now = d_c + d_h * o * (1 - tanh_c * tanh_c);
+  const V d_c_now = d_c + d_h * o * tanh_slope(tanh_c);
   d_c = d_c_now * f;
   o = d_h * tanh_c * o * (1 - o);
   f = d_c_now * c_before * f * (1 - f);
   const V d_i = d_c_now * g * i * (1 - i);
-  g = d_c_now * i * (1 - g * g);
+  g = d_c_now * i * tanh_slope(g);
   i = d_i;
 }
 
@@ -71,7 +77,7 @@ RNNFAST_HD V gru_forward(V& r, V& z, V& n, V h_n, V h_before) {
 // returns the gradient that reaches the state before by z alone.
 template <class M, class V>
 RNNFAST_HD V gru_backward(V& r, V& z, V& n, V& h_n, V h_before, V d_h) {
-  const V d_n = d_h * (1 - z) * (1 - n * n);
+  const V d_n = d_h * (1 - z) * tanh_slope(n);
   const V d_r = d_n * h_n * r * (1 - r);
   const V carry = d_h * z;
   z = d_h * (h_before - n) * z * (1 - z);

@@ -1,8 +1,8 @@
 // The one product of this library, out += a w on a tile of a few rows by a few vectors of columns, and the packing of
 // both operands for it.
 //
-// Each element of the result is one accumulator that adds its products in the order of k, whatever the tile's shape
-// and place: so a result depends neither on the batch around a row nor on how the work is cut or shared.
+// Each element of the result is one accumulator that adds its products in the order of k, and then to where it starts,
+// whatever the tile's shape and place: so a result depends neither on the batch around a row nor on how the work is cut or shared.
 //
 // A *unit* is the part of an operand that one vector lane multiplies at once: a number, or a pair of bfloat16 numbers
 // adjacent in k where the processor has such a product. O is the type of an operand, S that of a tensor in memory.
@@ -78,7 +78,7 @@ void tile(int64_t k_units, const O* const* a, const O* w, const typename Product
   for (int r = 0; r < R; ++r) {
     row[r] = a[r];
 #pragma GCC unroll 4
-    for (int c = 0; c < NV; ++c) sum[r][c] = load(c == NV - 1 && last ? last : start[r] + offset + c * V);
+    for (int c = 0; c < NV; ++c) sum[r][c] = Vec<typename P::T>{};
   }
   for (int64_t k = 0; k < k_units; ++k) {
     typename P::Unit wk[NV];
@@ -95,7 +95,11 @@ void tile(int64_t k_units, const O* const* a, const O* w, const typename Product
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-    for (int c = 0; c < NV; ++c) store(out + r * out_stride + c * V, sum[r][c]);
+    for (int c = 0; c < NV; ++c) {
+      // Added last: every product added to a large start would be rounded to its size.
+      const Vec<typename P::T> first = load(c == NV - 1 && last ? last : start[r] + offset + c * V);
+      store(out + r * out_stride + c * V, sum[r][c] + first);
+    }
   }
 }
 

@@ -216,14 +216,17 @@ struct Math {
     const V e = a < splat(lowest) ? V{} : fma(s.scale, s.m, s.scale);
     return (x < V{} ? e : splat(T(1))) / (e + splat(T(1)));
   }
-  // -m / (2 + m) with m = e^(-2|x|) - 1, which has no cancellation near 0.
+  // With e = e^(-2|x|) and m = e - 1: -m / (2 + m), which has no cancellation near 0; from |x| = 0.55 on
+  // 1 - 2e / (2 + m), which is rounded once where tanh is close to 1 and its slope depends on the last bit.
   RNNFAST_INLINE V tanh(V x) {
     const Int sign = (Int)x & (Int)splat(T(-0.0));
     const V a = (V)((Int)x | (Int)splat(T(-0.0)));
     const V twice = a + a;
     const auto s = SplitExp<T>::of(twice < splat(lowest) ? splat(lowest) : twice);
-    const V m = fma(s.scale, s.m, s.scale - splat(T(1)));
-    return (V)(((Int)(m / (m + splat(T(2)))) & ~(Int)splat(T(-0.0))) | sign);
+    const V e = fma(s.scale, s.m, s.scale), m = fma(s.scale, s.m, s.scale - splat(T(1)));
+    const auto large = twice < splat(T(-1.1));
+    const V q = (large ? e + e : -m) / (m + splat(T(2)));
+    return (V)((Int)(large ? splat(T(1)) - q : q) | sign);
   }
 };
 

@@ -11,7 +11,9 @@ template <class S, class O>
 class WeightGradients {
   using T = typename Product<O>::T;
   static constexpr int V = LANES<O>;
-  static constexpr int64_t K_BLOCK = 128;     // rows of the batch that are packed at a time
+  // Rows of the batch that are packed and added up at a time: sums of blocks, added in their order, round less than one
+  // long sum.
+  static constexpr int64_t K_BLOCK = 128, BIAS_BLOCK = 32;
   static constexpr int64_t INPUT_ROWS = 48;   // rows of d_input in a task
   static constexpr int64_t BIAS_COLUMNS = 256, ID_COLUMNS = 64;
 
@@ -61,7 +63,7 @@ class WeightGradients {
     ProductBuffers(*this, carver);
     Carver other(nullptr);
     other.take<T>(s.ids ? s.input * ID_COLUMNS : 0);
-    other.take<T>(BIAS_COLUMNS);
+    other.take<T>(2 * BIAS_COLUMNS);
     other.take<T>(MAX_ROWS * MAX_VECTORS * V);
     return carver.used() > other.used() ? carver.used() : other.used();
   }
@@ -216,20 +218,29 @@ class WeightGradients {
     const int64_t blocks = ceil_div(gate_rows, BIAS_COLUMNS), lane = task / blocks, first = task % blocks * BIAS_COLUMNS;
     const int64_t n = min64(BIAS_COLUMNS, gate_rows - first), at_ = lane * gate_rows + first;
     T* sums = reinterpret_cast<T*>(local);
-    std::memset(sums, 0, BIAS_COLUMNS * sizeof(T));
-    for (int64_t row = 0; row < s.rows; ++row) add_columns(sums, lane, row, first, n);
+    sum_rows(sums, n, [&](T* block, int64_t row) { add_columns(block, lane, row, first, n); });
     convert_row(at<S>(x.d_b_ih, at_), sums, n);
-    if (s.cell == Cell::gru) {
-      std::memset(sums, 0, BIAS_COLUMNS * sizeof(T));
-      for (int64_t row = 0; row < s.rows; ++row) {
+    if (s.cell == Cell::gru)
+      sum_rows(sums, n, [&](T* block, int64_t row) {
         const O* gates = d.gates_h(lane, row) + first;
         for (int64_t m = 0; m < n; m += V) {
           const int count = int(min64(V, n - m));
-          store(sums + m, load(sums + m, count) + load(gates + m, count), count);
+          store(block + m, load(block + m, count) + load(gates + m, count), count);
         }
-      }
-    }
+      });
     convert_row(at<S>(x.d_b_hh, at_), sums, n);
+  }
+
+  // sums[m] = what `add` adds for every row; sums has room for BIAS_COLUMNS twice.
+  template <class F>
+  void sum_rows(T* sums, int64_t n, F add) const {
+    T* block = sums + BIAS_COLUMNS;
+    std::memset(sums, 0, BIAS_COLUMNS * sizeof(T));
+    for (int64_t row = 0; row < s.rows;) {
+      std::memset(block, 0, BIAS_COLUMNS * sizeof(T));
+      for (const int64_t end = min64(row + BIAS_BLOCK, s.rows); row < end; ++row) add(block, row);
+      for (int64_t m = 0; m < n; m += V) store(sums + m, load(sums + m) + load(block + m));
+    }
   }
 
   // Adds over the lanes in their order, in the accumulators.

@@ -25,13 +25,19 @@ Step = Callable[[Tensor, Tensor, State], tuple[State, tuple[Tensor, ...]]]
 StepBackward = Callable[[State, Tensor, Tensor, State], tuple[Tensor, Tensor, State]]
 
 
+def _tanh_backward(d: Tensor, y: Tensor) -> Tensor:
+    """The gradient d (1 - y^2), rounded once where y is near 1 and the difference small."""
+    result: Tensor = torch.ops.aten.tanh_backward.default(d, y)
+    return result
+
+
 def _rnn_tanh(gates_x: Tensor, gates_h: Tensor, state: State) -> tuple[State, tuple[Tensor, ...]]:
     """Elman (1990): h' = tanh(gates)."""
     return (torch.tanh(gates_x + gates_h),), ()
 
 
 def _rnn_tanh_backward(d_state: State, tape: Tensor, output: Tensor, before: State) -> tuple[Tensor, Tensor, State]:
-    d_gates = d_state[0] * (1 - output * output)
+    d_gates = _tanh_backward(d_state[0], output)
     return d_gates, d_gates, (torch.zeros_like(d_gates),)
 
 
@@ -57,12 +63,12 @@ def _lstm_backward(d_state: State, tape: Tensor, output: Tensor, before: State) 
     d_h, d_c = d_state
     i, f, g, o, c = tape.chunk(5, dim=-1)
     tanh_c = c.tanh()
-    d_c = d_c + d_h * o * (1 - tanh_c * tanh_c)
+    d_c = d_c + _tanh_backward(d_h * o, tanh_c)
     d_gates = torch.cat(
         (
             d_c * g * i * (1 - i),
             d_c * before[1] * f * (1 - f),
-            d_c * i * (1 - g * g),
+            _tanh_backward(d_c * i, g),
             d_h * tanh_c * o * (1 - o),
         ),
         dim=-1,
@@ -82,7 +88,7 @@ def _gru(gates_x: Tensor, gates_h: Tensor, state: State) -> tuple[State, tuple[T
 def _gru_backward(d_state: State, tape: Tensor, output: Tensor, before: State) -> tuple[Tensor, Tensor, State]:
     (d_h,) = d_state
     r, z, n, h_n = tape.chunk(4, dim=-1)
-    d_n = d_h * (1 - z) * (1 - n * n)
+    d_n = _tanh_backward(d_h * (1 - z), n)
     d_r = d_n * h_n * r * (1 - r)
     d_z = d_h * (before[0] - n) * z * (1 - z)
     return torch.cat((d_r, d_z, d_n), dim=-1), torch.cat((d_r, d_z, d_n * r), dim=-1), (d_h * z,)
