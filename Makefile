@@ -2,9 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml setup.py requirements-dev.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
+SOURCES := pyproject.toml setup.py requirements-dev.txt $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format gpu clean
 
 demo: $(VENV)/installed
 	$(BIN)/rnnfast train --out runs/demo --overwrite
@@ -21,6 +21,10 @@ lint: $(VENV)/installed
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Uses the machine's own Python and torch, without network: tests, sanitizers, calibration and benchmarks on a GPU.
+gpu:
+	$(PYTHON) -m benchmarks.gpu
 
 # Without build isolation the compiled scan is built against the torch that it will run with.
 $(VENV)/installed: $(SOURCES)

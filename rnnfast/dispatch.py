@@ -106,6 +106,14 @@ _BACKENDS = {
             lambda: _module("triton").load(),
             lambda request: _module("triton").declines(request),
         ),
+        Backend(
+            "cuda",
+            ("cuda",),
+            "C++/CUDA kernels that keep the weights on the chip; not yet run on a GPU, so auto leaves it alone",
+            lambda: _module("cuda").why_not(),
+            lambda: _module("cuda").load(),
+            lambda request: _module("cuda").declines(request),
+        ),
         Backend("reference", (), "eager PyTorch, the definition of every cell", _nothing, _nothing, _nothing),
         Backend(
             "torch",

@@ -16,7 +16,7 @@ from torch import _C, Tensor
 from rnnfast.backends import reference
 from rnnfast.cells import CELLS
 
-BACKENDS = ("reference", "cpu", "triton")
+BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 _LAYER = (
     "Tensor input, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, Tensor h_0, Tensor? c_0, "
