@@ -1,6 +1,7 @@
 // Registers the implementations; schemas, fakes and autograd are in rnnfast/scan.py.
 #include <torch/csrc/stable/library.h>
 
+#include "cpu/generate.h"
 #include "cpu/ops.h"
 #include "cpu/peak.h"
 
@@ -9,6 +10,7 @@ STABLE_TORCH_LIBRARY_IMPL(rnnfast, CPU, m) {
   m.impl("scan_cpu_backward", TORCH_BOX(&rnnfast::scan_cpu_backward));
   m.impl("scan_cpu_pack", TORCH_BOX(&rnnfast::scan_cpu_pack));
   m.impl("scan_cpu_packed", TORCH_BOX(&rnnfast::scan_cpu_packed));
+  m.impl("generate_cpu", TORCH_BOX(&rnnfast::generate_cpu));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rnnfast, CompositeExplicitAutograd, m) {  // it takes no tensor, so no device is known

@@ -3,6 +3,7 @@
 
 #include "backward.h"
 #include "forward.h"
+#include "head.h"
 #include "weights.h"
 
 #define RNNFAST_STRING_(x) #x
@@ -123,6 +124,7 @@ const Kernels kernels{
       return by_dtype(x.shape.dtype, pack<float, float>, pack<double, double>, pack<bf16, float>, x);
     },
 #endif
+    head,
 };
 
 }  // namespace rnnfast::RNNFAST_ISA

@@ -7,11 +7,21 @@
 
 namespace rnnfast {
 
+// logits = weight (rows, columns) @ hidden + bias; bias may be null. Each is summed in the same order whatever the
+// threads, in the weight's dtype: float32 or float64.
+struct HeadArgs {
+  int64_t rows, columns;
+  DType dtype;
+  const void *weight, *bias, *hidden;
+  double* logits;
+};
+
 struct Kernels {
   const char* isa;
   void (*forward)(const ForwardArgs&, int threads);
   void (*backward)(const BackwardArgs&, int threads);
   size_t (*pack)(const ForwardArgs&);  // into `packed`, or returns the bytes it takes where that is null
+  void (*head)(const HeadArgs&, int threads);
 };
 
 // The kernels for a dtype on this machine, or of the instruction set that RNNFAST_CPU_ISA names: generic, avx2, avx512

@@ -157,14 +157,17 @@ Tensor scan_cpu_pack(Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTens
   return packed;
 }
 
+PackedWeights unpack(const Tensor& packed) {
+  PackedHeader header{};
+  char* base = static_cast<char*>(const_cast<void*>(packed.const_data_ptr()));
+  if (packed.numel() >= int64_t(PackedHeader::BYTES)) std::memcpy(&header, base, sizeof header);
+  STD_TORCH_CHECK(header.magic == PackedHeader::MAGIC, "these are not weights that scan_cpu_pack has packed");
+  return {header.layer, base + PackedHeader::BYTES};
+}
+
 std::tuple<Tensor, Tensor, Tensor> scan_cpu_packed(Tensor input, Tensor packed, Tensor h_0, OptionalTensor c_0,
                                                    OptionalTensor batch_sizes, bool bidirectional) {
-  STD_TORCH_CHECK(packed.numel() >= int64_t(PackedHeader::BYTES), "these are not weights that scan_cpu_pack has packed");
-  char* base = static_cast<char*>(const_cast<void*>(packed.const_data_ptr()));
-  PackedHeader header;
-  std::memcpy(&header, base, sizeof header);
-  const ScanShape& layer = header.layer;
-  STD_TORCH_CHECK(header.magic == PackedHeader::MAGIC, "these are not weights that scan_cpu_pack has packed");
+  const auto [layer, panels] = unpack(packed);
   STD_TORCH_CHECK(is_ids(input) == layer.ids && parse_dtype(h_0) == layer.dtype && h_0.size(2) == layer.state &&
                       h_0.size(0) == layer.lanes && (layer.ids || input.size(1) == layer.input),
                   "input or state do not fit the packed weights");
@@ -173,7 +176,7 @@ std::tuple<Tensor, Tensor, Tensor> scan_cpu_packed(Tensor input, Tensor packed, 
   Tensor c_n = c_0 ? empty(h_0, {s.lanes, s.batch, s.hidden}) : empty(h_0, {0});
   if (s.rows) {
     const ForwardArgs args{s,         data(input), nullptr,     nullptr,  nullptr,  nullptr, nullptr,
-                           data(h_0), data(c_0),   out(output), out(h_n), out(c_n), nullptr, base + PackedHeader::BYTES};
+                           data(h_0), data(c_0),   out(output), out(h_n), out(c_n), nullptr, panels};
     choose_kernels(s.dtype).forward(args, available_threads());
   }
   return {output, h_n, c_n};

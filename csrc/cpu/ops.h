@@ -7,6 +7,8 @@
 #include <string>
 #include <tuple>
 
+#include "../scan.h"
+
 namespace rnnfast {
 
 using torch::stable::Tensor;
@@ -24,6 +26,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_
     OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr, Tensor h_0, OptionalTensor c_0,
     OptionalTensor batch_sizes, std::string cell, bool bidirectional, Tensor output, Tensor tape, bool need_input,
     bool need_weights);
+
+// What scan_cpu_pack has made: the sizes of the layer, and what ForwardArgs takes as packed.
+struct PackedWeights {
+  ScanShape layer;
+  void* panels;
+};
+PackedWeights unpack(const Tensor& packed);
 
 // Packs a layer's weights once for many calls of scan_cpu_packed, which is scan_cpu without a tape. The result can be
 // used by the instruction set that made it, in this process.

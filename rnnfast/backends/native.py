@@ -37,11 +37,14 @@ _INSTRUCTION_SETS = {"generic": ""}
 if platform.machine() in ("x86_64", "AMD64"):
     _INSTRUCTION_SETS |= {"avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": f"{_AVX512} -mavx512bf16"}
 
-# Operators of this backend alone: weights packed once for many calls without gradients.
+# Operators of this backend alone: weights packed once for many calls without gradients, and what is done with them.
 _SCHEMAS = (
     "scan_cpu_pack(Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, str cell, bool ids) -> Tensor",
     "scan_cpu_packed(Tensor input, Tensor packed, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, bool bidirectional)"
     " -> (Tensor output, Tensor h_n, Tensor c_n)",
+    "generate_cpu(Tensor[] packed, Tensor? embedding, Tensor head_weight, Tensor? head_bias, Tensor h_0, Tensor? c_0,"
+    " int token, int length, Tensor? uniforms, float temperature, int? top_k, float? top_p)"
+    " -> (Tensor ids, Tensor h_n, Tensor c_n)",
 )
 
 _lock = threading.Lock()
@@ -183,6 +186,46 @@ def scan_packed(
 
     result: tuple[Any, Any, Any] = torch.ops.rnnfast.scan_cpu_packed.default(
         input, packed, h_0, c_0, batch_sizes, bidirectional
+    )
+    return result
+
+
+def generate(
+    packed: list[Any],
+    embedding: Any,
+    head_weight: Any,
+    head_bias: Any,
+    h_0: Any,
+    c_0: Any,
+    token: int,
+    length: int,
+    uniforms: Any = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> tuple[Any, Any, Any]:
+    """Feeds `token` to L layers and a linear head, picks the next token, feeds that, and so on, all in C++.
+
+    Args:
+        packed: for each layer what `packed_weights` returned; the first for ids unless there is an embedding.
+        embedding: (V, I) of the weights' dtype, float32 or float64, or None.
+        head_weight, head_bias: (V, H), and (V,) or None.
+        h_0, c_0: (L, 1, H); c_0 is None but for the LSTM.
+        length: tokens to pick.
+        uniforms: (length,) float64 in (0, 1], a draw for each token; None: the likeliest token, without a draw.
+        temperature, top_k, top_p: what to draw from, as in `rnnfast.lm.generate`.
+
+    Returns:
+        The ids (length,), int64, and the states behind all but the last of them: h_n, and c_n, which is empty but for
+        the LSTM.
+
+    Raises:
+        RuntimeError: parts that do not fit each other, or logits of which none is finite.
+    """
+    import torch
+
+    result: tuple[Any, Any, Any] = torch.ops.rnnfast.generate_cpu.default(
+        packed, embedding, head_weight, head_bias, h_0, c_0, token, length, uniforms, temperature, top_k, top_p
     )
     return result
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from rnnfast import dispatch, functional
 from rnnfast.lm.files import UserError, note
-from rnnfast.lm.model import State
+from rnnfast.lm.model import RNNLM, RNNLMScratch, State
 from rnnfast.lm.vocab import Vocab
+
+CHUNK = 64  # tokens that the native loop writes before it returns to Python, where a stream can be shown or stopped
 
 
 def encode_prefix(prefix: str, vocab: Vocab, tokens: str = "char", tell: bool = True) -> list[int]:
@@ -68,10 +72,14 @@ def _generate(
     model.eval()
     try:
         inputs, state = torch.tensor(prefix, device=device).view(-1, 1), None
-        for _ in range(length):
+        native = native_parts(model)
+        for i in range(length):
             logits, state = _step(model, inputs, state)
             token = pick(logits, temperature, top_k, top_p, generator)
             yield int(token)
+            if native is not None:
+                yield from _native(native, state, int(token), length - i - 1, temperature, top_k, top_p, generator)
+                return
             inputs = token.to(device).view(1, 1)
     finally:
         model.train(was_training)
@@ -84,23 +92,105 @@ def _step(model: nn.Module, inputs: Tensor, state: State) -> tuple[Tensor, State
     return logits[-1, 0], state
 
 
+class NativeParts(NamedTuple):
+    """A language model as the native loop takes it: see `rnnfast.backends.native.generate`."""
+
+    packed: list[Tensor]
+    embedding: Tensor | None
+    head_weight: Tensor
+    head_bias: Tensor | None
+
+
+def native_parts(model: nn.Module) -> NativeParts | None:
+    """The model's parts if the native loop can run it, else None: the loop in Python then calls the model.
+
+    It can if the model is a RNNLM or RNNLMScratch itself, in float32 or float64, on the CPU, where the `cpu` backend is
+    what its layers run on, without autocast. Both loops have the same hidden states, bit for bit, and the same draws;
+    logits may differ in their last bit. The parts hold the weights as they are now.
+    """
+    layers: list[Any]
+    if type(model) is RNNLM:
+        layers, cell, backend = model.rnn._lane_weights(), model.rnn.mode.lower(), model.rnn.backend
+        embedding = None if model.embedding is None else model.embedding.weight
+        head_weight, head_bias = model.head.weight, model.head.bias
+    elif type(model) is RNNLMScratch:
+        layers = [functional.Weights(model.W_xh.t(), model.W_hh.t(), model.b_h, torch.zeros_like(model.b_h))]
+        cell, backend, embedding = "rnn_tanh", model.backend, None
+        head_weight, head_bias = model.W_hq.t(), model.b_q
+    else:
+        return None
+    device, dtype = head_weight.device.type, head_weight.dtype
+    if device != "cpu" or dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu"):
+        return None
+    request = dispatch.Request(cell, device, dtype, embedding is None, False)
+    if dispatch.choose(request, backend).backend != "cpu":
+        return None
+    from rnnfast.backends import native
+
+    packed = [native.packed_weights([lane], cell, i == 0 and embedding is None) for i, lane in enumerate(layers)]
+    dense = [None if part is None else part.detach().contiguous() for part in (embedding, head_bias)]
+    return NativeParts(packed, dense[0], head_weight.detach().contiguous(), dense[1])
+
+
+def _native(
+    parts: NativeParts,
+    state: State,
+    token: int,
+    length: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    generator: torch.Generator,
+) -> Iterator[int]:
+    """Goes on from a state and the token to be fed to it."""
+    from rnnfast.backends import native
+
+    h, c = state if isinstance(state, tuple) else (state, None)
+    for start in range(0, length, CHUNK):
+        count = min(CHUNK, length - start)
+        draws = uniforms(count, generator) if temperature > 0 else None
+        ids, h, c_n = native.generate(*parts, h, c, token, count, draws, temperature, top_k, top_p)
+        c = None if c is None else c_n
+        chunk = ids.tolist()
+        yield from chunk
+        token = chunk[-1]
+
+
 def pick(
     logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
 ) -> Tensor:
-    """Choose a token by its logits (V,); draws happen on the CPU, so that a seed means the same on every device."""
+    """Choose a token by its logits (V,); draws happen on the CPU, so that a seed means the same on every device.
+
+    A draw inverts the cumulative distribution at one uniform number, in float64. `csrc/cpu/generate.cpp` does the same
+    operations in the same order.
+
+    Raises:
+        UserError: a draw from logits that are not finite.
+    """
     if temperature == 0:
         return logits.argmax()
     logits = logits.double().cpu()
     logits = (logits - logits.max()) / temperature  # the maximum is 0, so that no temperature overflows
     if top_k is not None and top_k < len(logits):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
-    probabilities = logits.softmax(0)
+    weights = logits.exp()
     if top_p is not None:
-        ordered, index = probabilities.sort(descending=True)
+        ordered, index = weights.sort(descending=True, stable=True)
+        cumulative = ordered.cumsum(0)
         # A token stays if the likelier ones do not yet reach top_p; the likeliest always does.
-        beyond = ordered.cumsum(0) - ordered >= top_p
-        probabilities[index[beyond]] = 0.0
-    return torch.multinomial(probabilities, 1, generator=generator)[0]
+        weights[index[cumulative - ordered >= top_p * cumulative[-1]]] = 0.0
+    cumulative = weights.cumsum(0)
+    if not cumulative[-1] > 0:
+        raise UserError("the model's logits are not finite, there is nothing to draw from: its training has diverged")
+    return torch.searchsorted(cumulative, uniforms(1, generator) * cumulative[-1])[0]
+
+
+def uniforms(count: int, generator: torch.Generator) -> Tensor:
+    """Numbers (count,) in (0, 1], float64.
+
+    Without 0, the first token whose cumulative weight reaches number * total has a weight above 0 itself.
+    """
+    return 1 - torch.rand(count, dtype=torch.float64, generator=generator)
 
 
 def _check(

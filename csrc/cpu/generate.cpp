@@ -1,0 +1,132 @@
+#include "generate.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <numeric>
+
+#include "kernels.h"
+
+namespace rnnfast {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+// A NaN counts as the greatest, as in torch.argmax.
+int64_t argmax(const std::vector<double>& logits) {
+  int64_t best = 0;
+  for (size_t v = 1; v < logits.size() && !std::isnan(logits[best]); ++v)
+    if (!(logits[v] <= logits[best])) best = int64_t(v);
+  return best;
+}
+
+struct Sampler {
+  double temperature;
+  std::optional<int64_t> top_k;
+  std::optional<double> top_p;
+  std::vector<double> ordered;
+  std::vector<int64_t> index;
+
+  // The operations of rnnfast/lm/generate.py `pick`, in its order. `weights`: the logits on entry.
+  int64_t draw(std::vector<double>& weights, double uniform) {
+    const int64_t count = int64_t(weights.size());
+    const double greatest = weights[argmax(weights)];
+    for (double& w : weights) w = (w - greatest) / temperature;
+    double least = -INFINITY;
+    if (top_k && *top_k < count) {
+      ordered = weights;
+      std::nth_element(ordered.begin(), ordered.begin() + (*top_k - 1), ordered.end(), std::greater<>());
+      least = ordered[*top_k - 1];
+    }
+    for (double& w : weights) w = w < least ? 0.0 : std::exp(w);
+    if (top_p) keep_nucleus(weights);
+    double total = 0;
+    for (double w : weights) total += w;
+    STD_TORCH_CHECK(total > 0, "the model's logits are not finite: there is nothing to draw a token from");
+    const double threshold = uniform * total;
+    double sum = weights[0];
+    int64_t token = 0;
+    while (sum < threshold && token + 1 < count) sum += weights[++token];
+    return token;
+  }
+
+ private:
+  void keep_nucleus(std::vector<double>& weights) {
+    index.resize(weights.size());
+    std::iota(index.begin(), index.end(), 0);
+    std::stable_sort(index.begin(), index.end(), [&](int64_t a, int64_t b) { return weights[a] > weights[b]; });
+    double total = 0, sum = 0;
+    for (int64_t v : index) total += weights[v];
+    for (int64_t v : index) {
+      sum += weights[v];
+      if (sum - weights[v] >= *top_p * total) weights[v] = 0;
+    }
+  }
+};
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> generate_cpu(std::vector<Tensor> packed, OptionalTensor embedding, Tensor head_weight,
+                                                OptionalTensor head_bias, Tensor h_0, OptionalTensor c_0, int64_t token,
+                                                int64_t length, OptionalTensor uniforms, double temperature,
+                                                std::optional<int64_t> top_k, std::optional<double> top_p) {
+  const ScalarType type = head_weight.scalar_type();
+  const int64_t vocab = head_weight.size(0), features = head_weight.size(1);
+  const int64_t known = embedding ? embedding->size(0) : unpack(packed.at(0)).layer.input;
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "generation is in float32 or float64");
+  STD_TORCH_CHECK(vocab <= known && token >= 0 && token < known, "a token is outside the vocabulary of the first layer");
+  const DType dtype = type == ScalarType::Float ? DType::float32 : DType::float64;
+  const int64_t element = int64_t(head_weight.element_size());
+  const Kernels& kernels = choose_kernels(dtype);
+  const int threads = available_threads();
+
+  Tensor ids = torch::stable::new_empty(h_0, {length}, ScalarType::Long);
+  Tensor h_n = torch::stable::new_empty(h_0, {h_0.size(0), 1, h_0.size(2)});
+  Tensor c_n = torch::stable::new_empty(h_0, {c_0 ? h_0.size(0) : 0, 1, h_0.size(2)});
+  const size_t state_bytes = size_t(h_0.numel() * element);
+  std::memcpy(h_n.mutable_data_ptr(), h_0.const_data_ptr(), state_bytes);
+  if (c_0) std::memcpy(c_n.mutable_data_ptr(), c_0->const_data_ptr(), state_bytes);
+
+  // The states are advanced in place: a layer's step has read them before it writes the new ones.
+  std::vector<ForwardArgs> layers;
+  std::vector<char> outputs(packed.size() * size_t(features * element));
+  int64_t inputs = embedding ? embedding->size(1) : 0;
+  for (size_t l = 0; l < packed.size(); ++l) {
+    const PackedWeights weights = unpack(packed[l]);
+    ForwardArgs x{};
+    x.shape = weights.layer;
+    x.packed = weights.panels;
+    STD_TORCH_CHECK(x.shape.lanes == 1 && x.shape.dtype == dtype && x.shape.hidden == features &&
+                        x.shape.state == features && h_0.size(2) == features && h_0.size(0) == int64_t(packed.size()) &&
+                        x.shape.ids == (l == 0 && !embedding) && (x.shape.ids || x.shape.input == inputs) &&
+                        (x.shape.cell == Cell::lstm) == c_0.has_value(),
+                    "layer ", l, " does not fit the layer before, the states or the head");
+    x.shape.steps = x.shape.batch = x.shape.rows = 1;
+    x.input = l == 0 ? static_cast<const void*>(&token) : layers[l - 1].output;
+    x.output = outputs.data() + l * size_t(features * element);
+    x.h_0 = x.h_n = static_cast<char*>(h_n.mutable_data_ptr()) + int64_t(l) * features * element;
+    if (c_0) x.c_0 = x.c_n = static_cast<char*>(c_n.mutable_data_ptr()) + int64_t(l) * features * element;
+    layers.push_back(x);
+    inputs = features;
+  }
+
+  Sampler sampler{temperature, top_k, top_p, {}, {}};
+  std::vector<double> logits(size_t(vocab), 0.0);
+  const HeadArgs head{vocab, features, dtype, head_weight.const_data_ptr(),
+                      head_bias ? head_bias->const_data_ptr() : nullptr, layers.back().output, logits.data()};
+  const double* uniform = uniforms ? static_cast<const double*>(uniforms->const_data_ptr()) : nullptr;
+  int64_t* id = static_cast<int64_t*>(ids.mutable_data_ptr());
+  for (int64_t i = 0; i < length; ++i) {
+    if (embedding)
+      layers[0].input = static_cast<const char*>(embedding->const_data_ptr()) + token * embedding->size(1) * element;
+    for (const ForwardArgs& layer : layers) kernels.forward(layer, threads);
+    kernels.head(head, threads);
+    id[i] = token = uniform ? sampler.draw(logits, uniform[i]) : argmax(logits);
+  }
+  return {ids, h_n, c_n};
+}
+
+}  // namespace rnnfast

@@ -1,0 +1,157 @@
+"""The native loop of generation against the loop in Python."""
+
+from collections.abc import Callable
+from itertools import islice
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from rnnfast import dispatch
+from rnnfast.backends import native
+from rnnfast.lm import RNNLM, RNNLMScratch, generate
+from rnnfast.lm.generate import CHUNK, native_parts
+
+if native.why_not() is not None:
+    pytest.skip(f"no cpu backend: {native.why_not()}", allow_module_level=True)
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "rnn": lambda: RNNLM(28, "rnn", 64),
+    "rnn_relu": lambda: RNNLM(28, "rnn_relu", 33),
+    "lstm": lambda: RNNLM(28, "lstm", 48),
+    "gru": lambda: RNNLM(28, "gru", 21),
+    "one unit": lambda: RNNLM(3, "gru", 1),
+    "three layers": lambda: RNNLM(28, "lstm", 24, 3, dropout=0.5),
+    "embedding": lambda: RNNLM(28, "gru", 24, 2, embedding_size=10, dropout=0.2),
+    "tied": lambda: RNNLM(301, "lstm", 24, embedding_size=24, tie_weights=True),
+    "scratch": lambda: RNNLMScratch(28, 40),
+    "float64": lambda: RNNLM(28, "lstm", 20, 2).double(),
+}
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"temperature": 1.0},
+    {"temperature": 0.3},
+    {"temperature": 1.0, "top_k": 5},
+    {"temperature": 2.0, "top_p": 0.8},
+    {"temperature": 1.0, "top_k": 9, "top_p": 0.5},
+]
+
+
+class Wrapped(nn.Module):
+    """A model that the native loop does not know, and so is called for every token."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: torch.Tensor, state: Any = None) -> Any:
+        return self.model(ids, state)
+
+
+def varied(name: str) -> nn.Module:
+    """A model whose texts vary: large parameters, and recurrent weights that neither forget nor blow up."""
+    torch.manual_seed(len(name))
+    model = MODELS[name]()
+    with torch.no_grad():
+        for label, parameter in model.named_parameters():
+            scale = 1.3 * len(parameter) ** -0.5 if "hh" in label else 1.0
+            parameter.copy_(torch.randn_like(parameter) * scale)
+    return model
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_the_same_text_as_the_python_loop(name: str, settings: dict[str, Any]) -> None:
+    model = varied(name)
+    assert native_parts(model) is not None
+    written = set()
+    for seed in range(3):
+        for prefix in ([seed], [2, 1, 2]):
+            expected = list(generate(Wrapped(model), prefix, 2 * CHUNK + 9, **settings, seed=seed))
+            assert list(generate(model, prefix, 2 * CHUNK + 9, **settings, seed=seed)) == expected
+            written |= set(expected)
+    assert len(written) >= (1 if name == "one unit" else 3)
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, CHUNK, CHUNK + 1, CHUNK + 2])
+def test_lengths_around_a_chunk(length: int) -> None:
+    model = varied("lstm")
+    whole = list(generate(model, [1], 3 * CHUNK, temperature=1.0))
+    assert list(generate(model, [1], length, temperature=1.0)) == whole[:length]
+    assert list(islice(generate(model, [1], 10**9, temperature=1.0), length)) == whole[:length]
+    assert model.training
+
+
+def test_states_and_ids_go_on_from_call_to_call() -> None:
+    parts = native_parts(varied("three layers"))
+    assert parts is not None
+    h, c = torch.zeros(3, 1, 24), torch.zeros(3, 1, 24)
+    whole, *states = native.generate(*parts, h, c, 1, 20)
+    first, h, c = native.generate(*parts, h, c, 1, 7)
+    rest, h, c = native.generate(*parts, h, c, int(first[-1]), 13)
+    assert torch.equal(torch.cat([first, rest]), whole)
+    assert torch.equal(h, states[0])
+    assert torch.equal(c, states[1])
+
+
+def test_the_states_are_the_bits_of_the_layers() -> None:
+    model = varied("three layers")
+    parts = native_parts(model)
+    assert isinstance(model, RNNLM)
+    assert parts is not None
+    ids, h, c = native.generate(*parts, torch.zeros(3, 1, 24), torch.zeros(3, 1, 24), 1, 20)
+    with torch.no_grad():
+        _, (h_n, c_n) = model.rnn.eval()(torch.cat([torch.tensor([1]), ids[:-1]]).view(-1, 1))
+    assert torch.equal(h, h_n)
+    assert torch.equal(c, c_n)
+
+
+def test_what_the_python_loop_keeps() -> None:
+    model = varied("gru")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert native_parts(model) is None
+    with dispatch.use_backend("reference"):
+        assert native_parts(model) is None
+    assert native_parts(RNNLM(28, "gru", 8, backend="reference")) is None
+    assert native_parts(RNNLM(28, "gru", 8).bfloat16()) is None
+    assert native_parts(RNNLM(28, "gru", 8, backend="cpu").to("meta")) is None
+    assert native_parts(Wrapped(model)) is None
+    assert len(list(generate(RNNLM(28, "gru", 8).bfloat16(), [1], 9, temperature=1.0))) == 9
+
+
+def test_weights_that_have_changed_are_seen_by_the_next_text() -> None:
+    model = varied("rnn")
+    before = list(generate(model, [1], 30))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.neg_()
+    after = list(generate(model, [1], 30))
+    assert after != before
+    assert after == list(generate(Wrapped(model), [1], 30))
+
+
+def test_logits_that_are_not_numbers() -> None:
+    model = varied("rnn")
+    assert isinstance(model, RNNLM)
+    with torch.no_grad():
+        model.head.bias[3] = torch.nan
+    assert list(generate(model, [1], 5)) == list(generate(Wrapped(model), [1], 5)) == [3] * 5
+    parts = native_parts(model)
+    assert parts is not None
+    with pytest.raises(RuntimeError, match="not finite"):
+        native.generate(*parts, torch.zeros(1, 1, 64), None, 1, 5, torch.ones(5, dtype=torch.float64))
+
+
+def test_parts_that_do_not_fit() -> None:
+    parts = native_parts(varied("three layers"))
+    assert parts is not None
+    h = torch.zeros(3, 1, 24)
+    with pytest.raises(RuntimeError, match="outside the vocabulary"):
+        native.generate(*parts, h, h, 28, 5)
+    with pytest.raises(RuntimeError, match="does not fit"):
+        native.generate(*parts, h, None, 1, 5)
+    with pytest.raises(RuntimeError, match="does not fit"):
+        native.generate(parts.packed[1:], torch.zeros(28, 9), *parts[2:], h[1:], h[1:], 1, 5)
+    with pytest.raises(RuntimeError, match="scan_cpu_pack"):
+        native.generate([torch.zeros(1000, dtype=torch.uint8)], *parts[1:], h, h, 1, 5)
