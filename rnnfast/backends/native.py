@@ -257,8 +257,8 @@ def compile_library(target: Path) -> None:
         (work / "build.ninja").write_text(_ninja_file(sources, compiler, torch_folder))
         done = subprocess.run([ninja, "-C", str(work)], capture_output=True, text=True, check=False)
         if done.returncode:
-            errors = [line for line in done.stdout.splitlines() if "error" in line] or done.stdout.splitlines()
-            raise RuntimeError("\n".join([f"{compiler} failed", *errors[-10:]]))
+            errors = [line for line in done.stdout.splitlines() if "error:" in line]
+            raise RuntimeError("; ".join([f"{compiler} failed", *errors[:3]]))
         os.replace(work / "library.so", target)
     finally:
         shutil.rmtree(work, ignore_errors=True)

@@ -34,8 +34,12 @@ Step = Callable[[Any], tuple[Any, Any]]
 
 
 def _torch(layer: nn.RNNBase, setup: Setup) -> Step:
-    """A torch.nn layer's, or ours."""
     return lambda state: layer(setup.input, state)
+
+
+def _ours(layer: Any, setup: Setup) -> Step:
+    x = setup.input[0]
+    return lambda state: layer.step(x, state)
 
 
 def _onnx(setup: Setup) -> Step:
@@ -75,7 +79,7 @@ def measure_stream(case: LayerCase, seconds: float, backend: str = "auto", peers
         zero = torch.zeros(1, 1, case.hidden_size)
         state: Any = (zero, zero.clone()) if case.cell == "lstm" else zero
         steps: dict[str, tuple[Step, Any]] = {
-            OURS: (_torch(setup.ours, setup), state),
+            OURS: (_ours(setup.ours, setup), state),
             TORCH: (_torch(setup.theirs, setup), state),
         }
         if peers and not {"onnx", "onnxruntime"} & set(missing()):
@@ -99,6 +103,6 @@ def _run(step: Step, state: Any) -> dict[str, Tensor]:
     for _ in range(CHECKED_STEPS):
         output, state = step(state)
     if isinstance(output, Tensor):
-        return outputs(output, state)
+        return outputs(output.view(1, 1, -1), state)
     output, *state = (torch.from_numpy(array) for array in (output[:, 0], *state))
     return outputs(output, tuple(state))
