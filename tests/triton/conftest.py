@@ -1,14 +1,9 @@
-"""Without a GPU the kernels run in Triton's interpreter, which must be switched on before Triton is imported."""
-
-import os
+"""Without a GPU the kernels run in Triton's interpreter: tests/__init__.py switches it on."""
 
 import pytest
 import torch
 
 from rnnfast.backends import triton as backend
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")
