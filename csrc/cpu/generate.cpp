@@ -122,7 +122,8 @@ std::tuple<Tensor, Tensor, Tensor> generate_cpu(std::vector<Tensor> packed, Opti
   for (int64_t i = 0; i < length; ++i) {
     if (embedding)
       layers[0].input = static_cast<const char*>(embedding->const_data_ptr()) + token * embedding->size(1) * element;
-    for (const ForwardArgs& layer : layers) kernels.forward(layer, threads);
+    // On one thread: a parallel region for each token gains next to nothing, and on a busy machine waits for a core.
+    for (const ForwardArgs& layer : layers) kernels.forward(layer, 1);
     kernels.head(head, threads);
     id[i] = token = uniform ? sampler.draw(logits, uniform[i]) : argmax(logits);
   }
