@@ -10,6 +10,7 @@ import importlib
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -78,6 +79,7 @@ def _nothing(*_: object) -> None:
     """Nothing is missing, nothing to load, nothing declined."""
 
 
+@cache
 def _module(name: str) -> Any:
     """A backend's module, imported when it is first asked for."""
     return importlib.import_module(f"rnnfast.backends.{name}")
