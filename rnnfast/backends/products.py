@@ -30,7 +30,8 @@ def gate_inputs(input: Tensor, w_ih: Tensor, b_ih: Tensor | None) -> tuple[Tenso
     if input.is_floating_point():
         return _add_bias(_product(input, weight), b_ih), None
     if weight.shape[1] <= len(input):
-        return _add_bias(_widen(weight.t().contiguous()), b_ih), input
+        # A copy even where the transpose is contiguous as it is (I = 1): the bias is added in place.
+        return _add_bias(_widen(weight.t()).clone(memory_format=torch.contiguous_format), b_ih), input
     return _add_bias(_widen(weight.t().index_select(0, input)), b_ih), None
 
 

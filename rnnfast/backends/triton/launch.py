@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from rnnfast.backends import products
 from rnnfast.backends.triton import block, cells, step
 from rnnfast.backends.triton.plan import AMPLE_SHARED_BYTES, Plan, plan, unsupported
 from rnnfast.cells import CELLS
@@ -35,13 +36,10 @@ def _walk(h_0: Tensor, rows: int, batch_sizes: Tensor | None, bidirectional: boo
     lanes, batch, hidden = h_0.shape
     if batch_sizes is None:
         return _Walk(rows // batch, batch, lanes, rows, hidden, int(bidirectional), None)
-    offsets = torch.cat((batch_sizes.new_zeros(1), batch_sizes.cumsum(0)))
-    return _Walk(len(batch_sizes), batch, lanes, rows, hidden, int(bidirectional), _copy_to(h_0.device, offsets))
-
-
-def _copy_to(device: torch.device, on_host: Tensor) -> Tensor:
-    """Copies without making the host wait for the device."""
-    return on_host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else on_host
+    offsets = products.first_rows(batch_sizes)
+    return _Walk(
+        len(batch_sizes), batch, lanes, rows, hidden, int(bidirectional), products.copy_to(h_0.device, offsets)
+    )
 
 
 def forward(
@@ -72,7 +70,7 @@ def forward(
         if c_0 is not None and c_n is not None:
             c_n.copy_(c_0)
     else:
-        gx, ids = _gate_inputs(input, w_ih, b_ih)
+        gx, ids = products.gate_inputs(input, w_ih, b_ih)
         walk = _walk(h_0, rows, batch_sizes, bidirectional)
         how = _plan(cell, h_0)
         w = _pad_units(w_hh, how)
@@ -172,16 +170,14 @@ def backward(
 
     gradients = [h_0.new_empty(0) for _ in range(6)]  # an operator's outputs share no memory
     if need_input and input.is_floating_point():
-        gradients[0] = d_gx @ w_ih.flatten(0, 1)
+        gradients[0] = products.input_gradient(d_gx, w_ih)
     if need_weights:
-        h_before = _h_before(output, h_0, batch_sizes, bidirectional)
-        gradients[1] = _d_w_ih(d_gx, input, w_ih)
-        gradients[2] = _d_w_hh(d_gx, d_g_last, h_before)
-        if b_ih is not None:
-            gradients[3] = d_gx.sum(0).view_as(b_ih)
-            gradients[4] = gradients[3].clone()
-            if d_g_last is not None:
-                gradients[4].view(lanes, gates, hidden)[:, -1] = d_g_last.sum(0).view(lanes, hidden)
+        found = products.weight_gradients(
+            d_gx, d_g_last, input, w_ih, b_ih is not None, output, h_0, batch_sizes, bidirectional
+        )
+        for index, gradient in enumerate(found, start=1):
+            if gradient is not None:
+                gradients[index] = gradient
     return (*gradients, d_h_0, h_0.new_empty(0) if d_c_0 is None else d_c_0)
 
 
@@ -192,30 +188,6 @@ def _require_supported(dtype: torch.dtype, w_hr: Tensor | None) -> None:
     reason = unsupported(dtype, w_hr is not None)
     if reason is not None:
         raise NotImplementedError(f"the triton backend {reason}; choose another backend")
-
-
-def _gate_inputs(input: Tensor, w_ih: Tensor, b_ih: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The rows the kernel adds to the recurrent product, lanes side by side in float32, and which row to take.
-
-    For token ids that is the table w_ih^T + b_ih and the ids, unless the table is larger than the rows it would serve.
-    """
-    weight = w_ih.flatten(0, 1)
-    if input.is_floating_point():
-        return _add_bias(_product(input, weight), b_ih), None
-    if weight.shape[1] <= len(input):
-        return _add_bias(weight.t().contiguous().float(), b_ih), input
-    return _add_bias(weight.t().index_select(0, input).float(), b_ih), None
-
-
-def _product(input: Tensor, weight: Tensor) -> Tensor:
-    """Returns input weight^T in float32, without rounding half types on the way."""
-    if input.dtype is not torch.float32 and input.is_cuda:
-        return torch.mm(input, weight.t(), out_dtype=torch.float32)
-    return input.float() @ weight.float().t()
-
-
-def _add_bias(rows: Tensor, bias: Tensor | None) -> Tensor:
-    return rows if bias is None else rows.add_(bias.flatten())
 
 
 def _pad_units(w_hh: Tensor, how: Plan) -> Tensor:
@@ -269,56 +241,3 @@ def _launch_steps(
 def _programs_at_once(device: torch.device) -> int:
     """How many programs surely run at the same time: one on each multiprocessor, and none where programs take turns."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
-
-
-# ---- after the scan: products parallel in time ---------------------------------------------------------------------
-
-
-def _d_w_ih(d_gx: Tensor, input: Tensor, w_ih: Tensor) -> Tensor:
-    if input.is_floating_point():
-        return (d_gx.t() @ input).view_as(w_ih)
-    # The gradient of an embedding is a segment sum in a fixed order, unlike index_add_ on a GPU.
-    rows = d_gx if d_gx.is_cuda else d_gx.float()  # a GPU accumulates half types in float32, the CPU does not
-    by_id: Tensor = torch.ops.aten.embedding_dense_backward(rows, input, w_ih.shape[2], -1, False)
-    return by_id.t().to(w_ih.dtype).contiguous().view_as(w_ih)
-
-
-def _d_w_hh(d_gx: Tensor, d_g_last: Tensor | None, h_before: list[Tensor]) -> Tensor:
-    lanes, hidden = len(h_before), h_before[0].shape[1]
-    d_w_hh = d_gx.new_empty(lanes, d_gx.shape[1] // lanes, hidden)
-    for d, h in enumerate(h_before):
-        d_gates = d_gx.unflatten(1, (lanes, -1))[:, d]
-        if d_g_last is None:
-            torch.mm(d_gates.t(), h, out=d_w_hh[d])
-        else:
-            torch.mm(d_gates[:, :-hidden].t(), h, out=d_w_hh[d, :-hidden])
-            torch.mm(d_g_last[:, d * hidden : (d + 1) * hidden].t(), h, out=d_w_hh[d, -hidden:])
-    return d_w_hh
-
-
-def _h_before(output: Tensor, h_0: Tensor, batch_sizes: Tensor | None, bidirectional: bool) -> list[Tensor]:
-    """For each lane the hidden state before every row, (N, H)."""
-    lanes, batch, hidden = h_0.shape
-    outputs = output.split(hidden, dim=1)
-    before = []
-    for d in range(lanes):
-        backwards = bidirectional and d % 2 == 1
-        if batch_sizes is None:
-            parts = (outputs[d][batch:], h_0[d]) if backwards else (h_0[d], outputs[d][:-batch])
-            before.append(torch.cat(parts) if len(output) else outputs[d])
-        else:
-            index = _copy_to(output.device, _rows_before(batch_sizes, backwards))
-            before.append(torch.cat((outputs[d], h_0[d])).index_select(0, index))
-    return before
-
-
-def _rows_before(batch_sizes: Tensor, backwards: bool) -> Tensor:
-    """Which row of (all rows, then the batch's initial states) comes before each row of a ragged batch."""
-    steps, rows = len(batch_sizes), int(batch_sizes.sum())
-    step = torch.repeat_interleave(torch.arange(steps), batch_sizes)
-    row = torch.arange(rows)
-    in_batch = row - (batch_sizes.cumsum(0) - batch_sizes)[step]
-    if backwards:
-        next_sizes = torch.cat((batch_sizes[1:], batch_sizes.new_zeros(1)))
-        return torch.where(in_batch < next_sizes[step], row + batch_sizes[step], rows + in_batch)
-    return torch.where(step > 0, row - batch_sizes[(step - 1).clamp(min=0)], rows + in_batch)
