@@ -106,14 +106,16 @@ class Backward {
   void run_item(const Item& item, const Local& local, Barrier& barrier) const {
     if (local.member == 0) init_carries(item);
     barrier.wait(local.members);
+    const Walk<O> walk(w_hh, states, gate_rows, item, local.member, local.members);
     for (int64_t step = s.steps - 1; step >= 0; --step) {
-      for (int64_t lane = item.lane; lane < item.lane_end; ++lane) state_gradient(item, local, lane, step);
+      for (int64_t i = 0; i < item.lane_end - item.lane; ++i)
+        state_gradient(item, local, walk, walk.lane(step, i), step);
       barrier.wait(local.members);
       if (!s.has_projection) continue;
       for (int64_t lane = item.lane; lane < item.lane_end; ++lane) through_projection(item, local, lane, step);
       barrier.wait(local.members);
     }
-    for (int64_t lane = item.lane; lane < item.lane_end; ++lane) initial_gradient(item, local, lane);
+    for (int64_t lane = item.lane; lane < item.lane_end; ++lane) initial_gradient(item, local, walk, lane);
     if (local.member == 0) finish_carries(item);
   }
 
@@ -151,23 +153,24 @@ class Backward {
   }
 
   // d_h = d_output + what carries over + d_gates_h(step after) w_hh, and then the gates, unless a projection is between.
-  void state_gradient(const Item& item, const Local& local, int64_t lane, int64_t step) const {
+  void state_gradient(const Item& item, const Local& local, const Walk<O>& walk, int64_t lane, int64_t step) const {
     const int64_t t = time(lane, step), rows = alive(s, item, t), first_row = s.offset_at(t) + item.first;
     // Rows [0, followed) have a step after this one; the others end here, and get the gradient of the final state.
     const int64_t after = s.reversed(lane) ? t - 1 : t + 1;
     const int64_t followed = after < 0 || after >= s.steps ? 0 : min64(rows, alive(s, item, after));
     for (int64_t r = 0; r < followed; ++r) local.a[r] = d.gates_h(lane, s.offset_at(after) + item.first + r);
-    for (int64_t p = first_panel(states, local); p < end_panel(states, local); ++p) {
+    for (int64_t i = 0; i < walk.count(); ++i) {
+      const int64_t p = walk.panel(step, i);
       const int width = states.width(p);
       const auto tiles = [&](int64_t from, int64_t n, bool ends) {
-        for_tiles(n, width, [&](int64_t row, int count) {
+        for_tiles(n, width, [&](int64_t row, int count, int64_t tile, int64_t of) {
           row += from;
           for (int r = 0; r < count; ++r) {
             local.start[r] = local.tile + r * width * V;
             start_gradient({lane, first_row + row + r, item.first + row + r, t}, p, width, ends,
                            local.tile + r * width * V);
           }
-          if (!ends) multiply(local, lane, p, count, local.a + row);
+          if (!ends) multiply(local, walk.weights(lane, p), width, count, local.a + row, walk.ahead(step, i, lane, tile, of));
           for (int r = 0; r < count; ++r)
             finish_gradient({lane, first_row + row + r, item.first + row + r, t}, p, width, local.tile + r * width * V);
         });
@@ -177,10 +180,8 @@ class Backward {
     }
   }
 
-  void multiply(const Local& local, int64_t lane, int64_t p, int count, const O* const* a) const {
-    const int width = states.width(p);
-    const O* w = w_hh + lane * packed_size<O>(states, gate_rows) + panel_offset<O>(states, p, gate_rows);
-    tile_function<O>(count, width)(units<O>(gate_rows), a, w, local.start, 0, nullptr, local.tile, width * V);
+  void multiply(const Local& local, const O* w, int width, int count, const O* const* a, Ahead ahead) const {
+    tile_function<O>(count, width)(units<O>(gate_rows), a, w, local.start, 0, nullptr, local.tile, width * V, ahead);
   }
 
   void start_gradient(const Place& place, int64_t p, int width, bool ends, T* sums) const {
@@ -217,9 +218,9 @@ class Backward {
     for (int64_t p = first_panel(units_, local); p < end_panel(units_, local); ++p) {
       const O* w = w_hr + lane * packed_size<O>(units_, s.state) + panel_offset<O>(units_, p, s.state);
       const int width = units_.width(p);
-      for_tiles(rows, width, [&](int64_t row, int count) {
+      for_tiles(rows, width, [&](int64_t row, int count, int64_t, int64_t) {
         tile_function<O>(count, width)(units<O>(s.state), local.a + row, w, local.start + row, 0, nullptr, local.tile,
-                                       width * V);
+                                       width * V, {});
         for (int r = 0; r < count; ++r)
           for (int c = 0; c < width; ++c)
             gate_gradients({lane, first_row + row + r, item.first + row + r, t}, (p * units_.vectors + c) * V,
@@ -274,15 +275,16 @@ class Backward {
     if (Product<O>::depth > 1 && j + V >= H) gates[d.width - j] = O{};  // the other half of a last, odd, pair
   }
 
-  void initial_gradient(const Item& item, const Local& local, int64_t lane) const {
+  void initial_gradient(const Item& item, const Local& local, const Walk<O>& walk, int64_t lane) const {
     const int64_t rows = item.end - item.first;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t b = item.first + r, t = s.reversed(lane) ? last_step(s, b) : 0;
       local.a[r] = d.gates_h(lane, s.offset_at(t) + b);
     }
-    for (int64_t p = first_panel(states, local); p < end_panel(states, local); ++p) {
+    for (int64_t i = 0; i < walk.count(); ++i) {
+      const int64_t p = walk.panel(-1, i);
       const int width = states.width(p);
-      for_tiles(rows, width, [&](int64_t row, int count) {
+      for_tiles(rows, width, [&](int64_t row, int count, int64_t tile, int64_t of) {
         for (int r = 0; r < count; ++r) {
           T* sums = local.tile + r * width * V;
           local.start[r] = sums;
@@ -291,7 +293,7 @@ class Backward {
             store(sums + c * V, carry_h ? load(carry_row(carry_h, lane, item.first + row + r) + j) : Vec<T>{});
           }
         }
-        multiply(local, lane, p, count, local.a + row);
+        multiply(local, walk.weights(lane, p), width, count, local.a + row, walk.ahead(-1, i, lane, tile, of));
         for (int r = 0; r < count; ++r)
           for (int c = 0; c < width; ++c) {
             const int64_t j = (p * states.vectors + c) * V;

@@ -74,12 +74,13 @@ class Forward {
   void run_item(const Item& item, const Local& local, Barrier& barrier) const {
     if (local.member == 0) init_states(item);
     barrier.wait(local.members);
+    const Walk<O> walk(packed.w_hh, packed.gates, s.state, item, local.member, local.members);
     const int64_t chunk = chunk_steps();
     for (int64_t step = 0; step < s.steps; ++step) {
       if (step % chunk == 0 && !table)
         for (int64_t lane = item.lane; lane < item.lane_end; ++lane)
           make_gates_x(item, local, lane, step, min64(step + chunk, s.steps));
-      for (int64_t lane = item.lane; lane < item.lane_end; ++lane) run_step(item, local, lane, step);
+      for (int64_t i = 0; i < item.lane_end - item.lane; ++i) run_step(item, local, walk, walk.lane(step, i), step);
       barrier.wait(local.members);
       if (!s.has_projection) continue;
       for (int64_t lane = item.lane; lane < item.lane_end; ++lane) project(item, local, lane, step);
@@ -170,9 +171,9 @@ class Forward {
       const O* w = packed.w_ih + lane * packed.ih_size() + panel_offset<O>(panels, p, s.input);
       const int64_t column = p * panels.vectors * V;
       const int width = panels.width(p);
-      for_tiles(rows, width, [&](int64_t row, int count) {
+      for_tiles(rows, width, [&](int64_t row, int count, int64_t, int64_t) {
         tile_function<O>(count, width)(units<O>(s.input), local.a + row, w, local.start + row, column, nullptr,
-                                       out + row * columns + column, columns);
+                                       out + row * columns + column, columns, {});
       });
     }
   }
@@ -191,7 +192,7 @@ class Forward {
       }
   }
 
-  void run_step(const Item& item, const Local& local, int64_t lane, int64_t step) const {
+  void run_step(const Item& item, const Local& local, const Walk<O>& walk, int64_t lane, int64_t step) const {
     const int64_t t = time(lane, step), rows = alive(s, item, t), first_row = s.offset_at(t) + item.first;
     const int64_t x_row = table ? 0 : chunk_row(item, lane, step);
     for (int64_t r = 0; r < rows; ++r) {
@@ -206,13 +207,14 @@ class Forward {
                              : gates_x(item, local, lane) + (x_row + r) * columns;
     }
     const Panels& panels = packed.gates;
-    for (int64_t p = first_panel(panels, local); p < end_panel(panels, local); ++p) {
-      const O* w = packed.w_hh + lane * packed.hh_size() + panel_offset<O>(panels, p, s.state);
+    for (int64_t i = 0; i < walk.count(); ++i) {
+      const int64_t p = walk.panel(step, i);
       const T* last = s.cell == Cell::gru ? packed.bias_n + lane * round_up(s.hidden, V) + p * V : nullptr;
       const int width = panels.width(p);
-      for_tiles(rows, width, [&](int64_t row, int count) {
-        tile_function<O>(count, width)(units<O>(s.state), local.a + row, w, local.start + row, p * panels.vectors * V,
-                                       last, local.tile, width * V);
+      for_tiles(rows, width, [&](int64_t row, int count, int64_t tile, int64_t tiles) {
+        tile_function<O>(count, width)(units<O>(s.state), local.a + row, walk.weights(lane, p), local.start + row,
+                                       p * panels.vectors * V, last, local.tile, width * V,
+                                       walk.ahead(step, i, lane, tile, tiles));
         for (int r = 0; r < count; ++r) {
           const Place place{lane, first_row + row + r, item.first + row + r, step, t};
           const T* sums = local.tile + r * width * V;
@@ -298,9 +300,9 @@ class Forward {
     for (int64_t p = first_panel(panels, local); p < end_panel(panels, local); ++p) {
       const O* w = packed.w_hr + lane * packed.hr_size() + panel_offset<O>(panels, p, s.hidden);
       const int width = panels.width(p);
-      for_tiles(rows, width, [&](int64_t row, int count) {
+      for_tiles(rows, width, [&](int64_t row, int count, int64_t, int64_t) {
         tile_function<O>(count, width)(units<O>(s.hidden), local.a + row, w, local.start + row, 0, nullptr, local.tile,
-                                       width * V);
+                                       width * V, {});
         for (int r = 0; r < count; ++r)
           for (int c = 0; c < width; ++c) {
             const int64_t j = (p * panels.vectors + c) * V;

@@ -150,9 +150,9 @@ struct Split {
 
 // Costs are in cycles of one core: a tile of one row is bound by reading its weights, not by their products.
 RNNFAST_INLINE Split split_work(const ScanShape& s, int64_t weight_vectors, int64_t step_panels, int available) {
-  constexpr int64_t BARRIER = 2000, PARALLEL_REGION = 15000, NEAR_BYTES = 700 << 10;
+  constexpr int64_t BARRIER = 2000, PARALLEL_REGION = 15000;
   const auto step = [&](int64_t rows, int64_t vectors, int64_t lanes) {
-    const int64_t least = vectors * lanes * VECTOR_BYTES <= NEAR_BYTES ? 2 : 6;
+    const int64_t least = vectors * lanes * VECTOR_BYTES <= near_bytes() ? 2 : 12;
     return lanes * vectors * max64(rows, least);
   };
   const int64_t lanes_each = ceil_div(s.lanes, available);
@@ -181,6 +181,42 @@ RNNFAST_INLINE Item item_of(const ScanShape& s, const Split& split, int64_t i) {
   const int64_t lane = i / split.items_per_lane, part = i % split.items_per_lane;
   return {lane, lane + 1, s.batch * part / split.items_per_lane, s.batch * (part + 1) / split.items_per_lane};
 }
+
+// How one member of a team walks through the weights of a scan: its panels of every lane of the item, one step from the
+// first to the last and the next one back, so that the weights last used, which are near, are used first again.
+template <class O>
+class Walk {
+ public:
+  Walk(const O* weights, const Panels& of, int64_t depth, const Item& item, int member, int members)
+      : base_(weights),
+        panels_(of),
+        k_(depth),
+        first_(of.count() * member / members),
+        count_(of.count() * (member + 1) / members - first_),
+        lane_(item.lane),
+        lanes_(item.lane_end - item.lane),
+        near_(near_bytes() / max64(1, of.vectors * units<O>(depth) * VECTOR_BYTES)) {}
+  int64_t count() const { return count_; }
+  int64_t lane(int64_t step, int64_t i) const { return lane_ + (step & 1 ? lanes_ - 1 - i : i); }
+  int64_t panel(int64_t step, int64_t i) const { return first_ + (step & 1 ? count_ - 1 - i : i); }
+  const O* weights(int64_t lane, int64_t p) const {
+    return base_ + lane * packed_size<O>(panels_, k_) + panel_offset<O>(panels_, p, k_);
+  }
+  // What tile `tile` of `tiles` of the step's i-th panel fetches: weights of the next panel, if those are no longer near and
+  // another tile of this panel leaves time for it.
+  Ahead ahead(int64_t step, int64_t i, int64_t lane, int64_t tile, int64_t tiles) const {
+    const int64_t walked = (step & 1 ? lane_ + lanes_ - 1 - lane : lane - lane_) * count_ + i + 1;
+    if (walked < near_ || tiles == 1 || i + 1 == count_) return {};
+    const int64_t next = panel(step, i + 1);
+    return share_of_panel<O>(weights(lane, next), panels_.width(next), k_, tile, tiles);
+  }
+
+ private:
+  const O* base_;
+  const Panels& panels_;
+  int64_t k_, first_, count_, lane_, lanes_;
+  int64_t near_;  // panels that stay near
+};
 
 // Rows of an item that are alive at step t.
 RNNFAST_INLINE int64_t alive(const ScanShape& s, const Item& item, int64_t t) {

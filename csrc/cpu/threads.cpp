@@ -84,6 +84,16 @@ void Barrier::wait(int members) {
   sleepers_.fetch_sub(1);
 }
 
+int64_t near_bytes() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  static const long second_level = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#else
+  constexpr long second_level = 0;
+#endif
+  constexpr int64_t USUAL = int64_t(1) << 20;
+  return (second_level > 0 ? second_level : USUAL) / 4 * 3;
+}
+
 void wish_huge_pages(void* data, size_t bytes) {
 #if defined(__linux__)
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;

@@ -24,6 +24,9 @@ class Barrier {
   std::atomic<uint32_t> sleepers_{0};
 };
 
+// Bytes of weights that stay in a core's second-level cache from step to step, beside all else that passes through it.
+int64_t near_bytes();
+
 // Asks for huge pages where a block spans some: a first touch of small pages costs more than computing what goes there.
 void wish_huge_pages(void* data, size_t bytes);
 

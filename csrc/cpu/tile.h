@@ -58,18 +58,18 @@ constexpr int max_rows(int vectors) {
   return MANY_REGISTERS ? (vectors == 4 ? 6 : 8) : (vectors == 4 ? 3 : vectors == 3 ? 4 : vectors == 2 ? 6 : 8);
 }
 
-// Rows of operand a, and where their sums start: row r adds a[r] . w to start[r][offset...]. The last vector starts
-// from `last` instead where that is given.
-template <class O>
-struct TileRows {
-  using T = typename Product<O>::T;
-  const O* a[MAX_ROWS];
-  const T* start[MAX_ROWS];
+// Memory that a tile fetches into the second-level cache while it computes, a few lines each BLOCK of k units. Weights that
+// a core's cache cannot hold stream in so at an even rate, under all tiles of the panel before, and not under its first.
+struct Ahead {
+  static constexpr int64_t BLOCK = 8;
+  const char* data = nullptr;
+  int lines = 0;
 };
 
+// Row r of the tile adds a[r] . w to start[r][offset...]; the last vector starts from `last` instead where that is given.
 template <int R, int NV, class O>
 void tile(int64_t k_units, const O* const* a, const O* w, const typename Product<O>::T* const* start, int64_t offset,
-          const typename Product<O>::T* last, typename Product<O>::T* out, int64_t out_stride) {
+          const typename Product<O>::T* last, typename Product<O>::T* out, int64_t out_stride, Ahead ahead) {
   using P = Product<O>;
   constexpr int V = LANES<O>;
   Vec<typename P::T> sum[R][NV];
@@ -80,17 +80,20 @@ void tile(int64_t k_units, const O* const* a, const O* w, const typename Product
 #pragma GCC unroll 4
     for (int c = 0; c < NV; ++c) sum[r][c] = Vec<typename P::T>{};
   }
-  for (int64_t k = 0; k < k_units; ++k) {
-    typename P::Unit wk[NV];
+  for (int64_t k = 0; k < k_units;) {
+    for (int line = 0; line < ahead.lines; ++line, ahead.data += 64) __builtin_prefetch(ahead.data, 0, 2);
+    for (const int64_t end = ahead.lines ? min64(k + Ahead::BLOCK, k_units) : k_units; k < end; ++k) {
+      typename P::Unit wk[NV];
 #pragma GCC unroll 4
-    for (int c = 0; c < NV; ++c) std::memcpy(&wk[c], w + c * V * P::depth, sizeof wk[c]);
+      for (int c = 0; c < NV; ++c) std::memcpy(&wk[c], w + c * V * P::depth, sizeof wk[c]);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const typename P::Unit ak = P::broadcast(row[r] + k * P::depth);
+      for (int r = 0; r < R; ++r) {
+        const typename P::Unit ak = P::broadcast(row[r] + k * P::depth);
 #pragma GCC unroll 4
-      for (int c = 0; c < NV; ++c) sum[r][c] = P::add(sum[r][c], ak, wk[c]);
+        for (int c = 0; c < NV; ++c) sum[r][c] = P::add(sum[r][c], ak, wk[c]);
+      }
+      w += NV * V * P::depth;
     }
-    w += NV * V * P::depth;
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
@@ -119,13 +122,13 @@ TileFn<O> tile_function(int rows, int vectors) {
   return table[vectors - 1][rows - 1];
 }
 
-// Calls f(first row, rows) for tiles of nearly equal height that cover n rows.
+// Calls f(first row, rows, tile, tiles) for tiles of nearly equal height that cover n rows.
 template <class F>
 RNNFAST_INLINE void for_tiles(int64_t n, int vectors, F f) {
   const int64_t count = ceil_div(n, max_rows(vectors));
   for (int64_t i = 0, row = 0; i < count; ++i) {
     const int64_t next = n * (i + 1) / count;
-    f(row, int(next - row));
+    f(row, int(next - row), i, count);
     row = next;
   }
 }
@@ -152,6 +155,14 @@ int64_t packed_size(const Panels& panels, int64_t k) {
 template <class O>
 RNNFAST_INLINE int64_t panel_offset(const Panels& panels, int64_t p, int64_t k) {
   return p * panels.vectors * LANES<O> * units<O>(k) * Product<O>::depth;
+}
+
+// What tile `tile` of `tiles` fetches of the panel that comes next, `width` vectors wide and k deep.
+template <class O>
+RNNFAST_INLINE Ahead share_of_panel(const O* panel, int width, int64_t k, int64_t tile, int64_t tiles) {
+  const int64_t blocks = ceil_div(units<O>(k), Ahead::BLOCK), lines = units<O>(k) * width * VECTOR_BYTES / 64;
+  const int64_t each = ceil_div(lines, tiles * blocks);
+  return {reinterpret_cast<const char*>(panel) + tile * each * blocks * 64, int(each)};
 }
 
 // LANES units adjacent in k, of one row; n numbers are there.

@@ -86,6 +86,32 @@ RNNFAST_INLINE Vec<T> splat(T x) {
   return x - Vec<T>{};
 }
 
+// c - a b, rounded as `fma` is.
+#if defined(__AVX512F__)
+RNNFAST_INLINE F32 fnma(F32 a, F32 b, F32 c) { return (F32)_mm512_fnmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+RNNFAST_INLINE F64 fnma(F64 a, F64 b, F64 c) { return (F64)_mm512_fnmadd_pd((__m512d)a, (__m512d)b, (__m512d)c); }
+#elif defined(__FMA__)
+RNNFAST_INLINE F32 fnma(F32 a, F32 b, F32 c) { return (F32)_mm256_fnmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+RNNFAST_INLINE F64 fnma(F64 a, F64 b, F64 c) { return (F64)_mm256_fnmadd_pd((__m256d)a, (__m256d)b, (__m256d)c); }
+#else
+RNNFAST_INLINE F32 fnma(F32 a, F32 b, F32 c) { return c - a * b; }
+RNNFAST_INLINE F64 fnma(F64 a, F64 b, F64 c) { return c - a * b; }
+#endif
+
+// x, but at least low, or at most high. A NaN stays one.
+#if defined(__AVX512F__)
+RNNFAST_INLINE F32 at_least(float low, F32 x) { return (F32)_mm512_max_ps((__m512)splat(low), (__m512)x); }
+RNNFAST_INLINE F32 at_most(float high, F32 x) { return (F32)_mm512_min_ps((__m512)splat(high), (__m512)x); }
+#elif defined(__AVX2__)
+RNNFAST_INLINE F32 at_least(float low, F32 x) { return (F32)_mm256_max_ps((__m256)splat(low), (__m256)x); }
+RNNFAST_INLINE F32 at_most(float high, F32 x) { return (F32)_mm256_min_ps((__m256)splat(high), (__m256)x); }
+#else
+RNNFAST_INLINE F32 at_least(float low, F32 x) { return x < splat(low) ? splat(low) : x; }
+RNNFAST_INLINE F32 at_most(float high, F32 x) { return x > splat(high) ? splat(high) : x; }
+#endif
+RNNFAST_INLINE F64 at_least(double low, F64 x) { return x < splat(low) ? splat(low) : x; }
+RNNFAST_INLINE F64 at_most(double high, F64 x) { return x > splat(high) ? splat(high) : x; }
+
 RNNFAST_INLINE float widen(float x) { return x; }
 RNNFAST_INLINE double widen(double x) { return x; }
 RNNFAST_INLINE float widen(bf16 x) {
@@ -189,7 +215,7 @@ struct ExpConstants<double> {
   static constexpr int mantissa_bits = 52, bias = 1023;
 };
 
-// 2^n and exp(r) - 1 with x = n ln2 + r, for x in [lowest, 0].
+// 2^n and exp(r) - 1 with x = n ln2 + r, for |x| <= -lowest.
 template <class T>
 struct SplitExp {
   Vec<T> scale, m;
@@ -197,7 +223,7 @@ struct SplitExp {
     using C = ExpConstants<T>;
     const Vec<T> t = fma(x, splat(C::log2e), splat(C::round));
     const Vec<T> n = t - splat(C::round);
-    const Vec<T> r = fma(n, splat(-C::ln2_low), fma(n, splat(-C::ln2_high), x));
+    const Vec<T> r = fnma(n, splat(C::ln2_low), fnma(n, splat(C::ln2_high), x));
     using Int = typename Lanes<T>::Int;
     return {(Vec<T>)(((Int)t + C::bias) << C::mantissa_bits), expm1_reduced(r)};
   }
@@ -209,23 +235,21 @@ struct Math {
   using Int = typename Lanes<T>::Int;
   static constexpr T lowest = ExpConstants<T>::lowest;
 
-  // 1 / (1 + e^-x) by e = e^-|x|, which cannot overflow and keeps relative accuracy for negative x.
+  // 1 / (1 + e^-x), which keeps relative accuracy for negative x; below `lowest` it stays at e^lowest, nearly 0.
   RNNFAST_INLINE V sigmoid(V x) {
-    const V a = x < V{} ? x : -x;
-    const auto s = SplitExp<T>::of(a < splat(lowest) ? splat(lowest) : a);
-    const V e = a < splat(lowest) ? V{} : fma(s.scale, s.m, s.scale);
-    return (x < V{} ? e : splat(T(1))) / (e + splat(T(1)));
+    const auto s = SplitExp<T>::of(-at_least(lowest, at_most(-lowest, x)));
+    return splat(T(1)) / fma(s.scale, s.m, s.scale + splat(T(1)));
   }
-  // With e = e^(-2|x|) and m = e - 1: -m / (2 + m), which has no cancellation near 0; from |x| = 0.55 on
-  // 1 - 2e / (2 + m), which is rounded once where tanh is close to 1 and its slope depends on the last bit.
+  // With e = e^(-2|x|) and m = 1 - e: m / (2 - m), which has no cancellation near 0; from |x| = 0.55 on
+  // 1 - 2e / (2 - m), which is rounded once where tanh is close to 1 and its slope depends on the last bit.
   RNNFAST_INLINE V tanh(V x) {
     const Int sign = (Int)x & (Int)splat(T(-0.0));
-    const V a = (V)((Int)x | (Int)splat(T(-0.0)));
-    const V twice = a + a;
-    const auto s = SplitExp<T>::of(twice < splat(lowest) ? splat(lowest) : twice);
-    const V e = fma(s.scale, s.m, s.scale), m = fma(s.scale, s.m, s.scale - splat(T(1)));
+    const V negative = (V)((Int)x | (Int)splat(T(-0.0)));
+    const V twice = at_least(lowest, negative + negative);
+    const auto s = SplitExp<T>::of(twice);
+    const V e = fma(s.scale, s.m, s.scale), m = fnma(s.scale, s.m, splat(T(1)) - s.scale);
     const auto large = twice < splat(T(-1.1));
-    const V q = (large ? e + e : -m) / (m + splat(T(2)));
+    const V q = (large ? e + e : m) / (splat(T(2)) - m);
     return (V)((Int)(large ? splat(T(1)) - q : q) | sign);
   }
 };

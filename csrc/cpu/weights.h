@@ -135,7 +135,7 @@ class WeightGradients {
         const int width = panels.width(p);
         const int64_t at_column = p * panels.vectors * V;
         const O* packed = buffers.w + panel_offset<O>(panels, p, k);
-        for_tiles(m_rows, width, [&](int64_t m, int count) {
+        for_tiles(m_rows, width, [&](int64_t m, int count, int64_t, int64_t) {
           const O* rows[MAX_ROWS];
           const T* start[MAX_ROWS];
           for (int r = 0; r < count; ++r) {
@@ -143,7 +143,7 @@ class WeightGradients {
             start[r] = buffers.sums + (m + r) * buffers.sums_stride;
           }
           tile_function<O>(count, width)(units<O>(k), rows, packed, start, at_column, nullptr,
-                                         buffers.sums + m * buffers.sums_stride + at_column, buffers.sums_stride);
+                                         buffers.sums + m * buffers.sums_stride + at_column, buffers.sums_stride, {});
         });
       }
     }
@@ -249,7 +249,7 @@ class WeightGradients {
     T* sums = reinterpret_cast<T*>(local);
     for (int64_t p = 0; p < inputs.count(); ++p) {
       const int width = inputs.width(p);
-      for_tiles(n, width, [&](int64_t row, int count) {
+      for_tiles(n, width, [&](int64_t row, int count, int64_t, int64_t) {
         row += first;
         std::memset(sums, 0, sizeof(T) * size_t(count) * width * V);
         const O* a[MAX_ROWS];
@@ -258,7 +258,7 @@ class WeightGradients {
         for (int64_t lane = 0; lane < s.lanes; ++lane) {
           for (int r = 0; r < count; ++r) a[r] = d.gates_x(lane, row + r);
           const O* w = w_ih + lane * packed_size<O>(inputs, gate_rows) + panel_offset<O>(inputs, p, gate_rows);
-          tile_function<O>(count, width)(units<O>(gate_rows), a, w, start, 0, nullptr, sums, width * V);
+          tile_function<O>(count, width)(units<O>(gate_rows), a, w, start, 0, nullptr, sums, width * V, {});
         }
         for (int r = 0; r < count; ++r) {
           const int64_t column = p * inputs.vectors * V;
