@@ -6,6 +6,7 @@ from rnnfast import functional, sequences
 from rnnfast.cell_modules import GRUCell, LSTMCell, RNNCell
 from rnnfast.dispatch import backends, explain, use_backend
 from rnnfast.layers import GRU, LSTM, RNN
+from rnnfast.stream import Stream
 
 try:
     __version__ = version("rnnfast")
@@ -19,6 +20,7 @@ __all__ = [
     "GRUCell",
     "LSTMCell",
     "RNNCell",
+    "Stream",
     "backends",
     "explain",
     "functional",
