@@ -7,6 +7,7 @@ from rnnfast.cell_modules import GRUCell, LSTMCell, RNNCell
 from rnnfast.dispatch import backends, explain, use_backend
 from rnnfast.layers import GRU, LSTM, RNN
 from rnnfast.stream import Stream
+from rnnfast.swap import accelerate, restore
 
 try:
     __version__ = version("rnnfast")
@@ -21,9 +22,11 @@ __all__ = [
     "LSTMCell",
     "RNNCell",
     "Stream",
+    "accelerate",
     "backends",
     "explain",
     "functional",
+    "restore",
     "sequences",
     "use_backend",
 ]
