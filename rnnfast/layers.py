@@ -238,7 +238,7 @@ def _map_state(state: Any, function: Callable[..., Tensor], *others: Any) -> Any
     """Applies a function to a state, None, h or (h, c), part by part along with other states of the same form."""
     if state is None:
         return None
-    if isinstance(state, tuple):
+    if isinstance(state, tuple | list):
         return tuple(function(*parts) for parts in zip(state, *others, strict=True))
     return function(state, *others)
 

@@ -119,6 +119,13 @@ def test_copies_compute_the_same(name: str, backend: str) -> None:
         torch.testing.assert_close(other(input), cell(input), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", CELLS)
+def test_the_choice_of_a_backend_is_explained(name: str) -> None:
+    cell = getattr(rnnfast, name)(INPUTS, HIDDEN, backend="reference")
+    assert str(rnnfast.explain(cell, torch.randn(BATCH, INPUTS))) == "reference: asked for by name"
+    assert rnnfast.explain(cell.half(), torch.tensor([1])).backend == "reference"
+
+
 def errors() -> list[Any]:
     x, h = torch.randn(BATCH, INPUTS), torch.randn(BATCH, HIDDEN)
     return [

@@ -10,6 +10,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -89,6 +90,31 @@ def test_gradients_through_resets_are_those_of_a_loop(name: str, options: Any, t
         loss = output.square().sum() + sum(part.sin().sum() for part in parts(final))
         gradients.append(torch.autograd.grad(loss, leaves))
     torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def test_second_derivatives(backend: str) -> None:
+    layer = make("LSTM", bidirectional=True, backend=backend, dtype=torch.float64)
+    input = torch.randn(5, 3, INPUTS, dtype=torch.float64, requires_grad=True)
+    reset = torch.zeros(5, 3, dtype=torch.bool)
+    reset[2, 1] = reset[3, 0] = True
+    hx, reset_to = state_of(layer, batch=3, requires_grad=True), state_of(layer, batch=1, requires_grad=True)
+
+    def function(input: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
+        output, final = layer(input, states[:2], lengths=[5, 3, 0], reset=reset, reset_to=states[2:])
+        return output, *final
+
+    inputs = (input, *hx, *reset_to)
+    assert gradcheck(function, inputs)
+    assert gradgradcheck(function, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_batch_may_come_with_a_state_in_a_list(name: str) -> None:
+    layer, input = make(name), torch.randn(STEPS, BATCH, INPUTS)
+    hx = state_of(layer)
+    given = list(hx) if isinstance(hx, tuple) else hx
+    expected = layer(input, hx, lengths=[3, 9, 0, 5])
+    torch.testing.assert_close(layer(input, given, lengths=[3, 9, 0, 5]), expected, rtol=0, atol=0)
 
 
 def test_what_lies_before_a_reset_is_forgotten() -> None:
