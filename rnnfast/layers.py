@@ -95,6 +95,9 @@ class _DropIn(nn.RNNBase):
         batched = dims == 2
         if hx is not None:
             self._check_state_dims(hx, batched, input.dim())
+        if reset is not None and reset.shape != input.shape[:dims]:
+            expected, given = tuple(input.shape[:dims]), tuple(reset.shape)
+            raise ValueError(f"reset must have the input's shape without features, {expected}, got {given}")
         if reset_to is not None:
             self._check_state_dims(reset_to, batched, input.dim())
         if not batched:
@@ -105,7 +108,7 @@ class _DropIn(nn.RNNBase):
             reset = reset if reset is None else reset.unsqueeze(-1)
         elif self.batch_first:
             input = input.transpose(0, 1)
-            reset = reset if reset is None else reset.transpose(0, 1) if reset.dim() == 2 else reset
+            reset = reset if reset is None else reset.transpose(0, 1)
         if cuts:
             segments = sequences.cut(input.shape[0], input.shape[1], lengths, reset, input.device)
             output, state = self._run_segments(input, hx, segments, reset_to)

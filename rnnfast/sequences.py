@@ -150,8 +150,5 @@ def _check_reset(steps: int, batch: int, reset: Tensor) -> Tensor:
     if reset.dtype != torch.bool:
         raise TypeError(f"reset must be a bool tensor, got {reset.dtype}; use reset.bool() if nonzero means a reset")
     if reset.shape != (steps, batch):
-        raise ValueError(
-            f"reset must have one entry for each step and sequence, {(steps, batch)} with time first, "
-            f"got {tuple(reset.shape)}"
-        )
+        raise ValueError(f"reset must have the shape {(steps, batch)}, got {tuple(reset.shape)}")
     return reset

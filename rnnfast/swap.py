@@ -124,7 +124,7 @@ def _why_not(module: nn.Module) -> str | None:
     if _is_compiled(module):
         return "it was compiled by torch.jit; accelerate what it was compiled from"
     if _is_quantized(module):
-        return "it is quantized, and rnnfast computes in floating point"
+        return "it is quantized or made to be, and rnnfast computes in floating point"
     if isinstance(module, tuple(_THEIRS)):
         return "it is rnnfast's already"
     if "forward" in vars(module):

@@ -327,6 +327,21 @@ def test_more_than_65535_steps(name: str) -> None:
     torch.testing.assert_close((torch.cat((half, rest)), end), (whole, final), rtol=0, atol=0)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", LAYERS)
+def test_lengths_and_resets_on_a_gpu(name: str) -> None:
+    layer = make(name, num_layers=2, bidirectional=True, dtype=torch.float64, backend="reference")
+    input, hx = torch.randn(STEPS, BATCH, INPUTS, dtype=torch.float64), state_of(layer)
+    lengths, reset = torch.tensor([3, 9, 0, 5]), torch.rand(STEPS, BATCH) < 0.3
+    expected, final = layer(input, hx, lengths=lengths, reset=reset)
+    there = like(hx, [part.cuda() for part in parts(hx)])
+    layer = layer.cuda()
+    for where in ("cuda", "cpu"):  # the lengths and the mask may lie elsewhere
+        output, end = layer(input.cuda(), there, lengths=lengths.to(where), reset=reset.to(where))
+        torch.testing.assert_close(output.cpu(), expected)
+        torch.testing.assert_close([part.cpu() for part in parts(end)], list(parts(final)))
+
+
 def test_the_functional_form() -> None:
     layer = make("GRU", num_layers=2)
     weights = layer._lane_weights()
@@ -349,8 +364,9 @@ def test_errors_are_clear() -> None:
         (ValueError, r"one length for each of the 4 sequences, got \(3,\)", input, {"lengths": [9, 1, 1]}),
         (TypeError, "lengths must be integers, got torch.float32", input, {"lengths": torch.ones(BATCH)}),
         (TypeError, r"got torch.float32; use reset.bool\(\)", input, {"reset": reset.float()}),
-        (ValueError, r"\(9, 4\) with time first, got \(4, 9\)", input, {"reset": reset.t()}),
-        (ValueError, r"\(9, 4\) with time first, got \(9, 4, 1\)", input, {"reset": reset[..., None]}),
+        (ValueError, r"shape without features, \(9, 4\), got \(4, 9\)", input, {"reset": reset.t()}),
+        (ValueError, r"shape without features, \(9, 4\), got \(9, 4, 1\)", input, {"reset": reset[..., None]}),
+        (ValueError, r"shape without features, \(9,\), got \(9, 1\)", input[:, 0], {"reset": reset[:, :1]}),
         (ValueError, "give reset= as well", input, {"reset_to": state_of(layer)}),
         (RuntimeError, "Expected hidden size", input, {"reset": reset, "reset_to": state_of(layer, batch=3)}),
         (RuntimeError, "reset_to has dtype", input, {"reset": reset, "reset_to": state_of(layer).double()}),
@@ -363,3 +379,8 @@ def test_errors_are_clear() -> None:
     for error, message, given, options in cases:
         with pytest.raises(error, match=message):
             layer(given, **options)
+    first = make("GRU", batch_first=True)
+    with pytest.raises(ValueError, match=r"shape without features, \(4, 9\), got \(9, 4\)"):
+        first(input.transpose(0, 1), reset=reset)
+    with pytest.raises(ValueError, match=r"reset must have the shape \(9, 4\), got \(4, 9\)"):
+        rnnfast.sequences.cut(STEPS, BATCH, reset=reset.t())
