@@ -2,13 +2,31 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from rnnfast import functional
+from rnnfast import functional, sequences
+from rnnfast.cell_modules import GRUCell, LSTMCell, RNNCell
 from rnnfast.dispatch import backends, explain, use_backend
 from rnnfast.layers import GRU, LSTM, RNN
+from rnnfast.stream import Stream
+from rnnfast.swap import accelerate, restore
 
 try:
     __version__ = version("rnnfast")
 except PackageNotFoundError:  # a source tree on the path, not installed
     __version__ = "0+unknown"
 
-__all__ = ["GRU", "LSTM", "RNN", "backends", "explain", "functional", "use_backend"]
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
+    "Stream",
+    "accelerate",
+    "backends",
+    "explain",
+    "functional",
+    "restore",
+    "sequences",
+    "use_backend",
+]

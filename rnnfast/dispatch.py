@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
     from torch.nn.utils.rnn import PackedSequence
 
 AUTO = "auto"
@@ -219,17 +219,18 @@ def backends() -> BackendTable:
     return BackendTable(statuses)
 
 
-def explain(layer: nn.RNNBase, input: Tensor | PackedSequence) -> Choice:
+def explain(layer: Any, input: Tensor | PackedSequence) -> Choice:
     """Returns which backend `layer(input)` would run on and why; print it.
 
     Args:
-        layer: an `rnnfast.RNN`, `LSTM` or `GRU`.
+        layer: an `rnnfast.RNN`, `LSTM` or `GRU`, or a cell.
         input: what the layer would be called with: a floating tensor, token ids, or a PackedSequence.
     """
     data = input if isinstance(input, torch.Tensor) else input.data
-    weight = layer.weight_hh_l0
-    assert isinstance(weight, torch.Tensor)
-    request = Request(
-        layer.mode.lower(), weight.device.type, weight.dtype, not data.is_floating_point(), layer.proj_size > 0
-    )
+    is_cell = isinstance(layer, torch.nn.RNNCellBase)
+    if is_cell:
+        cell, weight, projected = layer._cell(), layer.weight_hh, False
+    else:
+        cell, weight, projected = layer.mode.lower(), layer.weight_hh_l0, layer.proj_size > 0
+    request = Request(cell, weight.device.type, weight.dtype, not data.is_floating_point(), projected)
     return choose(request, getattr(layer, "backend", AUTO))

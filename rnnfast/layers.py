@@ -7,14 +7,16 @@ Each is a subclass of its torch.nn namesake and inherits its constructor, parame
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnfast import dispatch, functional
+from rnnfast import dispatch, functional, sequences
+from rnnfast.sequences import Segments
 
 
 class _DropIn(nn.RNNBase):
@@ -30,7 +32,15 @@ class _DropIn(nn.RNNBase):
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.backend == dispatch.AUTO else f", backend={self.backend!r}")
 
-    def forward(self, input: Any, hx: Any = None) -> Any:
+    def forward(
+        self,
+        input: Any,
+        hx: Any = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        reset: Tensor | None = None,
+        reset_to: Any = None,
+    ) -> Any:
         """Runs the layer over whole sequences.
 
         T steps, B sequences, I = input_size, L = num_layers, D = 2 if bidirectional else 1, P = proj_size or
@@ -41,16 +51,32 @@ class _DropIn(nn.RNNBase):
                 token ids, which stand for one-hot vectors, of the same shapes without I; or a PackedSequence of either.
             hx: the initial state h_0 (L*D, B, P), for an LSTM (h_0, c_0) with c_0 (L*D, B, hidden_size); without B if
                 unbatched. Zeros if None.
+            lengths: (B,) integers in [0, T], in any order and on any device, or a list: the steps of each sequence.
+                What comes after them is padding: it is not read, the output there is zero, and the final state is that
+                at each sequence's own end (its initial state, if it is empty).
+            reset: bool, of the input's shape without I, on any device: True where the state is reset before that step,
+                as at the start of an episode. What comes before is forgotten, by gradients too. A backward direction
+                walks each stretch between resets on its own, from its end.
+            reset_to: what the state is reset to, in hx's form, with B columns or one for all: hx itself, say, or a
+                learned state. Zeros if None.
 
         Returns:
             output, of the shape of the input with D*P features or a PackedSequence, and the final state in hx's shape.
 
         Raises:
             ValueError, RuntimeError: as torch.nn does, for dimensions, sizes and dtypes that do not fit.
+            ValueError, TypeError: lengths or resets of the wrong shape, type or range.
             IndexError: a token id outside [0, I).
         """
         self._update_flat_weights()
+        cuts = lengths is not None or reset is not None
+        if reset_to is not None and reset is None:
+            raise ValueError("reset_to is the state that reset= returns to: give reset= as well")
         if isinstance(input, PackedSequence):
+            if cuts:
+                raise ValueError(
+                    "a PackedSequence has lengths of its own; give a padded tensor with lengths= or reset="
+                )
             data, batch_sizes, sorted_indices, unsorted_indices = input
             if hx is not None:
                 hx = self.permute_hidden(hx, sorted_indices)
@@ -69,12 +95,25 @@ class _DropIn(nn.RNNBase):
         batched = dims == 2
         if hx is not None:
             self._check_state_dims(hx, batched, input.dim())
+        if reset is not None and reset.shape != input.shape[:dims]:
+            expected, given = tuple(input.shape[:dims]), tuple(reset.shape)
+            raise ValueError(f"reset must have the input's shape without features, {expected}, got {given}")
+        if reset_to is not None:
+            self._check_state_dims(reset_to, batched, input.dim())
         if not batched:
+            if lengths is not None:
+                raise ValueError("lengths= is for a batch of sequences; of an unbatched one pass the steps there are")
             input = input.unsqueeze(1)
-            hx = _map_state(hx, lambda state: state.unsqueeze(1))
+            hx, reset_to = (_map_state(value, lambda state: state.unsqueeze(1)) for value in (hx, reset_to))
+            reset = reset if reset is None else reset.unsqueeze(-1)
         elif self.batch_first:
             input = input.transpose(0, 1)
-        output, state = self._run(input, hx, None)
+            reset = reset if reset is None else reset.transpose(0, 1)
+        if cuts:
+            segments = sequences.cut(input.shape[0], input.shape[1], lengths, reset, input.device)
+            output, state = self._run_segments(input, hx, segments, reset_to)
+        else:
+            output, state = self._run(input, hx, None)
         if not batched:
             return output.squeeze(1), _map_state(state, lambda state: state.squeeze(1))
         return output.transpose(0, 1) if self.batch_first else output, state
@@ -138,6 +177,25 @@ class _DropIn(nn.RNNBase):
             backend=self.backend,
         )
 
+    def _run_segments(self, input: Tensor, hx: Any, segments: Segments, reset_to: Any) -> tuple[Tensor, Any]:
+        """Time-major padded input, (T, B, I) or ids (T, B), as one ragged batch of segments."""
+        batch, dtype = input.shape[1], self._lane_weights()[0].w_hh.dtype
+        if hx is None:
+            hx = self._zero_state(batch, dtype, input.device)
+        if reset_to is None:
+            reset_to = _map_state(self._zero_state(1, dtype, input.device), lambda zeros, h: zeros.to(h.dtype), hx)
+        reset_to = _map_state(reset_to, lambda state: state.expand(-1, batch, -1) if state.shape[1] == 1 else state)
+        self._check_state_size(hx, batch)
+        self._check_state_size(reset_to, batch)
+        initial = _map_state(hx, functools.partial(segments.initial, bidirectional=self.bidirectional), reset_to)
+        if segments.columns.numel():
+            rows, state = self._run(segments.gather(input), initial, segments.batch_sizes)
+        else:  # every sequence is empty
+            features = self._state_sizes(batch)[0][2] * (2 if self.bidirectional else 1)
+            rows, state = torch.zeros(0, features, dtype=dtype, device=input.device), initial
+        final = _map_state(state, functools.partial(segments.final, bidirectional=self.bidirectional), hx)
+        return segments.scatter(rows), final
+
     def _weights_have_changed(self) -> bool:
         # torch.nn's own test, reached only where one of the weights is not the parameter it was.
         names_and_weights = zip(self._flat_weights_names, self._flat_weights, strict=True)
@@ -179,11 +237,13 @@ def _cast(tensor: Any, dtype: torch.dtype) -> Any:
     return None if tensor is None else tensor.to(dtype)
 
 
-def _map_state(state: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Applies a function to a state: None, h or (h, c)."""
+def _map_state(state: Any, function: Callable[..., Tensor], *others: Any) -> Any:
+    """Applies a function to a state, None, h or (h, c), part by part along with other states of the same form."""
     if state is None:
         return None
-    return tuple(function(part) for part in state) if isinstance(state, tuple) else function(state)
+    if isinstance(state, tuple | list):
+        return tuple(function(*parts) for parts in zip(state, *others, strict=True))
+    return function(state, *others)
 
 
 class RNN(_DropIn, nn.RNN):

@@ -1,4 +1,4 @@
-"""torch's own test cases for nn.RNN, nn.GRU and nn.LSTM (its `module_db`), run against our layers."""
+"""torch's own test cases for its recurrent layers and cells (its `module_db`), run against ours."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from torch.utils import _pytree as pytree
 
 import rnnfast
 
-OURS = {nn.RNN: rnnfast.RNN, nn.GRU: rnnfast.GRU, nn.LSTM: rnnfast.LSTM}
+OURS: dict[Any, Any] = {
+    getattr(nn, name): getattr(rnnfast, name) for name in ("RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell")
+}
 INFOS = [pytest.param(info, id=info.module_cls.__name__) for info in module_db if info.module_cls in OURS]
+LAYER_INFOS = [param for param in INFOS if not param.id.endswith("Cell")]
 
 
 def cases(info: ModuleInfo, dtype: torch.dtype, requires_grad: bool = False, training: bool = True) -> list[Any]:
@@ -31,8 +34,8 @@ def build(info: ModuleInfo, case: Any, backend: str, dtype: torch.dtype) -> nn.M
     return OURS[info.module_cls](*constructor.args, **constructor.kwargs, backend=backend, dtype=dtype)
 
 
-def test_all_three_are_found() -> None:
-    assert {param.id for param in INFOS} == {"RNN", "GRU", "LSTM"}
+def test_all_are_found() -> None:
+    assert {param.id for param in INFOS} == {module.__name__ for module in OURS}
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
@@ -129,7 +132,7 @@ def test_factory_kwargs_and_moves(info: ModuleInfo) -> None:
         module(*case.forward_input.args)
 
 
-@pytest.mark.parametrize("info", INFOS)
+@pytest.mark.parametrize("info", LAYER_INFOS)
 def test_train_and_eval_differ_where_there_is_dropout(info: ModuleInfo, backend: str) -> None:
     assert info.train_and_eval_differ
     module = OURS[info.module_cls](3, 4, num_layers=2, dropout=0.5, backend=backend)

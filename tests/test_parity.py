@@ -81,6 +81,7 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 @hypothesis.given(case=cases(), double=st.booleans())
 @hypothesis.settings(max_examples=120, suppress_health_check=list(hypothesis.HealthCheck))
 def test_combined_options(case: Case, double: bool, backend: str) -> None:

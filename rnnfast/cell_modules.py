@@ -1,0 +1,134 @@
+"""RNNCell, LSTMCell and GRUCell: drop-in replacements of torch.nn's, one time step a call.
+
+Each is a subclass of its torch.nn namesake and inherits its constructor, parameters, pickling and repr. Beyond
+torch.nn, each takes token ids in place of one-hot vectors, and a `backend`. For a loop that does no more than feed
+the state back, `layer.step` or `rnnfast.Stream` serve as well; a sequence that is all there is faster in one call of
+a layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rnnfast import dispatch, functional
+
+
+class _DropInCell(nn.RNNCellBase):
+    """What the three cells share: torch.nn's conventions and checks, and the step."""
+
+    backend: str = dispatch.AUTO
+
+    def __init__(self, *args: Any, backend: str = dispatch.AUTO, **kwargs: Any) -> None:
+        dispatch.check_name(backend)
+        super().__init__(*args, **kwargs)
+        self.backend = backend
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.backend == dispatch.AUTO else f", backend={self.backend!r}")
+
+    def forward(self, input: Tensor, hx: Any = None) -> Any:
+        """Runs one time step of B sequences of I = input_size inputs and H = hidden_size units.
+
+        Under autocast a state is still computed, kept and returned in the weights' dtype, except on the torch backend.
+
+        Args:
+            input: (B, I), or (I,) unbatched, of the weights' dtype; or integer token ids, which stand for one-hot
+                vectors, (B,) or (), unbatched.
+            hx: the state h (B, H), for an LSTM (h, c); without B if unbatched. Zeros if None.
+
+        Returns:
+            The next state, in hx's form.
+
+        Raises:
+            ValueError, RuntimeError: as torch.nn does, for dimensions, sizes and dtypes that do not fit.
+            IndexError: a token id outside [0, I).
+        """
+        token_ids = not (input.is_floating_point() or input.is_complex() or input.dtype == torch.bool)
+        weight = self.weight_hh
+        request = dispatch.Request(self._cell(), weight.device.type, weight.dtype, token_ids, False)
+        backend = dispatch.choose(request, self.backend).backend
+        if backend == "torch":
+            return super().forward(input, hx)
+
+        name, dims = type(self).__name__, input.dim() + token_ids
+        if dims not in (1, 2):
+            if token_ids:
+                raise ValueError(f"{name}: Expected token ids to be 0D or 1D, got {input.dim()}D instead")
+            raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
+        is_lstm = request.cell == "lstm"
+        states: list[Tensor] = [] if hx is None else list(hx) if is_lstm else [hx]
+        for index, state in enumerate(states):
+            if state.dim() not in (1, 2):
+                what = f"hx[{index}]" if is_lstm else "hidden"
+                raise ValueError(f"{name}: Expected {what} to be 1D or 2D, got {state.dim()}D instead")
+        if dims == 1:
+            input, states = input.unsqueeze(0), [state.unsqueeze(0) for state in states]
+        if hx is None:
+            states = [weight.new_zeros(input.shape[0], self.hidden_size) for _ in range(1 + is_lstm)]
+        self._check_sizes(input, states, token_ids)
+        weights = functional.Weights(self.weight_ih, weight, self.bias_ih, self.bias_hh)
+        h_0, c_0 = states[0].unsqueeze(0), states[1].unsqueeze(0) if is_lstm else None
+        if torch.is_autocast_enabled(weight.device.type):
+            input = input if token_ids else input.to(weight.dtype)
+            h_0, c_0 = h_0.to(weight.dtype), None if c_0 is None else c_0.to(weight.dtype)
+            with torch.autocast(weight.device.type, enabled=False):
+                h, _, c_n = functional.step(request.cell, input, h_0, c_0, [weights], backend=backend)
+        else:
+            h, _, c_n = functional.step(request.cell, input, h_0, c_0, [weights], backend=backend)
+        if not is_lstm:
+            return h.squeeze(0) if dims == 1 else h
+        # No view, though it has the memory of c_n, which nobody else holds: a view could not be detached in place.
+        c = torch.ops.aten._unsafe_view.default(c_n, c_n.shape[1:])
+        return (h.squeeze(0), c.squeeze(0)) if dims == 1 else (h, c)
+
+    def _cell(self) -> str:
+        raise NotImplementedError  # each cell names its row of rnnfast.cells.CELLS
+
+    def _check_sizes(self, input: Tensor, states: list[Tensor], token_ids: bool) -> None:
+        """Raises torch.nn's errors, which come from its C++."""
+        if not token_ids and input.shape[1] != self.input_size:
+            raise RuntimeError(f"input has inconsistent input_size: got {input.shape[1]} expected {self.input_size}")
+        for index, state in enumerate(states):
+            if state.shape[0] != input.shape[0]:
+                raise RuntimeError(
+                    f"Input batch size {input.shape[0]} doesn't match hidden{index} batch size {state.shape[0]}"
+                )
+            if state.shape[1] != self.hidden_size:
+                raise RuntimeError(
+                    f"hidden{index} has inconsistent hidden_size: got {state.shape[1]}, expected {self.hidden_size}"
+                )
+
+
+class RNNCell(_DropInCell, nn.RNNCell):
+    """`torch.nn.RNNCell`: h' = tanh(W_ih x + b_ih + W_hh h + b_hh), or relu (Elman 1990).
+
+    Takes torch.nn.RNNCell's arguments, and `backend`: "auto" or a name of `rnnfast.backends()`.
+    """
+
+    def _cell(self) -> str:
+        if self.nonlinearity not in ("tanh", "relu"):
+            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
+        return f"rnn_{self.nonlinearity}"
+
+
+class LSTMCell(_DropInCell, nn.LSTMCell):
+    """`torch.nn.LSTMCell` with forget gates (Gers et al. 2000).
+
+    Takes torch.nn.LSTMCell's arguments, and `backend`: "auto" or a name of `rnnfast.backends()`.
+    """
+
+    def _cell(self) -> str:
+        return "lstm"
+
+
+class GRUCell(_DropInCell, nn.GRUCell):
+    """`torch.nn.GRUCell` (Cho et al. 2014), the reset gate applied after the recurrent product.
+
+    Takes torch.nn.GRUCell's arguments, and `backend`: "auto" or a name of `rnnfast.backends()`.
+    """
+
+    def _cell(self) -> str:
+        return "gru"

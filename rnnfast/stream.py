@@ -1,0 +1,141 @@
+"""Streams: a layer, or a whole model, fed step by step or chunk by chunk, its states kept between the calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from rnnfast.layers import _DropIn, _map_state
+
+
+class Stream:
+    """Keeps the states of a layer, or of every recurrent layer in a model, from one call to the next.
+
+    The outputs of the calls, one after the other, are those of one call over the whole sequence; rnnfast's layers on
+    the cpu backend give its very bits, however the sequence is cut. A stream belongs to the sequences it is fed: make
+    one for each group of B that run side by side. It neither copies nor changes the module, and any number may share
+    it. Without `torch.no_grad()` or `torch.inference_mode()` the states carry the graph of all calls so far: see
+    `detach`.
+
+    A model is called as it is and needs no change: in its first call a recurrent layer starts from the state that the
+    model gives it, or from zeros; in later calls, from where it stopped. The rest of the model must treat steps alone,
+    as linear layers, embeddings and layer norms do; a convolution over time does not. Cells, whose states the model
+    keeps itself, are left to the model.
+
+    Args:
+        module: an `rnnfast.RNN`, `LSTM` or `GRU`; or a model with recurrent layers in it, ours or torch.nn's.
+
+    Raises:
+        RuntimeError: a layer is bidirectional, so that its first output needs the last input.
+        ValueError: there is no recurrent layer.
+        TypeError: the module is itself a layer of torch.nn, which has no step.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        if isinstance(module, nn.RNNBase) and not isinstance(module, _DropIn):
+            name = type(module).__name__
+            raise TypeError(f"a torch.nn {name} has no step: make it an rnnfast.{name}, or call rnnfast.accelerate")
+        self.module = module
+        self._layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.RNNBase)}
+        if not self._layers:
+            raise ValueError(f"{type(module).__name__} has no RNN, LSTM or GRU in it, so no state to keep")
+        for name, layer in self._layers.items():
+            if layer.bidirectional:
+                raise RuntimeError(f"layer '{name}' is bidirectional: it reads the whole sequence at once")
+        self._states: dict[str, Any] = {}
+        self._started_from: dict[str, Any] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Feeds the next step or steps.
+
+        Args:
+            args, kwargs: what the module takes. For a layer the input alone: a step, (B, I) or ids (B,), or a chunk of
+                T steps, (T, B, I) or ids (T, B), or with batch_first (B, T, ...).
+
+        Returns:
+            For a layer, the output of the step (B, P) or of the chunk; for a model, what it returns.
+
+        Raises:
+            RuntimeError: a layer of the model ran twice in one call; and what the module raises.
+        """
+        if isinstance(self.module, _DropIn):
+            return self._feed(self.module, *args, **kwargs)
+        handles, ran = [], set()
+
+        def enter(name: str) -> Any:
+            def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                if name in ran:
+                    raise RuntimeError(f"layer '{name}' ran twice in one call: a stream cannot tell its states apart")
+                ran.add(name)
+                if name not in self._states:
+                    self._started_from[name] = args[1] if len(args) > 1 else kwargs.get("hx")
+                return args[:1], kwargs | {"hx": self._states.get(name, self._started_from[name])}
+
+            return hook
+
+        def leave(name: str) -> Any:
+            def hook(layer: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+                self._states[name] = result[1]
+
+            return hook
+
+        try:
+            for name, layer in self._layers.items():
+                handles += [
+                    layer.register_forward_pre_hook(enter(name), with_kwargs=True),
+                    layer.register_forward_hook(leave(name)),
+                ]
+            return self.module(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _feed(self, layer: _DropIn, input: Tensor) -> Tensor:
+        state, steps = self._states.get(""), input.dim() - (1 if input.is_floating_point() else 0)
+        output, self._states[""] = layer.step(input, state) if steps == 1 else layer(input, state)
+        return output
+
+    @property
+    def state(self) -> Any:
+        """The state after the last call, to keep and to set again.
+
+        For a layer h (L, B, P), or (h, c) of an LSTM, or None before the first call; for a model a dict of such states
+        by the layers' names.
+        """
+        return self._states.get("") if isinstance(self.module, _DropIn) else dict(self._states)
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        if isinstance(self.module, _DropIn):
+            state = {} if state is None else {"": state}
+        unknown = set(state) - set(self._layers)
+        if unknown:
+            raise ValueError(f"the model has no recurrent layer {', '.join(sorted(unknown))}")
+        self._states = dict(state)
+
+    def reset(self, rows: Tensor | Sequence[int] | None = None) -> None:
+        """Begins anew: all sequences, or those of some rows of the batch.
+
+        Args:
+            rows: indices into the batch, or a (B,) bool mask. None: all, and the next call may have another B.
+        """
+        if rows is None:
+            self._states.clear()
+            self._started_from.clear()
+            return
+        for name, state in self._states.items():
+            start = self._started_from.get(name)
+            start = _map_state(state, lambda part: part.new_zeros(()).expand_as(part)) if start is None else start
+            self._states[name] = _map_state(state, lambda part, begin: _with_rows(part, rows, begin), start)
+
+    def detach(self) -> None:
+        """Cuts the graph behind the states, as truncated backpropagation through time does between its chunks."""
+        self._states = {name: _map_state(state, lambda part: part.detach()) for name, state in self._states.items()}
+
+
+def _with_rows(state: Tensor, rows: Tensor | Sequence[int], begin: Tensor) -> Tensor:
+    state = state.clone()
+    state[:, rows] = begin[:, rows].to(state.dtype)
+    return state

@@ -1,0 +1,236 @@
+"""The table in docs/features.md: each row is a function here, tried on rnnfast and on torch.nn.
+
+To add a row, write a function that takes `rnnfast` or `torch.nn`, uses the feature, asserts what it promises, and
+raises where it is missing; decorate it with `@feature(name, note)`. Then `python -m tests.test_features` writes the
+table. Rows come in the order of the functions.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import nn as torch_nn
+from torch.nn.utils.rnn import pack_sequence
+
+import rnnfast
+
+PAGE = Path(__file__).parent.parent / "docs" / "features.md"
+BEGIN, END = "<!-- begin: written by python -m tests.test_features -->\n", "<!-- end -->\n"
+# How a feature may be missing; anything else is a mistake in the row.
+MISSING = (AssertionError, AttributeError, TypeError, ValueError, RuntimeError)
+
+
+class Feature(NamedTuple):
+    """A row: what it is called, what tries it, and a remark."""
+
+    name: str
+    attempt: Callable[[Any], None]
+    note: str
+
+
+FEATURES: list[Feature] = []
+
+
+def feature(name: str, note: str = "") -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
+    def add(attempt: Callable[[Any], None]) -> Callable[[Any], None]:
+        FEATURES.append(Feature(name, attempt, note))
+        return attempt
+
+    return add
+
+
+# ---- rows -----------------------------------------------------------------------------------------------------------
+
+
+@feature("layers, directions, dropout, projections, batch first, unbatched input")
+def options(nn: Any) -> None:
+    nn.LSTM(3, 8, 2, bidirectional=True, proj_size=2, dropout=0.1, batch_first=True)(torch.randn(2, 5, 3))
+    nn.RNN(3, 8, nonlinearity="relu", bias=False)(torch.randn(5, 3))
+
+
+@feature("PackedSequence")
+def packed(nn: Any) -> None:
+    nn.GRU(3, 8)(pack_sequence([torch.randn(5, 3), torch.randn(2, 3)]))
+
+
+@feature("pickle and deepcopy")
+def copies(nn: Any) -> None:
+    layer, x = nn.GRU(3, 8), torch.randn(5, 2, 3)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(other(x)[0], layer(x)[0])
+
+
+@feature("token ids in place of one-hot vectors", "no one-hot is built, forward or backward")
+def token_ids(nn: Any) -> None:
+    ids = torch.randint(7, (5, 2))
+    layer = nn.LSTM(7, 8)
+    torch.testing.assert_close(layer(ids), layer(torch_nn.functional.one_hot(ids, 7).float()))
+
+
+@feature(
+    "lengths of a padded batch: `layer(x, lengths=...)`", "torch.nn: by PackedSequence, with the lengths on the CPU"
+)
+def lengths(nn: Any) -> None:
+    layer, x = nn.LSTM(3, 8, bidirectional=True), torch.randn(5, 3, 3)
+    output, (h_n, _) = layer(x, lengths=torch.tensor([2, 5, 1]))
+    torch.testing.assert_close(output[:2, 0], layer(x[:2, 0])[0])
+    torch.testing.assert_close(h_n[:, 0], layer(x[:2, 0])[1][0])
+    assert not output[2:, 0].any()
+
+
+@feature("empty sequences in a batch")
+def empty_sequences(nn: Any) -> None:
+    layer = nn.GRU(3, 8)
+    if nn is rnnfast:
+        output = layer(torch.randn(5, 3, 3), lengths=[2, 0, 5])[0]
+    else:
+        sequences = torch_nn.utils.rnn.pack_padded_sequence(torch.randn(5, 3, 3), [2, 0, 5], enforce_sorted=False)
+        output = torch_nn.utils.rnn.pad_packed_sequence(layer(sequences)[0])[0]
+    assert not output[:, 1].any()
+
+
+@feature("resets within a sequence: `layer(x, hx, reset=mask)`", "to zeros, or with `reset_to=` to any state")
+def resets(nn: Any) -> None:
+    layer, x = nn.LSTM(3, 8, num_layers=2), torch.randn(6, 3, 3)
+    mask = torch.zeros(6, 3, dtype=torch.bool)
+    mask[4, 1] = True
+    torch.testing.assert_close(layer(x, reset=mask)[0][4:, 1], layer(x[4:, 1])[0])
+
+
+@feature("more than 65,535 steps", "cuDNN: no (pytorch#133751)")
+def many_steps(nn: Any) -> None:
+    with torch.no_grad():
+        assert nn.RNN(2, 2)(torch.randn(66_000, 1, 2))[0].isfinite().all()
+
+
+@feature("one step of a stream: `layer.step(x, state)`", "torch.nn: a call with T = 1")
+def step(nn: Any) -> None:
+    layer, x = nn.GRU(3, 8, num_layers=2), torch.randn(5, 2, 3)
+    torch.testing.assert_close(layer.step(x[0])[0], layer(x)[0][0])
+
+
+@feature("a model fed in pieces, its states kept: `Stream(model)`")
+def stream(nn: Any) -> None:
+    layer, x = nn.GRU(3, 8), torch.randn(5, 2, 3)
+    stream = nn.Stream(layer)
+    torch.testing.assert_close(torch.cat([stream(x[:3]), stream(x[3:])]), layer(x)[0])
+
+
+@feature("cells: RNNCell, LSTMCell, GRUCell")
+def cells(nn: Any) -> None:
+    for cell in (nn.RNNCell(3, 8), nn.LSTMCell(3, 8), nn.GRUCell(3, 8, bias=False)):
+        state = cell(torch.randn(2, 3))
+        cell(torch.randn(2, 3), state)
+
+
+@feature("token ids in cells")
+def token_ids_in_cells(nn: Any) -> None:
+    cell = nn.GRUCell(3, 8)
+    torch.testing.assert_close(cell(torch.tensor([2])), cell(torch.tensor([[0.0, 0, 1]])))
+
+
+@feature("backward in eval mode", "cuDNN: no (pytorch#5878)")
+def backward_in_eval_mode(nn: Any) -> None:
+    nn.LSTM(3, 8).eval()(torch.randn(5, 2, 3))[0].sum().backward()
+
+
+@feature("double backward", "cuDNN: no (pytorch#5261)")
+def double_backward(nn: Any) -> None:
+    layer, x = nn.LSTM(3, 8), torch.randn(5, 2, 3, requires_grad=True)
+    (gradient,) = torch.autograd.grad(layer(x)[0].sum(), x, create_graph=True)
+    gradient.square().sum().backward()
+    assert layer.weight_hh_l0.grad.any()
+
+
+def sizes() -> list[tuple[int, int]]:
+    """Hidden and batch sizes of several kinds, as what changes the bits of a product is their combination."""
+    return [(hidden, batch) for hidden in (32, 100) for batch in (1, 5, 33)]
+
+
+@feature("a sequence's bits do not depend on the batch around it", "on a CPU")
+def batch_invariance(nn: Any) -> None:
+    for kind in (nn.RNN, nn.LSTM, nn.GRU):
+        for hidden, batch in sizes():
+            layer, x = kind(28, hidden), torch.randn(6, batch, 28)
+            with torch.no_grad():
+                assert torch.equal(layer(x)[0][:, :1], layer(x[:, :1])[0])
+
+
+@feature("steps one by one have the bits of the whole sequence", "on a CPU")
+def chunk_invariance(nn: Any) -> None:
+    for kind in (nn.RNN, nn.LSTM, nn.GRU):
+        for hidden, batch in sizes():
+            layer, x, state, outputs = kind(28, hidden), torch.randn(35, batch, 28), None, []
+            with torch.no_grad():
+                for one in x.split(1):
+                    output, state = layer(one, state)
+                    outputs.append(output)
+                assert torch.equal(torch.cat(outputs), layer(x)[0])
+
+
+@feature("the same bits in every run, gradients too", "on a CPU")
+def reproducible(nn: Any) -> None:
+    layer, x = nn.LSTM(28, 64, num_layers=2, dropout=0.5), torch.randn(10, 33, 28)
+    results = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        results.append(torch.autograd.grad(layer(x)[0].square().sum(), list(layer.parameters())))
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+@feature("the implementation can be asked for by name, and is explained", "`backend=`, `explain`, `backends()`")
+def backends(nn: Any) -> None:
+    layer = nn.GRU(3, 8, backend="reference")
+    assert "asked for by name" in str(nn.explain(layer, torch.randn(5, 2, 3)))
+    assert nn.backends()
+
+
+@feature("an existing model's layers swapped in place and back: `accelerate`, `restore`")
+def accelerate(nn: Any) -> None:
+    model = torch_nn.Sequential(torch_nn.GRU(3, 8))
+    parameter = model[0].weight_hh_l0
+    assert nn.accelerate(model).swapped
+    assert model[0].weight_hh_l0 is parameter
+    nn.restore(model)
+    assert type(model[0]) is torch_nn.GRU
+
+
+# ---- the table ------------------------------------------------------------------------------------------------------
+
+
+def has(library: Any, row: Feature) -> str:
+    torch.manual_seed(0)
+    try:
+        row.attempt(library)
+    except MISSING:
+        return "no"
+    return "yes"
+
+
+def table() -> str:
+    lines = ["| | rnnfast | torch.nn | |", "|---|---|---|---|"]
+    lines += [f"| {row.name} | {has(rnnfast, row)} | {has(torch_nn, row)} | {row.note} |" for row in FEATURES]
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize("row", [pytest.param(row, id=row.attempt.__name__) for row in FEATURES])
+def test_rnnfast_has_it(row: Feature) -> None:
+    row.attempt(rnnfast)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+def test_the_page_shows_what_is_found() -> None:
+    _, rest = PAGE.read_text().split(BEGIN)
+    assert rest.split(END)[0] == table(), "docs/features.md differs; python -m tests.test_features writes it"
+
+
+if __name__ == "__main__":
+    before, rest = PAGE.read_text().split(BEGIN)
+    PAGE.write_text(before + BEGIN + table() + END + rest.split(END)[1])
+    print(table())

@@ -1,0 +1,386 @@
+"""Lengths and resets: against torch's packing, against a loop over the steps, against each stretch run on its own."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import rnnfast
+
+LAYERS = ["RNN", "LSTM", "GRU"]
+STEPS, BATCH, INPUTS, HIDDEN = 9, 4, 3, 5
+
+
+def make(name: str, **options: Any) -> Any:
+    return getattr(rnnfast, name)(INPUTS, HIDDEN, **options)
+
+
+def state_of(layer: Any, batch: int = BATCH, **options: Any) -> Any:
+    lanes = layer.num_layers * (2 if layer.bidirectional else 1)
+    dtype = layer.weight_hh_l0.dtype
+    h = torch.randn(lanes, batch, layer.proj_size or HIDDEN, dtype=dtype, **options)
+    return (h, torch.randn(lanes, batch, HIDDEN, dtype=dtype, **options)) if layer.mode == "LSTM" else h
+
+
+def parts(state: Any) -> tuple[Tensor, ...]:
+    return state if isinstance(state, tuple) else (state,)
+
+
+def like(state: Any, values: Any) -> Any:
+    return tuple(values) if isinstance(state, tuple) else next(iter(values))
+
+
+def loop(layer: Any, input: Tensor, hx: Any, reset: Tensor, reset_to: Any) -> tuple[Tensor, Any]:
+    """One call of the layer for each step, resetting the state by hand."""
+    outputs, state = [], hx
+    zeros = like(hx, (torch.zeros_like(part) for part in parts(hx)))
+    for x, mask in zip(input, reset, strict=True):
+        pairs = zip(parts(state), parts(zeros if reset_to is None else reset_to), strict=True)
+        state = like(hx, [torch.where(mask[None, :, None], new, old) for old, new in pairs])
+        output, state = layer(x[None], state)
+        outputs.append(output)
+    return torch.cat(outputs), state
+
+
+OPTIONS = [
+    pytest.param("RNN", {}, id="RNN"),
+    pytest.param("RNN", {"num_layers": 2, "nonlinearity": "relu"}, id="RNN 2 layers relu"),
+    pytest.param("GRU", {"num_layers": 2}, id="GRU 2 layers"),
+    pytest.param("LSTM", {}, id="LSTM"),
+    pytest.param("LSTM", {"num_layers": 2, "proj_size": 2}, id="LSTM 2 layers projected"),
+]
+
+
+@pytest.mark.parametrize("to", ["zeros", "hx", "learned"])
+@pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(("name", "options"), OPTIONS)
+def test_resets_give_the_bits_of_a_loop_on_the_cpu(name: str, options: Any, rate: float, to: str) -> None:
+    layer = make(name, backend="cpu", **options)
+    reset, hx = torch.rand(STEPS, BATCH) < rate, state_of(layer)
+    learned = state_of(layer, batch=1)
+    reset_to = {"zeros": None, "hx": hx, "learned": learned}[to]
+    for input in (torch.randn(STEPS, BATCH, INPUTS), torch.randint(INPUTS, (STEPS, BATCH))):
+        expected = loop(layer, input, hx, reset, reset_to)
+        actual = layer(input, hx, reset=reset, reset_to=reset_to)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize("to", ["zeros", "hx"])
+@pytest.mark.parametrize(("name", "options"), OPTIONS)
+@pytest.mark.parametrize("backend", ["cpu", "reference", "torch"])
+def test_gradients_through_resets_are_those_of_a_loop(name: str, options: Any, to: str, backend: str) -> None:
+    layer = make(name, backend=backend, dtype=torch.float64, **options)
+    reset = torch.rand(STEPS, BATCH) < 0.3
+    input = torch.randn(STEPS, BATCH, INPUTS, dtype=torch.float64, requires_grad=True)
+    hx = state_of(layer, requires_grad=True)
+    leaves = [input, *parts(hx), *layer.parameters()]
+    reset_to = hx if to == "hx" else None
+    gradients = []
+    for output, final in (loop(layer, input, hx, reset, reset_to), layer(input, hx, reset=reset, reset_to=reset_to)):
+        loss = output.square().sum() + sum(part.sin().sum() for part in parts(final))
+        gradients.append(torch.autograd.grad(loss, leaves))
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def test_second_derivatives(backend: str) -> None:
+    layer = make("LSTM", bidirectional=True, backend=backend, dtype=torch.float64)
+    input = torch.randn(5, 3, INPUTS, dtype=torch.float64, requires_grad=True)
+    reset = torch.zeros(5, 3, dtype=torch.bool)
+    reset[2, 1] = reset[3, 0] = True
+    hx, reset_to = state_of(layer, batch=3, requires_grad=True), state_of(layer, batch=1, requires_grad=True)
+
+    def function(input: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
+        output, final = layer(input, states[:2], lengths=[5, 3, 0], reset=reset, reset_to=states[2:])
+        return output, *final
+
+    inputs = (input, *hx, *reset_to)
+    assert gradcheck(function, inputs)
+    assert gradgradcheck(function, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_batch_may_come_with_a_state_in_a_list(name: str) -> None:
+    layer, input = make(name), torch.randn(STEPS, BATCH, INPUTS)
+    hx = state_of(layer)
+    given = list(hx) if isinstance(hx, tuple) else hx
+    expected = layer(input, hx, lengths=[3, 9, 0, 5])
+    torch.testing.assert_close(layer(input, given, lengths=[3, 9, 0, 5]), expected, rtol=0, atol=0)
+
+
+def test_what_lies_before_a_reset_is_forgotten() -> None:
+    layer = make("LSTM", num_layers=2)
+    input = torch.randn(STEPS, BATCH, INPUTS, requires_grad=True)
+    reset = torch.zeros(STEPS, BATCH, dtype=torch.bool)
+    reset[4, 1] = True
+    layer(input, reset=reset)[0][-1].sum().backward()
+    assert input.grad is not None
+    reached = input.grad.ne(0).any(-1)
+    assert reached[4:].all()
+    assert not reached[:4, 1].any()
+    assert reached[:4, [0, 2, 3]].all()
+
+
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}, {"batch_first": True}])
+@pytest.mark.parametrize("name", LAYERS)
+def test_lengths_are_torchs_packing(name: str, options: dict[str, Any], backend: str) -> None:
+    layer = make(name, backend=backend, dtype=torch.float64, **options)
+    theirs = getattr(nn, name)(INPUTS, HIDDEN, dtype=torch.float64, **options)
+    theirs.load_state_dict(layer.state_dict())
+    lengths, hx = torch.tensor([3, STEPS - 1, 1, 5]), state_of(layer)
+    input = torch.randn(STEPS, BATCH, INPUTS, dtype=torch.float64, requires_grad=True)
+    output, final = layer(input.transpose(0, 1) if layer.batch_first else input, hx, lengths=lengths)
+    packed, expected_final = theirs(pack_padded_sequence(input, lengths, enforce_sorted=False), hx)
+    expected, _ = pad_packed_sequence(packed, total_length=STEPS)
+    output = output.transpose(0, 1) if layer.batch_first else output
+    torch.testing.assert_close((output, final), (expected, expected_final))
+    assert not output[lengths.max() :].any()
+    gradients = []
+    for out, end in ((expected, expected_final), (output, final)):
+        loss = out.square().sum() + sum(part.sin().sum() for part in parts(end))
+        leaves = (theirs if out is expected else layer).parameters()
+        gradients.append(torch.autograd.grad(loss, [input, *leaves]))
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_padding_is_never_read(name: str, backend: str) -> None:
+    layer = make(name, bidirectional=True, backend=backend)
+    lengths = [3, 9, 0, 5]
+    input = torch.randn(STEPS, BATCH, INPUTS)
+    ids = torch.randint(INPUTS, (STEPS, BATCH))
+    expected = layer(input, lengths=lengths), layer(ids, lengths=lengths)
+    for column, length in enumerate(lengths):
+        input[length:, column] = float("nan")
+        ids[length:, column] = -1
+    input.requires_grad_()
+    actual = layer(input, lengths=lengths), layer(ids, lengths=lengths)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    actual[0][0].sum().backward()
+    assert input.grad is not None
+    assert not input.grad[3:, 0].any()
+    assert not input.grad[:, 2].any()
+    assert input.grad[:3, 0].all()
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+def test_lengths_of_any_integer_type_or_a_list(dtype: torch.dtype) -> None:
+    layer, input, lengths = make("GRU"), torch.randn(STEPS, BATCH, INPUTS), [3, 9, 1, 5]
+    expected = layer(input, lengths=lengths)
+    torch.testing.assert_close(layer(input, lengths=torch.tensor(lengths, dtype=dtype)), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_an_empty_sequence_keeps_its_state(name: str) -> None:
+    layer = make(name, num_layers=2)
+    input, hx = torch.randn(STEPS, BATCH, INPUTS), state_of(layer)
+    output, final = layer(input, hx, lengths=[3, 0, 9, 0])
+    assert not output[:, [1, 3]].any()
+    for before, after in zip(parts(hx), parts(final), strict=True):
+        torch.testing.assert_close(after[:, [1, 3]], before[:, [1, 3]], rtol=0, atol=0)
+    output, final = layer(input, hx, lengths=[0] * BATCH)
+    torch.testing.assert_close((output, final), (torch.zeros(STEPS, BATCH, HIDDEN), hx), rtol=0, atol=0)
+    output, final = layer(input[:, :0], lengths=[])
+    assert output.shape == (STEPS, 0, HIDDEN)
+    assert parts(final)[0].shape == (2, 0, HIDDEN)
+
+
+def stretches(layer: Any, input: Tensor, hx: Any, lengths: list[int], reset: Tensor, reset_to: Any) -> Any:
+    """Each stretch between resets on its own; a backward direction enters by the last one and leaves by the first."""
+    directions = 2 if layer.bidirectional else 1
+    output = torch.zeros(STEPS, BATCH, directions * (layer.proj_size or HIDDEN), dtype=input.dtype)
+    final = like(hx, [part.clone() for part in parts(hx)])
+    for column in range(BATCH):
+        one = slice(column, column + 1)
+        stops = [t for t in range(1, lengths[column]) if reset[t, column]] + [lengths[column]] * (lengths[column] > 0)
+        start = 0
+        for stop in stops:
+            enters = [[start == 0 and not reset[0, column]], [stop == lengths[column]]][:directions]
+            leaves = [[stop == lengths[column]], [start == 0]][:directions]
+            state = []
+            for own, to in zip(parts(hx), parts(reset_to), strict=True):
+                mask = torch.tensor(enters * layer.num_layers)[..., None]
+                state.append(torch.where(mask, own[:, one], to[:, one]))
+            out, ends = layer(input[start:stop, one], like(hx, state))
+            output[start:stop, one] = out
+            mask = torch.tensor(leaves * layer.num_layers)[..., None]
+            for whole, end in zip(parts(final), parts(ends), strict=True):
+                whole[:, one] = torch.where(mask, end, whole[:, one])
+            start = stop
+    return output, final
+
+
+@hypothesis.given(
+    name=st.sampled_from(LAYERS),
+    lengths=st.lists(st.integers(0, STEPS), min_size=BATCH, max_size=BATCH),
+    resets=st.lists(st.booleans(), min_size=STEPS * BATCH, max_size=STEPS * BATCH),
+    num_layers=st.integers(1, 2),
+    bidirectional=st.booleans(),
+)
+@hypothesis.settings(max_examples=60, suppress_health_check=list(hypothesis.HealthCheck))
+def test_lengths_and_resets_cut_a_batch_into_stretches(
+    name: str, lengths: list[int], resets: list[bool], num_layers: int, bidirectional: bool
+) -> None:
+    layer = make(name, num_layers=num_layers, bidirectional=bidirectional, backend="cpu")
+    input, hx, reset_to = torch.randn(STEPS, BATCH, INPUTS), state_of(layer), state_of(layer)
+    reset = torch.tensor(resets).view(STEPS, BATCH)
+    with torch.no_grad():
+        expected = stretches(layer, input, hx, lengths, reset, reset_to)
+        actual = layer(input, hx, lengths=lengths, reset=reset, reset_to=reset_to)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_conventions_of_the_input_hold_for_the_mask() -> None:
+    layer, first = make("GRU"), make("GRU", batch_first=True)
+    first.load_state_dict(layer.state_dict())
+    input, reset = torch.randn(STEPS, BATCH, INPUTS), torch.rand(STEPS, BATCH) < 0.3
+    output, final = layer(input, reset=reset)
+    turned, end = first(input.transpose(0, 1), reset=reset.t())
+    torch.testing.assert_close((turned.transpose(0, 1), end), (output, final), rtol=0, atol=0)
+    alone, end = layer(input[:, 1], reset=reset[:, 1])
+    torch.testing.assert_close((alone, end), (output[:, 1], final[:, 1]), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_autocast(name: str) -> None:
+    layer, hx = make(name), None
+    input, reset = torch.randn(STEPS, BATCH, INPUTS), torch.rand(STEPS, BATCH) < 0.3
+    expected = layer(input, reset=reset, lengths=[3, 9, 0, 5])[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        output, hx = layer(input, hx, reset=reset, lengths=[3, 9, 0, 5])
+        again, _ = layer(input, hx, reset=reset, reset_to=hx)
+    assert output.dtype == again.dtype == parts(hx)[0].dtype == torch.bfloat16
+    torch.testing.assert_close(output.float(), expected, rtol=0.05, atol=0.02)
+
+
+def operations(function: Any) -> Counter[str]:
+    """How often each operation was dispatched."""
+
+    class Count(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: Counter[str] = Counter()
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.seen[str(func)] += 1
+            return func(*args, **(kwargs or {}))
+
+    with Count() as count:
+        function()
+    return count.seen
+
+
+@pytest.mark.parametrize("kind", ["packed", "lengths", "reset"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_no_operation_is_dispatched_for_each_step(name: str, kind: str) -> None:
+    layer = make(name, num_layers=2, bidirectional=True, backend="cpu")
+
+    def run(steps: int) -> None:
+        input, lengths = torch.randn(steps, BATCH, INPUTS), [steps, 1, steps // 2, 4]
+        if kind == "packed":
+            output = layer(pack_padded_sequence(input, torch.tensor(lengths), enforce_sorted=False))[0].data
+        elif kind == "lengths":
+            output = layer(input, lengths=lengths)[0]
+        else:
+            reset = torch.zeros(steps, BATCH, dtype=torch.bool)
+            reset[::3] = True
+            output = layer(input, reset=reset)[0]
+        output.sum().backward()
+
+    run(5)
+    few, many = operations(lambda: run(6)), operations(lambda: run(60))
+    # Packing itself, torch's, takes slices.
+    assert {k: v for k, v in many.items() if kind != "packed" or "rnnfast" in k} == {
+        k: v for k, v in few.items() if kind != "packed" or "rnnfast" in k
+    }
+    assert many["rnnfast.scan_cpu.default"] == many["rnnfast.scan_cpu_backward.default"] == 2
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_more_than_65535_steps(name: str) -> None:
+    steps = 70_000
+    layer = getattr(rnnfast, name)(2, 4, backend="cpu")
+    input = torch.randn(steps, 2, 2, requires_grad=True)
+    reset = torch.zeros(steps, 2, dtype=torch.bool)
+    reset[[1000, 69_000], [0, 1]] = True
+    output, _ = layer(input, reset=reset, lengths=[steps, steps - 500])
+    output[-1].sum().backward()
+    assert input.grad is not None
+    assert input.grad.isfinite().all()
+    assert input.grad[-1, 0].any()
+    with torch.no_grad():
+        tail, _ = layer(input[1000:, :1])
+        whole, final = layer(input[:, 1:])
+        half, state = layer(input[:35_000, 1:])
+        rest, end = layer(input[35_000:, 1:], state)
+    torch.testing.assert_close(output[1000:, :1], tail, rtol=0, atol=0)
+    torch.testing.assert_close(output[:69_000, 1:], whole[:69_000], rtol=0, atol=0)
+    torch.testing.assert_close((torch.cat((half, rest)), end), (whole, final), rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", LAYERS)
+def test_lengths_and_resets_on_a_gpu(name: str) -> None:
+    layer = make(name, num_layers=2, bidirectional=True, dtype=torch.float64, backend="reference")
+    input, hx = torch.randn(STEPS, BATCH, INPUTS, dtype=torch.float64), state_of(layer)
+    lengths, reset = torch.tensor([3, 9, 0, 5]), torch.rand(STEPS, BATCH) < 0.3
+    expected, final = layer(input, hx, lengths=lengths, reset=reset)
+    there = like(hx, [part.cuda() for part in parts(hx)])
+    layer = layer.cuda()
+    for where in ("cuda", "cpu"):  # the lengths and the mask may lie elsewhere
+        output, end = layer(input.cuda(), there, lengths=lengths.to(where), reset=reset.to(where))
+        torch.testing.assert_close(output.cpu(), expected)
+        torch.testing.assert_close([part.cpu() for part in parts(end)], list(parts(final)))
+
+
+def test_the_functional_form() -> None:
+    layer = make("GRU", num_layers=2)
+    weights = layer._lane_weights()
+    input, hx = torch.randn(STEPS, BATCH, INPUTS), state_of(layer)
+    lengths, reset = [3, 9, 0, 5], torch.rand(STEPS, BATCH) < 0.3
+    segments = rnnfast.sequences.cut(STEPS, BATCH, lengths, reset)
+    initial = segments.initial(hx, torch.zeros_like(hx), bidirectional=False)
+    rows, ends = rnnfast.functional.gru(segments.gather(input), initial, weights, batch_sizes=segments.batch_sizes)
+    actual = segments.scatter(rows), segments.final(ends, hx, bidirectional=False)
+    torch.testing.assert_close(actual, layer(input, hx, lengths=lengths, reset=reset), rtol=0, atol=0)
+
+
+def test_errors_are_clear() -> None:
+    layer, input = make("GRU"), torch.randn(STEPS, BATCH, INPUTS)
+    reset = torch.zeros(STEPS, BATCH, dtype=torch.bool)
+    packed = pack_padded_sequence(input, torch.tensor([9, 5, 3, 1]))
+    cases: list[tuple[type[Exception], str, Any, dict[str, Any]]] = [
+        (ValueError, r"lengths must be in \[0, 9\].*got \[9, 10, 1, 1\]", input, {"lengths": [9, 10, 1, 1]}),
+        (ValueError, r"lengths must be in \[0, 9\]", input, {"lengths": [9, -1, 1, 1]}),
+        (ValueError, r"one length for each of the 4 sequences, got \(3,\)", input, {"lengths": [9, 1, 1]}),
+        (TypeError, "lengths must be integers, got torch.float32", input, {"lengths": torch.ones(BATCH)}),
+        (TypeError, r"got torch.float32; use reset.bool\(\)", input, {"reset": reset.float()}),
+        (ValueError, r"shape without features, \(9, 4\), got \(4, 9\)", input, {"reset": reset.t()}),
+        (ValueError, r"shape without features, \(9, 4\), got \(9, 4, 1\)", input, {"reset": reset[..., None]}),
+        (ValueError, r"shape without features, \(9,\), got \(9, 1\)", input[:, 0], {"reset": reset[:, :1]}),
+        (ValueError, "give reset= as well", input, {"reset_to": state_of(layer)}),
+        (RuntimeError, "Expected hidden size", input, {"reset": reset, "reset_to": state_of(layer, batch=3)}),
+        (RuntimeError, "reset_to has dtype", input, {"reset": reset, "reset_to": state_of(layer).double()}),
+        (RuntimeError, "Expected hidden size", input, {"reset": reset, "hx": state_of(layer, batch=3)}),
+        (ValueError, "a PackedSequence has lengths of its own", packed, {"lengths": [9, 5, 3, 1]}),
+        (ValueError, "of an unbatched one pass the steps there are", input[:, 0], {"lengths": [3]}),
+        (IndexError, "token ids must be in", torch.full((STEPS, BATCH), 7), {"lengths": [9, 5, 3, 1]}),
+        (RuntimeError, "Expected 3, got 4", torch.randn(STEPS, BATCH, 4), {"lengths": [9, 5, 3, 1]}),
+    ]
+    for error, message, given, options in cases:
+        with pytest.raises(error, match=message):
+            layer(given, **options)
+    first = make("GRU", batch_first=True)
+    with pytest.raises(ValueError, match=r"shape without features, \(4, 9\), got \(9, 4\)"):
+        first(input.transpose(0, 1), reset=reset)
+    with pytest.raises(ValueError, match=r"reset must have the shape \(9, 4\), got \(4, 9\)"):
+        rnnfast.sequences.cut(STEPS, BATCH, reset=reset.t())

@@ -1,0 +1,154 @@
+"""Stream: a layer or a model fed in pieces has the bits of one call over the whole sequence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rnnfast
+
+LAYERS = ["RNN", "LSTM", "GRU"]
+STEPS, BATCH = 12, 3
+
+
+class Tagger(nn.Module):
+    """An embedding, two recurrent layers that begin from states of their own, and a head."""
+
+    def __init__(self, layers: Any = rnnfast) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 5)
+        self.lower = layers.LSTM(5, 16, num_layers=2, batch_first=True, proj_size=6)
+        self.upper = layers.GRU(6, 9, batch_first=True)
+        self.begin = nn.Parameter(torch.randn(1, 1, 9))
+        self.head = nn.Linear(9, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        below, _ = self.lower(self.embedding(ids))
+        above, _ = self.upper(below, hx=self.begin.expand(1, len(ids), 9))
+        result: Tensor = self.head(above)
+        return result
+
+
+@pytest.mark.parametrize("sizes", [[1] * STEPS, [5, 1, 1, 3, 2], [STEPS]])
+@pytest.mark.parametrize("token_ids", [False, True])
+@pytest.mark.parametrize(
+    ("name", "options"), [*((name, {"num_layers": 2}) for name in LAYERS), ("LSTM", {"num_layers": 3, "proj_size": 7})]
+)
+def test_a_layer_in_pieces_has_the_bits_of_the_whole(
+    name: str, options: dict[str, Any], token_ids: bool, sizes: list[int]
+) -> None:
+    layer = getattr(rnnfast, name)(5, 33, backend="cpu", **options)
+    input = torch.randint(5, (STEPS, BATCH)) if token_ids else torch.randn(STEPS, BATCH, 5)
+    stream = rnnfast.Stream(layer)
+    assert stream.state is None
+    with torch.no_grad():
+        expected, final = layer(input)
+        outputs = [stream(piece[0])[None] if len(piece) == 1 else stream(piece) for piece in input.split(sizes)]
+    torch.testing.assert_close((torch.cat(outputs), stream.state), (expected, final), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("sizes", [[1] * STEPS, [5, 1, 1, 3, 2]])
+def test_a_model_in_pieces_has_the_bits_of_the_whole(sizes: list[int]) -> None:
+    model, ids = Tagger(), torch.randint(7, (BATCH, STEPS))
+    # The head is torch's, whose products change with the number of rows: the states are what is compared bit by bit.
+    stream = rnnfast.Stream(model)
+    with torch.no_grad():
+        expected = model(ids)
+        outputs = [stream(piece) for piece in ids.split(sizes, dim=1)]
+        whole = rnnfast.Stream(model)
+        whole(ids)
+    torch.testing.assert_close(torch.cat(outputs, 1), expected)
+    assert stream.state.keys() == {"lower", "upper"}
+    torch.testing.assert_close(stream.state, whole.state, rtol=0, atol=0)
+    assert not model.lower._forward_hooks
+    assert not model.lower._forward_pre_hooks
+    with torch.no_grad():
+        assert torch.equal(model(ids), expected)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+def test_a_model_with_layers_of_torch() -> None:
+    model, ids = Tagger(nn), torch.randint(7, (BATCH, STEPS))
+    stream = rnnfast.Stream(model)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.cat([stream(piece) for piece in ids.split(4, 1)], 1), model(ids))
+
+
+def test_rows_begin_anew_while_others_go_on() -> None:
+    layer, input = rnnfast.LSTM(5, 8, num_layers=2, backend="cpu"), torch.randn(STEPS, BATCH, 5)
+    reset = torch.zeros(STEPS, BATCH, dtype=torch.bool)
+    reset[4, 1] = reset[7, 0] = reset[7, 2] = True
+    expected, final = layer(input, reset=reset)
+    stream = rnnfast.Stream(layer)
+    outputs = []
+    with torch.inference_mode():
+        for x, mask in zip(input, reset, strict=True):
+            if mask.any():
+                stream.reset(mask if mask[1] else mask.nonzero().flatten().tolist())
+            outputs.append(stream(x))
+    torch.testing.assert_close((torch.stack(outputs), stream.state), (expected, final), rtol=0, atol=0)
+
+
+def test_a_models_rows_begin_from_the_state_it_gives() -> None:
+    model, ids = Tagger(), torch.randint(7, (BATCH, STEPS))
+    stream, fresh = rnnfast.Stream(model), rnnfast.Stream(model)
+    with torch.no_grad():
+        stream(ids)
+        stream.reset([1])
+        outputs = stream(ids)
+        torch.testing.assert_close(outputs[1], fresh(ids)[1])
+        stream.reset()
+        torch.testing.assert_close(stream(ids[:2]), model(ids[:2]), rtol=0, atol=0)
+
+
+def test_a_state_can_be_kept_and_set_again() -> None:
+    for module, input in (
+        (rnnfast.LSTM(5, 8), torch.randn(STEPS, BATCH, 5)),
+        (Tagger(), torch.randint(7, (BATCH, STEPS))),
+    ):
+        stream = rnnfast.Stream(module)
+        with torch.no_grad():
+            stream(input)
+            kept = stream.state
+            after = stream(input)
+            stream.state = kept
+            torch.testing.assert_close(stream(input), after, rtol=0, atol=0)
+
+
+def test_truncated_backpropagation() -> None:
+    layer = rnnfast.GRU(5, 8)
+    input = torch.randn(STEPS, BATCH, 5, requires_grad=True)
+    stream = rnnfast.Stream(layer)
+    stream(input[:6])
+    stream.detach()
+    stream(input[6:]).sum().backward()
+    assert input.grad is not None
+    assert input.grad[6:].any()
+    assert not input.grad[:6].any()
+
+
+def test_errors_are_clear() -> None:
+    with pytest.raises(RuntimeError, match="layer 'rnn' is bidirectional: it reads the whole sequence at once"):
+        rnnfast.Stream(nn.ModuleDict({"rnn": rnnfast.GRU(3, 4, bidirectional=True)}))
+    with pytest.raises(ValueError, match="Linear has no RNN, LSTM or GRU in it"):
+        rnnfast.Stream(nn.Linear(3, 4))
+    with pytest.raises(TypeError, match=r"make it an rnnfast\.GRU, or call rnnfast\.accelerate"):
+        rnnfast.Stream(nn.GRU(3, 4))
+    with pytest.raises(ValueError, match="no recurrent layer nothing"):
+        rnnfast.Stream(Tagger()).state = {"nothing": torch.zeros(1, 1, 1)}
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = rnnfast.GRU(4, 4)
+
+        def forward(self, input: Tensor) -> Any:
+            return self.rnn(self.rnn(input)[0])
+
+    model = Twice()
+    with pytest.raises(RuntimeError, match="layer 'rnn' ran twice in one call"):
+        rnnfast.Stream(model)(torch.randn(2, 3, 4))
+    assert not model.rnn._forward_hooks
