@@ -4,12 +4,14 @@
 #include "cpu/generate.h"
 #include "cpu/ops.h"
 #include "cpu/peak.h"
+#include "cpu/step.h"
 
 STABLE_TORCH_LIBRARY_IMPL(rnnfast, CPU, m) {
   m.impl("scan_cpu", TORCH_BOX(&rnnfast::scan_cpu));
   m.impl("scan_cpu_backward", TORCH_BOX(&rnnfast::scan_cpu_backward));
   m.impl("scan_cpu_pack", TORCH_BOX(&rnnfast::scan_cpu_pack));
   m.impl("scan_cpu_packed", TORCH_BOX(&rnnfast::scan_cpu_packed));
+  m.impl("step_plan_cpu", TORCH_BOX(&rnnfast::step_plan_cpu));
   m.impl("generate_cpu", TORCH_BOX(&rnnfast::generate_cpu));
 }
 

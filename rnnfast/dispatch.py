@@ -134,7 +134,13 @@ _AUTO: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "torch", "reference")}
 _AUTO_ELSEWHERE = ("torch", "reference")
 
 _loaded: set[str] = set()
-_context = threading.local()
+
+
+class _Context(threading.local):
+    backend = AUTO
+
+
+_context = _Context()
 
 
 @contextmanager
@@ -145,12 +151,17 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: no backend has this name.
     """
     check_name(name)
-    before = getattr(_context, "backend", AUTO)
+    before = _context.backend
     _context.backend = name
     try:
         yield
     finally:
         _context.backend = before
+
+
+def asked(backend: str) -> str:
+    """Returns the name that `backend` stands for here: that of `use_backend` where it is "auto"."""
+    return _context.backend if backend == AUTO else backend
 
 
 def choose(request: Request, backend: str = AUTO) -> Choice:
@@ -160,8 +171,7 @@ def choose(request: Request, backend: str = AUTO) -> Choice:
         ValueError: no backend has this name.
         RuntimeError: the backend asked for by name is not available or cannot do this; the message says why.
     """
-    if backend == AUTO:
-        backend = getattr(_context, "backend", AUTO)
+    backend = asked(backend)
     check_name(backend)
     if backend != AUTO:
         refusal = _BACKENDS[backend].refusal(request)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnfast import dispatch, functional, sequences
+from rnnfast.backends import step as direct_step
 from rnnfast.sequences import Segments
 
 
@@ -135,6 +136,10 @@ class _DropIn(nn.RNNBase):
             RuntimeError: the layer is bidirectional, so that its first output needs the last input.
             Further errors are those of `forward`.
         """
+        asked, dropout = dispatch.asked(self.backend), self.dropout if self.training else 0.0
+        direct = hx is not None and not torch.compiler.is_compiling() and (dropout == 0 or self.num_layers == 1)
+        if direct and (result := direct_step.run(self, input, hx, asked)) is not None:
+            return result
         if self.bidirectional:
             raise RuntimeError("a bidirectional layer reads the whole sequence at once: it has no step")
         self._update_flat_weights()
@@ -144,10 +149,10 @@ class _DropIn(nn.RNNBase):
         if hx is None:
             hx = self._zero_state(input.shape[0], weights[0].w_hh.dtype, input.device)
         h_0, c_0 = hx if isinstance(hx, tuple) else (hx, None)
-        dropout = self.dropout if self.training else 0.0
-        output, h_n, c_n = functional.step(
-            self.mode.lower(), input, h_0, c_0, weights, dropout=dropout, backend=self.backend
-        )
+        cell = self.mode.lower()
+        output, h_n, c_n = functional.step(cell, input, h_0, c_0, weights, dropout=dropout, backend=self.backend)
+        if direct and dispatch.explain(self, input).backend == "cpu":
+            direct_step.prepare(self, weights, cell, not input.is_floating_point(), asked)
         return output, (h_n if c_0 is None else (h_n, c_n))
 
     def _run(self, data: Tensor, hx: Any, batch_sizes: Tensor | None) -> tuple[Tensor, Any]:

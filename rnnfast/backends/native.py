@@ -43,6 +43,7 @@ _SCHEMAS = (
     "scan_cpu_pack(Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, str cell, bool ids) -> Tensor",
     "scan_cpu_packed(Tensor input, Tensor packed, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, bool bidirectional)"
     " -> (Tensor output, Tensor h_n, Tensor c_n)",
+    "step_plan_cpu(Tensor[] packed, Tensor[] weights) -> Tensor",
     "generate_cpu(Tensor[] packed, Tensor? embedding, Tensor head_weight, Tensor? head_bias, Tensor h_0, Tensor? c_0,"
     " int token, int length, Tensor? uniforms, float temperature, int? top_k, float? top_p)"
     " -> (Tensor ids, Tensor h_n, Tensor c_n)",
@@ -50,6 +51,7 @@ _SCHEMAS = (
 
 _lock = threading.Lock()
 _library: Any = None
+step_function: Any = None  # the C function of csrc/cpu/step.h, once the library is loaded
 _packed: dict[tuple[Any, ...], _Packed] = {}
 _loaded = False
 _failure: str | None = None
@@ -61,7 +63,7 @@ def load() -> None:
     Raises:
         RuntimeError: there is no library and it cannot be compiled; the message says why.
     """
-    global _loaded, _failure, _library
+    global _loaded, _failure, _library, step_function
     if _loaded:
         return
     with _lock:
@@ -73,10 +75,13 @@ def load() -> None:
         import torch
 
         try:
-            torch.ops.load_library(str(_installed() or _compiled()))
+            path = _installed() or _compiled()
+            torch.ops.load_library(str(path))
             _library = torch.library.Library("rnnfast", "FRAGMENT")
             for schema in _SCHEMAS:
                 _library.define(schema)
+            step_function = ctypes.CDLL(str(path)).rnnfast_step_cpu
+            step_function.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int64]
         except (OSError, RuntimeError) as error:
             _failure = f"the native library failed to compile or load: {error}"
             raise RuntimeError(_failure) from error
