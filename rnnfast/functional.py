@@ -239,6 +239,9 @@ def _check(
         raise ValueError(f"weights must hold one entry a layer and direction, got {len(weights)}, an odd number")
     batch = int(batch_sizes[0]) if batch_sizes is not None else input.shape[1]
     _check_state("h_0", h_0, w_hh, (len(weights), batch, w_hh.shape[1]))
+    if (c_0 is not None) != CELLS[cell].has_cell_state:
+        takes = "a pair (h_0, c_0)" if CELLS[cell].has_cell_state else "one tensor h_0"
+        raise RuntimeError(f"the state of a {cell} is {takes}, got {'a pair' if c_0 is not None else 'one tensor'}")
     if c_0 is not None:
         _check_state("c_0", c_0, w_hh, (len(weights), batch, w_hh.shape[0] // CELLS[cell].gates))
     if input.device != w_hh.device:

@@ -153,6 +153,18 @@ def test_errors_are_those_of_the_general_step(direct_calls: list[int]) -> None:
         layer.step(ids, state.double())
     with pytest.raises(RuntimeError, match=r"a step takes \(B, 3\) input"):
         layer.step(torch.randn(5, 2, 3), state)
+    with pytest.raises(RuntimeError, match=r"a step takes \(B, 3\) input"):
+        layer.step(torch.tensor(1), state)
+
+
+@pytest.mark.parametrize("name", ["GRU", "LSTM"])
+def test_a_state_of_another_cell_goes_the_general_way(name: str, direct_calls: list[int]) -> None:
+    layer, input = getattr(rnnfast, name)(3, 4), torch.randn(2, 3)
+    state = warmed_up(layer, input)
+    wrong = state[0] if name == "LSTM" else (state, state.clone())
+    with pytest.raises((RuntimeError, TypeError)):
+        layer.step(input, wrong)
+    assert not direct_calls
 
 
 def test_a_plan_goes_with_its_layer(direct_calls: list[int]) -> None:

@@ -8,18 +8,23 @@ call of a C function.
 from __future__ import annotations
 
 import weakref
+from dataclasses import dataclass
 from operator import is_
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import _C, Tensor
+from torch import Tensor, is_autocast_enabled, is_grad_enabled
+from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C._functorch import maybe_current_level
 
 from rnnfast.backends import native
+from rnnfast.cells import CELLS
 
 _version_of = torch._C.TensorBase._version.__get__  # type: ignore[attr-defined]
 
 
-class _Plan(NamedTuple):
+@dataclass(slots=True)
+class _Plan:
     address: int  # of `kept`
     asked: str
     weights: list[Tensor]
@@ -31,6 +36,7 @@ class _Plan(NamedTuple):
     layers: int
     state_size: int
     hidden_size: int
+    has_cell_state: bool
     outputs: dict[int, Tensor]  # for each batch size one to make others like it, which is quicker than by its sizes
     kept: tuple[Tensor, ...]
 
@@ -48,7 +54,7 @@ def run(layer: Any, input: Tensor, hx: Any, asked: str) -> tuple[Tensor, Any] | 
     if plan is None or plan.asked != asked:
         return None
     h_0, c_0 = hx if isinstance(hx, tuple) else (hx, None)
-    batch, dtype, weights = input.shape[0], plan.dtype, plan.weights
+    batch, dtype, weights = input.shape[0] if input.dim() else 0, plan.dtype, plan.weights
     if not (
         type(input) is Tensor
         and type(h_0) is Tensor
@@ -60,7 +66,7 @@ def run(layer: Any, input: Tensor, hx: Any, asked: str) -> tuple[Tensor, Any] | 
         and h_0.is_contiguous()
         and input.shape == (batch, *plan.width)
         and h_0.shape == (plan.layers, batch, plan.state_size)
-        and (c_0 is None or _is_plain(c_0, dtype, (plan.layers, batch, plan.hidden_size)))
+        and (_is_plain(c_0, dtype, (plan.layers, batch, plan.hidden_size)) if plan.has_cell_state else c_0 is None)
         and all(map(is_, layer._parameters.values(), weights))
         and list(map(_version_of, weights)) == plan.versions
         and list(map(Tensor.data_ptr, weights)) == plan.addresses
@@ -72,6 +78,7 @@ def run(layer: Any, input: Tensor, hx: Any, asked: str) -> tuple[Tensor, Any] | 
     if like is None:
         like = plan.outputs[batch] = torch.empty((batch, plan.state_size), dtype=dtype)
     output, h_n = torch.empty_like(like), torch.empty_like(h_0)
+    args: tuple[int | None, ...]
     if c_0 is None:
         args = (plan.address, input.data_ptr(), h_0.data_ptr(), None, output.data_ptr(), h_n.data_ptr(), None, batch)
         result: Any = h_n
@@ -114,6 +121,7 @@ def prepare(layer: Any, lanes: list[Any], cell: str, ids: bool, asked: str) -> N
         len(lanes),
         w_hh.shape[1],
         layer.hidden_size,
+        CELLS[cell].has_cell_state,
         {},
         (kept, *packed),
     )
@@ -132,9 +140,9 @@ def _is_plain(tensor: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
 def _is_observed() -> bool:
     """Whether a gradient is wanted, or something (autocast, a mode, a transform) must see the operations themselves."""
     return (
-        torch.is_grad_enabled()
-        or torch.is_autocast_enabled("cpu")
-        or _C._len_torch_dispatch_stack() > 0
-        or _C._len_torch_function_stack() > 0
-        or _C._functorch.maybe_current_level() is not None
+        is_grad_enabled()
+        or is_autocast_enabled("cpu")
+        or _len_torch_dispatch_stack() > 0
+        or _len_torch_function_stack() > 0
+        or maybe_current_level() is not None
     )
