@@ -42,8 +42,9 @@ class WeightGradients {
         inputs(plain_panels(s.input, V)),
         states(plain_panels(s.state, V)),
         units_(plain_panels(s.hidden, V)) {
-    // A task's sums, and the packed rows of one K_BLOCK, stay in L2; tasks come out equal for each thread.
-    const int64_t most = max64(s.input, max64(s.state, s.hidden)) <= 512 ? 192 : 96;
+    // A task's sums take half of a core's cache and leave the rest to the packed rows of one K_BLOCK; tasks come out equal
+    // for each thread.
+    const int64_t most = max64(V, near_bytes() / 2 / (max64(s.input, max64(s.state, s.hidden)) * int64_t(sizeof(T))));
     const int64_t rounds = ceil_div(gate_rows, threads * most);
     block_rows = round_up(ceil_div(gate_rows, threads * rounds), V);
     const int64_t blocks = ceil_div(gate_rows, block_rows);
