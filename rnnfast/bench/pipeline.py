@@ -6,7 +6,6 @@ One model, B=32, T=35, the first 10,000 characters of the text, SGD with learnin
 from __future__ import annotations
 
 import functools
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -43,12 +42,8 @@ class PipelineCase:
 
     def config(self, corpus: str, backend: str) -> lm.TrainConfig:
         """The chapter's settings."""
-        options: Any = {"cell": self.cell, "hidden_size": self.hidden_size, "backend": backend}
+        options: Any = {"cell": self.cell, "hidden_size": self.hidden_size, "backend": backend, "precision": self.dtype}
         return lm.TrainConfig(corpus=corpus, device="cpu", sample_every=0, epochs=EPOCHS, **options)
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """How a model of float32 parameters is trained in another dtype."""
-        return torch.autocast("cpu", dtype=getattr(torch, self.dtype), enabled=self.dtype != "float32")
 
 
 @functools.cache
@@ -86,8 +81,7 @@ def check_training(case: PipelineCase, corpus: lm.Corpus, backend: str) -> None:
     their_losses: list[Tensor] = []
     for (x, y), _ in zip(inputs, range(CHECKED_STEPS), strict=False):
         ids, targets = x.T.contiguous(), y.T.contiguous()
-        with case.autocast():
-            loss, state = lm.train_step(ours, optimizers[0], ids, targets, state, config.clip)
+        loss, state = lm.train_step(ours, optimizers[0], ids, targets, state, config.clip, case.dtype)
         their_loss, their_state = chapter.train_step(theirs, optimizers[1], x, y, their_state)
         losses.append(loss)
         their_losses.append(their_loss.detach())
@@ -113,7 +107,7 @@ def measure_training(case: PipelineCase, seconds: float, backend: str = "auto") 
     def train(calls: int) -> float:
         seconds_a_token = 0.0
         for _ in range(calls):
-            with torch.random.fork_rng(devices=[]), case.autocast():
+            with torch.random.fork_rng(devices=[]):
                 seconds_a_token += 1 / lm.train(config, report=lambda line: None).tokens_per_second
         return seconds_a_token * tokens
 

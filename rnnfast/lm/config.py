@@ -54,6 +54,9 @@ class TrainConfig:
     clip: float = option(1.0, "largest norm of the gradient")
     seed: int = option(0, "decides a run's every number on the CPU")
 
+    precision: Literal["float32", "bfloat16"] = option(
+        "float32", "of the model's products and states; bfloat16 keeps parameters, loss and optimizer in float32"
+    )
     device: str = option("auto", "auto (a GPU if there is one), cpu, cuda, ...")
     backend: str = option("auto", "rnnfast's backend; `rnnfast info` lists them")
     prefix: str = option("time traveller", "what sample texts start with")

@@ -125,8 +125,10 @@ def scratch_rnn(
         The hidden states (T, B, hidden) and the last one, (1, B, hidden).
     """
     # The scan knows torch.nn's two biases: the second one is zero.
-    weights = functional.Weights(W_xh.t(), W_hh.t(), b_h, torch.zeros_like(b_h))
-    return functional.rnn(inputs, state, [weights], backend=backend)
+    tensors = [state, W_xh.t(), W_hh.t(), b_h, torch.zeros_like(b_h)]
+    if torch.is_autocast_enabled(state.device.type):
+        tensors = [tensor.to(torch.get_autocast_dtype(state.device.type)) for tensor in tensors]
+    return functional.rnn(inputs, tensors[0], [functional.Weights(*tensors[1:])], backend=backend)
 
 
 def detach(state: State) -> State:

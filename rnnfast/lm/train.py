@@ -45,6 +45,7 @@ def train_step(
     targets: Tensor,
     state: State,
     clip: float,
+    precision: str = "float32",
 ) -> tuple[Tensor, State]:
     """One step of truncated backpropagation through time.
 
@@ -52,12 +53,12 @@ def train_step(
         inputs, targets: token ids (T, B), int64.
         state: carried from the batch before, detached; None for a fresh one.
         clip: the gradient is scaled down to this norm if it exceeds it.
+        precision: "float32", or "bfloat16" for products and states in it and parameters, loss and optimizer in float32.
 
     Returns:
         The mean cross entropy in nats (a tensor: reading it waits for the device), and the detached state.
     """
-    logits, state = model(inputs, state)
-    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    loss, state = loss_of(model, inputs, targets, state, precision)
     optimizer.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), clip)
@@ -65,14 +66,24 @@ def train_step(
     return loss.detach(), detach(state)
 
 
+def loss_of(
+    model: nn.Module, inputs: Tensor, targets: Tensor, state: State, precision: str = "float32"
+) -> tuple[Tensor, State]:
+    """The mean cross entropy in nats, in float32 or wider, and the state; arguments as in `train_step`."""
+    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        logits, state = model(inputs, state)
+    logits = logits.float() if precision == "bfloat16" else logits
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten()), state
+
+
 @torch.no_grad()
-def evaluate(model: nn.Module, inputs: Tensor, targets: Tensor) -> float:
+def evaluate(model: nn.Module, inputs: Tensor, targets: Tensor, precision: str = "float32") -> float:
     """Perplexity on batches (N, T, B) in text order, the state carried through (but for a bidirectional model)."""
     model.eval()
     total, state = torch.zeros((), dtype=torch.float64, device=inputs.device), None
     for x, y in zip(inputs, targets, strict=True):
-        logits, state = model(x, None if model.bidirectional else state)
-        total += F.cross_entropy(logits.flatten(0, 1), y.flatten())
+        loss, state = loss_of(model, x, y, None if model.bidirectional else state, precision)
+        total += loss
     model.train()
     return perplexity(total.item() / len(inputs))
 
@@ -151,9 +162,9 @@ class Trainer:
         """
         self.epoch_rng = self.batches.generator.get_state()
         inputs, targets = self.batches.epoch()
-        first, start = self.step, time.perf_counter()
+        config, first, start = self.config, self.step, time.perf_counter()
         for x, y in zip(inputs[first:], targets[first:], strict=True):
-            loss, state = train_step(self.model, self.optimizer, x, y, self.carry, self.config.clip)
+            loss, state = train_step(self.model, self.optimizer, x, y, self.carry, config.clip, config.precision)
             if self.scheduler is not None:
                 self.scheduler.step()
             self.carry = state if self.carries else None
@@ -169,7 +180,7 @@ class Trainer:
             "lr": self.optimizer.param_groups[0]["lr"],
         }
         if self.validation is not None:
-            record["validation_perplexity"] = evaluate(self.model, *self.validation)
+            record["validation_perplexity"] = evaluate(self.model, *self.validation, self.config.precision)
         self.epoch, self.step, self.carry = self.epoch + 1, 0, None
         self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
         self.loss_sum.zero_()

@@ -40,6 +40,7 @@ RUNS = {
     ),
     "words, raw": replace(SMALL, tokens="word", raw=True, min_freq=2, random_batches=True, prefix="the"),
     "bidirectional": replace(SMALL, bidirectional=True),
+    "bfloat16": replace(SMALL, cell="lstm", precision="bfloat16", validation=0.2),
 }
 runs = pytest.mark.parametrize("config", RUNS.values(), ids=RUNS.keys())
 
@@ -53,6 +54,20 @@ def assert_same_parameters(a: nn.Module, b: nn.Module) -> None:
 
 def without_speed(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in record.items() if key != "tokens_per_second"} for record in records]
+
+
+@pytest.mark.parametrize("options", [{"cell": "lstm"}, {"scratch": True}], ids=["lstm", "scratch"])
+def test_bfloat16_computes_in_it_and_learns_as_float32_does(options: dict[str, Any]) -> None:
+    config = replace(SMALL, **options)
+    half = replace(config, precision="bfloat16")
+    torch.manual_seed(0)
+    model = build_model(half, 28)
+    optimizer, ids = torch.optim.SGD(model.parameters(), lr=1), torch.randint(28, (10, 4))
+    loss, state = train_step(model, optimizer, ids, ids, None, 1.0, half.precision)
+    assert loss.dtype == torch.float32
+    assert {part.dtype for part in (state if isinstance(state, tuple) else (state,))} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert train(half).perplexity == pytest.approx(train(config).perplexity, rel=0.02)
 
 
 @runs
