@@ -6,6 +6,11 @@
 
 #include "kernels.h"
 
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace rnnfast {
 
 namespace generic {
@@ -21,6 +26,11 @@ extern const Kernels kernels;
 namespace avx512_bf16 {
 extern const Kernels kernels;
 }
+#if defined(RNNFAST_AMX)
+namespace amx {
+extern const Kernels kernels;
+}
+#endif
 #endif
 
 namespace {
@@ -32,6 +42,19 @@ struct Choice {
   const Kernels& bf16;
 };
 
+#if defined(RNNFAST_AMX)
+// The system hands out the matrix unit's registers to processes that ask for them.
+bool may_use_amx() {
+#if defined(__linux__)
+  constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+         syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 Choice choose() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -39,14 +62,21 @@ Choice choose() {
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
-  const Choice choices[] = {{"avx512_bf16", has_bf16, avx512::kernels, avx512_bf16::kernels},
+  const char* wanted = std::getenv("RNNFAST_CPU_ISA");
+  // Intel's bfloat16 product of vectors runs at half the rate of its float32 product: it is taken only if asked for.
+  const bool slow_bf16 = __builtin_cpu_is("intel") && !(wanted && *wanted);
+  const Choice choices[] = {
+#if defined(RNNFAST_AMX)
+                            {"amx", has_bf16 && may_use_amx(), avx512::kernels, amx::kernels},
+#endif
+                            {"avx512_bf16", has_bf16 && !slow_bf16, avx512::kernels, avx512_bf16::kernels},
                             {"avx512", has_avx512, avx512::kernels, avx512::kernels},
                             {"avx2", has_avx2, avx2::kernels, avx2::kernels},
                             {"generic", true, generic::kernels, generic::kernels}};
 #else
+  const char* wanted = std::getenv("RNNFAST_CPU_ISA");
   const Choice choices[] = {{"generic", true, generic::kernels, generic::kernels}};
 #endif
-  const char* wanted = std::getenv("RNNFAST_CPU_ISA");
   if (wanted && !*wanted) wanted = nullptr;
   for (const Choice& choice : choices) {
     if (wanted && std::strcmp(wanted, choice.name) != 0) continue;
@@ -54,7 +84,7 @@ Choice choose() {
     if (wanted) throw std::runtime_error(std::string("RNNFAST_CPU_ISA=") + wanted + ": this processor does not have it");
   }
   throw std::runtime_error(std::string("RNNFAST_CPU_ISA=") + wanted +
-                           ": not an instruction set of this build; choose generic, avx2, avx512 or avx512_bf16");
+                           ": not an instruction set of this build; choose generic, avx2, avx512, avx512_bf16 or amx");
 }
 
 }  // namespace

@@ -24,8 +24,8 @@ struct Kernels {
   void (*head)(const HeadArgs&, int threads);
 };
 
-// The kernels for a dtype on this machine, or of the instruction set that RNNFAST_CPU_ISA names: generic, avx2, avx512
-// or avx512_bf16. Throws where the processor lacks it.
+// The kernels for a dtype on this machine, or of the instruction set that RNNFAST_CPU_ISA names: generic, avx2, avx512,
+// avx512_bf16 or amx. Throws where the processor lacks it.
 const Kernels& choose_kernels(DType dtype);
 
 }  // namespace rnnfast

@@ -52,11 +52,16 @@ RNNFAST_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 // ---- the tile ------------------------------------------------------------------------------------------------------
 
 constexpr int MAX_VECTORS = 4;
+#if defined(__AMX_BF16__)
+constexpr int MAX_ROWS = 16;
+constexpr int max_rows(int) { return MAX_ROWS; }
+#else
 constexpr int MAX_ROWS = 8;
 // Rows of a tile that leave registers for its vectors of w and a broadcast.
 constexpr int max_rows(int vectors) {
   return MANY_REGISTERS ? (vectors == 4 ? 6 : 8) : (vectors == 4 ? 3 : vectors == 3 ? 4 : vectors == 2 ? 6 : 8);
 }
+#endif
 
 // Memory that a tile fetches into the second-level cache while it computes, a few lines each BLOCK of k units. Weights that
 // a core's cache cannot hold stream in so at an even rate, under all tiles of the panel before, and not under its first.
@@ -109,13 +114,28 @@ void tile(int64_t k_units, const O* const* a, const O* w, const typename Product
 template <class O>
 using TileFn = decltype(&tile<1, 1, O>);
 
+}  // namespace rnnfast::RNNFAST_ISA
+
+#if defined(__AMX_BF16__)
+#include "amx.h"
+#endif
+
+namespace rnnfast::RNNFAST_ISA {
+
 // The tile function for a number of rows and vectors, at most max_rows(vectors) and MAX_VECTORS.
 template <class O>
 TileFn<O> tile_function(int rows, int vectors) {
+#if defined(__AMX_BF16__)
+#define RNNFAST_TILES(NV) \
+  {amx_tile<1, NV>, amx_tile<2, NV>, amx_tile<3, NV>, amx_tile<4, NV>, amx_tile<5, NV>, amx_tile<6, NV>, \
+   amx_tile<7, NV>, amx_tile<8, NV>, amx_tile<9, NV>, amx_tile<10, NV>, amx_tile<11, NV>, amx_tile<12, NV>, \
+   amx_tile<13, NV>, amx_tile<14, NV>, amx_tile<15, NV>, amx_tile<16, NV>}
+#else
 #define RNNFAST_TILES(NV) \
   {tile<1, NV, O>, tile<2, NV, O>, tile<3, NV, O>, tile<4, NV, O>, \
    tile<(5 <= max_rows(NV) ? 5 : 1), NV, O>, tile<(6 <= max_rows(NV) ? 6 : 1), NV, O>, \
    tile<(7 <= max_rows(NV) ? 7 : 1), NV, O>, tile<(8 <= max_rows(NV) ? 8 : 1), NV, O>}
+#endif
   static constexpr TileFn<O> table[MAX_VECTORS][MAX_ROWS] = {
       RNNFAST_TILES(1), RNNFAST_TILES(2), RNNFAST_TILES(3), RNNFAST_TILES(4)};
 #undef RNNFAST_TILES

@@ -37,6 +37,7 @@ _AVX512 = f"{_AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl"
 _INSTRUCTION_SETS = {"generic": ""}
 if platform.machine() in ("x86_64", "AMD64"):
     _INSTRUCTION_SETS |= {"avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": f"{_AVX512} -mavx512bf16"}
+    _INSTRUCTION_SETS["amx"] = f"{_AVX512} -mavx512bf16 -mamx-tile -mamx-bf16"
 
 # Operators of this backend alone: weights packed once for many calls without gradients, and what is done with them.
 _SCHEMAS = (
@@ -285,15 +286,21 @@ def source_hash() -> str:
 
 def _ninja_file(sources: Path, compiler: str, torch_folder: Path) -> str:
     include = torch_folder / "include"
+    instruction_sets, defines = dict(_INSTRUCTION_SETS), ""
+    if "amx" in instruction_sets:
+        if _accepts(compiler, instruction_sets["amx"]):
+            defines = "-DRNNFAST_AMX"
+        else:  # a compiler older than the instructions; the library is complete without them
+            del instruction_sets["amx"]
     lines = [
-        f"cc = {compiler} {_FLAGS} -isystem {include} -isystem {include}/torch/csrc/api/include",
+        f"cc = {compiler} {_FLAGS} {defines} -isystem {include} -isystem {include}/torch/csrc/api/include",
         "rule compile",
         "  command = $cc $isa -c $in -o $out",
         "rule link",
         f"  command = {compiler} -shared -fopenmp $in -o $out -L{torch_folder}/lib -ltorch_cpu",
     ]
     objects = []
-    for isa, flags in _INSTRUCTION_SETS.items():
+    for isa, flags in instruction_sets.items():
         objects.append(f"{isa}.o")
         lines += [f"build {isa}.o: compile {sources}/cpu/kernels.cpp", f"  isa = -DRNNFAST_ISA={isa} {flags}"]
     for path in _source_files(sources):
@@ -301,6 +308,11 @@ def _ninja_file(sources: Path, compiler: str, torch_folder: Path) -> str:
             objects.append(f"{path.stem}.o")
             lines.append(f"build {path.stem}.o: compile {path}")
     return "\n".join([*lines, f"build library.so: link {' '.join(objects)}", ""])
+
+
+def _accepts(compiler: str, flags: str) -> bool:
+    command = [compiler, *flags.split(), "-x", "c++", "-fsyntax-only", os.devnull]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def _compiled() -> Path:

@@ -59,7 +59,7 @@ def test_parity(case: Case, dtype: torch.dtype) -> None:
     check(case, dtype)
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16", "amx"])
 def test_parity_of_each_instruction_set(isa: str) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "error", "-m", "tests.cpu.test_parity"],
@@ -71,6 +71,8 @@ def test_parity_of_each_instruction_set(isa: str) -> None:
     )
     if "this processor does not have it" in done.stderr:
         pytest.skip(f"this processor has no {isa}")
+    if isa == "amx" and "not an instruction set of this build" in done.stderr:
+        pytest.skip("the library was compiled without AMX: the compiler does not know it")
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -1,0 +1,91 @@
+// The tile product of bfloat16 on the matrix unit of Intel processors (AMX): 16 rows by 16 columns by 32 of k an
+// instruction. The panels are those of the vector product: 16 units, one below the other, are an operand of the unit.
+// Included by tile.h.
+#pragma once
+
+namespace rnnfast::RNNFAST_ISA {
+
+// R rows in the tiles of sums (0 to 3) and of a (4); 16 units of w in each of 5, 6 and 7.
+struct AmxConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {};
+  constexpr explicit AmxConfig(int r) {
+    for (int t = 0; t < 5; ++t) rows[t] = uint8_t(r);
+    for (int t = 5; t < 8; ++t) rows[t] = 16;
+  }
+};
+
+template <int NV>
+RNNFAST_INLINE void amx_multiply(const void* a, int64_t a_bytes, const void* w, int64_t w_bytes) {
+  const auto vector = [w](int c) { return static_cast<const char*>(w) + c * 64; };
+  _tile_loadd(4, a, a_bytes);
+  _tile_loadd(5, vector(0), w_bytes);
+  _tile_dpbf16ps(0, 4, 5);
+  if constexpr (NV > 1) {
+    _tile_loadd(6, vector(1), w_bytes);
+    _tile_dpbf16ps(1, 4, 6);
+  }
+  if constexpr (NV > 2) {
+    _tile_loadd(7, vector(2), w_bytes);
+    _tile_dpbf16ps(2, 4, 7);
+  }
+  if constexpr (NV > 3) {
+    _tile_loadd(5, vector(3), w_bytes);
+    _tile_dpbf16ps(3, 4, 5);
+  }
+}
+
+// As `tile`, of which it is the other form; see there.
+template <int R, int NV>
+void amx_tile(int64_t k_units, const bf16* const* a, const bf16* w, const float* const* start, int64_t offset,
+              const float* last, float* out, int64_t out_stride, Ahead ahead) {
+  constexpr int64_t UNITS = 16, DEPTH = 2 * UNITS;  // of one instruction
+  static constexpr AmxConfig config(R);
+  alignas(64) bf16 rows[16 * DEPTH], columns[NV * UNITS * DEPTH];
+  alignas(64) float sums[NV][16 * 16];
+  const int64_t stride = R > 1 ? a[1] - a[0] : DEPTH;
+  bool even = true;
+  for (int r = 2; r < R; ++r) even &= a[r] - a[r - 1] == stride;
+  // The instructions' macros do not tell the compiler what memory they read: it must not delay its stores past them.
+  const auto settle = [] { asm volatile("" : : : "memory"); };
+
+  _tile_loadconfig(&config);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  int64_t u = 0;
+  for (; u + UNITS <= k_units; u += UNITS, w += UNITS * NV * 32) {
+    for (int line = 0; line < 2 * ahead.lines; ++line, ahead.data += 64) __builtin_prefetch(ahead.data, 0, 2);
+    if (even) {
+      amx_multiply<NV>(a[0] + u * 2, stride * 2, w, NV * 64);
+      continue;
+    }
+    for (int r = 0; r < R; ++r) std::memcpy(rows + r * DEPTH, a[r] + u * 2, 64);
+    settle();
+    amx_multiply<NV>(rows, 64, w, NV * 64);
+  }
+  if (u < k_units) {  // the rest of k, filled up with zeros
+    const size_t rest = size_t(k_units - u);
+    std::memset(rows, 0, sizeof rows);
+    std::memset(columns, 0, sizeof columns);
+    for (int r = 0; r < R; ++r) std::memcpy(rows + r * DEPTH, a[r] + u * 2, rest * 4);
+    std::memcpy(columns, w, rest * NV * 64);
+    settle();
+    amx_multiply<NV>(rows, 64, columns, NV * 64);
+  }
+  _tile_stored(0, sums[0], 64);
+  if constexpr (NV > 1) _tile_stored(1, sums[1], 64);
+  if constexpr (NV > 2) _tile_stored(2, sums[2], 64);
+  if constexpr (NV > 3) _tile_stored(3, sums[3], 64);
+  _tile_release();
+  settle();
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < NV; ++c) {
+      const F32 first = load(c == NV - 1 && last ? last : start[r] + offset + c * 16);
+      store(out + r * out_stride + c * 16, load(sums[c] + r * 16) + first);
+    }
+}
+
+}  // namespace rnnfast::RNNFAST_ISA
