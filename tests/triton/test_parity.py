@@ -22,7 +22,7 @@ KERNELS = {
 SHAPES = {
     "one unit": {"hidden": 1, "batch": 4, "steps": 3, "seed": 1},
     "odd sizes": {"hidden": 17, "batch": 3, "steps": 2, "lanes": 2, "bias": False},
-    "ragged": {"hidden": 9, "batch": 3, "steps": 4, "lanes": 2, "ragged": True},
+    "ragged": {"hidden": 9, "batch": 3, "steps": 3, "lanes": 2, "ragged": True, "seed": 4},
     "ragged token ids": {"hidden": 5, "batch": 2, "steps": 3, "lanes": 2, "ragged": True, "token_ids": True},
     "two row tiles": {"hidden": 18, "batch": 17, "steps": 2, "token_ids": True, "inputs": 40},
 }
@@ -32,12 +32,13 @@ HALF_TYPES = [
     ("ragged token ids", torch.float16),
     ("two row tiles", torch.bfloat16),
 ]
-# The plain RNN's two activations differ in one line. A kernel with one batch row always has many row tiles.
+# Half types are loaded and stored alike for every cell, so one of them takes all shapes in them. The plain RNN's two
+# activations differ in one line. A kernel with one batch row always has many row tiles.
 CASES = [
     (cell, kernel, shape, dtype)
     for kernel in ("registers", "shared", "step", "gates")
     for cell in ("rnn_tanh", "lstm", "gru")
-    for shape, dtype in [*((shape, torch.float32) for shape in SHAPES), *HALF_TYPES]
+    for shape, dtype in [*((shape, torch.float32) for shape in SHAPES), *HALF_TYPES[: 4 if cell == "lstm" else 2]]
     if (kernel, shape) != ("registers", "two row tiles")
 ]
 CASES += [
@@ -66,7 +67,7 @@ def launch(device: torch.device):
 
 @pytest.mark.parametrize(("cell", "kernel", "shape", "dtype"), CASES)
 def test_matches_the_reference(launch, monkeypatch, device, cell, kernel, shape, dtype):
-    """Forward and all gradients, each side reading its own tape and the other's."""
+    """Forward and all gradients; each side's backward reads its own tape and the other's."""
     monkeypatch.setattr(launch, "plan", lambda cell, hidden, *_: KERNELS[kernel](hidden))
     layer = random_layer(cell, **SHAPES[shape], dtype=dtype, device=device)
     wide = widened(layer)
@@ -76,12 +77,10 @@ def test_matches_the_reference(launch, monkeypatch, device, cell, kernel, shape,
         assert_near(name, a, t, dtype, FORWARD_ROUNDINGS[dtype])
 
     gradients = random_gradients(ours)
-    theirs = reference.forward(*layer, True)
-    for way, backward, run in (
-        ("ours after ours", launch.backward, ours),
-        ("ours after the reference", launch.backward, theirs),
-        ("the reference after ours", reference.backward, ours),
-    ):
+    ways = [("ours after ours", launch.backward, ours), ("the reference after ours", reference.backward, ours)]
+    if shape == "ragged":  # elsewhere the tapes' likeness says the same
+        ways.append(("ours after the reference", launch.backward, reference.forward(*layer, True)))
+    for way, backward, run in ways:
         results = backward(*gradients, *layer, run[0], run[3], True, True)
         truth = reference.backward(*widened(gradients), *wide, *widened([run[0], run[3]]), True, True)
         for name, a, t in zip(GRADIENTS, results, truth, strict=True):

@@ -131,9 +131,10 @@ def _scan(forward: bool, cell: str, how: Plan, walk: Walk, h_0: Tensor, addresse
 class Loop:
     """The buffers that the steps of a scan share, and their launches; `graph` repeats GRAPH_STEPS of them."""
 
-    def __init__(self, scan: Scan) -> None:
+    def __init__(self, scan: Scan, own_weights: bool = False) -> None:
+        cell = CELLS[scan.cell]
         state = (scan.lanes, scan.batch, scan.hidden)
-        by_gate = (scan.lanes, scan.batch, CELLS[scan.cell].gates * scan.hidden)
+        by_gate = (scan.lanes, scan.batch, cell.gates * scan.hidden)
 
         def empty(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=scan.device)
@@ -143,14 +144,15 @@ class Loop:
         self.graph: Any = None
         self.table = empty((16,), torch.int64)
         self.w_hh: Any = None
+        if own_weights:
+            self.w_hh = empty((scan.lanes, cell.gates * scan.hidden, scan.hidden), scan.dtype)
         self.h = empty(state)
-        self.c: Any = empty(state) if CELLS[scan.cell].has_cell_state else None
+        self.c: Any = empty(state) if cell.has_cell_state else None
         self.product = empty(by_gate if scan.forward else state)
         if scan.forward and scan.dtype is torch.float32:
             self.operand = self.h
         else:
             self.operand = empty(state if scan.forward else by_gate, scan.dtype)
-        cell = CELLS[scan.cell]
         self._kernel = gates.step_forward if scan.forward else gates.step_backward
         self._grid = (triton.cdiv(scan.batch, scan.how.rows), triton.cdiv(scan.hidden, scan.how.units), scan.lanes)
         self._constants = {
@@ -248,9 +250,7 @@ def _keep(scan: Scan, stream: torch.cuda.Stream) -> Loop:
 
 def _capture(scan: Scan, stream: torch.cuda.Stream) -> Loop:
     with torch.cuda.device(scan.device), torch.cuda.stream(stream):
-        loop = Loop(scan)
-        gate_rows = CELLS[scan.cell].gates * scan.hidden
-        loop.w_hh = torch.empty(scan.lanes, gate_rows, scan.hidden, dtype=scan.dtype, device=scan.device)
+        loop = Loop(scan, own_weights=True)
         if stream not in _places:
             _places[stream] = (torch.cuda.Stream(), torch.cuda.MemPool())
         aside, pool = _places[stream]
