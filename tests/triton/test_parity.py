@@ -153,9 +153,10 @@ def test_what_is_not_needed_is_empty(launch, device):
     assert not results[6].any()
 
 
-@pytest.mark.parametrize("cell", CELLS)
-def test_through_autograd(device, launch, cell):
+@pytest.mark.parametrize(("cell", "kernel"), [*((cell, "registers") for cell in CELLS), ("lstm", "gates")])
+def test_through_autograd(device, launch, monkeypatch, cell, kernel):
     """The registered operator gives the reference's gradients, h_n and c_n alone included."""
+    monkeypatch.setattr(launch, "plan", lambda cell, hidden, *_: KERNELS[kernel](hidden))
 
     def gradients(backend: str) -> tuple[Tensor, ...]:
         layer = random_layer(cell, 6, 3, 3, torch.float32, lanes=2, device=device)
@@ -168,9 +169,12 @@ def test_through_autograd(device, launch, cell):
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
-def test_operator_check(device, launch, cell):
+@pytest.mark.parametrize(
+    ("cell", "kernel"), [("rnn_tanh", "registers"), ("lstm", "registers"), ("gru", "registers"), ("gru", "gates")]
+)
+def test_operator_check(device, launch, monkeypatch, cell, kernel):
     """The implementation honours its schema (nothing mutated, nothing aliased) and the fakes its shapes."""
+    monkeypatch.setattr(launch, "plan", lambda cell, hidden, *_: KERNELS[kernel](hidden))
     checks = ("test_schema", "test_faketensor")
     layer = random_layer(cell, 3, 2, 2, torch.float32, device=device)
     torch.library.opcheck(torch.ops.rnnfast.scan_triton.default, (*layer, True), test_utils=checks)

@@ -11,6 +11,7 @@ one another and their memory is handed back in order.
 
 from __future__ import annotations
 
+import atexit
 import threading
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
@@ -206,6 +207,13 @@ _kept: OrderedDict[Any, Loop | None] = OrderedDict()
 _lock = threading.Lock()
 # Where the graphs of a stream are captured: another stream, and the memory that torch's GEMMs need on it.
 _places: dict[torch.cuda.Stream, tuple[torch.cuda.Stream, torch.cuda.MemPool]] = {}
+
+
+@atexit.register
+def _release() -> None:
+    """Lets go of the graphs and then of the pools, which must outlive them, while CUDA is still there."""
+    _kept.clear()
+    _places.clear()
 
 
 def _loop_for(scan: Scan, steps: int) -> Loop:
