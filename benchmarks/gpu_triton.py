@@ -31,6 +31,7 @@ from rnnfast.backends import triton as backend
 
 ROOT = Path(__file__).resolve().parents[1]
 INPUTS = 64
+DEVICE = "cuda"
 
 
 class Size(NamedTuple):
@@ -64,8 +65,8 @@ def layers(size: Size) -> tuple[nn.RNNBase, nn.RNNBase]:
     """Returns rnnfast's layer on Triton and torch.nn's, with the same weights."""
     torch.manual_seed(0)
     name = CELLS[size.cell]
-    theirs = getattr(nn, name)(INPUTS, size.hidden).to("cuda", size.dtype)
-    ours = getattr(rnnfast, name)(INPUTS, size.hidden, backend="triton").to("cuda", size.dtype)
+    theirs = getattr(nn, name)(INPUTS, size.hidden).to(DEVICE, size.dtype)
+    ours = getattr(rnnfast, name)(INPUTS, size.hidden, backend="triton").to(DEVICE, size.dtype)
     ours.load_state_dict(theirs.state_dict())
     return ours, theirs
 
@@ -75,7 +76,7 @@ def results(layer: nn.RNNBase, input: Tensor) -> dict[str, Tensor]:
     input = input.detach().requires_grad_()
     output, state = layer(input)
     states = state if isinstance(state, tuple) else (state,)
-    loss = sum((x.float().square().sum() for x in (output, *states)), torch.zeros((), device="cuda"))
+    loss = sum((x.float().square().sum() for x in (output, *states)), torch.zeros((), device=DEVICE))
     leaves = {"d_input": input, **{f"d_{name}": parameter for name, parameter in layer.named_parameters()}}
     gradients = torch.autograd.grad(loss, list(leaves.values()))
     named = {"output": output, **{f"state_{i}": s for i, s in enumerate(states)}}
@@ -85,7 +86,7 @@ def results(layer: nn.RNNBase, input: Tensor) -> dict[str, Tensor]:
 def relative_errors(size: Size, input: Tensor) -> tuple[dict[str, float], dict[str, float]]:
     """RMS error over RMS of the truth, of rnnfast and of torch.nn; the truth is torch.nn in float64."""
     ours, theirs = layers(size)
-    truth_layer = getattr(nn, CELLS[size.cell])(INPUTS, size.hidden).to("cuda", torch.float64)
+    truth_layer = getattr(nn, CELLS[size.cell])(INPUTS, size.hidden).to(DEVICE, torch.float64)
     truth_layer.load_state_dict(theirs.state_dict())
     truth = results(truth_layer, input.double())
 
@@ -95,7 +96,16 @@ def relative_errors(size: Size, input: Tensor) -> tuple[dict[str, float], dict[s
     def errors(values: dict[str, Tensor]) -> dict[str, float]:
         return {name: rms(value.double() - truth[name]) / rms(truth[name]) for name, value in values.items()}
 
+    results(ours, input)  # what comes a second time may be replayed from a CUDA graph, as it will be when timed
     return errors(results(ours, input)), errors(results(theirs, input))
+
+
+def planned(size: Size) -> str:
+    """The kernel that rnnfast's layer takes."""
+    from rnnfast.backends.triton import launch, plan
+
+    how = launch.numbers(size.dtype), launch.card(torch.device(DEVICE, 0))
+    return plan.plan(size.cell, size.hidden, size.batch, 1, *how).kernel
 
 
 def seconds_in_turns(work: dict[str, Callable[[], object]], budget: float) -> dict[str, dict[str, float]]:
@@ -124,8 +134,9 @@ def seconds_in_turns(work: dict[str, Callable[[], object]], budget: float) -> di
 def measure(size: Size, budget: float) -> dict[str, Any]:
     """Checks one layer and times it."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = size.allow_tf32
-    input = torch.randn(size.steps, size.batch, INPUTS, device="cuda", dtype=size.dtype)
+    input = torch.randn(size.steps, size.batch, INPUTS, device=DEVICE, dtype=size.dtype)
     row: dict[str, Any] = {**size._asdict(), "dtype": str(size.dtype).removeprefix("torch.")}
+    row["kernel"] = planned(size)
     # The first steps tell all that a longer sequence would, before rounding errors have grown.
     row["error"], row["error_of_nn"] = relative_errors(size, input[:16].contiguous())
     tolerance = TOLERANCE_TF32 if size.allow_tf32 else TOLERANCE[size.dtype]
@@ -179,27 +190,33 @@ def main() -> int:
         print(f"this benchmark needs a GPU: {reason or 'none is visible to PyTorch'}", file=sys.stderr)
         return 1
 
-    report: dict[str, Any] = {**circumstances(), "seconds_are": "of one call, host overhead included", "rows": []}
+    report: dict[str, Any] = {
+        **circumstances(),
+        "seconds_are": "of one call, host overhead included",
+        "left_out": 0,
+        "rows": [],
+    }
     card = report["card"].lower().replace(" ", "-")
     path = options.output or ROOT / "benchmarks" / "results" / f"triton-{card}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     sizes = list(grid(options.quick))
     start = time.perf_counter()
     for done, size in enumerate(sizes):
         if time.perf_counter() - start > 60 * options.minutes:
             report["left_out"] = len(sizes) - done
+            path.write_text(json.dumps(report, indent=1) + "\n")
             break
         row = measure(size, budget=0.15)
         report["rows"].append(row)
+        path.write_text(json.dumps(report, indent=1) + "\n")  # what is done is kept if a later size fails
         figures = (
             " ".join(f"{way} {row[way]['ratio']:5.2f}x" for way in ("forward", "forward_backward"))
             if row["right"]
             else f"WRONG: {max(row['error'].items(), key=lambda item: item[1])}"
         )
         print(f"[{done + 1}/{len(sizes)}] {' '.join(map(str, size))}: {figures}", flush=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
     wrong = sum(not row["right"] for row in report["rows"])
-    print(f"{len(report['rows'])} sizes, {wrong} wrong, {report.get('left_out', 0)} left out; written to {path}")
+    print(f"{len(report['rows'])} sizes, {wrong} wrong, {report['left_out']} left out; written to {path}")
     return int(wrong > 0)
 
 

@@ -35,6 +35,16 @@ def gate_inputs(input: Tensor, w_ih: Tensor, b_ih: Tensor | None) -> tuple[Tenso
     return _add_bias(_widen(weight.t().index_select(0, input)), b_ih), None
 
 
+def recurrent_product(operand: Tensor, weight: Tensor, product: Tensor) -> None:
+    """Puts operand (D, B, K) times weight (D, K, M) into `product` (D, B, M), whose type is the one accumulated in."""
+    if operand.dtype is product.dtype:
+        torch.bmm(operand, weight, out=product)
+    elif operand.is_cuda:
+        torch.bmm(operand, weight, out_dtype=product.dtype, out=product)
+    else:
+        torch.bmm(operand.to(product.dtype), weight.to(product.dtype), out=product)
+
+
 def input_gradient(d_gx: Tensor, w_ih: Tensor) -> Tensor:
     """(N, I), from the gradient of the input's part of the gates, (N, D*G*H)."""
     return d_gx @ w_ih.flatten(0, 1)

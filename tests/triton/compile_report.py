@@ -4,9 +4,9 @@ Run as a program, in a process of its own, because Triton's interpreter is switc
 
     python tests/triton/compile_report.py < cases.json
 
-A case is {"cell", "hidden", "dtype", "arch", "batch", "steps", "lanes", "token_ids", "ragged", "allow_tf32",
-"at_once"}. The layer is
-launched through the backend's own code with a driver that only compiles, so the specialisations are those a GPU gets.
+A case is {"cell", "hidden", "dtype", "arch", "batch", "steps", "lanes", "token_ids", "ragged", "allow_tf32", "at_once",
+"kernel"}; a kernel named is preferred to the one planned. The layer is launched through the backend's own code with a
+driver that only compiles, so the specialisations are those a GPU gets.
 """
 
 import json
@@ -23,7 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from rnnfast.backends.triton import launch
+from rnnfast.backends.triton import launch, plan
 from rnnfast.cells import CELLS
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -45,7 +45,7 @@ class CompileOnlyDriver:
         return self.target
 
 
-def resources(kernel: Any, direction: str) -> dict[str, Any]:
+def resources(kernel: Any, direction: str, planned: str) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -55,7 +55,8 @@ def resources(kernel: Any, direction: str) -> dict[str, Any]:
     registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage.stdout).groups()
     return {
         "direction": direction,
-        "kernel": kernel.src.fn.__module__.rsplit(".", 1)[1],
+        "kernel": planned,
+        "function": kernel.src.fn.__name__,
         "registers": int(registers),
         "spilled_bytes": int(stack) + int(local),
         "shared_bytes": kernel.metadata.shared,
@@ -65,9 +66,9 @@ def resources(kernel: Any, direction: str) -> dict[str, Any]:
 
 
 def compile_case(case: dict[str, Any]) -> list[dict[str, Any]]:
-    """Compiles the forward and the backward kernel of one layer."""
+    """Compiles the kernels of one layer, the forward ones first."""
     triton.runtime.driver.set_active(CompileOnlyDriver(case["arch"]))
-    launch._programs_at_once = lambda device: 10**9 if case["at_once"] else 0
+    launch._run_at_once = lambda *_: case["at_once"]
     compiled: list[Any] = []
     run = JITFunction.run
 
@@ -78,6 +79,8 @@ def compile_case(case: dict[str, Any]) -> list[dict[str, Any]]:
     try:
         cell, hidden, lanes, batch, steps = (case[k] for k in ("cell", "hidden", "lanes", "batch", "steps"))
         torch.backends.cuda.matmul.allow_tf32 = case["allow_tf32"]
+        regime = plan.regime(cell, hidden, batch * lanes, "tf32" if case["allow_tf32"] else case["dtype"])
+        plan.MEASURED = {regime: case["kernel"]}
         dtype, gates, rows = getattr(torch, case["dtype"]), CELLS[cell].gates, steps * batch
         input = torch.zeros(rows, dtype=torch.int64) if case["token_ids"] else torch.zeros(rows, 3, dtype=dtype)
         w_ih = torch.zeros(lanes, gates * hidden, 3, dtype=dtype)
@@ -88,11 +91,18 @@ def compile_case(case: dict[str, Any]) -> list[dict[str, Any]]:
         sizes = torch.full((steps,), batch) if case["ragged"] else None
         layer = (input, w_ih, w_hh, bias, bias, None, h_0, c_0, sizes, cell, lanes > 1)
         output, _, _, tape = launch.forward(*layer, True)
-        forward_kernels = len(compiled)
+        forward_kernels = {kernel.hash: kernel for kernel in compiled}
+        compiled.clear()
         launch.backward(output, None, None, *layer, output, tape, False, False)
+        backward_kernels = {kernel.hash: kernel for kernel in compiled}
+        planned = launch._plan(cell, h_0).kernel
     finally:
         JITFunction.run = run
-    return [resources(compiled[0], "forward"), resources(compiled[forward_kernels], "backward")]
+    return [
+        resources(kernel, direction, planned)
+        for direction, kernels in (("forward", forward_kernels), ("backward", backward_kernels))
+        for kernel in kernels.values()
+    ]
 
 
 if __name__ == "__main__":

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from rnnfast.backends.triton.plan import IN_REGISTERS, IN_SHARED_MEMORY, RESIDENT, plan
+from rnnfast.backends.triton.plan import IN_REGISTERS, IN_SHARED_MEMORY, RESIDENT
 
 ROOT = Path(__file__).parents[2]
 REPORT = Path(__file__).with_name("compile_report.py")
@@ -19,7 +18,7 @@ SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 REGISTERS_OF_A_MULTIPROCESSOR = 65536
 
 # A step kernel may keep a few addresses in local memory; the block scan, which lives in registers, may not.
-SPILLED_BYTES = {"block": 0, "step": 32}
+SPILLED_BYTES = {"registers": 0, "shared": 0, "resident": 32, "step": 32, "gates": 0}
 
 # The largest H of the block scan in float32 and in half types.
 LARGEST = {cell: (max(IN_REGISTERS[cell]), max(IN_SHARED_MEMORY[cell])) for cell in IN_REGISTERS}
@@ -31,6 +30,7 @@ COMMON = {
     "ragged": False,
     "allow_tf32": False,
     "at_once": True,
+    "kernel": None,
 }
 
 
@@ -53,12 +53,19 @@ def cases() -> Iterator[dict[str, Any]]:
             yield {**COMMON, "cell": cell, "hidden": 1024, "dtype": "float32", "arch": arch}
             yield {**COMMON, "cell": cell, "hidden": 512, "dtype": "float32", "arch": arch, "allow_tf32": True}
         yield {**COMMON, "cell": "gru", "hidden": 512, "dtype": "bfloat16", "arch": arch, "at_once": False}
+        gates = {**COMMON, "arch": arch, "steps": 1, "kernel": "gates"}
+        for cell in ("rnn_tanh", "rnn_relu", "lstm", "gru"):
+            for dtype in ("float32", "bfloat16"):
+                yield {**gates, "cell": cell, "hidden": 512, "dtype": dtype}
+        for cell, dtype in (("lstm", "float32"), ("gru", "float16")):
+            yield {**gates, "cell": cell, "hidden": 501, "dtype": dtype, "lanes": 2, "ragged": True, "token_ids": True}
 
 
 def recompilation_cases() -> Iterator[dict[str, Any]]:
-    for hidden, ragged in ((64, True), (1024, False)):
+    for hidden, ragged, kernel in ((64, True, "registers"), (1024, False, "step"), (512, True, "gates")):
         for batch, steps in ((1, 7), (17, 1), (48, 3)):
             case = {**COMMON, "cell": "gru", "hidden": hidden, "dtype": "float32", "arch": 90, "ragged": ragged}
+            case["kernel"] = kernel
             yield {**case, "batch": batch, "steps": steps}
 
 
@@ -91,7 +98,7 @@ def report(cases: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 @pytest.fixture(scope="module")
 def compiled() -> list[list[dict[str, Any]]]:
-    """The resources of the forward and the backward kernel of every case."""
+    """The resources of the kernels of every case."""
     pytest.importorskip("triton", reason="Triton is not installed")
     return report(CASES + RECOMPILATION_CASES)
 
@@ -99,9 +106,17 @@ def compiled() -> list[list[dict[str, Any]]]:
 @pytest.mark.parametrize("index", range(len(CASES)), ids=["-".join(str(v) for v in case.values()) for case in CASES])
 def test_within_budget(compiled, index):
     case = CASES[index]
+    in_registers, in_shared_memory = LARGEST[case["cell"]]
+    assert {kernel["direction"] for kernel in compiled[index]} == {"forward", "backward"}
     for kernel in compiled[index]:
-        block = case["hidden"] <= LARGEST[case["cell"]][case["dtype"] != "float32"]
-        assert kernel["kernel"] == ("block" if block else "step")
+        if case["kernel"]:
+            assert kernel["kernel"] == case["kernel"]
+        elif case["hidden"] <= in_registers:
+            assert kernel["kernel"] == "registers"
+        elif case["dtype"] != "float32" and case["hidden"] <= in_shared_memory:
+            assert kernel["kernel"] in ("shared", "resident")
+        else:
+            assert kernel["kernel"] in ("resident", "step")
         assert kernel["spilled_bytes"] <= SPILLED_BYTES[kernel["kernel"]], kernel
         assert kernel["shared_bytes"] <= SHARED_BYTES[case["arch"]], kernel
         assert kernel["registers"] * 32 * kernel["warps"] <= REGISTERS_OF_A_MULTIPROCESSOR, kernel
@@ -109,15 +124,5 @@ def test_within_budget(compiled, index):
 
 def test_no_recompilation_when_batch_or_length_changes(compiled):
     results = compiled[len(CASES) :]
-    for same in (results[:3], results[3:]):
-        for direction in range(2):
-            assert len({result[direction]["hash"] for result in same}) == 1
-
-
-@pytest.mark.parametrize("cell", LARGEST)
-def test_a_card_with_little_shared_memory(cell):
-    """It gets the kernels that need little: consumer cards have 99 KB, which the large tiles exceed."""
-    for hidden in (128, 256, 512):
-        for dtype in (torch.float32, torch.bfloat16):
-            little = plan(cell, hidden, dtype, allow_tf32=False, shared_bytes=99 * 1024)
-            assert (little.kernel, little.dot) == ("block", False) or (little.kernel == "step" and not little.resident)
+    for same in (results[:3], results[3:6], results[6:]):
+        assert len({tuple(kernel["hash"] for kernel in result) for result in same}) == 1

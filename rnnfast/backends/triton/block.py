@@ -179,7 +179,8 @@ def scan_backward(
     d_gx += lane * GATES * H
     if d_g_last is not None:
         d_g_last += lane * H
-    tape += lane64 * N * TAPE * H
+    if tape is not None:
+        tape += lane64 * N * TAPE * H
 
     direction = 1 - 2 * backwards
     first = (1 - backwards) * (T - 1)

@@ -1,45 +1,19 @@
-"""The scan on Triton, as torch calls it: all that is parallel in time in torch, and the launch of the scan kernel."""
+"""The scan on Triton, as torch calls it: all that is parallel in time in torch, and the launch of the scan's kernel."""
 
 from __future__ import annotations
 
 import contextlib
-from typing import Any, NamedTuple
+from functools import cache
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from rnnfast.backends import products
-from rnnfast.backends.triton import block, cells, step
-from rnnfast.backends.triton.plan import AMPLE_SHARED_BYTES, Plan, plan, unsupported
+from rnnfast.backends.triton import block, cells, loop, step
+from rnnfast.backends.triton.plan import H100, Card, Plan, Walk, plan, programs, unsupported
 from rnnfast.cells import CELLS
-
-
-class _Walk(NamedTuple):
-    """The extent of a scan, as the kernels take it."""
-
-    steps: int
-    batch: int
-    lanes: int
-    rows: int
-    hidden: int
-    bidirectional: int
-    offsets: Tensor | None
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """T, B, D, N, H."""
-        return (self.steps, self.batch, self.lanes, self.rows, self.hidden)
-
-
-def _walk(h_0: Tensor, rows: int, batch_sizes: Tensor | None, bidirectional: bool) -> _Walk:
-    lanes, batch, hidden = h_0.shape
-    if batch_sizes is None:
-        return _Walk(rows // batch, batch, lanes, rows, hidden, int(bidirectional), None)
-    offsets = products.first_rows(batch_sizes)
-    return _Walk(
-        len(batch_sizes), batch, lanes, rows, hidden, int(bidirectional), products.copy_to(h_0.device, offsets)
-    )
 
 
 def forward(
@@ -59,8 +33,7 @@ def forward(
     """Implements `rnnfast::scan_triton`; shapes are those of `rnnfast.scan.scan`."""
     _require_supported(h_0.dtype, w_hr)
     lanes, _, hidden = h_0.shape
-    rows = input.shape[0]
-    gates, values = CELLS[cell].gates, CELLS[cell].tape
+    rows, values = input.shape[0], CELLS[cell].tape
     output = h_0.new_empty(rows, lanes * hidden)
     h_n = torch.empty_like(h_0)
     c_n = None if c_0 is None else torch.empty_like(c_0)
@@ -72,31 +45,8 @@ def forward(
     else:
         gx, ids = products.gate_inputs(input, w_ih, b_ih)
         walk = _walk(h_0, rows, batch_sizes, bidirectional)
-        how = _plan(cell, h_0)
-        w = _pad_units(w_hh, how)
-        tensors: tuple[Tensor | None, ...] = (
-            gx,
-            ids,
-            w,
-            b_hh,
-            h_0,
-            c_0,
-            walk.offsets,
-            output,
-            h_n,
-            c_n,
-            tape if values else None,
-        )
-        constants = {"CELL": cells.FORWARD[cell], "GATES": gates, "TAPE": values, **_constants(how)}
-        with _on_device_of(h_0):
-            if how.kernel == "block":
-                _launch_block(block.scan_forward, how, walk, tensors, constants)
-            else:
-                h_state = h_0.new_zeros(2, lanes, h_0.shape[1], how.padded(hidden), dtype=torch.float32)
-                h_state[0, ..., :hidden] = h_0
-                c_state = None if c_0 is None else c_0.to(torch.float32, copy=True)
-                tensors = (*tensors, h_state, c_state)
-                _launch_steps(step.scan_forward, h_0.device, how, walk, walk.steps, tensors, constants)
+        written = (output, tape if values else None, h_n, c_n)
+        scan_forward(cell, _plan(cell, h_0), walk, gx, ids, w_hh, b_hh, h_0, c_0, *written)
     return output, h_n, h_0.new_empty(0) if c_n is None else c_n, h_0.new_empty(0) if tape is None else tape
 
 
@@ -123,8 +73,7 @@ def backward(
     """Implements `rnnfast::scan_triton_backward`: what is absent or not needed is returned empty."""
     _require_supported(h_0.dtype, w_hr)
     lanes, _, hidden = h_0.shape
-    rows = input.shape[0]
-    gates, values = CELLS[cell].gates, CELLS[cell].tape
+    rows, gates = input.shape[0], CELLS[cell].gates
     d_gx = h_0.new_empty(rows, lanes * gates * hidden)
     # The GRU's reset gate comes between n and its recurrent product, whose gradient therefore differs.
     d_g_last = h_0.new_empty(rows, lanes * hidden) if cell == "gru" else None
@@ -141,32 +90,8 @@ def backward(
             d_c_0.copy_(d_c_n)
     else:
         walk = _walk(h_0, rows, batch_sizes, bidirectional)
-        how = _plan(cell, h_0)
-        w = _pad_units(w_hh, how)
-        tensors: tuple[Tensor | None, ...] = (
-            d_output,
-            d_h_n,
-            d_c_n,
-            w,
-            h_0,
-            c_0,
-            walk.offsets,
-            output,
-            tape,
-            d_gx,
-            d_g_last,
-            d_h_0,
-            d_c_0,
-        )
-        constants = {"CELL": cells.BACKWARD[cell], "GATES": gates, "TAPE": values, **_constants(how)}
-        with _on_device_of(h_0):
-            if how.kernel == "block":
-                _launch_block(block.scan_backward, how, walk, tensors, constants)
-            else:
-                d_h_state = d_h_n.to(torch.float32, copy=True)
-                d_c_state = None if d_c_n is None else d_c_n.to(torch.float32, copy=True)
-                tensors = (*tensors, d_h_state, d_c_state)
-                _launch_steps(step.scan_backward, h_0.device, how, walk, walk.steps + 1, tensors, constants)
+        read = (d_output, d_h_n, d_c_n, w_hh, h_0, c_0, output, tape if CELLS[cell].tape else None)
+        scan_backward(cell, _plan(cell, h_0), walk, *read, d_gx, d_g_last, d_h_0, d_c_0)
 
     gradients = [h_0.new_empty(0) for _ in range(6)]  # an operator's outputs share no memory
     if need_input and input.is_floating_point():
@@ -190,6 +115,110 @@ def _require_supported(dtype: torch.dtype, w_hr: Tensor | None) -> None:
         raise NotImplementedError(f"the triton backend {reason}; choose another backend")
 
 
+def _walk(h_0: Tensor, rows: int, batch_sizes: Tensor | None, bidirectional: bool) -> Walk:
+    lanes, batch, hidden = h_0.shape
+    if batch_sizes is None:
+        return Walk(rows // batch, batch, lanes, rows, hidden, int(bidirectional), None)
+    offsets = products.copy_to(h_0.device, products.first_rows(batch_sizes))
+    return Walk(len(batch_sizes), batch, lanes, rows, hidden, int(bidirectional), offsets)
+
+
+def numbers(dtype: torch.dtype) -> str:
+    """What products of this dtype are computed in: its name, or tf32 where torch's own GEMMs may use that."""
+    if dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+        return "tf32"
+    return str(dtype).removeprefix("torch.")
+
+
+def _plan(cell: str, h_0: Tensor) -> Plan:
+    lanes, batch, hidden = h_0.shape
+    return plan(cell, hidden, batch, lanes, numbers(h_0.dtype), card(h_0.device))
+
+
+@cache
+def card(device: torch.device) -> Card:
+    """What `plan` asks of a device. Where kernels are interpreted, plans are those of an H100."""
+    if device.type != "cuda":
+        return H100
+    properties = torch.cuda.get_device_properties(device)
+    return Card(getattr(properties, "shared_memory_per_block_optin", 0), properties.multi_processor_count)
+
+
+# ---- the scan ------------------------------------------------------------------------------------------------------
+
+
+def scan_forward(
+    cell: str,
+    how: Plan,
+    walk: Walk,
+    gx: Tensor,
+    ids: Tensor | None,
+    w_hh: Tensor,
+    b_hh: Tensor | None,
+    h_0: Tensor,
+    c_0: Tensor | None,
+    output: Tensor,
+    tape: Tensor | None,
+    h_n: Tensor,
+    c_n: Tensor | None,
+) -> None:
+    """Fills output, tape, h_n and c_n; gx and ids are those of `products.gate_inputs`."""
+    with _on_device_of(h_0):
+        if how.kernel == "gates":
+            loop.forward(cell, how, walk, gx, ids, w_hh, b_hh, h_0, c_0, output, tape, h_n, c_n)
+            return
+        w = _pad_units(w_hh, how)
+        tensors = (gx, ids, w, b_hh, h_0, c_0, walk.offsets, output, h_n, c_n, tape)
+        constants = {"CELL": cells.FORWARD[cell], **_constants(cell, h_0.dtype, how)}
+        if how.kernel in ("registers", "shared"):
+            _launch_block(block.scan_forward, how, walk, tensors, constants)
+        else:
+            h_state = h_0.new_zeros(2, walk.lanes, walk.batch, how.padded(walk.hidden), dtype=torch.float32)
+            h_state[0, ..., : walk.hidden] = h_0
+            c_state = None if c_0 is None else c_0.to(torch.float32, copy=True)
+            states = (h_state, c_state)
+            _launch_steps(step.scan_forward, h_0.device, how, walk, walk.steps, (*tensors, *states), constants)
+
+
+def scan_backward(
+    cell: str,
+    how: Plan,
+    walk: Walk,
+    d_output: Tensor | None,
+    d_h_n: Tensor,
+    d_c_n: Tensor | None,
+    w_hh: Tensor,
+    h_0: Tensor,
+    c_0: Tensor | None,
+    output: Tensor,
+    tape: Tensor | None,
+    d_gx: Tensor,
+    d_g_last: Tensor | None,
+    d_h_0: Tensor,
+    d_c_0: Tensor | None,
+) -> None:
+    """Fills d_gx (N, D*G*H), d_g_last (N, D*H), d_h_0 and d_c_0."""
+    with _on_device_of(h_0):
+        if how.kernel == "gates":
+            written = (d_gx, d_g_last, d_h_0, d_c_0)
+            loop.backward(cell, how, walk, d_output, d_h_n, d_c_n, w_hh, h_0, c_0, output, tape, *written)
+            return
+        w = _pad_units(w_hh, how)
+        tensors = (d_output, d_h_n, d_c_n, w, h_0, c_0, walk.offsets, output, tape, d_gx, d_g_last, d_h_0, d_c_0)
+        constants = {"CELL": cells.BACKWARD[cell], **_constants(cell, h_0.dtype, how)}
+        if how.kernel in ("registers", "shared"):
+            _launch_block(block.scan_backward, how, walk, tensors, constants)
+        else:
+            d_h_state = d_h_n.to(torch.float32, copy=True)
+            d_c_state = None if d_c_n is None else d_c_n.to(torch.float32, copy=True)
+            states = (d_h_state, d_c_state)
+            _launch_steps(step.scan_backward, h_0.device, how, walk, walk.steps + 1, (*tensors, *states), constants)
+
+
+def _on_device_of(tensor: Tensor) -> Any:
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
 def _pad_units(w_hh: Tensor, how: Plan) -> Tensor:
     """Returns w_hh as (D, G, padded, padded), with zeros around; itself where nothing is to be padded."""
     hidden = w_hh.shape[2]
@@ -198,37 +227,29 @@ def _pad_units(w_hh: Tensor, how: Plan) -> Tensor:
     return torch.nn.functional.pad(w_hh, (0, more, 0, more)) if more else w_hh
 
 
-# ---- the scan ------------------------------------------------------------------------------------------------------
+def _constants(cell: str, dtype: torch.dtype, how: Plan) -> dict[str, Any]:
+    return {
+        "GATES": CELLS[cell].gates,
+        "TAPE": CELLS[cell].tape,
+        "PRECISION": "tf32" if numbers(dtype) == "tf32" else "ieee",
+        "num_warps": how.warps,
+        "num_stages": how.stages,
+        **how.tiles,
+    }
 
 
-def _plan(cell: str, h_0: Tensor) -> Plan:
-    shared_bytes = AMPLE_SHARED_BYTES
-    if h_0.is_cuda:
-        shared_bytes = getattr(torch.cuda.get_device_properties(h_0.device), "shared_memory_per_block_optin", 0)
-    return plan(cell, h_0.shape[2], h_0.dtype, torch.backends.cuda.matmul.allow_tf32, shared_bytes)
-
-
-def _on_device_of(tensor: Tensor) -> Any:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
-def _constants(how: Plan) -> dict[str, Any]:
-    precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
-    return {"PRECISION": precision, "num_warps": how.warps, "num_stages": how.stages, **how.tiles}
-
-
-def _launch_block(kernel: Any, how: Plan, walk: _Walk, tensors: Any, constants: dict[str, Any]) -> None:
+def _launch_block(kernel: Any, how: Plan, walk: Walk, tensors: Any, constants: dict[str, Any]) -> None:
     grid = (triton.cdiv(walk.batch, how.rows), walk.lanes)
     kernel[grid](*tensors, *walk.sizes, walk.bidirectional, **constants)
 
 
 def _launch_steps(
-    kernel: Any, device: torch.device, how: Plan, walk: _Walk, steps: int, tensors: Any, constants: dict[str, Any]
+    kernel: Any, device: torch.device, how: Plan, walk: Walk, steps: int, tensors: Any, constants: dict[str, Any]
 ) -> None:
     """One cooperative launch where all programs fit the device at once, else a launch for each step."""
     grid = (triton.cdiv(walk.hidden, how.units), triton.cdiv(walk.batch, how.rows), walk.lanes)
     sizes = (*walk.sizes, how.padded(walk.hidden), walk.bidirectional)
-    if grid[0] * grid[1] * grid[2] <= _programs_at_once(device):
+    if _run_at_once(how, walk, device):
         # One counter for each row tile of a lane, a cache line apart.
         arrivals = torch.zeros(grid[1] * grid[2], 16, dtype=torch.int64, device=device)
         at_once = {"SYNCHRONISE": True, "launch_cooperative_grid": True}
@@ -238,6 +259,7 @@ def _launch_steps(
         kernel[grid](*tensors, None, i, i + 1, *sizes, **constants, SYNCHRONISE=False)
 
 
-def _programs_at_once(device: torch.device) -> int:
-    """How many programs surely run at the same time: one on each multiprocessor, and none where programs take turns."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
+def _run_at_once(how: Plan, walk: Walk, device: torch.device) -> bool:
+    """Whether all programs surely run at the same time: one on each multiprocessor. The interpreter's take turns."""
+    count = programs(how, walk.hidden, walk.batch, walk.lanes)
+    return device.type == "cuda" and count <= card(device).multiprocessors

@@ -1,46 +1,79 @@
-"""Which kernel runs a layer, and in what tiles: a table by cell, hidden size and dtype.
+"""Which kernel runs a layer, and in what tiles: by cell, hidden size, dtype and, beyond the block scan, batch rows.
 
-The batch size takes no part, so a row's result does not depend on the batch around it. The limits of the block scan
-are the sizes that compile without a spill for sm_80 and sm_90 (tests/triton/test_compile.py holds them to it); speed
-has not been measured on a GPU yet.
+The limits of the block scan are the sizes that compile without a spill for sm_80 and sm_90
+(tests/triton/test_compile.py holds them to it). Which of the other kernels comes first is a design estimate: speed has
+not been measured on a GPU yet. `MEASURED` is where measurements overrule it.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
+from rnnfast.cells import CELLS
+
+
+class Walk(NamedTuple):
+    """The extent of a scan, as the kernels take it. `offsets`: first row of every step, where batch sizes differ."""
+
+    steps: int
+    batch: int
+    lanes: int
+    rows: int
+    hidden: int
+    bidirectional: int
+    offsets: Tensor | None
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """T, B, D, N, H."""
+        return (self.steps, self.batch, self.lanes, self.rows, self.hidden)
 
 
 class Plan(NamedTuple):
     """A kernel and its tiles.
 
-    `rows` and `units` of a program's tile, `warps` it runs on; `dot`: tl.dot (else multiply and sum, block scan only);
-    `depth`: how much of the inner dimension the step scan takes at a time; `resident`: all of it, with the program's
-    share of W_hh kept in shared memory from step to step; `stages` of its load pipeline elsewhere.
+    `kernel`: "registers" or "shared" (the block scan, by where it keeps W_hh), "resident" or "step" (the step scan,
+    with W_hh kept in shared memory from step to step or read again), or "gates" (torch's GEMM and the gates' kernel).
+    `rows` and `units` of a program's tile, `warps` it runs on; `depth`: how much of the inner dimension the step scan
+    takes at a time; `stages` of its load pipeline.
     """
 
     kernel: str
     rows: int
     units: int
     warps: int
-    dot: bool = True
     depth: int = 0
-    resident: bool = False
     stages: int = 1
 
     @property
     def tiles(self) -> dict[str, int | bool]:
+        """The constants that these tiles are to their kernel."""
         tiles: dict[str, int | bool] = {"ROWS": self.rows, "UNITS": self.units}
-        if self.kernel == "block":
-            return {**tiles, "DOT": self.dot}
-        return {**tiles, "DEPTH": self.depth, "RESIDENT": self.resident}
+        if self.kernel in ("registers", "shared"):
+            return {**tiles, "DOT": self.kernel == "shared"}
+        if self.kernel in ("resident", "step"):
+            return {**tiles, "DEPTH": self.depth, "RESIDENT": self.kernel == "resident"}
+        return tiles
 
     def padded(self, hidden: int) -> int:
         """How many units the kernel expects in w_hh."""
-        return self.units if self.kernel == "block" else -(-hidden // self.depth) * self.depth
+        if self.kernel in ("registers", "shared"):
+            return self.units
+        return -(-hidden // self.depth) * self.depth if self.depth else hidden
 
 
+class Card(NamedTuple):
+    """What of a GPU decides: shared memory that a program may have, and how many programs run at once."""
+
+    shared_bytes: int
+    multiprocessors: int
+
+
+H100 = Card(227 * 1024, 132)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -67,20 +100,68 @@ IN_SHARED_MEMORY = {"rnn_tanh": {256: 16}, "rnn_relu": {256: 16}, "lstm": {128: 
 RESIDENT = {"rnn_tanh": 1024, "rnn_relu": 1024, "lstm": 512, "gru": 512}
 # Shared memory of a program that these last two ask for: that of sm_80, which sm_90 and sm_100 exceed.
 AMPLE_SHARED_BYTES = 163 * 1024
+# The most values of one lane's padded w_hh that the step scan addresses in 32 bits.
+ADDRESSED_WEIGHTS = 1 << 31
+GATES = Plan("gates", rows=4, units=128, warps=4)
+
+# Kernels by regime, where they have been measured: plan() takes them before its own estimate. Empty until then.
+MEASURED: dict[tuple[str, int, int, str], str] = {}
 
 
-def plan(cell: str, hidden: int, dtype: torch.dtype, allow_tf32: bool, shared_bytes: int) -> Plan:
-    """Returns the kernel and tiles for a layer of `hidden` units, a program having `shared_bytes` of shared memory."""
-    half = dtype is not torch.float32
-    ample = shared_bytes >= AMPLE_SHARED_BYTES
-    units = max(16, 1 << (hidden - 1).bit_length())
+def regime(cell: str, hidden: int, rows: int, numbers: str) -> tuple[str, int, int, str]:
+    """The layers that share an entry of `MEASURED`: hidden units and rows (of all lanes) count by powers of two."""
+    return cell, _power_of_two(hidden), _power_of_two(rows), numbers
+
+
+def plan(cell: str, hidden: int, batch: int, lanes: int, numbers: str, card: Card) -> Plan:
+    """Returns the kernel and tiles for a layer: what was measured to be best, else the first candidate."""
+    able = candidates(cell, hidden, batch, lanes, numbers, card)
+    best = MEASURED.get(regime(cell, hidden, batch * lanes, numbers))
+    return next((how for how in able if how.kernel == best), able[0])
+
+
+@cache
+def candidates(cell: str, hidden: int, batch: int, lanes: int, numbers: str, card: Card) -> tuple[Plan, ...]:
+    """Returns every plan that can run a layer, likely the fastest first.
+
+    numbers: "float32", "tf32", "bfloat16" or "float16", what products are computed in.
+
+    The block scan comes first where it can be: nothing leaves the program. Then the step scan where all its programs
+    fit the card at once, so that one launch runs all steps. Beyond that it would be launched for each step and read
+    W_hh once for each 16 batch rows, and torch's GEMM comes first.
+    """
+    half = numbers in ("bfloat16", "float16")
+    ample = card.shared_bytes >= AMPLE_SHARED_BYTES
+    units = max(16, _power_of_two(hidden))
+    block = []
     if units in IN_REGISTERS[cell]:
-        return Plan("block", rows=1, units=units, warps=IN_REGISTERS[cell][units], dot=False)
+        block.append(Plan("registers", rows=1, units=units, warps=IN_REGISTERS[cell][units]))
     # An H that is no multiple of 16 costs addresses, one for each value, which these kernels have no registers for.
     if ample and half and units in IN_SHARED_MEMORY[cell] and hidden % 16 == 0:
-        return Plan("block", rows=16, units=units, warps=IN_SHARED_MEMORY[cell][units])
-    if ample and units <= RESIDENT[cell] and (half or not allow_tf32):
-        return Plan("step", rows=16, units=32 if half else 16, warps=8, depth=units, resident=True)
-    if half:
-        return Plan("step", rows=16, units=32, warps=4, depth=64, stages=2)
-    return Plan("step", rows=16, units=32 if allow_tf32 else 16, warps=4, depth=32 if allow_tf32 else 64, stages=2)
+        block.append(Plan("shared", rows=16, units=units, warps=IN_SHARED_MEMORY[cell][units]))
+    step = []
+    if ample and units <= RESIDENT[cell] and numbers != "tf32":
+        step.append(Plan("resident", rows=16, units=32 if half else 16, warps=8, depth=units))
+    step.append(
+        Plan(
+            "step",
+            rows=16,
+            units=16 if numbers == "float32" else 32,
+            warps=4,
+            depth=32 if numbers == "tf32" else 64,
+            stages=2,
+        )
+    )
+    step = [how for how in step if CELLS[cell].gates * how.padded(hidden) ** 2 < ADDRESSED_WEIGHTS]
+    if step and programs(step[0], hidden, batch, lanes) <= card.multiprocessors:
+        return (*block, *step, GATES)
+    return (*block, GATES, *step)
+
+
+def programs(how: Plan, hidden: int, batch: int, lanes: int) -> int:
+    """How many programs the step scan has."""
+    return -(-hidden // how.units) * -(-batch // how.rows) * lanes
+
+
+def _power_of_two(count: int) -> int:
+    return 1 << (count - 1).bit_length() if count > 0 else 1

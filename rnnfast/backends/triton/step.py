@@ -219,7 +219,8 @@ def scan_backward(
     d_gx += lane * GATES * H
     if d_g_last is not None:
         d_g_last += lane * H
-    tape += lane64 * N * TAPE * H
+    if tape is not None:
+        tape += lane64 * N * TAPE * H
     w_hh += lane64 * GATES * padded * padded
 
     k = tl.arange(0, DEPTH)

@@ -1,0 +1,72 @@
+"""Which kernel a layer gets, and what a measurement changes."""
+
+import pytest
+import torch
+
+from rnnfast.backends.triton import launch, plan
+from rnnfast.backends.triton.plan import H100, Card, candidates
+from rnnfast.cells import CELLS
+
+NUMBERS = ("float32", "tf32", "bfloat16", "float16")
+
+
+@pytest.mark.parametrize(
+    ("cell", "hidden", "batch", "lanes", "numbers", "kernel"),
+    [
+        ("lstm", 64, 512, 2, "float32", "registers"),
+        ("lstm", 128, 512, 2, "bfloat16", "shared"),
+        ("lstm", 100, 32, 1, "bfloat16", "resident"),  # no multiple of 16
+        ("lstm", 512, 64, 1, "float32", "resident"),  # 32 programs for each 16 rows
+        ("lstm", 512, 80, 1, "float32", "gates"),
+        ("lstm", 512, 64, 2, "float32", "gates"),
+        ("lstm", 512, 128, 1, "bfloat16", "resident"),  # 16 programs for each 16 rows
+        ("lstm", 512, 144, 1, "bfloat16", "gates"),
+        ("gru", 512, 128, 1, "tf32", "step"),
+        ("gru", 1024, 32, 1, "float32", "step"),
+        ("gru", 2048, 32, 1, "float32", "gates"),
+        ("rnn_tanh", 1024, 64, 1, "float16", "resident"),
+        ("rnn_tanh", 40_000, 1, 1, "float32", "gates"),  # W_hh past 32-bit addresses
+    ],
+)
+def test_kernel_for(cell, hidden, batch, lanes, numbers, kernel):
+    assert plan.plan(cell, hidden, batch, lanes, numbers, H100).kernel == kernel
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("numbers", NUMBERS)
+def test_candidates(cell, numbers):
+    """The gates' kernel runs every size, and each kernel is listed once."""
+    for hidden in (1, 17, 64, 130, 512, 3000, 50_000):
+        for batch in (0, 1, 32, 100_000):
+            kernels = [how.kernel for how in candidates(cell, hidden, batch, 2, numbers, H100)]
+            assert "gates" in kernels
+            assert len(set(kernels)) == len(kernels)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_card_with_little_shared_memory(cell):
+    """It gets the kernels that need little: consumer cards have 99 KB, which the large tiles exceed."""
+    for hidden in (128, 256, 512):
+        for numbers in NUMBERS:
+            able = candidates(cell, hidden, 32, 1, numbers, Card(99 * 1024, 24))
+            assert not {how.kernel for how in able} & {"shared", "resident"}
+
+
+def test_a_measurement_decides(monkeypatch):
+    """For all layers of its regime, where the kernel can run; elsewhere the estimate stays."""
+    monkeypatch.setattr(plan, "MEASURED", {plan.regime("gru", 500, 60, "float32"): "gates"})
+    assert plan.plan("gru", 512, 32, 2, "float32", H100).kernel == "gates"
+    assert plan.plan("gru", 500, 8, 1, "float32", H100).kernel == "resident"
+    monkeypatch.setattr(plan, "MEASURED", {plan.regime("gru", 500, 60, "float32"): "registers"})
+    assert plan.plan("gru", 500, 60, 1, "float32", H100).kernel == "resident"
+
+
+def test_numbers():
+    assert launch.numbers(torch.float32) == "float32"
+    assert launch.numbers(torch.bfloat16) == "bfloat16"
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        assert launch.numbers(torch.float32) == "tf32"
+        assert launch.numbers(torch.float16) == "float16"
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
