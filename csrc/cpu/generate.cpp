@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <exception>
 #include <functional>
 #include <numeric>
 
@@ -113,20 +114,58 @@ std::tuple<Tensor, Tensor, Tensor> generate_cpu(std::vector<Tensor> packed, Opti
     inputs = features;
   }
 
-  Sampler sampler{temperature, top_k, top_p, {}, {}};
-  std::vector<double> logits(size_t(vocab), 0.0);
+  int64_t weight_bytes = 0;
+  for (const ForwardArgs& x : layers)
+    weight_bytes += x.shape.gates() * x.shape.hidden * (x.shape.state + (x.shape.ids ? 0 : x.shape.input)) * element;
+  constexpr int64_t WORTH_IT = 512 << 10;  // fewer are read by one core before several have met at their barriers
+
+  struct Loop {
+    Sampler sampler;
+    std::vector<double> logits;
+    const double* uniform;
+    int64_t *ids, count;
+    int64_t& token;
+    const char* embedding;
+    int64_t row_bytes;
+    const void*& input;
+    std::exception_ptr error;
+
+    // From the logits to the next token, and to the first layer's input.
+    bool next() {
+      *ids++ = token = uniform ? sampler.draw(logits, *uniform++) : argmax(logits);
+      if (embedding) input = embedding + token * row_bytes;
+      return --count > 0;
+    }
+  };
+  const char* table = embedding ? static_cast<const char*>(embedding->const_data_ptr()) : nullptr;
+  const int64_t row_bytes = embedding ? embedding->size(1) * element : 0;
+  Loop loop{{temperature, top_k, top_p, {}, {}},
+            std::vector<double>(size_t(vocab), 0.0),
+            uniforms ? static_cast<const double*>(uniforms->const_data_ptr()) : nullptr,
+            static_cast<int64_t*>(ids.mutable_data_ptr()),
+            length,
+            token,
+            table,
+            row_bytes,
+            layers[0].input,
+            {}};
+  if (length < 1) return {ids, h_n, c_n};
+  if (table) layers[0].input = table + token * row_bytes;
   const HeadArgs head{vocab, features, dtype, head_weight.const_data_ptr(),
-                      head_bias ? head_bias->const_data_ptr() : nullptr, layers.back().output, logits.data()};
-  const double* uniform = uniforms ? static_cast<const double*>(uniforms->const_data_ptr()) : nullptr;
-  int64_t* id = static_cast<int64_t*>(ids.mutable_data_ptr());
-  for (int64_t i = 0; i < length; ++i) {
-    if (embedding)
-      layers[0].input = static_cast<const char*>(embedding->const_data_ptr()) + token * embedding->size(1) * element;
-    // On one thread: a parallel region for each token gains next to nothing, and on a busy machine waits for a core.
-    for (const ForwardArgs& layer : layers) kernels.forward(layer, 1);
-    kernels.head(head, threads);
-    id[i] = token = uniform ? sampler.draw(logits, uniform[i]) : argmax(logits);
-  }
+                      head_bias ? head_bias->const_data_ptr() : nullptr, layers.back().output, loop.logits.data()};
+  kernels.generate(
+      layers.data(), int64_t(layers.size()), head, weight_bytes > WORTH_IT ? threads : 1,
+      [](void* context) {
+        Loop& loop = *static_cast<Loop*>(context);
+        try {
+          return loop.next();
+        } catch (...) {  // not out of a parallel region
+          loop.error = std::current_exception();
+          return false;
+        }
+      },
+      &loop);
+  if (loop.error) std::rethrow_exception(loop.error);
   return {ids, h_n, c_n};
 }
 

@@ -31,12 +31,10 @@ void head_rows(const HeadArgs& x, int64_t first, int64_t end) {
   }
 }
 
-inline void head(const HeadArgs& x, int available) {
-  constexpr int64_t WORTH_IT = 1 << 20;  // weights that take longer to read than a parallel region to start
-  parallel(x.rows * x.columns < WORTH_IT ? 1 : available, [&](int thread, int threads) {
-    const int64_t first = x.rows * thread / threads, end = x.rows * (thread + 1) / threads;
-    x.dtype == DType::float64 ? head_rows<double>(x, first, end) : head_rows<float>(x, first, end);
-  });
+// This thread's share of the logits.
+RNNFAST_INLINE void head(const HeadArgs& x, int thread, int threads) {
+  const int64_t first = x.rows * thread / threads, end = x.rows * (thread + 1) / threads;
+  x.dtype == DType::float64 ? head_rows<double>(x, first, end) : head_rows<float>(x, first, end);
 }
 
 }  // namespace rnnfast::RNNFAST_ISA

@@ -53,6 +53,39 @@ void forward(const ForwardArgs& x, int available) {
   });
 }
 
+template <class S>
+void generate(const ForwardArgs* layers, int64_t count, const HeadArgs& head_args, int available, bool (*next)(void*),
+              void* context) {
+  const Split split = available > 1 ? Split{available, available, 0, 1} : Split{1, 1, 1, 1};
+  Carver shared(nullptr), own(nullptr);
+  for (int64_t l = 0; l < count; ++l) {
+    const PackedLayer<S, S> packed(layers[l].shape, static_cast<char*>(layers[l].packed), true);
+    Forward<S, S> scan(layers[l], packed, split);
+    scan.carve(shared);
+    scan.carve_local(own);
+  }
+  const Scratch memory(shared.used() + own.used() * split.threads);
+  bool more = true;
+  Barrier team, all;
+  parallel(split.threads, [&](int thread, int threads) {
+    do {
+      Carver carver(memory.data()), mine(memory.data() + shared.used() + own.used() * thread);
+      for (int64_t l = 0; l < count; ++l) {
+        const PackedLayer<S, S> packed(layers[l].shape, static_cast<char*>(layers[l].packed), true);
+        Forward<S, S> scan(layers[l], packed, split);
+        scan.carve(carver);
+        auto local = scan.carve_local(mine);
+        run_items(scan, layers[l].shape, split, local, thread, threads, team);
+        all.wait(threads);
+      }
+      head(head_args, thread, threads);
+      all.wait(threads);
+      if (thread == 0) more = next(context);
+      all.wait(threads);
+    } while (more);
+  });
+}
+
 // Packs the weights to be kept at x.packed, or says how many bytes that takes if it is null.
 template <class S, class O>
 size_t pack(const ForwardArgs& x) {
@@ -115,6 +148,7 @@ const Kernels kernels{
     forward<bf16, bf16>,
     backward<bf16, bf16>,
     pack<bf16, bf16>,
+    nullptr,  // generation is in float32 or float64
 #else
     [](const ForwardArgs& x, int threads) {
       by_dtype(x.shape.dtype, forward<float, float>, forward<double, double>, forward<bf16, float>, x, threads);
@@ -125,8 +159,11 @@ const Kernels kernels{
     [](const ForwardArgs& x) {
       return by_dtype(x.shape.dtype, pack<float, float>, pack<double, double>, pack<bf16, float>, x);
     },
+    [](const ForwardArgs* layers, int64_t count, const HeadArgs& head, int threads, bool (*next)(void*), void* context) {
+      const auto run = head.dtype == DType::float64 ? generate<double> : generate<float>;
+      run(layers, count, head, threads, next, context);
+    },
 #endif
-    head,
 };
 
 }  // namespace rnnfast::RNNFAST_ISA
