@@ -125,7 +125,7 @@ void run(ScanParams& p, const Tensor& h_0, const std::string& cell_name, const s
   const Layout& l = p.layout;
   if (const char* reason = flaw(l, numbers)) STD_TORCH_CHECK(false, "no scan can be run so: ", reason);
   const int lane_teams = ceil_div(p.batch, l.rows);
-  const LaunchShape shape{lane_teams * l.blocks, p.lanes, l.warps * 32, kernel == Kernel::cluster ? l.blocks : 1,
+  const LaunchShape shape{l.blocks, lane_teams, p.lanes, l.warps * 32, kernel == Kernel::cluster ? l.blocks : 1,
                           kernel == Kernel::grid, l.shared_bytes};
   Tensor exchange = h_0, flags = h_0;  // replaced where they are needed
   if (kernel == Kernel::grid) {
@@ -148,7 +148,7 @@ void run_one_step(const StepParams& s, const Tensor& h_0, const std::string& cel
                   bool backward) {
   const Cell cell = parse_cell(cell_name);
   const int64_t states = int64_t{s.scan.batch} * s.scan.hidden;
-  const LaunchShape shape{checked_int((states + kStepThreads - 1) / kStepThreads, "blocks"), s.scan.lanes, kStepThreads, 1,
+  const LaunchShape shape{checked_int((states + kStepThreads - 1) / kStepThreads, "blocks"), 1, s.scan.lanes, kStepThreads, 1,
                           false, 0};
   void* stream = current_stream(h_0.get_device_index());
   switch (parse_numbers(numbers)) {

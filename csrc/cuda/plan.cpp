@@ -58,6 +58,8 @@ Layout check_layout(const Problem& p, const DeviceLimits& d, Kernel kernel, int 
   why_not.clear();
   if (const char* reason = flaw(l, p.numbers))
     why_not = reason;
+  else if (std::max(teams(p, rows), p.lanes) > kMaxGridYz)
+    why_not = "a launch has at most " + std::to_string(kMaxGridYz) + " lanes and teams of a lane";
   else if (kernel == Kernel::block && blocks != 1)
     why_not = "a block scan's team is one block";
   else if (kernel == Kernel::cluster && p.numbers == Numbers::float64)

@@ -11,7 +11,7 @@ from rnnfast.backends.cuda import build, launch
 from rnnfast.backends.cuda.launch import Plan
 from rnnfast.cells import CELLS
 
-from .layers import DTYPES, check_against_reference, random_layer
+from .layers import DTYPES, check_against_truth, random_layer
 
 pytestmark = pytest.mark.gpu
 
@@ -45,7 +45,7 @@ def _layer(numbers: str, cell: str = "lstm", **shape: Any) -> list[Any]:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("cell", CELLS)
 def test_as_planned(cell, shape, numbers):
-    check_against_reference(launch.forward, launch.backward, _layer(numbers, cell, **SHAPES[shape]), numbers)
+    check_against_truth(launch.forward, launch.backward, _layer(numbers, cell, **SHAPES[shape]), numbers)
 
 
 @pytest.mark.parametrize("numbers", DTYPES)
@@ -57,7 +57,7 @@ def test_every_team(monkeypatch, plan, numbers):
         if refusal:
             pytest.skip(refusal)
     monkeypatch.setattr(launch, "plan", lambda *_, **__: plan)
-    check_against_reference(
+    check_against_truth(
         launch.forward, launch.backward, _layer(numbers, "gru", hidden=100, batch=20, steps=9, lanes=2), numbers
     )
 
