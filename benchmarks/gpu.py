@@ -51,7 +51,7 @@ def compile_kernels(deadline: float) -> Report:
     start = time.perf_counter()
     path = build.library()
     cuda.load()
-    return {"seconds": time.perf_counter() - start, "architectures": build.architectures(), "library": path.name}
+    return {"seconds": time.perf_counter() - start, "architectures": build.device_architectures(), "library": path.name}
 
 
 def run_tests(deadline: float) -> Report:

@@ -72,9 +72,13 @@ Ints limits(int64_t device) {
   return {d.capability, d.multiprocessors, d.shared_bytes, d.clusters[0], d.clusters[1], d.clusters[2], d.clusters[3]};
 }
 
-Ints plan(std::string cell, int64_t hidden, int64_t batch, int64_t lanes, std::string numbers, bool backward, Ints device) {
-  const Plan p = make_plan(parse_problem(cell, hidden, batch, lanes, numbers, backward), parse_limits(device));
-  return {static_cast<int>(p.kernel), p.blocks, p.rows, p.warps, p.shared_bytes, static_cast<int64_t>(p.microseconds * 1000)};
+// Of each plan, best first: kernel, blocks, rows, warps, bytes of shared memory, nanoseconds.
+Ints plans(std::string cell, int64_t hidden, int64_t batch, int64_t lanes, std::string numbers, bool backward, Ints device) {
+  Ints all;
+  for (const Plan& p : make_plans(parse_problem(cell, hidden, batch, lanes, numbers, backward), parse_limits(device)))
+    all.insert(all.end(), {static_cast<int>(p.kernel), p.blocks, p.rows, p.warps, p.shared_bytes,
+                           static_cast<int64_t>(p.microseconds * 1000)});
+  return all;
 }
 
 std::string check(std::string cell, int64_t hidden, int64_t batch, int64_t lanes, std::string numbers, bool backward,
@@ -238,7 +242,7 @@ void step_backward(OptionalTensor d_output, Tensor h_0, OptionalTensor c_0, Opti
 
 STABLE_TORCH_LIBRARY(RNNFAST_CUDA_NAMESPACE, m) {
   m.def("limits(int device) -> int[]");
-  m.def("plan(str cell, int hidden, int batch, int lanes, str numbers, bool backward, int[] limits) -> int[]");
+  m.def("plans(str cell, int hidden, int batch, int lanes, str numbers, bool backward, int[] limits) -> int[]");
   m.def("check(str cell, int hidden, int batch, int lanes, str numbers, bool backward, int[] limits, int[] team) -> str");
   m.def(
       "scan_forward(Tensor gx, Tensor? ids, Tensor w_hh, Tensor? b_hh, Tensor h_0, Tensor? c_0, Tensor? offsets, "
@@ -260,7 +264,7 @@ STABLE_TORCH_LIBRARY(RNNFAST_CUDA_NAMESPACE, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(RNNFAST_CUDA_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("limits", TORCH_BOX(&rnnfast::cuda::limits));
-  m.impl("plan", TORCH_BOX(&rnnfast::cuda::plan));
+  m.impl("plans", TORCH_BOX(&rnnfast::cuda::plans));
   m.impl("check", TORCH_BOX(&rnnfast::cuda::check));
 }
 

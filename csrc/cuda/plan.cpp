@@ -1,5 +1,7 @@
 #include "plan.h"
 
+#include <algorithm>
+
 namespace rnnfast::cuda {
 namespace {
 
@@ -77,14 +79,19 @@ Layout check_layout(const Problem& p, const DeviceLimits& d, Kernel kernel, int 
   return l;
 }
 
-Plan make_plan(const Problem& p, const DeviceLimits& d) {
-  Plan best{Kernel::steps, 0, 0, 0, 0, steps_time(p, d)};
+std::vector<Plan> make_plans(const Problem& p, const DeviceLimits& d) {
+  std::vector<Plan> plans{{Kernel::steps, 0, 0, 0, 0, steps_time(p, d)}};
   const auto consider = [&](Kernel kernel, int blocks, int rows) {
     std::string why_not;
     const Layout l = check_layout(p, d, kernel, blocks, rows, kMaxWarps, why_not);
     if (!why_not.empty()) return;
-    const double time = step_time(p, d, kernel, l);
-    if (time < best.microseconds) best = {kernel, blocks, rows, kMaxWarps, l.shared_bytes, time};
+    const Plan plan{kernel, blocks, rows, kMaxWarps, l.shared_bytes, step_time(p, d, kernel, l)};
+    for (Plan& other : plans)
+      if (other.kernel == kernel && (kernel != Kernel::cluster || other.blocks == blocks)) {
+        if (plan.microseconds < other.microseconds) other = plan;
+        return;
+      }
+    plans.push_back(plan);
   };
   const bool mma = tensor_cores(p.numbers);
   for (int rows = mma ? kMmaRows : 1; rows <= 128; rows = mma || rows >= 8 ? 2 * rows : rows + 1) {
@@ -93,7 +100,8 @@ Plan make_plan(const Problem& p, const DeviceLimits& d) {
     for (int blocks = 2; blocks <= d.multiprocessors; ++blocks) consider(Kernel::grid, blocks, rows);
     if (rows >= p.batch) break;
   }
-  return best;
+  std::stable_sort(plans.begin(), plans.end(), [](const Plan& a, const Plan& b) { return a.microseconds < b.microseconds; });
+  return plans;
 }
 
 }  // namespace rnnfast::cuda

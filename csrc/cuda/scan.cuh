@@ -64,10 +64,10 @@ RNNFAST_DEVICE void scan_forward(const ScanParams& p) {
 
   Product<M> product;
   const Stored* w_hh = static_cast<const Stored*>(p.w_hh) + int64_t{walk.lane} * kGates * p.hidden * p.hidden;
-  product.load(l, shared, [&](int column, int k) -> Sum {
+  product.load(l, shared, [&](int column, int k) -> WeightRun<Stored> {
     const int unit = team.rank * l.units + column % l.units;
-    if (unit >= p.hidden || k >= p.hidden) return 0;
-    return hw::widen(w_hh[(int64_t{column / l.units} * p.hidden + unit) * p.hidden + k]);
+    if (unit >= p.hidden) return {nullptr, 0};
+    return {w_hh + (int64_t{column / l.units} * p.hidden + unit) * p.hidden + k, p.hidden - k};
   });
 
   clear_operands(l, exchange);
@@ -141,11 +141,12 @@ RNNFAST_DEVICE void scan_backward(const ScanParams& p) {
 
   Product<M> product;
   const Stored* w_hh = static_cast<const Stored*>(p.w_hh) + int64_t{walk.lane} * kGates * p.hidden * p.hidden;
-  product.load(l, shared, [&](int column, int k) -> Sum {
+  // A lane's vector lies within one gate of one block: a block's units are a multiple of its length.
+  product.load(l, shared, [&](int column, int k) -> WeightRun<Stored> {
     const int unit = team.rank * l.units + column, from = k / l.slice * l.units + k % l.units;
     const int gate = k % l.slice / l.units;
-    if (unit >= p.hidden || from >= p.hidden || k >= l.blocks * l.slice) return 0;
-    return hw::widen(w_hh[(int64_t{unit} * kGates + gate) * p.hidden + from]);
+    if (unit >= p.hidden || k >= l.blocks * l.slice) return {nullptr, 0};
+    return {w_hh + (int64_t{unit} * kGates + gate) * p.hidden + from, p.hidden - from};
   });
   clear_operands(l, exchange);
 
