@@ -147,6 +147,7 @@ _BACKENDS = {
 # the kind has run and timed is not in it. On a GPU, what the card's table ranks comes first.
 _AUTO: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "torch", "reference")}
 _AUTO_ELSEWHERE = ("torch", "reference")
+TABLED = ("cuda",)  # kinds of device whose cards have tables; a call's size matters there
 HINT = "`rnnfast tune` measures the GPU kernels on this card; until then auto leaves them alone"
 
 _loaded: set[str] = set()
@@ -203,7 +204,7 @@ def choose(request: Request, backend: str = AUTO) -> Choice:
 def _order(request: Request) -> tuple[tuple[str, ...], str]:
     """The backends that `auto` tries in turn, and why those that a table decides about are not among them."""
     order = _AUTO.get(request.device, _AUTO_ELSEWHERE)
-    if request.device != "cuda" or request.size is None:
+    if request.device not in TABLED or request.size is None:
         return order, ""
     device, hidden, rows, steps, training = request.size
     found = table.of(device)
@@ -292,7 +293,7 @@ def explain(layer: nn.RNNBase, input: Tensor | PackedSequence) -> Choice:
     else:
         batch, steps = int(input.batch_sizes[0]), len(input.batch_sizes)
     rows, size = batch * (2 if layer.bidirectional else 1), None
-    if weight.device.type == "cuda":
+    if weight.device.type in TABLED:
         size = size_of(layer.mode.lower(), weight, rows, steps, (data, *layer.parameters()))
     request = Request(
         layer.mode.lower(), weight.device.type, weight.dtype, not data.is_floating_point(), layer.proj_size > 0, size

@@ -117,7 +117,7 @@ def _stack(
     directions = 2 if bidirectional else 1
     _check(cell, input, h_0, c_0, weights, batch_sizes, directions)
     device, size = first.w_hh.device, None
-    if device.type == "cuda":
+    if device.type in dispatch.TABLED:
         steps = len(input) if batch_sizes is None else len(batch_sizes)
         size = dispatch.size_of(cell, first.w_hh, h_0.shape[1] * directions, steps, (input, h_0, c_0, *first))
     request = dispatch.Request(cell, device.type, first.w_hh.dtype, token_ids, first.w_hr is not None, size)
@@ -164,7 +164,7 @@ def step(
     token_ids = not input.is_floating_point()
     _check(cell, input.unsqueeze(0), h_0, c_0, weights, None, 1)
     device, size = w_hh.device, None
-    if device.type == "cuda":
+    if device.type in dispatch.TABLED:
         size = dispatch.size_of(cell, w_hh, len(input), 1, (input, h_0, c_0, *weights[0]))
     request = dispatch.Request(cell, device.type, w_ih.dtype, token_ids, w_hr is not None, size)
     chosen = dispatch.choose(request, backend).backend

@@ -54,7 +54,10 @@ class Regime(NamedTuple):
     @property
     def call(self) -> str | None:
         """The name of the measured call that stands for it, such as "forward 16"; None if none does."""
-        measured = max((steps for steps in STEPS if steps <= self.steps), default=1)
+        measured = STEPS[0]
+        for steps in STEPS:
+            if steps <= self.steps:
+                measured = steps
         if not self.training:
             return f"forward {measured}"
         return f"training {measured}" if measured > 1 else None
@@ -65,8 +68,8 @@ class Point:
     """What was measured of layers with one size and arithmetic.
 
     `teams` gives for "forward" and "backward" the fastest right team of the CUDA scan: kernel, blocks, rows and warps.
-    `microseconds` gives for each call, such as "training 128", what each backend took. `failures` tells what a backend
-    got wrong here, in place of its times.
+    `microseconds` gives for each call, such as "training 128", what each backend took that was found right. `failures`
+    tells what a backend got wrong here, all of it or some teams.
     """
 
     cell: str
@@ -149,18 +152,29 @@ class Found(NamedTuple):
 NOWHERE = Found(None, "there is no card")
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def of(device: int) -> Found:
     """Returns the table for a CUDA device, by its index; negative: no device."""
-    return NOWHERE if device < 0 else _find(device)
+    if device < 0:
+        return NOWHERE
+    _read_once(device)
+    return _found[device]
 
 
 def forget() -> None:
     """Has tables read anew, after one was written."""
-    _find.cache_clear()
+    _found.clear()
 
 
-@cache
+_found: dict[int, Found] = {}
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _read_once(device: int) -> None:
+    """While a graph is being compiled, too: the compiler cannot trace the reading of files, but what was read."""
+    if device not in _found:
+        _found[device] = _find(device)
+
+
 def _find(device: int) -> Found:
     wanted = identity(device)
     own, problems = path_of(wanted), []

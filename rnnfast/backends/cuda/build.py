@@ -16,6 +16,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,6 @@ def why_not_compile() -> str | None:
         return f"nvcc is of CUDA {_nvcc_release()}, PyTorch of CUDA {cuda}: set CUDA_HOME to one that matches"
     if native._compiler() is None:
         return "no C++ compiler was found: install g++ (or set CXX), and the kernels compile on first use"
-    if native._ninja() is None:
-        return "ninja was not found: pip install ninja, and the kernels compile on first use"
     return None
 
 
@@ -80,16 +79,13 @@ def compile_library(target: Path, architectures: tuple[str, ...]) -> None:
     Raises:
         RuntimeError: the compiler failed; the message ends with what it said.
     """
-    ninja = native._ninja()
-    assert ninja is not None
     work = target.with_name(f"{target.name}.{os.getpid()}.build")
     work.mkdir(parents=True, exist_ok=True)
     try:
-        (work / "build.ninja").write_text(_ninja_file(architectures))
-        done = subprocess.run([ninja, "-C", str(work)], capture_output=True, text=True, check=False)
-        if done.returncode:
-            errors = [line for line in done.stdout.splitlines() if "error" in line] or done.stdout.splitlines()
-            raise RuntimeError("\n".join([f"{nvcc()} failed", *errors[-10:]]))
+        *compile_all, link = _commands(architectures, work)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(_run, compile_all))
+        _run(link)
         os.replace(work / "library.so", target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -171,27 +167,32 @@ def _capabilities() -> list[tuple[int, int]]:
     return [torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count())]
 
 
-def _ninja_file(architectures: tuple[str, ...]) -> str:
+def _commands(architectures: tuple[str, ...], work: Path) -> list[list[str]]:
+    """What compiles each file into the folder `work` and, last, links library.so there."""
     torch = importlib.util.find_spec("torch")
     assert torch is not None
     assert torch.origin is not None
     folder = Path(torch.origin).parent
-    include = f"-isystem {folder}/include -isystem {folder}/include/torch/csrc/api/include"
-    targets = " ".join(f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures)
-    lines = [
-        "rule nvcc",
-        f"  command = {nvcc()} {_NVCC_FLAGS} {targets} {include} -c $in -o $out",
-        "rule cxx",
-        f"  command = {native._compiler()} {_CXX_FLAGS} {include} -c $in -o $out",
-        "rule link",
-        f"  command = {nvcc()} -shared -cudart shared $in -o $out -L{folder}/lib -ltorch_cpu -ltorch_cuda",
-    ]
-    objects = []
+    include = ["-isystem", f"{folder}/include", "-isystem", f"{folder}/include/torch/csrc/api/include"]
+    compilers = {
+        ".cu": [nvcc() or "", *_NVCC_FLAGS.split(), *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures)],
+        ".cpp": [native._compiler() or "", *_CXX_FLAGS.split()],
+    }
+    commands, objects = [], []
     for path in _files():
-        if path.suffix in (".cu", ".cpp"):
-            objects.append(f"{path.stem}.o")
-            lines.append(f"build {objects[-1]}: {'nvcc' if path.suffix == '.cu' else 'cxx'} {path}")
-    return "\n".join([*lines, f"build library.so: link {' '.join(objects)}", ""])
+        if path.suffix in compilers:
+            objects.append(str(work / f"{path.stem}.o"))
+            commands.append([*compilers[path.suffix], *include, "-c", str(path), "-o", objects[-1]])
+    link = [nvcc() or "", "-shared", "-cudart", "shared", *objects, "-o", str(work / "library.so")]
+    return [*commands, [*link, f"-L{folder}/lib", "-ltorch_cpu", "-ltorch_cuda"]]
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = (done.stdout + done.stderr).splitlines()
+        errors = [line for line in said if "error" in line] or said
+        raise RuntimeError("\n".join([f"{command[0]} failed", *errors[:10]]))
 
 
 def _nvcc_release() -> str:
