@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from rnnfast.backends import reference
 from rnnfast.cells import CELLS
+from rnnfast.tuning import allowed_error
 
 OUTPUTS = ("output", "h_n", "c_n", "tape")
 GRADIENTS = ("d_input", "d_w_ih", "d_w_hh", "d_b_ih", "d_b_hh", "d_w_hr", "d_h_0", "d_c_0")
@@ -20,12 +21,9 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
-# The RMS of the error over the RMS of the truth may be twice torch.nn's own on the same input in float32, counted as
-# one rounding at least (of a few numbers, torch.nn may hit all), and 1.5 times it in half types, where it must be below
-# this too, forward.
-HALF_FORWARD = 0.005
-# Where torch.nn is no measure (on a CPU it has no TF32, and its float64 is the truth itself) a bound of its own,
-# forward and backward: 2^-11 a factor in TF32, a few roundings in float64.
+# Errors are held against torch.nn's own on the same input (`allowed_error`). Where that is no measure (on a CPU it has no
+# TF32, and its float64 is the truth itself) a bound of the error's RMS over the truth's, forward and backward: 2^-11 a
+# factor in TF32, a few roundings in float64.
 BOUNDS = {"tf32": (1e-3, 2e-3), "float64": (2e-15, 4e-15)}
 
 
@@ -164,10 +162,8 @@ def _assert_near(way: str, names: tuple[str, ...], ours: Any, truth: Any, theirs
         error = _relative_rms(a, t)
         if numbers in BOUNDS:
             allowed = BOUNDS[numbers][0 if fwd else 1]
-        elif numbers == "float32":
-            allowed = 2 * max(_relative_rms(nn_s, t), torch.finfo(torch.float32).eps)
         else:
-            allowed = min(1.5 * _relative_rms(nn_s, t), HALF_FORWARD if fwd else torch.inf)
+            allowed = allowed_error(numbers, _relative_rms(nn_s, t), fwd)
         assert error <= allowed, f"{way}{name}: relative RMS error {error:.1e}, above {allowed:.1e}"
 
 
