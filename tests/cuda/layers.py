@@ -21,9 +21,9 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
-# Errors are held against torch.nn's own on the same input (`allowed_error`). Where that is no measure (on a CPU it has no
-# TF32, and its float64 is the truth itself) a bound of the error's RMS over the truth's, forward and backward: 2^-11 a
-# factor in TF32, a few roundings in float64.
+# Errors are held against torch.nn's own on the same input (`allowed_error`). Where that is no measure (on a CPU it has
+# no TF32, and its float64 is the truth itself) a bound of the error's RMS over the truth's, forward and backward: 2^-11
+# a factor in TF32, a few roundings in float64.
 BOUNDS = {"tf32": (1e-3, 2e-3), "float64": (2e-15, 4e-15)}
 
 
