@@ -168,11 +168,14 @@ def forget() -> None:
 _found: dict[int, Found] = {}
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _read_once(device: int) -> None:
-    """While a graph is being compiled, too: the compiler cannot trace the reading of files, but what was read."""
     if device not in _found:
         _found[device] = _find(device)
+
+
+# torch.compile calls it as it is: it cannot trace the reading of files, but it can trace what was read. This is what
+# torch.compiler.assume_constant_result does, without importing the compiler.
+_read_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _find(device: int) -> Found:
