@@ -285,20 +285,29 @@ def explain(layer: nn.RNNBase, input: Tensor | PackedSequence) -> Choice:
     data = input if isinstance(input, torch.Tensor) else input.data
     weight = layer.weight_hh_l0
     assert isinstance(weight, torch.Tensor)
-    if isinstance(input, torch.Tensor):
-        batched = input.dim() == (3 if input.is_floating_point() else 2)
-        steps, batch = input.shape[:2] if batched else (len(input), 1)
-        if batched and layer.batch_first:
-            steps, batch = batch, steps
-    else:
-        batch, steps = int(input.batch_sizes[0]), len(input.batch_sizes)
-    rows, size = batch * (2 if layer.bidirectional else 1), None
-    if weight.device.type in TABLED:
-        size = size_of(layer.mode.lower(), weight, rows, steps, (data, *layer.parameters()))
-    request = Request(
-        layer.mode.lower(), weight.device.type, weight.dtype, not data.is_floating_point(), layer.proj_size > 0, size
-    )
+    cell, projected = layer.mode.lower(), layer.proj_size > 0
+    size = _size_of_input(cell, layer, input, weight)
+    request = Request(cell, weight.device.type, weight.dtype, not data.is_floating_point(), projected, size)
     return choose(request, getattr(layer, "backend", AUTO))
+
+
+def _size_of_input(cell: str, layer: Any, input: Tensor | PackedSequence, weight: Tensor) -> Size | None:
+    """The size of `layer(input)`; None where it decides nothing. A cell takes one step of (B, I), (I,) or ids."""
+    if weight.device.type not in TABLED:
+        return None
+    data = input if isinstance(input, torch.Tensor) else input.data
+    leading = data.shape[:-1] if data.is_floating_point() else data.shape
+    directions = 1
+    if isinstance(layer, torch.nn.RNNCellBase):
+        steps, batch = 1, leading[0] if leading else 1
+    elif not isinstance(input, torch.Tensor):
+        steps, batch, directions = len(input.batch_sizes), int(input.batch_sizes[0]), 1 + layer.bidirectional
+    else:
+        steps, batch = leading if len(leading) > 1 else (leading[0], 1)
+        if layer.batch_first and len(leading) > 1:
+            steps, batch = batch, steps
+        directions += layer.bidirectional
+    return size_of(cell, weight, batch * directions, steps, (data, *layer.parameters()))
 
 
 def size_of(cell: str, w_hh: Tensor, rows: int, steps: int, differentiable: Iterable[Tensor | None]) -> Size:
