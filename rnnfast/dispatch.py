@@ -310,7 +310,7 @@ def _size_of_input(cell: str, layer: Any, input: Tensor | PackedSequence, weight
     return size_of(cell, weight, batch * directions, steps, (data, *layer.parameters()))
 
 
-def size_of(cell: str, w_hh: Tensor, rows: int, steps: int, differentiable: Iterable[Tensor | None]) -> Size:
+def size_of(cell: str, w_hh: Tensor, rows: int, steps: int, differentiable: Iterable[Tensor | None]) -> Size | None:
     """The size of a call on a GPU.
 
     Args:
@@ -318,6 +318,11 @@ def size_of(cell: str, w_hh: Tensor, rows: int, steps: int, differentiable: Iter
         w_hh: (G*H, P).
         rows, steps: B times the directions, and T.
         differentiable: what may require a gradient.
+
+    Returns:
+        None while a graph is exported, which is to hold for sizes that are not known yet.
     """
+    if torch.compiler.is_exporting():
+        return None
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
     return Size(w_hh.device.index or 0, w_hh.shape[0] // CELLS[cell].gates, rows, steps, training)

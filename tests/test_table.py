@@ -338,3 +338,24 @@ def test_threads_find_the_same_table() -> None:
 def test_points_are_told_apart_by_value() -> None:
     assert replace(POINTS[0], hidden=1) != POINTS[0]
     assert json.loads(write().read_text())["points"][0]["hidden"] == 512
+
+
+def test_an_exported_graph_is_not_bound_to_the_sizes_of_its_example(gpu_backends: list[str]) -> None:
+    write()
+    torch.backends.cudnn.allow_tf32 = False
+
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w_hh = torch.nn.Parameter(torch.zeros(4 * 512, 512))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            size = dispatch.size_of("lstm", self.w_hh, x.shape[1], x.shape[0], (x,))
+            return x + len(dispatch.choose(Request("lstm", "cuda", torch.float32, False, False, size)).backend)
+
+    example, other = torch.zeros(16, 32), torch.zeros(7, 50)
+    assert torch.equal(Layer()(example), example + len("cuda"))
+    dispatch.choose(request(steps=1))  # loads torch's own path, which is no part of what is exported
+    anything = {0: torch.export.Dim("steps"), 1: torch.export.Dim("rows")}
+    exported = torch.export.export(Layer(), (example,), dynamic_shapes={"x": anything}, strict=True)
+    assert torch.equal(exported.module()(other), other + len("torch"))
