@@ -1,7 +1,9 @@
-"""Compiles the native library where torch and a compiler are there; everything else is in pyproject.toml."""
+"""Compiles the native libraries where torch and the compilers are there; everything else is in pyproject.toml."""
 
 import importlib.util
 import shutil
+import sys
+import types
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -9,9 +11,15 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-spec = importlib.util.spec_from_file_location("native", ROOT / "rnnfast/backends/native.py")
-native = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(native)
+# The package's own __init__ imports torch, which an installation in progress may not be able to; these have none.
+for name in ("rnnfast", "rnnfast.backends", "rnnfast.backends.cuda"):
+    package = sys.modules[name] = types.ModuleType(name)
+    package.__path__ = [str(ROOT.joinpath(*name.split(".")))]
+
+from rnnfast.backends import native  # noqa: E402
+from rnnfast.backends.cuda import build as cuda  # noqa: E402
+
+CUDA_ARCHITECTURES = cuda.named_architectures() or cuda.DEFAULT_ARCHITECTURES
 
 
 class BuildPython(build_py):
@@ -26,20 +34,27 @@ class BuildPython(build_py):
 class BuildNative(build_ext):
     def get_ext_filename(self, name):
         # Asked for the full name, rnnfast.librnnfast, and for its last part alone.
-        return str(Path(*name.split(".")[:-1], f"librnnfast-{native.source_hash()}.so"))
+        *folders, stem = name.split(".")
+        file = f"{stem}-{native.source_hash()}.so" if stem == "librnnfast" else cuda.installed_name(CUDA_ARCHITECTURES)
+        return str(Path(*folders, file))
 
     def build_extension(self, ext):
         target = Path(self.get_ext_fullpath(ext.name))
         if target.exists():
             return
         try:
-            native.compile_library(target)
+            if ext.name == "rnnfast.librnnfast":
+                native.compile_library(target)
+            else:
+                cuda.compile_library(target, CUDA_ARCHITECTURES)
         except RuntimeError as error:
-            self.warn(f"the native library was not compiled; it will be tried again on first use: {error}")
+            self.warn(f"{target.name} was not compiled; it will be tried again on first use: {error}")
 
 
-can_compile = importlib.util.find_spec("torch") is not None and native.why_not() is None
-setup(
-    ext_modules=[Extension("rnnfast.librnnfast", [], optional=True)] if can_compile else [],
-    cmdclass={"build_py": BuildPython, "build_ext": BuildNative},
-)
+extensions = []
+if importlib.util.find_spec("torch") is not None and native.why_not() is None:
+    extensions.append(Extension("rnnfast.librnnfast", [], optional=True))
+# A toolkit and a torch for CUDA are what it takes; a GPU need not be here, where the package is built.
+if cuda.torch_cuda() is not None and cuda.why_not_compile() is None:
+    extensions.append(Extension("rnnfast.librnnfast_cuda", [], optional=True))
+setup(ext_modules=extensions, cmdclass={"build_py": BuildPython, "build_ext": BuildNative})

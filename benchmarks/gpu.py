@@ -1,24 +1,25 @@
 """All that a GPU is needed for, in one command and under ten minutes: `make gpu`, or
 
-    python -m benchmarks.gpu [--minutes 9] [--output benchmarks/results/FILE.json]
+    python -m benchmarks.gpu [--minutes 9] [--only PART ...] [--output benchmarks/results/FILE.json]
 
-It compiles the CUDA kernels, runs `pytest -m gpu`, runs compute-sanitizer over small layers, measures the latency of
-each exchange and of cuDNN's three algorithms, times layers beside cuDNN (TF32 off and on) after holding them against it
-in float64, and runs training and generation with CUDA graphs. Each part is in the JSON as soon as it is done; one that
-fails is reported there and makes the exit status 1. Needs torch with CUDA and nvcc; no network.
+It compiles the CUDA kernels, runs `pytest -m gpu`, measures the latency of each exchange and of cuDNN's three
+algorithms and the step times that are goals, makes the table that `auto` follows (`rnnfast tune`), runs training and
+generation with CUDA graphs, runs compute-sanitizer over small layers, and times layers beside cuDNN (TF32 off and on)
+after holding them against it in float64. Each part is a process with a time of its own, so that one that fails or hangs
+costs no other, and is in the JSON as soon as it is done; a failure makes the exit status 1. A readable table is written
+beside the JSON. Needs torch with CUDA, nvcc, a C++ compiler and pytest; no network.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -29,37 +30,51 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rnnfast
-from benchmarks.gpu_triton import CELLS, ROOT, circumstances, results, seconds_in_turns
+from benchmarks.gpu_triton import ROOT, circumstances
+from rnnfast import table, tuning
 from rnnfast.backends import cuda
 from rnnfast.backends.cuda import build, launch
 from rnnfast.backends.cuda.launch import Plan
+from rnnfast.tuning import CELLS, NUMBERS, arithmetic, seconds_in_turns
 
 Report = dict[str, Any]
 # What a step may take, in microseconds: the goals for an H200 at H=512, B=32.
 GOALS = {("lstm", "bfloat16"): 0.8, ("lstm", "tf32"): 1.0, ("lstm", "float32"): 1.9, ("rnn_tanh", "float32"): 0.9}
 BACKWARD_GOAL = 1.6  # times the forward
-NUMBERS = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-TOLERANCE = {"float32": 2e-5, "tf32": 5e-3, "bfloat16": 2e-2, "float16": 4e-3}
-CUDNN_ALGORITHMS = {  # layers for which PyTorch picks each (aten/src/ATen/native/cudnn/RNN.cpp, get_algo)
-    "PERSIST_STATIC_SMALL_H": ("rnn_tanh", 256, torch.float32),
-    "PERSIST_STATIC": ("lstm", 512, torch.float16),
-    "STANDARD": ("lstm", 512, torch.float32),
+# How many times as fast as cuDNN, by the algorithm that PyTorch has it use.
+RATIO_GOALS = {"STANDARD": 4.0, "PERSIST_STATIC": 1.5, "PERSIST_STATIC_SMALL_H": 1.0}
+PIPELINE_GOALS = {("rnn_tanh", 512): {"tokens_per_s": 2_000_000, "characters_per_s": 100_000}}
+CUDNN_LAYERS = {  # one for each algorithm; the input has 128 features
+    "PERSIST_STATIC_SMALL_H": ("rnn_tanh", 256, "float32"),
+    "PERSIST_STATIC": ("lstm", 512, "float16"),
+    "STANDARD": ("lstm", 512, "float32"),
 }
+
+
+def cudnn_algorithm(cell: str, hidden: int, batch: int, numbers: str, inputs: int, training: bool) -> str:
+    """The algorithm that PyTorch picks for one unpacked layer (aten/src/ATen/native/cudnn/RNN.cpp, get_algo)."""
+    small = (384 if cell == "rnn_tanh" else 192) if not training else (256 if cell == "rnn_tanh" else 128)
+    if hidden <= small:
+        return "PERSIST_STATIC_SMALL_H"
+    fits = hidden <= 1024 and hidden % 128 == 0 and inputs % 128 == 0 and batch % 8 == 0 and batch <= 128
+    if numbers == "float16" and cell != "gru" and fits and (cell != "rnn_tanh" or batch < 96 or hidden < 896):
+        return "PERSIST_STATIC"
+    return "STANDARD"
 
 
 def compile_kernels(deadline: float) -> Report:
     start = time.perf_counter()
     path = build.library()
     cuda.load()
-    return {"seconds": time.perf_counter() - start, "architectures": build.architectures(), "library": path.name}
+    report: Report = {"seconds": time.perf_counter() - start, "architectures": build.device_architectures()}
+    return {**report, "library": path.name, "limits": _limits()}
 
 
-def run_tests(deadline: float) -> Report:
-    """The tests that need a GPU, in a process of their own; plugins and warnings are as the machine has them."""
+def run_tests(folder: str, deadline: float) -> Report:
+    """The tests of a folder that need a GPU; plugins and warnings are as the machine has them."""
     # The pinned configuration may ask for plugins that this machine lacks.
-    options = ["-q", "-m", "gpu", "-o", "addopts=", "-o", "filterwarnings=", "-p", "no:cacheprovider"]
-    # Only these folders: others need packages that this machine may lack, even to be collected.
-    done = _run([sys.executable, "-m", "pytest", *options, "tests/cuda", "tests/triton"], deadline)
+    options = ["-q", "--tb=short", "-m", "gpu", "-o", "addopts=", "-o", "filterwarnings=", "-p", "no:cacheprovider"]
+    done = _run([sys.executable, "-m", "pytest", *options, folder], deadline)
     return {"passed": done.returncode == 0, "summary": _last_lines(done, 25)}
 
 
@@ -69,19 +84,10 @@ def run_sanitizer(deadline: float) -> Report:
     if not Path(sanitizer).exists():
         return {"passed": None, "summary": "compute-sanitizer is not installed"}
     report: Report = {"passed": True}
-    for tool in ("memcheck", "racecheck"):
-        command = [
-            sanitizer,
-            "--tool",
-            tool,
-            "--error-exitcode",
-            "9",
-            sys.executable,
-            "-m",
-            "benchmarks.gpu",
-            "--small-layers",
-        ]
-        done = _run(command, min(deadline, time.perf_counter() + 75))
+    for left, tool in ((2, "memcheck"), (1, "racecheck")):
+        program = [sys.executable, "-m", "benchmarks.gpu", "--small-layers"]
+        limit = time.perf_counter() + (deadline - time.perf_counter()) / left
+        done = _run([sanitizer, "--tool", tool, "--error-exitcode", "9", *program], limit)
         report[tool] = {"exit_status": done.returncode, "summary": _last_lines(done, 8)}
         report["passed"] &= done.returncode == 0
     return report
@@ -90,14 +96,12 @@ def run_sanitizer(deadline: float) -> Report:
 def small_layers() -> None:
     """What the sanitizer watches: each kernel once, forward and backward."""
     cuda.load()
-    for kernel, numbers in itertools.product(("block", "cluster", "grid", "steps"), NUMBERS):
-        plan = {
-            "block": Plan("block", 1, 8, 8),
-            "cluster": Plan("cluster", 2, 8, 8),
-            "grid": Plan("grid", 2, 8, 8),
-            "steps": Plan("steps", 0, 0, 0),
-        }[kernel]
-        with _using(plan, numbers):
+    for kernel, numbers in itertools.product(launch.KERNELS, NUMBERS):
+        blocks = {"block": 1, "cluster": 2, "grid": 2, "steps": 0}[kernel]
+        plan = Plan(kernel, blocks, 8, 8)
+        if kernel == "cluster" and torch.cuda.get_device_capability() < (9, 0):
+            continue
+        with arithmetic(numbers), launch.use_plans(plan, plan):
             layer = _scan_arguments("lstm", 24, 8, 3, NUMBERS[numbers])
             output, _, _, tape = _forward(layer)
             _backward(output, layer, output, tape, True)
@@ -113,68 +117,79 @@ def calibrate(deadline: float) -> Report:
         # Eight units a block on plain arithmetic, sixteen on tensor cores: the least a block can own.
         hidden = plan.blocks * (8 if numbers == "float32" else 16)
         name = f"{plan.kernel} of {plan.blocks}, {numbers}"
-        if torch.ops.rnnfast_cuda.check("rnn_tanh", hidden, 8, 1, numbers, False, _limits(), plan.team):
-            continue
-        report["exchange_us"][name] = _scan_step_us("rnn_tanh", hidden, 8, numbers, plan)["forward"]
-    for algorithm, (cell, hidden, dtype) in CUDNN_ALGORITHMS.items():
-        torch.backends.cudnn.allow_tf32 = False
-        layer = getattr(nn, CELLS[cell])(128, hidden).to("cuda", dtype)
-        report["cudnn_us"][algorithm] = {"layer": f"{cell} {hidden} {dtype}", **_layer_step_us(layer, 32, dtype)}
+        refusal = torch.ops.rnnfast_cuda.check("rnn_tanh", hidden, 8, 1, numbers, False, _limits(), plan.team)
+        report["exchange_us"][name] = refusal or _scan_step_us("rnn_tanh", hidden, 8, numbers, plan)["forward"]
+    for algorithm, (cell, hidden, numbers) in CUDNN_LAYERS.items():
+        assert cudnn_algorithm(cell, hidden, 32, numbers, 128, training=True) == algorithm
+        with arithmetic(numbers):
+            layer = getattr(nn, CELLS[cell])(128, hidden).to("cuda", NUMBERS[numbers])
+            measured = _layer_step_us(layer, 32, NUMBERS[numbers])
+        report["cudnn_us"][algorithm] = {"layer": f"{cell} {hidden} {numbers}", **measured}
     return report
 
 
-def time_goals(deadline: float) -> list[Report]:
+def time_goals(deadline: float) -> Iterator[Report]:
     """The step times that were set as goals: of the scan alone, products apart."""
-    rows = []
     for (cell, numbers), goal in GOALS.items():
-        with _using(None, numbers):
+        with arithmetic(numbers):
             h_0 = torch.empty(1, 32, 512, device="cuda", dtype=NUMBERS[numbers])
             plans = {way: launch.plan(h_0, cell, way == "backward") for way in ("forward", "backward")}
         measured = _scan_step_us(cell, 512, 32, numbers, None)
         goals = {"forward": goal, "backward": BACKWARD_GOAL * goal}
         row = {"cell": cell, "numbers": numbers, "plans": {way: plan._asdict() for way, plan in plans.items()}}
-        rows.append(
-            {**row, "us_a_step": measured, "goals": goals, "of_goal": {w: measured[w] / goals[w] for w in goals}}
-        )
-    return rows
+        yield {**row, "us_a_step": measured, "goals": goals, "of_goal": {w: measured[w] / goals[w] for w in goals}}
 
 
-def time_grid(deadline: float) -> list[Report]:
+def run_tune(deadline: float) -> Report:
+    """`rnnfast tune` with the CUDA kernels, begun again behind a kernel that broke the device; a fresh table."""
+    path = table.path_of(table.identity(torch.cuda.current_device()))
+    path.unlink(missing_ok=True)
+    said: list[str] = []
+    while (seconds := deadline - time.perf_counter()) > 5:
+        done = _run([sys.executable, "-m", "benchmarks.gpu", "--tune", str(seconds - 5)], deadline)
+        said += done.stdout.splitlines()
+        print(done.stdout, end="", flush=True)
+        if done.returncode == 0:
+            break
+        said += _last_lines(done, 1)
+    if not path.exists():
+        return {"failure": "no table was made", "said": said}
+    made = table.read(path)
+    wins, calls = made.wins("cuda")
+    wrong = {f"{p.cell} {p.numbers} {p.hidden} {p.batch}": p.failures for p in made.points if p.failures}
+    summary = f"fastest in {wins} of {calls} calls at {len(made.points)} points"
+    return {
+        "passed": not wrong,
+        "summary": summary,
+        "wrong": wrong,
+        "table": json.loads(path.read_text()),
+        "said": said,
+    }
+
+
+def run_pipeline(deadline: float) -> Iterator[Report]:
+    """The chapter's training (B=32, T=35, SGD, clipping) and greedy generation at B=1, each a replayed CUDA graph."""
+    for cell, hidden, backend in itertools.product(("rnn_tanh", "lstm", "gru"), (512, 256), ("cuda", "torch")):
+        torch.manual_seed(0)
+        model = _Model(cell, hidden, backend).cuda()
+        row: Report = {"cell": cell, "hidden": hidden, "backend": backend}
+        row["tokens_per_s"] = 32 * 35 / _training_step_s(model)
+        row["characters_per_s"] = 1 / _character_s(model)
+        goals = PIPELINE_GOALS.get((cell, hidden), {}) if backend == "cuda" else {}
+        yield {**row, "of_goal": {what: row[what] / goal for what, goal in goals.items()}}
+
+
+def time_grid(deadline: float) -> Iterator[Report]:
     """Whole layers beside cuDNN, most telling first; what does not fit the time is left out and counted."""
-    rows: list[Report] = []
     shapes = [(32, 35), (32, 1024), (1, 128), (128, 128)]
     grid = list(itertools.product(shapes, (512, 256, 128, 1024, 64, 32, 2048), CELLS, NUMBERS))
     for left, ((batch, steps), hidden, cell, numbers) in zip(range(len(grid), 0, -1), grid, strict=True):
         if time.perf_counter() > deadline:
-            rows.append({"left_out": left})
-            break
+            yield {"left_out": left}
+            return
         row: Report = {"cell": cell, "hidden": hidden, "batch": batch, "steps": steps, "numbers": numbers}
-        rows.append(row)
-        with _using(None, numbers):
-            try:
-                row.update(_compare(cell, hidden, batch, steps, numbers))
-            except RuntimeError as error:
-                row.update(right=False, failure=str(error))
-        ratios = {way: round(row[way]["ratio"], 2) for way in ("forward", "both") if way in row}
-        print(
-            *row.values() if not row["right"] else (cell, hidden, batch, steps, numbers, row["plan"], ratios),
-            flush=True,
-        )
-    return rows
-
-
-def run_pipeline(deadline: float) -> list[Report]:
-    """The chapter's training (B=32, T=35, SGD, clipping) and greedy generation at B=1, each a replayed CUDA graph."""
-    rows = []
-    for cell, hidden, backend in itertools.product(("rnn_tanh", "lstm", "gru"), (256, 512), ("cuda", "torch")):
-        torch.manual_seed(0)
-        model = _Model(cell, hidden, backend).cuda()
-        row = {"cell": cell, "hidden": hidden, "backend": backend}
-        rows.append(
-            {**row, "tokens_per_s": 32 * 35 / _training_step_s(model), "characters_per_s": 1 / _character_s(model)}
-        )
-        print(rows[-1], flush=True)
-    return rows
+        with arithmetic(numbers):
+            yield {**row, **_compare(cell, hidden, batch, steps, numbers)}
 
 
 class _Model(nn.Module):
@@ -231,33 +246,25 @@ def _replayed_s(work: Callable[[], None]) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         work()
-    return float(seconds_in_turns({"replay": graph.replay}, 0.3)["replay"]["median"])
+    return seconds_in_turns({"replay": graph.replay}, 0.3)["replay"]["median"]
 
 
-def _compare(cell: str, hidden: int, batch: int, steps: int, numbers: str) -> Report:
+def _compare(cell: str, hidden: int, batch: int, steps: int, numbers: str, inputs: int = 128) -> Report:
     """Parity with torch.nn in float64 first; then the time of the whole call, in turns with torch.nn."""
     dtype, name = NUMBERS[numbers], CELLS[cell]
     torch.manual_seed(0)
-    theirs = getattr(nn, name)(64, hidden).to("cuda", dtype)
-    ours = getattr(rnnfast, name)(64, hidden, backend="cuda").to("cuda", dtype)
-    truth_layer = getattr(nn, name)(64, hidden).to("cuda", torch.float64)
-    for layer in (ours, truth_layer):
-        layer.load_state_dict(theirs.state_dict())
-    input = torch.randn(steps, batch, 64, device="cuda", dtype=dtype)
-    truth = results(truth_layer, input[:16].double())
-    errors = {}
-    for who, layer in (("ours", ours), ("theirs", theirs)):
-        values = results(layer, input[:16].contiguous())
-        errors[who] = {k: float((v.double() - truth[k]).norm() / truth[k].norm()) for k, v in values.items()}
-    right = all(e <= max(TOLERANCE[numbers], 1.5 * errors["theirs"][k]) for k, e in errors["ours"].items())
+    theirs = getattr(nn, name)(inputs, hidden).to("cuda", dtype)
+    ours = getattr(rnnfast, name)(inputs, hidden, backend="cuda").to("cuda", dtype)
+    ours.load_state_dict(theirs.state_dict())
     h_0 = torch.empty(1, batch, hidden, device="cuda", dtype=dtype)
-    row: Report = {
-        "right": right,
-        "worst_error": max(errors["ours"].values()),
-        "plan": launch.plan(h_0, cell, False).kernel,
-    }
-    if not right:
-        return {**row, "errors": errors}
+    row: Report = {"plans": [list(launch.plan(h_0, cell, backward)[:4]) for backward in (False, True)]}
+    parity = tuning.Parity(theirs, batch, numbers)
+    try:
+        row.update(right=True, worst_error=max(parity.check(ours).values()))
+    except (tuning.Wrong, RuntimeError) as error:
+        return {**row, "right": False, "failure": str(error)}
+    input = torch.randn(steps, batch, inputs, device="cuda", dtype=dtype)
+    gradient = torch.randn(steps, batch, hidden, device="cuda", dtype=dtype)
 
     def forward(layer: nn.Module) -> None:
         with torch.no_grad():
@@ -265,18 +272,20 @@ def _compare(cell: str, hidden: int, batch: int, steps: int, numbers: str) -> Re
 
     def both(layer: nn.Module) -> None:
         output, _ = layer(input)
-        torch.autograd.grad(output, list(layer.parameters()), torch.ones_like(output))
+        torch.autograd.grad(output, list(layer.parameters()), gradient)
 
     for way, call in (("forward", forward), ("both", both)):
         times = seconds_in_turns({"rnnfast": partial(call, ours), "nn": partial(call, theirs)}, 0.08)
-        row[way] = {**times, "ratio": times["nn"]["median"] / times["rnnfast"]["median"]}
+        ratio = times["nn"]["median"] / times["rnnfast"]["median"]
+        algorithm = cudnn_algorithm(cell, hidden, batch, numbers, inputs, training=way == "both")
+        row[way] = {**times, "ratio": ratio, "cudnn": algorithm, "of_goal": ratio / RATIO_GOALS[algorithm]}
     return row
 
 
 def _scan_step_us(cell: str, hidden: int, batch: int, numbers: str, plan: Plan | None) -> dict[str, float]:
     """Microseconds a step of the scan operators alone: the slope between two lengths."""
     lengths, times = (256, 1280), []
-    with _using(plan, numbers):
+    with arithmetic(numbers), launch.use_plans(plan, plan):
         for steps in lengths:
             layer = _scan_arguments(cell, hidden, batch, steps, NUMBERS[numbers])
             layer[0] = torch.randint(1, (steps * batch,), device="cuda")  # ids: no input product
@@ -329,21 +338,6 @@ def _backward(d_output: Tensor, layer: list[Any], output: Tensor, tape: Tensor, 
     return launch.backward(*arguments)
 
 
-@contextlib.contextmanager
-def _using(plan: Plan | None, numbers: str) -> Iterator[None]:
-    """A plan in place of the one that would be made, and TF32 for what is called tf32 only."""
-    made, allowed = launch.plan, (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = numbers == "tf32"
-    if plan is not None:
-        forced = plan
-        launch.plan = lambda h_0, cell, backward: forced
-    try:
-        yield
-    finally:
-        launch.plan = made
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = allowed
-
-
 def _limits() -> list[int]:
     return list(torch.ops.rnnfast_cuda.limits(torch.cuda.current_device()))
 
@@ -361,16 +355,20 @@ def _last_lines(done: subprocess.CompletedProcess[str], count: int) -> list[str]
     return (done.stdout + done.stderr).strip().splitlines()[-count:]
 
 
-# Each part and the share of the time by whose end it must be done.
+# Each part and the share of the time by whose end it must be done. One that gives rows gives them as they are measured.
 PARTS: dict[str, tuple[Callable[[float], Any], float]] = {
-    "build": (compile_kernels, 0.35),
-    "tests": (run_tests, 0.55),
-    "calibration": (calibrate, 0.6),
-    "goals": (time_goals, 0.65),
-    "pipeline": (run_pipeline, 0.72),
-    "sanitizer": (run_sanitizer, 0.87),
-    "grid": (time_grid, 0.98),
+    "build": (compile_kernels, 0.3),
+    "tests": (partial(run_tests, "tests/cuda"), 0.45),
+    "calibration": (calibrate, 0.5),
+    "goals": (time_goals, 0.53),
+    "tune": (run_tune, 0.67),
+    "pipeline": (run_pipeline, 0.73),
+    "sanitizer": (run_sanitizer, 0.85),
+    "grid": (time_grid, 0.93),
+    "triton_tests": (partial(run_tests, "tests/triton"), 0.99),
 }
+IN_THIS_PROCESS = ("tests", "tune", "sanitizer", "triton_tests")  # they start others themselves
+GRACE_SECONDS = 10  # for a part to end by itself before it is stopped
 
 
 def main() -> int:
@@ -379,7 +377,11 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=9.0, help="be done by then (9)")
     parser.add_argument("--only", nargs="+", choices=PARTS, help="these parts only")
     parser.add_argument("--output", type=Path, help="the JSON file; default: benchmarks/results/gpu-CARD.json")
-    parser.add_argument("--small-layers", action="store_true", help=argparse.SUPPRESS)  # what the sanitizer runs
+    # How this program starts itself.
+    parser.add_argument("--small-layers", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--tune", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--part", help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
     reason = cuda.why_not()
     if reason is not None:
@@ -388,67 +390,120 @@ def main() -> int:
     if options.small_layers:
         small_layers()
         return 0
+    if options.tune is not None:
+        rnnfast.tune(minutes=options.tune / 60, backends=["cuda"], report=partial(print, flush=True))
+        return 0
+    if options.part is not None:
+        run_part(options.part, options.seconds, options.output)
+        return 0
 
     start = time.perf_counter()
-    cuda_report: Report = {**circumstances(), "limits": None}
-    card = cuda_report["card"].lower().replace(" ", "-")
+    report: Report = circumstances()
+    card = report["card"].lower().replace(" ", "-")
     path = options.output or ROOT / "benchmarks" / "results" / f"gpu-{card}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     failed = []
-    for name, (part, share) in PARTS.items():
+    for name, (_, share) in PARTS.items():
         if options.only and name not in ("build", *options.only):
             continue
         began = time.perf_counter()
         print(f"== {name}", flush=True)
-        try:
-            cuda_report[name] = part(start + 60 * options.minutes * share)
-        except Exception as error:  # one part that fails must not cost the machine time spent on the others
-            traceback.print_exc()
-            cuda_report[name] = {"failure": f"{type(error).__name__}: {error}"}
-        if name == "build" and "failure" not in cuda_report[name]:
-            cuda_report["limits"] = _limits()
-        if _has_failed(cuda_report[name]):
+        report[name] = _part(name, start + 60 * options.minutes * share)
+        if has_failed(report[name]):
             failed.append(name)
-        path.write_text(json.dumps(cuda_report, indent=1) + "\n")
+        path.write_text(json.dumps(report, indent=1) + "\n")
+        path.with_suffix(".txt").write_text(readable(report) + "\n")
         print(f"   {time.perf_counter() - began:.0f} s: {'FAILED' if name in failed else 'done'}", flush=True)
         if name == "build" and failed:
             break
-    print(_table(cuda_report))
+    print(readable(report))
     print(f"written to {path}" + (f"; failed: {', '.join(failed)}" if failed else ""))
     return int(bool(failed))
 
 
-def _has_failed(result: Any) -> bool:
+def _part(name: str, deadline: float) -> Any:
+    """The result of a part: one that measures runs in a process of its own, which may break the device, or hang."""
+    if name in IN_THIS_PROCESS:
+        try:
+            return PARTS[name][0](deadline)
+        except Exception as error:  # a part that fails must not cost the machine time spent on the others
+            return {"failure": f"{type(error).__name__}: {error}"}
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "part.json"
+        seconds = max(10.0, deadline - time.perf_counter())
+        own = ["--part", name, "--seconds", str(seconds), "--output", str(output)]
+        done = _run([sys.executable, "-m", "benchmarks.gpu", *own], deadline + GRACE_SECONDS)
+        result: Any = json.loads(output.read_text()) if output.exists() else {}
+    if done.returncode == 0:
+        return result
+    failure = {"failure": "\n".join(_last_lines(done, 8))}
+    print(failure["failure"], flush=True)
+    return [*result, failure] if isinstance(result, list) else {**result, **failure}
+
+
+def run_part(name: str, seconds: float, output: Path) -> None:
+    """Runs a part in this process; its result, or what rows it has so far, is in the JSON file `output`."""
+    deadline = time.perf_counter() + seconds
+    if name != "build":
+        cuda.load()
+    result = PARTS[name][0](deadline)
+    rows = []
+    for row in result if isinstance(result, Iterator) else ():
+        rows.append(row)
+        partial_file = output.with_suffix(".tmp")
+        partial_file.write_text(json.dumps(rows))
+        partial_file.replace(output)
+    if not isinstance(result, Iterator):
+        output.write_text(json.dumps(result))
+
+
+def has_failed(result: Any) -> bool:
+    """Whether a part failed, or a row of it did."""
     if isinstance(result, list):
-        return any(row.get("right") is False for row in result)
+        return any(row.get("right") is False or "failure" in row for row in result)
     return "failure" in result or result.get("passed") is False
 
 
-def _table(report: Report) -> str:
-    """The measurements, for reading."""
-    lines = [f"{report['card']}, torch {report['torch']}, commit {report['commit'][:10]}"]
-    if "exchange_us" in report.get("calibration", {}):
-        lines += [f"  {us:7.2f} us a step: {name}" for name, us in report["calibration"]["exchange_us"].items()]
-        for name, row in report["calibration"]["cudnn_us"].items():
-            lines.append(f"  {row['forward']:7.2f} us a step: cuDNN {name} ({row['layer']}, B=32)")
+def readable(report: Report) -> str:
+    """The measurements as a table."""
+    lines = [f"{report['card']}, driver {report['driver']}, torch {report['torch']}, commit {report['commit'][:10]}"]
+    for part in ("tests", "triton_tests", "sanitizer", "tune"):
+        if part in report:
+            said = {True: "passed", False: "FAILED", None: "not run"}[report[part].get("passed", False)]
+            summary = report[part].get("summary", report[part].get("failure", ""))
+            lines.append(f"  {part}: {said}  {summary[-1] if isinstance(summary, list) and summary else summary or ''}")
+    calibration = report.get("calibration", {})
+    for name, us in calibration.get("exchange_us", {}).items():
+        lines.append(f"  {us:7.2f} us a step: {name}" if isinstance(us, float) else f"          not run: {name}, {us}")
+    for name, row in calibration.get("cudnn_us", {}).items():
+        lines.append(f"  {row['forward']:7.2f} us a step: cuDNN {name} ({row['layer']}, B=32)")
     for row in _rows(report, "goals"):
         us, goals = row["us_a_step"], row["goals"]
         figures = ", ".join(f"{way} {us[way]:.2f} us (goal {goals[way]:.2f})" for way in us)
         lines.append(f"  {row['cell']} 512 B=32 {row['numbers']}: {figures}")
     for row in _rows(report, "pipeline"):
         speed = f"{row['tokens_per_s']:12,.0f} tokens/s {row['characters_per_s']:12,.0f} characters/s"
-        lines.append(f"  {row['cell']:8} {row['hidden']} {row['backend']:5} {speed}")
+        missed = [f"{what} is {share:.0%} of its goal" for what, share in row["of_goal"].items() if share < 1]
+        lines.append("  ".join([f"  {row['cell']:8} {row['hidden']} {row['backend']:5} {speed}", *missed]))
     for row in _rows(report, "grid"):
-        if "both" in row:
-            shape = f"{row['cell']:8} H={row['hidden']:<4} B={row['batch']:<3} T={row['steps']:<4} {row['numbers']:8}"
-            ratios = f"forward {row['forward']['ratio']:6.2f}x  both {row['both']['ratio']:6.2f}x of cuDNN"
-            lines.append(f"  {shape} {row['plan']:7} {ratios}")
+        if "left_out" in row:
+            lines.append(f"  {row['left_out']} sizes were left out for lack of time")
+            continue
+        shape = f"{row['cell']:8} H={row['hidden']:<4} B={row['batch']:<3} T={row['steps']:<4} {row['numbers']:8}"
+        if not row["right"]:
+            lines.append(f"  {shape} WRONG: {row['failure']}")
+            continue
+        ratios = [
+            f"{way} {row[way]['ratio']:6.2f}x of cuDNN{'' if row[way]['of_goal'] >= 1 else ' (below its goal)'}"
+            for way in ("forward", "both")
+        ]
+        lines.append(f"  {shape} {row['plans'][0][0]:7} {'  '.join(ratios)}")
     return "\n".join(lines)
 
 
 def _rows(report: Report, part: str) -> list[Report]:
     rows = report.get(part, [])
-    return rows if isinstance(rows, list) else []
+    return [row for row in rows if "failure" not in row or "right" in row] if isinstance(rows, list) else []
 
 
 if __name__ == "__main__":

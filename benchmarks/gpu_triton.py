@@ -163,7 +163,10 @@ def circumstances() -> dict[str, Any]:
     import triton
 
     def said(*command: str) -> str:
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False).stdout.strip()
+        try:
+            return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False).stdout.strip()
+        except OSError:  # the program is not installed
+            return ""
 
     return {
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

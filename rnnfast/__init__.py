@@ -8,6 +8,7 @@ from rnnfast.dispatch import backends, explain, use_backend
 from rnnfast.layers import GRU, LSTM, RNN
 from rnnfast.stream import Stream
 from rnnfast.swap import accelerate, restore
+from rnnfast.tuning import tune
 
 try:
     __version__ = version("rnnfast")
@@ -28,5 +29,6 @@ __all__ = [
     "functional",
     "restore",
     "sequences",
+    "tune",
     "use_backend",
 ]

@@ -1,4 +1,4 @@
-"""The command line: rnnfast train | generate | info | bench."""
+"""The command line: rnnfast train | generate | info | bench | tune."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
@@ -25,6 +25,8 @@ from rnnfast.lm.train import train
 TRAIN = """Train a language model. With no argument this is the setting of the d2l chapter: a tanh RNN of 512 units on
 the first 10,000 characters of The Time Machine. Ctrl-C saves the run."""
 GENERATE = "Let a trained model go on from a prefix."
+TUNE = """Measure the GPU backends on this card, each held against torch.nn before it is timed beside it, and keep the
+table that `auto` follows from then on. It goes on where an earlier run stopped."""
 INFO = "Show a checkpoint's settings and parameters, or what this machine has to run on."
 
 
@@ -63,6 +65,7 @@ def _run(argv: list[str]) -> int:
     verbs.add_subcommand("generate", _generate_parser(), help=GENERATE.rstrip("."))
     verbs.add_subcommand("info", _info_parser(), help=INFO.rstrip("."))
     verbs.add_subcommand("bench", bench.parser(), help=bench.DESCRIPTION.split(",")[0])
+    verbs.add_subcommand("tune", _tune_parser(), help=TUNE.split(",")[0])
     arguments = _parse(parser, argv)
     options = arguments[arguments.verb]
     if arguments.verb == "train" and options.resume is not None:
@@ -70,7 +73,8 @@ def _run(argv: list[str]) -> int:
         saved = checkpoint.load(options.resume)
         train_parser.set_defaults(TrainConfig.from_json(saved.config, options.resume).to_json())
         options = _parse(parser, argv).train
-    return {"train": _train, "generate": _generate, "info": _info, "bench": bench.run}[arguments.verb](options)
+    run = {"train": _train, "generate": _generate, "info": _info, "bench": bench.run, "tune": _tune}[arguments.verb]
+    return run(options)
 
 
 def _parse(parser: ArgumentParser, argv: list[str]) -> Any:
@@ -182,4 +186,23 @@ def _info(options: Any) -> int:
         print(f"{name:{widths[0]}}  {shape:>{widths[1]}}  {numbers:>{widths[2]}}")
     changed = {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default}
     print("\nsettings other than the defaults: " + (", ".join(f"{k}={v}" for k, v in changed.items()) or "none"))
+    return 0
+
+
+def _tune_parser() -> ArgumentParser:
+    parser = _parser("tune", TUNE)
+    parser.add_argument("--minutes", type=float, default=5.0, help="start no new size after this")
+    parser.add_argument("--backends", type=Literal["cuda", "triton"], nargs="+", help="measure these (default: all)")
+    parser.add_argument("--device", type=str | None, help="cuda:1, ... (default: the current GPU)")
+    parser.add_argument("--anew", action="store_true", help="forget what an earlier run measured")
+    return parser
+
+
+def _tune(options: Any) -> int:
+    try:
+        table = rnnfast.tune(options.device, options.minutes, options.backends, options.anew)
+    except RuntimeError as error:
+        raise UserError(str(error)) from error
+    fastest = ", ".join(f"{name} in {table.wins(name)[0]}" for name in ("cuda", "triton"))
+    print(f"of {table.wins('torch')[1]} calls measured on {table.identity.card} fastest: {fastest}; auto follows this")
     return 0

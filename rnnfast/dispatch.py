@@ -1,19 +1,23 @@
 """The one place that chooses a backend, and explains its choice.
 
-A backend asked for by name is used or an error says why it cannot be. `auto` takes the first of `_AUTO[device]` that is
-available and can do what is asked; what it passed over, and why, is part of the choice.
+A backend asked for by name is used or an error says why it cannot be. `auto` takes the first of an order that is
+available and can do what is asked; what it passed over, and why, is part of the choice. On a GPU the order is that of
+the card's table of measurements (rnnfast/table.py); elsewhere it is `_AUTO`'s.
 """
 
 from __future__ import annotations
 
 import importlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+
+from rnnfast import table
+from rnnfast.cells import CELLS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,14 +26,25 @@ if TYPE_CHECKING:
 AUTO = "auto"
 
 
+class Size(NamedTuple):
+    """How large a call is: H hidden units, B rows times the directions, T steps; whether a backward may follow."""
+
+    device_index: int
+    hidden: int
+    rows: int
+    steps: int
+    training: bool
+
+
 class Request(NamedTuple):
-    """What decides whether a backend can run a layer."""
+    """What decides whether a backend can run a layer, and on a GPU, where `size` is needed, which is fastest."""
 
     cell: str
     device: str
     dtype: torch.dtype
     token_ids: bool
     projected: bool
+    size: Size | None = None
 
 
 class Choice(NamedTuple):
@@ -103,7 +118,7 @@ _BACKENDS = {
         Backend(
             "triton",
             (),
-            "Triton kernels for NVIDIA and AMD GPUs; not yet run on a GPU, so auto leaves it alone",
+            "Triton kernels for NVIDIA and AMD GPUs",
             lambda: _module("triton").why_not(),
             lambda: _module("triton").load(),
             lambda request: _module("triton").declines(request),
@@ -111,7 +126,7 @@ _BACKENDS = {
         Backend(
             "cuda",
             ("cuda",),
-            "C++/CUDA kernels that keep the weights on the chip; not yet run on a GPU, so auto leaves it alone",
+            "C++/CUDA kernels that keep the weights on the chip",
             lambda: _module("cuda").why_not(),
             lambda: _module("cuda").load(),
             lambda request: _module("cuda").declines(request),
@@ -129,9 +144,11 @@ _BACKENDS = {
 }
 
 # For each kind of device, the order in which `auto` tries. It follows measurements: a kernel that no machine of
-# the kind has run and timed is not in it.
+# the kind has run and timed is not in it. On a GPU, what the card's table ranks comes first.
 _AUTO: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "torch", "reference")}
 _AUTO_ELSEWHERE = ("torch", "reference")
+TABLED = ("cuda",)  # kinds of device whose cards have tables; a call's size matters there
+HINT = "`rnnfast tune` measures the GPU kernels on this card; until then auto leaves them alone"
 
 _loaded: set[str] = set()
 
@@ -181,13 +198,30 @@ def choose(request: Request, backend: str = AUTO) -> Choice:
                 "Use backend='auto' to let rnnfast choose, or see rnnfast.backends()."
             )
         return Choice(backend, "asked for by name", ())
-    passed_over: list[tuple[str, str]] = []
-    for name in _AUTO.get(request.device, _AUTO_ELSEWHERE):
+    order, left_alone = _order(request)
+    passed_over = [(name, left_alone) for name in table.BACKENDS if name not in order] if left_alone else []
+    for name in order:
         refusal = _BACKENDS[name].refusal(request)
         if refusal is None:
+            if request.size is not None:
+                slower = [other for other in table.BACKENDS if other in order[order.index(name) + 1 :]]
+                passed_over += [(other, "it was slower here, by the card's table") for other in slower]
             return Choice(name, _BACKENDS[name].description, tuple(passed_over))
         passed_over.append((name, refusal))
     raise AssertionError("the reference backend declines nothing")
+
+
+def _order(request: Request) -> tuple[tuple[str, ...], str]:
+    """The backends that `auto` tries in turn, and why those that a table decides about are not among them."""
+    order = _AUTO.get(request.device, _AUTO_ELSEWHERE)
+    if request.device not in TABLED or request.size is None:
+        return order, ""
+    device, hidden, rows, steps, training = request.size
+    found = table.of(device)
+    if found.table is None:
+        return order, f"no table has verified it here, {found.why_not}; {HINT}"
+    ranking = found.table.ranking(table.Regime.of(request.cell, request.dtype, hidden, rows, steps, training))
+    return (*ranking, *order), "the card's table has not found it right at this size"
 
 
 def check_name(name: str) -> None:
@@ -206,27 +240,49 @@ class BackendStatus(NamedTuple):
 
 
 class BackendTable(tuple[BackendStatus, ...]):
-    """The backends, printed as a table."""
+    """The backends, printed as a table, with a hint below it where something can be done."""
+
+    hint = ""
 
     def __repr__(self) -> str:
         rows = [("backend", "available", "auto picks it on", "note")]
         rows += [(s.name, "yes" if s.available else "no", ", ".join(s.picked_on) or "-", s.note) for s in self]
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
-        return "\n".join(
-            "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]) for row in rows
-        )
+        lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]) for row in rows]
+        return "\n".join([*lines, self.hint] if self.hint else lines)
 
 
 def backends() -> BackendTable:
     """Returns every backend with whether it is available on this machine, or why not."""
-    statuses = []
+    statuses, hint = [], ""
+    cards = range(torch.cuda.device_count()) if torch.cuda.is_available() else range(0)
+    tables = [table.of(device) for device in cards]
     for backend in _BACKENDS.values():
         why_not = backend.why_not()
+        note = why_not or backend.description
         picked_on = tuple(device for device, names in _AUTO.items() if backend.name in names)
         if backend.name in _AUTO_ELSEWHERE:
             picked_on += ("other devices",)
-        statuses.append(BackendStatus(backend.name, why_not is None, picked_on, why_not or backend.description))
-    return BackendTable(statuses)
+        if why_not is None and backend.name in table.BACKENDS and tables:
+            verdicts = [_verdict(backend.name, found) for found in tables]
+            note = "; ".join([note, *dict.fromkeys(verdict for verdict, _ in verdicts)])
+            if any(wins for _, wins in verdicts):
+                picked_on += ("cuda, where fastest",)
+            if any(found.table is None for found in tables):
+                hint = HINT
+        statuses.append(BackendStatus(backend.name, why_not is None, picked_on, note))
+    result = BackendTable(statuses)
+    result.hint = hint
+    return result
+
+
+def _verdict(backend: str, found: table.Found) -> tuple[str, int]:
+    """What a card's table says of a backend, and how often it was the fastest."""
+    if found.table is None:
+        return f"not verified: {found.why_not}", 0
+    wins, calls = found.table.wins(backend)
+    card = found.table.identity.card
+    return f"fastest in {wins} of {calls} calls measured on {card} (table: {found.table.origin})", wins
 
 
 def explain(layer: Any, input: Tensor | PackedSequence) -> Choice:
@@ -242,5 +298,43 @@ def explain(layer: Any, input: Tensor | PackedSequence) -> Choice:
         cell, weight, projected = layer._cell(), layer.weight_hh, False
     else:
         cell, weight, projected = layer.mode.lower(), layer.weight_hh_l0, layer.proj_size > 0
-    request = Request(cell, weight.device.type, weight.dtype, not data.is_floating_point(), projected)
+    size = _size_of_input(cell, layer, input, weight)
+    request = Request(cell, weight.device.type, weight.dtype, not data.is_floating_point(), projected, size)
     return choose(request, getattr(layer, "backend", AUTO))
+
+
+def _size_of_input(cell: str, layer: Any, input: Tensor | PackedSequence, weight: Tensor) -> Size | None:
+    """The size of `layer(input)`; None where it decides nothing. A cell takes one step of (B, I), (I,) or ids."""
+    if weight.device.type not in TABLED:
+        return None
+    data = input if isinstance(input, torch.Tensor) else input.data
+    leading = data.shape[:-1] if data.is_floating_point() else data.shape
+    directions = 1
+    if isinstance(layer, torch.nn.RNNCellBase):
+        steps, batch = 1, leading[0] if leading else 1
+    elif not isinstance(input, torch.Tensor):
+        steps, batch, directions = len(input.batch_sizes), int(input.batch_sizes[0]), 1 + layer.bidirectional
+    else:
+        steps, batch = leading if len(leading) > 1 else (leading[0], 1)
+        if layer.batch_first and len(leading) > 1:
+            steps, batch = batch, steps
+        directions += layer.bidirectional
+    return size_of(cell, weight, batch * directions, steps, (data, *layer.parameters()))
+
+
+def size_of(cell: str, w_hh: Tensor, rows: int, steps: int, differentiable: Iterable[Tensor | None]) -> Size | None:
+    """The size of a call on a GPU.
+
+    Args:
+        cell: a key of `rnnfast.cells.CELLS`.
+        w_hh: (G*H, P).
+        rows, steps: B times the directions, and T.
+        differentiable: what may require a gradient.
+
+    Returns:
+        None while a graph is exported, which is to hold for sizes that are not known yet.
+    """
+    if torch.compiler.is_exporting():
+        return None
+    training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
+    return Size(w_hh.device.index or 0, w_hh.shape[0] // CELLS[cell].gates, rows, steps, training)

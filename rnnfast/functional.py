@@ -116,7 +116,11 @@ def _stack(
     first, token_ids = weights[0], not input.is_floating_point()
     directions = 2 if bidirectional else 1
     _check(cell, input, h_0, c_0, weights, batch_sizes, directions)
-    request = dispatch.Request(cell, first.w_hh.device.type, first.w_hh.dtype, token_ids, first.w_hr is not None)
+    device, size = first.w_hh.device, None
+    if device.type in dispatch.TABLED:
+        steps = len(input) if batch_sizes is None else len(batch_sizes)
+        size = dispatch.size_of(cell, first.w_hh, h_0.shape[1] * directions, steps, (input, h_0, c_0, *first))
+    request = dispatch.Request(cell, device.type, first.w_hh.dtype, token_ids, first.w_hr is not None, size)
     chosen = dispatch.choose(request, backend).backend
     if chosen == "torch":
         return _torch_stack(cell, input, h_0, c_0, weights, batch_sizes, bidirectional, dropout, training)
@@ -159,7 +163,10 @@ def step(
     w_ih, w_hh, w_hr = weights[0].w_ih, weights[0].w_hh, weights[0].w_hr
     token_ids = not input.is_floating_point()
     _check(cell, input.unsqueeze(0), h_0, c_0, weights, None, 1)
-    request = dispatch.Request(cell, w_hh.device.type, w_ih.dtype, token_ids, w_hr is not None)
+    device, size = w_hh.device, None
+    if device.type in dispatch.TABLED:
+        size = dispatch.size_of(cell, w_hh, len(input), 1, (input, h_0, c_0, *weights[0]))
+    request = dispatch.Request(cell, device.type, w_ih.dtype, token_ids, w_hr is not None, size)
     chosen = dispatch.choose(request, backend).backend
     if chosen == "torch":
         output, h_n, c_n = _torch_stack(cell, input.unsqueeze(0), h_0, c_0, weights, None, False, dropout, dropout > 0)

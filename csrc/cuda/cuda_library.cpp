@@ -72,9 +72,13 @@ Ints limits(int64_t device) {
   return {d.capability, d.multiprocessors, d.shared_bytes, d.clusters[0], d.clusters[1], d.clusters[2], d.clusters[3]};
 }
 
-Ints plan(std::string cell, int64_t hidden, int64_t batch, int64_t lanes, std::string numbers, bool backward, Ints device) {
-  const Plan p = make_plan(parse_problem(cell, hidden, batch, lanes, numbers, backward), parse_limits(device));
-  return {static_cast<int>(p.kernel), p.blocks, p.rows, p.warps, p.shared_bytes, static_cast<int64_t>(p.microseconds * 1000)};
+// Of each plan, best first: kernel, blocks, rows, warps, bytes of shared memory, nanoseconds.
+Ints plans(std::string cell, int64_t hidden, int64_t batch, int64_t lanes, std::string numbers, bool backward, Ints device) {
+  Ints all;
+  for (const Plan& p : make_plans(parse_problem(cell, hidden, batch, lanes, numbers, backward), parse_limits(device)))
+    all.insert(all.end(), {static_cast<int>(p.kernel), p.blocks, p.rows, p.warps, p.shared_bytes,
+                           static_cast<int64_t>(p.microseconds * 1000)});
+  return all;
 }
 
 std::string check(std::string cell, int64_t hidden, int64_t batch, int64_t lanes, std::string numbers, bool backward,
@@ -125,7 +129,7 @@ void run(ScanParams& p, const Tensor& h_0, const std::string& cell_name, const s
   const Layout& l = p.layout;
   if (const char* reason = flaw(l, numbers)) STD_TORCH_CHECK(false, "no scan can be run so: ", reason);
   const int lane_teams = ceil_div(p.batch, l.rows);
-  const LaunchShape shape{lane_teams * l.blocks, p.lanes, l.warps * 32, kernel == Kernel::cluster ? l.blocks : 1,
+  const LaunchShape shape{l.blocks, lane_teams, p.lanes, l.warps * 32, kernel == Kernel::cluster ? l.blocks : 1,
                           kernel == Kernel::grid, l.shared_bytes};
   Tensor exchange = h_0, flags = h_0;  // replaced where they are needed
   if (kernel == Kernel::grid) {
@@ -148,7 +152,7 @@ void run_one_step(const StepParams& s, const Tensor& h_0, const std::string& cel
                   bool backward) {
   const Cell cell = parse_cell(cell_name);
   const int64_t states = int64_t{s.scan.batch} * s.scan.hidden;
-  const LaunchShape shape{checked_int((states + kStepThreads - 1) / kStepThreads, "blocks"), s.scan.lanes, kStepThreads, 1,
+  const LaunchShape shape{checked_int((states + kStepThreads - 1) / kStepThreads, "blocks"), 1, s.scan.lanes, kStepThreads, 1,
                           false, 0};
   void* stream = current_stream(h_0.get_device_index());
   switch (parse_numbers(numbers)) {
@@ -238,7 +242,7 @@ void step_backward(OptionalTensor d_output, Tensor h_0, OptionalTensor c_0, Opti
 
 STABLE_TORCH_LIBRARY(RNNFAST_CUDA_NAMESPACE, m) {
   m.def("limits(int device) -> int[]");
-  m.def("plan(str cell, int hidden, int batch, int lanes, str numbers, bool backward, int[] limits) -> int[]");
+  m.def("plans(str cell, int hidden, int batch, int lanes, str numbers, bool backward, int[] limits) -> int[]");
   m.def("check(str cell, int hidden, int batch, int lanes, str numbers, bool backward, int[] limits, int[] team) -> str");
   m.def(
       "scan_forward(Tensor gx, Tensor? ids, Tensor w_hh, Tensor? b_hh, Tensor h_0, Tensor? c_0, Tensor? offsets, "
@@ -260,7 +264,7 @@ STABLE_TORCH_LIBRARY(RNNFAST_CUDA_NAMESPACE, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(RNNFAST_CUDA_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("limits", TORCH_BOX(&rnnfast::cuda::limits));
-  m.impl("plan", TORCH_BOX(&rnnfast::cuda::plan));
+  m.impl("plans", TORCH_BOX(&rnnfast::cuda::plans));
   m.impl("check", TORCH_BOX(&rnnfast::cuda::check));
 }
 

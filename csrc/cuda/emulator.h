@@ -33,7 +33,7 @@ struct Warp {
 };
 
 struct Block {
-  int x, y, first_of_cluster;
+  int x, y, z, first_of_cluster;
   std::vector<char> shared;
   std::vector<Warp> warps;
   int arrived = 0, generation = 0;
@@ -63,7 +63,7 @@ struct Mbarrier {
 static_assert(sizeof(Mbarrier) == 8);
 
 struct Launch {
-  int blocks_x, blocks_y, threads, cluster;
+  int blocks_x, blocks_y, blocks_z, threads, cluster;
   size_t shared_bytes;
 };
 
@@ -137,7 +137,7 @@ inline void run(const Launch& launch, std::function<void()> kernel) {
   m.launch = launch;
   m.kernel = std::move(kernel);
   m.random.seed(schedule());
-  const int blocks = launch.blocks_x * launch.blocks_y;
+  const int blocks = launch.blocks_x * launch.blocks_y * launch.blocks_z;
   m.blocks.resize(blocks);
   m.fibers.resize(static_cast<size_t>(blocks) * launch.threads);
   m.cluster_arrived.assign(blocks, 0);
@@ -145,7 +145,8 @@ inline void run(const Launch& launch, std::function<void()> kernel) {
   for (int b = 0; b < blocks; ++b) {
     Block& block = m.blocks[b];
     block.x = b % launch.blocks_x;
-    block.y = b / launch.blocks_x;
+    block.y = b / launch.blocks_x % launch.blocks_y;
+    block.z = b / (launch.blocks_x * launch.blocks_y);
     block.first_of_cluster = b - block.x % launch.cluster;
     block.shared.assign(launch.shared_bytes, static_cast<char>(0xff));
     block.warps.resize((launch.threads + kWarp - 1) / kWarp);
@@ -229,7 +230,9 @@ inline int lane() { return thread() % 32; }
 inline int warp() { return thread() / 32; }
 inline int block_x() { return emulator::machine()->current->block->x; }
 inline int block_y() { return emulator::machine()->current->block->y; }
+inline int block_z() { return emulator::machine()->current->block->z; }
 inline int blocks_x() { return emulator::machine()->launch.blocks_x; }
+inline int blocks_y() { return emulator::machine()->launch.blocks_y; }
 inline char* shared_memory() { return emulator::machine()->current->block->shared.data(); }
 
 inline void block_barrier() {

@@ -12,7 +12,7 @@ RNNFAST_KERNEL(kStepThreads) step_kernel(const StepParams s) {
   using Sum = typename M::Sum;
   constexpr int kGates = gates_of(KIND);
   const ScanParams& p = s.scan;
-  const Walk walk(p, hw::block_y());
+  const Walk walk(p, hw::block_z());
   const int64_t index = int64_t{hw::block_x()} * hw::threads() + hw::thread();
   const Place at{static_cast<int>(index / p.hidden), static_cast<int>(index % p.hidden)};
   if (at.batch_row >= p.batch) return;

@@ -13,20 +13,21 @@ constexpr unsigned kPollsACheck = 16;  // of the clock, which is slow to read
 
 template <class Operand>
 class GridExchange {
+  const ScanParams& p_;
   const Layout& layout_;
   char* shared_;
-  char* global_;     // this team's two buffers, (2, rows, blocks * slice)
-  uint32_t* flags_;  // this team's
 
+  // Found anew where it is needed: registers are scarcer than an instruction.
+  RNNFAST_DEVICE int team() const { return hw::block_z() * hw::blocks_y() + hw::block_y(); }
   RNNFAST_DEVICE int row_bytes() const { return layout_.blocks * layout_.slice * int{sizeof(Operand)}; }
-  RNNFAST_DEVICE char* there(int step) { return global_ + (step & 1) * layout_.rows * row_bytes(); }
+  // The team's buffer, (rows, blocks * slice).
+  RNNFAST_DEVICE char* there(int step) const {
+    return static_cast<char*>(p_.exchange) + (int64_t{2} * team() + (step & 1)) * layout_.rows * row_bytes();
+  }
+  RNNFAST_DEVICE uint32_t* flag(int block) const { return p_.flags + team() * layout_.blocks + block; }
 
  public:
-  RNNFAST_DEVICE GridExchange(const ScanParams& p, char* shared) : layout_(p.layout), shared_(shared) {
-    const int team = hw::block_y() * (hw::blocks_x() / layout_.blocks) + hw::block_x() / layout_.blocks;
-    global_ = static_cast<char*>(p.exchange) + int64_t{2} * team * layout_.rows * row_bytes();
-    flags_ = p.flags + team * layout_.blocks;
-  }
+  RNNFAST_DEVICE GridExchange(const ScanParams& p, char* shared) : p_(p), layout_(p.layout), shared_(shared) {}
 
   RNNFAST_DEVICE char* here(int step) {
     return shared_ + layout_.operand_at + (step & 1) * layout_.rows * layout_.stride;
@@ -37,7 +38,7 @@ class GridExchange {
   RNNFAST_DEVICE void wait(int step) {
     for (int peer = hw::thread(); peer < layout_.blocks; peer += hw::threads()) {
       uint64_t deadline = 0;
-      for (unsigned polls = 1; hw::flag_acquire(flags_ + peer) < static_cast<uint32_t>(step); ++polls) {
+      for (unsigned polls = 1; hw::flag_acquire(flag(peer)) < static_cast<uint32_t>(step); ++polls) {
         if (polls % kPollsACheck) continue;
         const uint64_t now = hw::nanoseconds();
         if (deadline == 0) deadline = now + kWatchdogNanoseconds;
@@ -58,7 +59,7 @@ class GridExchange {
 
   RNNFAST_DEVICE void sent(int step) {
     hw::block_barrier();
-    if (hw::thread() == 0) hw::flag_release(flags_ + hw::block_x() % layout_.blocks, static_cast<uint32_t>(step));
+    if (hw::thread() == 0) hw::flag_release(flag(hw::block_x()), static_cast<uint32_t>(step));
   }
 
   RNNFAST_DEVICE void finish() {}

@@ -35,7 +35,9 @@ RNNFAST_DEVICE int lane() { return threadIdx.x & 31; }
 RNNFAST_DEVICE int warp() { return threadIdx.x >> 5; }
 RNNFAST_DEVICE int block_x() { return blockIdx.x; }
 RNNFAST_DEVICE int block_y() { return blockIdx.y; }
+RNNFAST_DEVICE int block_z() { return blockIdx.z; }
 RNNFAST_DEVICE int blocks_x() { return gridDim.x; }
+RNNFAST_DEVICE int blocks_y() { return gridDim.y; }
 
 RNNFAST_DEVICE char* shared_memory() {
   extern __shared__ char __align__(128) shared[];
@@ -143,7 +145,8 @@ RNNFAST_DEVICE uint64_t nanoseconds() {
 }
 
 // Ends the kernel with an error and says why: an assertion's message reaches the user even as the kernel dies.
-RNNFAST_DEVICE void fail(const char* message, int64_t which) {
+// Out of line and never back: so that the caller keeps no registers for it.
+[[noreturn]] static __device__ __noinline__ void fail(const char* message, int64_t which) {
   printf("rnnfast: %s: %lld\n", message, static_cast<long long>(which));
   __assert_fail(message, "rnnfast", 0, "scan");
 }

@@ -23,7 +23,7 @@ inline void check(cudaError_t error, const char* doing) {
 template <class Params>
 void launch(void (*kernel)(Params), const LaunchShape& s, const Params& params, void* stream) {
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(s.blocks_x, s.blocks_y);
+  config.gridDim = dim3(s.blocks_x, s.blocks_y, s.blocks_z);
   config.blockDim = dim3(s.threads);
   config.dynamicSmemBytes = s.shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
@@ -48,7 +48,7 @@ void launch(void (*kernel)(Params), const LaunchShape& s, const Params& params, 
 #else
 template <class Params>
 void launch(void (*kernel)(Params), const LaunchShape& s, const Params& params, void*) {
-  emulator::run({s.blocks_x, s.blocks_y, s.threads, s.cluster, static_cast<size_t>(s.shared_bytes)},
+  emulator::run({s.blocks_x, s.blocks_y, s.blocks_z, s.threads, s.cluster, static_cast<size_t>(s.shared_bytes)},
                 [&] { kernel(params); });
 }
 #endif

@@ -28,6 +28,7 @@ constexpr int operand_bytes(Numbers n) {
 constexpr int kMaxWarps = 16;
 constexpr int kStepThreads = 256;  // of the kernel of one step
 constexpr int kMmaRows = 8;
+constexpr int kMaxGridYz = 65535;  // blocks of a launch along y or z
 
 constexpr int group_columns(bool mma) { return mma ? 16 : 8; }
 constexpr int chunk_bytes(bool mma) { return mma ? 64 : 256; }

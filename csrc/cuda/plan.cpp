@@ -1,5 +1,7 @@
 #include "plan.h"
 
+#include <algorithm>
+
 namespace rnnfast::cuda {
 namespace {
 
@@ -58,6 +60,8 @@ Layout check_layout(const Problem& p, const DeviceLimits& d, Kernel kernel, int 
   why_not.clear();
   if (const char* reason = flaw(l, p.numbers))
     why_not = reason;
+  else if (std::max(teams(p, rows), p.lanes) > kMaxGridYz)
+    why_not = "a launch has at most " + std::to_string(kMaxGridYz) + " lanes and teams of a lane";
   else if (kernel == Kernel::block && blocks != 1)
     why_not = "a block scan's team is one block";
   else if (kernel == Kernel::cluster && p.numbers == Numbers::float64)
@@ -75,14 +79,19 @@ Layout check_layout(const Problem& p, const DeviceLimits& d, Kernel kernel, int 
   return l;
 }
 
-Plan make_plan(const Problem& p, const DeviceLimits& d) {
-  Plan best{Kernel::steps, 0, 0, 0, 0, steps_time(p, d)};
+std::vector<Plan> make_plans(const Problem& p, const DeviceLimits& d) {
+  std::vector<Plan> plans{{Kernel::steps, 0, 0, 0, 0, steps_time(p, d)}};
   const auto consider = [&](Kernel kernel, int blocks, int rows) {
     std::string why_not;
     const Layout l = check_layout(p, d, kernel, blocks, rows, kMaxWarps, why_not);
     if (!why_not.empty()) return;
-    const double time = step_time(p, d, kernel, l);
-    if (time < best.microseconds) best = {kernel, blocks, rows, kMaxWarps, l.shared_bytes, time};
+    const Plan plan{kernel, blocks, rows, kMaxWarps, l.shared_bytes, step_time(p, d, kernel, l)};
+    for (Plan& other : plans)
+      if (other.kernel == kernel && (kernel != Kernel::cluster || other.blocks == blocks)) {
+        if (plan.microseconds < other.microseconds) other = plan;
+        return;
+      }
+    plans.push_back(plan);
   };
   const bool mma = tensor_cores(p.numbers);
   for (int rows = mma ? kMmaRows : 1; rows <= 128; rows = mma || rows >= 8 ? 2 * rows : rows + 1) {
@@ -91,7 +100,8 @@ Plan make_plan(const Problem& p, const DeviceLimits& d) {
     for (int blocks = 2; blocks <= d.multiprocessors; ++blocks) consider(Kernel::grid, blocks, rows);
     if (rows >= p.batch) break;
   }
-  return best;
+  std::stable_sort(plans.begin(), plans.end(), [](const Plan& a, const Plan& b) { return a.microseconds < b.microseconds; });
+  return plans;
 }
 
 }  // namespace rnnfast::cuda

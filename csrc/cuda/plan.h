@@ -2,6 +2,7 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "layout.h"
 
@@ -30,9 +31,10 @@ struct Plan {
   double microseconds;  // a step, by the model
 };
 
-// The kernel that the model finds fastest. Kernel::steps, a GEMM and a gate kernel a step, is what remains where no kernel
-// can hold the weights, or where the batch is so large that the product outweighs everything.
-Plan make_plan(const Problem& problem, const DeviceLimits& device);
+// The best team of each kernel (for clusters, of each size), fastest by the model first. Kernel::steps, a GEMM and a gate
+// kernel a step, is always among them: it is what remains where no kernel can hold the weights, or where the batch is so
+// large that the product outweighs everything.
+std::vector<Plan> make_plans(const Problem& problem, const DeviceLimits& device);
 
 // The layout of a scan with a given team, or why the device cannot run it.
 Layout check_layout(const Problem& problem, const DeviceLimits& device, Kernel kernel, int blocks, int rows, int warps,

@@ -16,6 +16,14 @@ struct WarpShare {
   }
 };
 
+// Weights of a column that lie side by side along the depth, from one that was asked for on; 0 follows the last of them.
+template <class Stored>
+struct WeightRun {
+  const Stored* first;
+  int count;
+  RNNFAST_DEVICE auto operator[](int i) const -> decltype(hw::widen(*first)) { return i < count ? hw::widen(first[i]) : 0; }
+};
+
 // Where a chunk of a warp lies in its shared memory, those in registers not counted.
 RNNFAST_DEVICE int slot_of(const Layout& l, int in_registers, int group, int chunk) {
   const int kept = in_registers < l.chunks_per_warp ? in_registers : l.chunks_per_warp;
@@ -106,16 +114,16 @@ class PlainProduct {
   }
 
  public:
-  // element(column, k) is the weight; it is called for all columns and depths, and gives 0 beyond the layer's.
-  template <class Element>
-  RNNFAST_DEVICE void load(const Layout& l, char* shared, Element element) {
+  // run(column, k) is the WeightRun from depth k on, as far as a lane's vector goes; also beyond the layer's sizes.
+  template <class Run>
+  RNNFAST_DEVICE void load(const Layout& l, char* shared, Run run) {
     shared_ = reinterpret_cast<Vector*>(shared) + hw::warp() * l.slots * kColumns * 32;
     const WarpShare share(l);
     const auto read = [&](int group, int chunk, int c) {
+      const auto from = run(group * kColumns + c, (chunk * 32 + hw::lane()) * kVector);
       Vector w;
 #pragma unroll
-      for (int e = 0; e < kVector; ++e)
-        w.at[e] = element(group * kColumns + c, (chunk * 32 + hw::lane()) * kVector + e);
+      for (int e = 0; e < kVector; ++e) w.at[e] = from[e];
       return w;
     };
 #pragma unroll
@@ -168,17 +176,18 @@ class TensorCoreProduct {
   }
 
  public:
-  template <class Element>
-  RNNFAST_DEVICE void load(const Layout& l, char* shared, Element element) {
+  template <class Run>
+  RNNFAST_DEVICE void load(const Layout& l, char* shared, Run run) {
     shared_ = reinterpret_cast<hw::Vec16*>(shared) + hw::warp() * l.slots * 64;
     const WarpShare share(l);
     const auto read = [&](int group, int chunk) {
       Operand upper_values[kVector], lower_values[kVector];
       const int column = group * 16 + hw::lane() / 4, k = (chunk * 4 + hw::lane() % 4) * kVector;
+      const auto from_upper = run(column, k), from_lower = run(column + 8, k);
 #pragma unroll
       for (int e = 0; e < kVector; ++e) {
-        upper_values[e] = M::operand(element(column, k + e));
-        lower_values[e] = M::operand(element(column + 8, k + e));
+        upper_values[e] = M::operand(from_upper[e]);
+        lower_values[e] = M::operand(from_lower[e]);
       }
       const auto upper = bits<hw::Vec16>(upper_values), lower = bits<hw::Vec16>(lower_values);
       return Fragment{{{upper.word[0], lower.word[0], upper.word[1], lower.word[1]},

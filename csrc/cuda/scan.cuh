@@ -14,11 +14,11 @@ namespace rnnfast::cuda {
 // The place of this block in its team and of the team in the grid.
 struct Team {
   int rank, first_row;
-  RNNFAST_DEVICE explicit Team(const Layout& l)
-      : rank(hw::block_x() % l.blocks), first_row(hw::block_x() / l.blocks * l.rows) {}
+  RNNFAST_DEVICE explicit Team(const Layout& l) : rank(hw::block_x()), first_row(hw::block_y() * l.rows) {}
 };
 
-// The j-th pair that this thread keeps from the first step to the last.
+// The j-th of the pairs that this thread keeps from the first step to the last: one unit, in rows that lie evenly apart.
+template <int PAIRS>
 struct Share {
   int row, unit;     // within the team's rows and the block's units
   bool owned, real;  // in this thread's share; and in the layer, not padding
@@ -26,11 +26,11 @@ struct Share {
 
   RNNFAST_DEVICE Share(const ScanParams& p, const Team& team, int j) {
     const Layout& l = p.layout;
-    const int index = hw::thread() + j * hw::threads();
-    row = index / l.units;
-    unit = index % l.units;
+    const int first = hw::thread() / l.units;
+    row = first + j * (l.rows / PAIRS);
+    unit = hw::thread() % l.units;
     at = {team.first_row + row, team.rank * l.units + unit};
-    owned = index < l.rows * l.units;
+    owned = first < l.rows / PAIRS;
     real = owned && at.batch_row < p.batch && at.unit < p.hidden;
   }
 };
@@ -57,17 +57,17 @@ RNNFAST_DEVICE void scan_forward(const ScanParams& p) {
   constexpr int kGates = gates_of(KIND), kPairs = pairs_per_thread(M::kTensorCores);
   const Layout& l = p.layout;
   char* shared = hw::shared_memory();
-  const Walk walk(p, hw::block_y());
+  const Walk walk(p, hw::block_z());
   const Team team(l);
   X<typename M::Operand> exchange(p, shared);
   Sum* scratch = reinterpret_cast<Sum*>(shared + l.scratch_at);
 
   Product<M> product;
   const Stored* w_hh = static_cast<const Stored*>(p.w_hh) + int64_t{walk.lane} * kGates * p.hidden * p.hidden;
-  product.load(l, shared, [&](int column, int k) -> Sum {
+  product.load(l, shared, [&](int column, int k) -> WeightRun<Stored> {
     const int unit = team.rank * l.units + column % l.units;
-    if (unit >= p.hidden || k >= p.hidden) return 0;
-    return hw::widen(w_hh[(int64_t{column / l.units} * p.hidden + unit) * p.hidden + k]);
+    if (unit >= p.hidden) return {nullptr, 0};
+    return {w_hh + (int64_t{column / l.units} * p.hidden + unit) * p.hidden + k, p.hidden - k};
   });
 
   clear_operands(l, exchange);
@@ -80,7 +80,7 @@ RNNFAST_DEVICE void scan_forward(const ScanParams& p) {
   ForwardPair<M, KIND> pairs[kPairs];
 #pragma unroll
   for (int j = 0; j < kPairs; ++j) {
-    const Share share(p, team, j);
+    const Share<kPairs> share(p, team, j);
     if (!share.real) continue;
     pairs[j].start(walk, share.at);
     pairs[j].fetch(walk, 0, share.at);
@@ -92,7 +92,7 @@ RNNFAST_DEVICE void scan_forward(const ScanParams& p) {
     ForwardPair<M, KIND> next[kPairs];
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) {
-      const Share share(p, team, j);
+      const Share<kPairs> share(p, team, j);
       if (share.real) next[j].fetch(walk, step + 1, share.at);
     }
     if (step > 0) exchange.wait(step);
@@ -100,7 +100,7 @@ RNNFAST_DEVICE void scan_forward(const ScanParams& p) {
     hw::block_barrier();
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) {
-      const Share share(p, team, j);
+      const Share<kPairs> share(p, team, j);
       if (!share.owned) continue;
       if (pairs[j].row >= 0) {
         Sum gh[kGates];
@@ -119,7 +119,7 @@ RNNFAST_DEVICE void scan_forward(const ScanParams& p) {
 
 #pragma unroll
   for (int j = 0; j < kPairs; ++j) {
-    const Share share(p, team, j);
+    const Share<kPairs> share(p, team, j);
     if (share.real) pairs[j].finish(walk, share.at);
   }
   exchange.finish();
@@ -134,25 +134,26 @@ RNNFAST_DEVICE void scan_backward(const ScanParams& p) {
   constexpr int kGates = gates_of(KIND), kPairs = pairs_per_thread(M::kTensorCores);
   const Layout& l = p.layout;
   char* shared = hw::shared_memory();
-  const Walk walk(p, hw::block_y());
+  const Walk walk(p, hw::block_z());
   const Team team(l);
   X<typename M::Operand> exchange(p, shared);
   Sum* scratch = reinterpret_cast<Sum*>(shared + l.scratch_at);
 
   Product<M> product;
   const Stored* w_hh = static_cast<const Stored*>(p.w_hh) + int64_t{walk.lane} * kGates * p.hidden * p.hidden;
-  product.load(l, shared, [&](int column, int k) -> Sum {
+  // A lane's vector lies within one gate of one block: a block's units are a multiple of its length.
+  product.load(l, shared, [&](int column, int k) -> WeightRun<Stored> {
     const int unit = team.rank * l.units + column, from = k / l.slice * l.units + k % l.units;
     const int gate = k % l.slice / l.units;
-    if (unit >= p.hidden || from >= p.hidden || k >= l.blocks * l.slice) return 0;
-    return hw::widen(w_hh[(int64_t{unit} * kGates + gate) * p.hidden + from]);
+    if (unit >= p.hidden || k >= l.blocks * l.slice) return {nullptr, 0};
+    return {w_hh + (int64_t{unit} * kGates + gate) * p.hidden + from, p.hidden - from};
   });
   clear_operands(l, exchange);
 
   BackwardPair<M, KIND> pairs[kPairs];
 #pragma unroll
   for (int j = 0; j < kPairs; ++j) {
-    const Share share(p, team, j);
+    const Share<kPairs> share(p, team, j);
     if (share.real) pairs[j].start(walk, share.at);
   }
   exchange.start();
@@ -160,7 +161,7 @@ RNNFAST_DEVICE void scan_backward(const ScanParams& p) {
   for (int step = 0; step <= p.steps; ++step) {
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) {
-      const Share share(p, team, j);
+      const Share<kPairs> share(p, team, j);
       if (share.real) pairs[j].fetch(walk, p.steps - 1 - step, share.at);
     }
     if (step > 0) {
@@ -170,7 +171,7 @@ RNNFAST_DEVICE void scan_backward(const ScanParams& p) {
     }
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) {
-      const Share share(p, team, j);
+      const Share<kPairs> share(p, team, j);
       if (!share.owned) continue;
       if (step > 0) pairs[j].d_h += sum_splits(l, scratch, share.row, share.unit);
       Sum d_gates[kGates] = {};
@@ -186,7 +187,7 @@ RNNFAST_DEVICE void scan_backward(const ScanParams& p) {
 
 #pragma unroll
   for (int j = 0; j < kPairs; ++j) {
-    const Share share(p, team, j);
+    const Share<kPairs> share(p, team, j);
     if (share.real) pairs[j].finish(walk, share.at);
   }
   exchange.finish();

@@ -2,8 +2,8 @@
 
 Nothing here runs at import. A library that was installed with the package serves any torch from 2.10 on, as it uses
 torch's stable ABI only. One that is compiled on first use is kept under `cache_folder()`, in a folder whose name is a
-hash of the sources, the compiler and the torch version. setup.py loads this file by its path, without the package, so
-it imports torch only where it compiles or loads.
+hash of the sources, the compiler and the torch version. setup.py imports this file without the package, so it imports
+torch only where it compiles or loads.
 """
 
 from __future__ import annotations

@@ -57,12 +57,12 @@ extern "C" const char* rnnfast_run_fault(const char* name, int* out) {
   uint32_t flags[2] = {};
   const std::string kernel = name;
   try {
-    if (kernel == "neighbours") emulator::run({1, 1, 64, 1, 256}, [&] { neighbours<true>(out); });
-    if (kernel == "neighbours without a barrier") emulator::run({1, 1, 64, 1, 256}, [&] { neighbours<false>(out); });
-    if (kernel == "broadcast") emulator::run({4, 1, 32, 4, 64}, [&] { broadcast<true>(out); });
-    if (kernel == "broadcast without a wait") emulator::run({4, 1, 32, 4, 64}, [&] { broadcast<false>(out); });
-    if (kernel == "half a barrier") emulator::run({1, 1, 64, 1, 64}, [&] { half_a_barrier(out); });
-    if (kernel == "absent peer") emulator::run({2, 1, 32, 1, 64}, [&] { absent_peer(flags); });
+    if (kernel == "neighbours") emulator::run({1, 1, 1, 64, 1, 256}, [&] { neighbours<true>(out); });
+    if (kernel == "neighbours without a barrier") emulator::run({1, 1, 1, 64, 1, 256}, [&] { neighbours<false>(out); });
+    if (kernel == "broadcast") emulator::run({4, 1, 1, 32, 4, 64}, [&] { broadcast<true>(out); });
+    if (kernel == "broadcast without a wait") emulator::run({4, 1, 1, 32, 4, 64}, [&] { broadcast<false>(out); });
+    if (kernel == "half a barrier") emulator::run({1, 1, 1, 64, 1, 64}, [&] { half_a_barrier(out); });
+    if (kernel == "absent peer") emulator::run({2, 1, 1, 32, 1, 64}, [&] { absent_peer(flags); });
   } catch (const std::exception& error) {
     message = error.what();
   }

@@ -7,11 +7,15 @@ from typing import Any
 import pytest
 import torch
 
+import rnnfast
+from rnnfast import tuning
+from rnnfast.backends import cuda
 from rnnfast.backends.cuda import build, launch
 from rnnfast.backends.cuda.launch import Plan
 from rnnfast.cells import CELLS
+from rnnfast.table import Point
 
-from .layers import DTYPES, check_against_reference, random_layer
+from .layers import DTYPES, check_against_truth, random_layer
 
 pytestmark = pytest.mark.gpu
 
@@ -45,7 +49,7 @@ def _layer(numbers: str, cell: str = "lstm", **shape: Any) -> list[Any]:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("cell", CELLS)
 def test_as_planned(cell, shape, numbers):
-    check_against_reference(launch.forward, launch.backward, _layer(numbers, cell, **SHAPES[shape]), numbers)
+    check_against_truth(launch.forward, launch.backward, _layer(numbers, cell, **SHAPES[shape]), numbers)
 
 
 @pytest.mark.parametrize("numbers", DTYPES)
@@ -57,7 +61,7 @@ def test_every_team(monkeypatch, plan, numbers):
         if refusal:
             pytest.skip(refusal)
     monkeypatch.setattr(launch, "plan", lambda *_, **__: plan)
-    check_against_reference(
+    check_against_truth(
         launch.forward, launch.backward, _layer(numbers, "gru", hidden=100, batch=20, steps=9, lanes=2), numbers
     )
 
@@ -94,3 +98,51 @@ def test_a_graph_replays_it(hidden):
     torch.cuda.synchronize()
     for a, b in zip((*outputs, *gradients), (*expected, *expected_gradients), strict=True):
         assert torch.equal(a, b)
+
+
+def test_nothing_synchronises_the_device():
+    layer = _layer("float32", hidden=512, batch=8, steps=16, ragged=True)
+    outputs = launch.forward(*layer, True)
+    launch.backward(outputs[0], None, None, *layer, outputs[0], outputs[3], True, True)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        outputs = launch.forward(*layer, True)
+        launch.backward(outputs[0], None, None, *layer, outputs[0], outputs[3], True, True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_grid_that_cannot_be_resident_is_refused_and_does_not_hang():
+    layer = _layer("bfloat16", hidden=512, batch=320, steps=4)
+    with launch.use_plans(Plan("grid", 32, 8, 16)), pytest.raises(RuntimeError, match="launching the scan"):
+        launch.forward(*layer, True)
+    check_against_truth(launch.forward, launch.backward, layer, "bfloat16")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("hidden", [64, 512])
+def test_it_runs_on_the_device_of_its_tensors(hidden):
+    layer = _layer("float32", hidden=hidden, batch=8, steps=5)
+    there = [x.to("cuda:1") if isinstance(x, torch.Tensor) and x.is_cuda else x for x in layer]
+    assert torch.cuda.current_device() == 0
+    for a, b in zip(launch.forward(*layer, True), launch.forward(*there, True), strict=True):
+        assert b.device == torch.device("cuda:1")
+        assert torch.equal(a.cpu(), b.cpu())
+
+
+@pytest.mark.parametrize("numbers", tuning.NUMBERS)
+@pytest.mark.parametrize("cell", tuning.CELLS)
+def test_tuning_finds_it_right(cell, numbers):
+    cuda.load()
+    point = Point(cell, numbers, 256, 8)
+    tuning.measure(point, ["cuda"], torch.device("cuda"))
+    assert point.failures == {}
+    assert point.teams.keys() == {"forward", "backward"}
+
+
+def test_layers_and_the_backend_table():
+    layer = rnnfast.LSTM(32, 256, backend="cuda").cuda()
+    output, _ = layer(torch.randn(7, 3, 32, device="cuda"))
+    output.sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
+    assert "cuda" in {status.name for status in rnnfast.backends() if status.available}

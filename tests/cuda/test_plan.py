@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from rnnfast.backends.cuda.launch import KERNELS, Plan
+from rnnfast.backends.cuda.launch import Plan, _parse
 from rnnfast.cells import CELLS
 
 from .conftest import EMULATED
@@ -31,11 +31,12 @@ def plan(emulated):
 
     def make(card: str, cell: str, hidden: int, batch: int, numbers: str, backward: bool = False) -> Plan:
         problem = (cell, hidden, batch, 1, numbers, backward, CARDS[card])
-        kernel, *rest = ops.plan(*problem)
-        made = Plan(KERNELS[kernel], *rest)
-        if made.kernel != "steps":
-            assert ops.check(*problem, made.team) == ""
-        return made
+        plans = _parse(ops.plans(*problem))
+        for made in plans:
+            assert made.kernel == "steps" or ops.check(*problem, made.team) == ""
+        assert [p.nanoseconds for p in plans] == sorted(p.nanoseconds for p in plans)
+        assert len({(p.kernel, p.kernel == "cluster" and p.blocks) for p in plans}) == len(plans)
+        return plans[0]
 
     return make
 

@@ -7,7 +7,7 @@ from rnnfast.backends.cuda import launch
 from rnnfast.backends.cuda.launch import Plan
 from rnnfast.cells import CELLS
 
-from .layers import DTYPES, check_against_reference, random_layer
+from .layers import DTYPES, check_against_truth, random_layer
 
 # Teams small enough that little layers take several blocks, row tiles, column groups and chunks of the depth. Where the
 # second team is given it is for tensor cores, which take rows by eight.
@@ -40,7 +40,7 @@ def test_matches_the_reference(schedule, monkeypatch, cell, kernel, numbers, sha
     use(monkeypatch, plan, numbers)
     layer = random_layer(cell, **SHAPES[shape], dtype=DTYPES[numbers])
     schedule(len(shape))
-    check_against_reference(launch.forward, launch.backward, layer, numbers)
+    check_against_truth(launch.forward, launch.backward, layer, numbers)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_tile_edges(schedule, monkeypatch, cell, numbers, hidden, batch, plan):
     """Sizes at which work crosses from one tile, chunk, group, warp or block to the next."""
     use(monkeypatch, plan, numbers)
     layer = random_layer(cell, hidden, batch, 2, DTYPES[numbers])
-    check_against_reference(launch.forward, launch.backward, layer, numbers)
+    check_against_truth(launch.forward, launch.backward, layer, numbers)
 
 
 @pytest.mark.parametrize("numbers", ["float32", "bfloat16"])

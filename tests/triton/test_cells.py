@@ -4,12 +4,13 @@ import os
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 
 from rnnfast.backends import triton as backend
 from rnnfast.dispatch import Request
+
+np = pytest.importorskip("numpy")
 
 
 def _evaluate(device: torch.device, name: str, x: torch.Tensor) -> torch.Tensor:

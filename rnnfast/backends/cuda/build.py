@@ -1,114 +1,134 @@
-"""Compiles csrc/cuda on first use and keeps the library in the user's cache, as `native` does for the CPU library.
+"""Finds the library of csrc/cuda beside the package, or compiles it on first use and keeps it in the user's cache.
 
-It is compiled for the architectures in TORCH_CUDA_ARCH_LIST, if that is set (such as "8.0;9.0a"); else for those of the
-devices that PyTorch sees; else for sm_80 and sm_90a. Whether a GPU is present does not decide whether it can be built.
+setup.py compiles it where a CUDA toolkit and a torch built for CUDA are there, for TORCH_CUDA_ARCH_LIST (such as
+"8.0;9.0a") or else sm_80 and sm_90a; whether a GPU is present decides nothing then. On first use it is compiled for the
+devices that PyTorch sees, if that variable names no others. setup.py imports this file without the package, so torch is
+imported only where a device is asked for.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from rnnfast.backends import native
 
-_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"
+_ABI = f"-DTORCH_TARGET_VERSION={native._TARGET_ABI}ULL"
 _NVCC_FLAGS = f"-std=c++17 -O3 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden -DUSE_CUDA {_ABI}"
 _CXX_FLAGS = f"-std=c++17 -O2 -fPIC -fvisibility=hidden -Wall -Wextra {_ABI}"
 DEFAULT_ARCHITECTURES = ("80", "90a")
 
 
 def why_not() -> str | None:
-    """Returns why the kernels cannot be compiled here, or None."""
+    """Returns why there is no library and none can be compiled, or None. Compiles and loads nothing."""
+    return None if _installed() is not None else why_not_compile()
+
+
+def why_not_compile() -> str | None:
+    """Returns what is missing to compile the library, or None."""
     if _sources() is None:
         return "the package was installed without the sources of its CUDA kernels"
     if nvcc() is None:
         return "nvcc was not found: install the CUDA toolkit or set CUDA_HOME, and the kernels compile on first use"
-    if torch.version.cuda is not None and _major() != torch.version.cuda.split(".")[0]:
-        return f"nvcc is of CUDA {_major()}, PyTorch of CUDA {torch.version.cuda}: set CUDA_HOME to one that matches"
-    if native._ninja() is None:
-        return "ninja was not found: pip install ninja, and the kernels compile on first use"
+    cuda = torch_cuda()
+    if cuda is not None and _nvcc_release().split(".")[0] != cuda.split(".")[0]:
+        return f"nvcc is of CUDA {_nvcc_release()}, PyTorch of CUDA {cuda}: set CUDA_HOME to one that matches"
+    if native._compiler() is None:
+        return "no C++ compiler was found: install g++ (or set CXX), and the kernels compile on first use"
     return None
 
 
 def library() -> Path:
-    """Returns the compiled library, compiling it first if need be (a minute or two, once).
+    """Returns the library, compiling it first if need be (a minute or two, once).
 
     Raises:
-        RuntimeError: nvcc failed; the message ends with what it said.
+        RuntimeError: it cannot be compiled; the message says why, or ends with what nvcc said.
     """
-    reason = why_not()
+    installed = _installed()
+    if installed is not None:
+        return installed
+    reason = why_not_compile()
     if reason is not None:
         raise RuntimeError(reason)
-    stamp = hashlib.sha256(repr((_NVCC_FLAGS, architectures(), torch.__version__, nvcc(), _nvcc_version())).encode())
-    for path in _files():
-        stamp.update(path.name.encode() + path.read_bytes())
-    target = native.cache_folder() / stamp.hexdigest()[:16] / "librnnfast_cuda.so"
+    import torch
+
+    targets = named_architectures() or device_architectures() or DEFAULT_ARCHITECTURES
+    stamp = repr((source_hash(), targets, torch.__version__, nvcc(), _nvcc_version())).encode()
+    target = native.cache_folder() / hashlib.sha256(stamp).hexdigest()[:16] / "librnnfast_cuda.so"
     if not target.exists():
         with native._one_process(target.parent):
             if not target.exists():
                 print(f"rnnfast: compiling the CUDA scan into {target.parent} (once)", file=sys.stderr, flush=True)
-                compile_library(target)
+                compile_library(target, targets)
     return target
 
 
-def compile_library(target: Path) -> None:
-    """Compiles csrc/cuda and puts the library at `target` in one step; a RuntimeError has the compiler's words."""
-    ninja = native._ninja()
-    assert ninja is not None
+def compile_library(target: Path, architectures: tuple[str, ...]) -> None:
+    """Compiles csrc/cuda and puts the library at `target`, in one step.
+
+    Raises:
+        RuntimeError: the compiler failed; the message ends with what it said.
+    """
     work = target.with_name(f"{target.name}.{os.getpid()}.build")
     work.mkdir(parents=True, exist_ok=True)
     try:
-        (work / "build.ninja").write_text(ninja_file())
-        done = subprocess.run([ninja, "-C", str(work)], capture_output=True, text=True, check=False)
-        if done.returncode:
-            errors = [line for line in done.stdout.splitlines() if "error" in line] or done.stdout.splitlines()
-            raise RuntimeError("\n".join([f"{nvcc()} failed", *errors[-10:]]))
+        *compile_all, link = _commands(architectures, work)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(_run, compile_all))
+        _run(link)
         os.replace(work / "library.so", target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def ninja_file() -> str:
-    """The build, as ninja reads it."""
-    folder = Path(torch.__file__).parent
-    include = f"-isystem {folder}/include -isystem {folder}/include/torch/csrc/api/include"
-    targets = " ".join(f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures())
-    lines = [
-        "rule nvcc",
-        f"  command = {nvcc()} {_NVCC_FLAGS} {targets} {include} -c $in -o $out",
-        "rule cxx",
-        f"  command = {native._compiler() or 'c++'} {_CXX_FLAGS} {include} -c $in -o $out",
-        "rule link",
-        f"  command = {nvcc()} -shared -cudart shared $in -o $out -L{folder}/lib -ltorch_cpu -ltorch_cuda",
-    ]
-    objects = []
+def installed_name(architectures: tuple[str, ...]) -> str:
+    """The name of a library compiled while installing: it tells from which sources and for which architectures."""
+    return "-".join(["librnnfast_cuda", source_hash(), *architectures]) + ".so"
+
+
+def source_hash() -> str:
+    """A hash of csrc/cuda, which names the library that belongs to it; "none" without sources."""
+    if _sources() is None:
+        return "none"
+    digest = hashlib.sha256(_NVCC_FLAGS.encode())
     for path in _files():
-        if path.suffix in (".cu", ".cpp"):
-            objects.append(f"{path.stem}.o")
-            lines.append(f"build {objects[-1]}: {'nvcc' if path.suffix == '.cu' else 'cxx'} {path}")
-    return "\n".join([*lines, f"build library.so: link {' '.join(objects)}", ""])
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
-def architectures() -> tuple[str, ...]:
-    """The architectures compiled for, as nvcc names them without the sm_."""
-    if named := os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        wanted = [name.strip().removesuffix("+PTX").replace(".", "") for name in named.replace(" ", ";").split(";")]
-        return tuple(dict.fromkeys(name for name in wanted if name))
+def named_architectures() -> tuple[str, ...]:
+    """Those of TORCH_CUDA_ARCH_LIST, as nvcc names them without the sm_."""
+    named = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";").split(";")
+    wanted = [name.strip().removesuffix("+PTX").replace(".", "") for name in named]
+    return tuple(dict.fromkeys(name for name in wanted if name))
+
+
+def device_architectures() -> tuple[str, ...]:
+    """Those of the devices that PyTorch sees."""
     found = []
-    if torch.cuda.is_available():
-        for device in range(torch.cuda.device_count()):
-            major, minor = torch.cuda.get_device_capability(device)
-            # The a: code for this architecture alone, with all that it has.
-            found.append(f"{major}{minor}{'a' if (major, minor) == (9, 0) else ''}")
-    return tuple(dict.fromkeys(found)) or DEFAULT_ARCHITECTURES
+    for major, minor in _capabilities():
+        # The a: code for this architecture alone, with all that it has.
+        found.append(f"{major}{minor}{'a' if (major, minor) == (9, 0) else ''}")
+    return tuple(dict.fromkeys(found))
+
+
+def torch_cuda() -> str | None:
+    """The version of CUDA that the installed torch was built for; None for a torch without CUDA, or none at all."""
+    torch = importlib.util.find_spec("torch")
+    if torch is None or torch.origin is None:
+        return None
+    found: Any = runpy.run_path(str(Path(torch.origin).with_name("version.py"))).get("cuda")
+    return found if isinstance(found, str) else None
 
 
 def nvcc() -> str | None:
@@ -121,8 +141,62 @@ def nvcc() -> str | None:
     return found or (str(usual) if usual.exists() else None)
 
 
-def _major() -> str:
-    found = re.search(r"release (\d+)", _nvcc_version())
+def _installed() -> Path | None:
+    """The library beside the package, if it is of the sources that are there and runs on every device."""
+    for path in sorted(native._PACKAGE.glob("librnnfast_cuda-*.so")):
+        _, sources, *architectures = path.stem.split("-")
+        current = _sources() is None or sources == source_hash()
+        if current and all(any(_runs_on(a, device) for a in architectures) for device in _capabilities()):
+            return path
+    return None
+
+
+def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:
+    """Code for sm_XY runs on later minor versions of X as well, code for sm_XYa on X.Y alone."""
+    found = re.fullmatch(r"(\d+)(\d)(a?)", architecture)
+    assert found is not None, architecture
+    major, minor = int(found[1]), int(found[2])
+    return (major, minor) == capability or (not found[3] and major == capability[0] and minor < capability[1])
+
+
+def _capabilities() -> list[tuple[int, int]]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count())]
+
+
+def _commands(architectures: tuple[str, ...], work: Path) -> list[list[str]]:
+    """What compiles each file into the folder `work` and, last, links library.so there."""
+    torch = importlib.util.find_spec("torch")
+    assert torch is not None
+    assert torch.origin is not None
+    folder = Path(torch.origin).parent
+    include = ["-isystem", f"{folder}/include", "-isystem", f"{folder}/include/torch/csrc/api/include"]
+    compilers = {
+        ".cu": [nvcc() or "", *_NVCC_FLAGS.split(), *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures)],
+        ".cpp": [native._compiler() or "", *_CXX_FLAGS.split()],
+    }
+    commands, objects = [], []
+    for path in _files():
+        if path.suffix in compilers:
+            objects.append(str(work / f"{path.stem}.o"))
+            commands.append([*compilers[path.suffix], *include, "-c", str(path), "-o", objects[-1]])
+    link = [nvcc() or "", "-shared", "-cudart", "shared", *objects, "-o", str(work / "library.so")]
+    return [*commands, [*link, f"-L{folder}/lib", "-ltorch_cpu", "-ltorch_cuda"]]
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = (done.stdout + done.stderr).splitlines()
+        errors = [line for line in said if "error" in line] or said
+        raise RuntimeError("\n".join([f"{command[0]} failed", *errors[:10]]))
+
+
+def _nvcc_release() -> str:
+    found = re.search(r"release ([\d.]+)", _nvcc_version())
     return found[1] if found else "an unknown version"
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from rnnfast import table
 from rnnfast.backends import products
 from rnnfast.cells import CELLS
 
@@ -36,10 +39,47 @@ class Plan(NamedTuple):
 
 
 def plan(h_0: Tensor, cell: str, backward: bool) -> Plan:
-    """Returns the plan for a layer whose initial state is h_0 (D, B, H). It depends on sizes only."""
+    """Returns the plan for a layer whose initial state is h_0 (D, B, H). It depends on sizes only.
+
+    It is the team that was measured fastest on the card, where `rnnfast tune` has measured, else the model's first.
+    """
+    used = _used[backward]
+    return _plan(*_problem(h_0, cell, backward), table.of(_device(h_0)).table, NAMESPACE) if used is None else used
+
+
+def plans(h_0: Tensor, cell: str, backward: bool) -> list[Plan]:
+    """Returns the best plan of each kernel, by the model, for clusters of each size; the fastest first."""
+    *problem, device = _problem(h_0, cell, backward)
+    return _parse(_ops().plans(*problem, _limits(device, NAMESPACE)))
+
+
+@contextmanager
+def use_plans(forward: Plan | None = None, backward: Plan | None = None) -> Iterator[None]:
+    """Has every scan run on the plans given, in place of its own. For measurements: it is not a thread's alone."""
+    before = tuple(_used)
+    _used[:] = [forward, backward]
+    try:
+        yield
+    finally:
+        _used[:] = before
+
+
+_used: list[Plan | None] = [None, None]  # forward, backward
+
+
+def _problem(h_0: Tensor, cell: str, backward: bool) -> tuple[Any, ...]:
     lanes, batch, hidden = h_0.shape
-    device = -1 if h_0.device.index is None else h_0.device.index
-    return _plan(cell, hidden, batch, lanes, numbers(h_0.dtype), backward, device, NAMESPACE)
+    return cell, hidden, batch, lanes, numbers(h_0.dtype), backward, _device(h_0)
+
+
+def _device(h_0: Tensor) -> int:
+    return -1 if h_0.device.index is None else h_0.device.index
+
+
+def _parse(plans: list[int]) -> list[Plan]:
+    """Plans as the operator gives them, one after another."""
+    width = len(Plan._fields)
+    return [Plan(KERNELS[plans[i]], *plans[i + 1 : i + width]) for i in range(0, len(plans), width)]
 
 
 def numbers(dtype: torch.dtype) -> str:
@@ -50,10 +90,25 @@ def numbers(dtype: torch.dtype) -> str:
 
 
 @cache
-def _plan(*problem: Any) -> Plan:
-    *sizes, device, _ = problem
-    kernel, *rest = _ops().plan(*sizes, _limits(device, NAMESPACE))
-    return Plan(KERNELS[kernel], *rest)
+def _plan(
+    cell: str,
+    hidden: int,
+    batch: int,
+    lanes: int,
+    numbers: str,
+    backward: bool,
+    device: int,
+    measured: table.Table | None,
+    namespace: str,
+) -> Plan:
+    problem = (cell, hidden, batch, lanes, numbers, backward, _limits(device, namespace))
+    point = None if measured is None else measured.nearest(cell, numbers, hidden, batch * lanes)
+    team = None if point is None else point.teams.get("backward" if backward else "forward")
+    if team is not None:
+        made = Plan(*team)
+        if made.kernel == "steps" or not _ops().check(*problem, made.team):
+            return made
+    return _parse(_ops().plans(*problem))[0]
 
 
 @cache

@@ -1,0 +1,291 @@
+"""What was measured on a card: which backend is fastest for a layer there, and which team its CUDA scan runs on.
+
+`rnnfast tune` makes such a table on the user's own card and keeps it in the cache folder; tables of cards that were
+measured are shipped in rnnfast/tables. `auto` follows the user's own, else the shipped one, and leaves a kernel alone
+that neither has verified. A table holds for one card and one state of each backend's sources; the user's own, besides,
+for one driver and one torch, whose cuDNN it was measured beside.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from rnnfast.backends import native
+
+FORMAT = 1
+SHIPPED = Path(__file__).parent / "tables"
+# The backends that a table decides about; "torch" is what they are measured beside.
+BACKENDS = ("cuda", "triton")
+# Calls are measured at these numbers of steps; one in between goes by the next smaller. Training has two at least.
+STEPS = (1, 16, 128)
+
+
+class Regime(NamedTuple):
+    """What the speed of a layer's call depends on."""
+
+    cell: str
+    numbers: str  # how our scan computes: float32, tf32, bfloat16, float16 or float64
+    torch_numbers: str  # how torch.nn would
+    hidden: int
+    rows: int  # of the batch, times the directions
+    steps: int
+    training: bool  # a backward pass will follow
+
+    @classmethod
+    def of(cls, cell: str, dtype: torch.dtype, hidden: int, rows: int, steps: int, training: bool) -> Regime:
+        """The regime under torch's present settings of TF32: that of its products is ours, cuDNN has its own."""
+        numbers, torch_numbers = (
+            "tf32" if dtype is torch.float32 and allowed else str(dtype).removeprefix("torch.")
+            for allowed in (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
+        )
+        return cls(cell, numbers, torch_numbers, hidden, rows, steps, training)
+
+    @property
+    def call(self) -> str | None:
+        """The name of the measured call that stands for it, such as "forward 16"; None if none does."""
+        measured = STEPS[0]
+        for steps in STEPS:
+            if steps <= self.steps:
+                measured = steps
+        if not self.training:
+            return f"forward {measured}"
+        return f"training {measured}" if measured > 1 else None
+
+
+@dataclass
+class Point:
+    """What was measured of layers with one size and arithmetic.
+
+    `teams` gives for "forward" and "backward" the fastest right team of the CUDA scan: kernel, blocks, rows and warps.
+    `microseconds` gives for each call, such as "training 128", what each backend took that was found right. `failures`
+    tells what a backend got wrong here, all of it or some teams.
+    """
+
+    cell: str
+    numbers: str
+    hidden: int
+    batch: int
+    teams: dict[str, list[Any]] = field(default_factory=dict)
+    microseconds: dict[str, dict[str, float]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+class Identity(NamedTuple):
+    """What a table holds for. `sources` has for each backend a hash of its kernels' sources."""
+
+    card: str
+    driver: str
+    torch: str
+    sources: dict[str, str]
+
+
+@dataclass(eq=False)
+class Table:
+    """The measurements of one card."""
+
+    identity: Identity
+    points: list[Point]
+    time: str = ""
+    origin: str = "this machine's own"
+    _by_kind: dict[tuple[str, str], list[Point]] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for point in sorted(self.points, key=lambda p: (p.hidden, p.batch)):
+            self._by_kind.setdefault((point.cell, point.numbers), []).append(point)
+
+    def nearest(self, cell: str, numbers: str, hidden: int, rows: int) -> Point | None:
+        """The smallest measured point that is at or above both sizes."""
+        kind = ("rnn_tanh" if cell == "rnn_relu" else cell, numbers)
+        for point in self._by_kind.get(kind, ()):
+            if point.hidden >= hidden and point.batch >= rows:
+                return point
+        return None
+
+    def ranking(self, regime: Regime) -> tuple[str, ...]:
+        """The backends that were right at the nearest point, "torch" among them, fastest first."""
+        cell, numbers, torch_numbers, hidden, rows, *_ = regime
+        ours, theirs = (self.nearest(cell, kind, hidden, rows) for kind in (numbers, torch_numbers))
+        call = regime.call
+        if ours is None or theirs is None or call is None:
+            return ()
+        times = dict(ours.microseconds.get(call, {}))
+        beside = theirs.microseconds.get(call, {}).get("torch")
+        if beside is None:
+            return ()
+        times["torch"] = beside
+        return tuple(sorted(times, key=lambda name: times[name]))
+
+    def wins(self, backend: str) -> tuple[int, int]:
+        """In how many of all measured calls the backend was the fastest."""
+        calls = [times for point in self.points for times in point.microseconds.values() if times]
+        return sum(min(times, key=lambda name: times[name]) == backend for times in calls), len(calls)
+
+    def write(self, path: Path) -> None:
+        """Writes the table, whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        head = {"format": FORMAT, **self.identity._asdict(), "time": self.time}
+        points = ",\n".join(json.dumps(asdict(point)) for point in self.points)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            file.write(f'{json.dumps(head)[:-1]}, "points": [\n{points}\n]}}\n')
+        os.chmod(file.name, 0o644)
+        os.replace(file.name, path)
+
+
+class Found(NamedTuple):
+    """The table that holds for a device, or in a few words why there is none."""
+
+    table: Table | None
+    why_not: str
+
+
+NOWHERE = Found(None, "there is no card")
+
+
+def of(device: int) -> Found:
+    """Returns the table for a CUDA device, by its index; negative: no device."""
+    if device < 0:
+        return NOWHERE
+    _read_once(device)
+    return _found[device]
+
+
+def forget() -> None:
+    """Has tables read anew, after one was written."""
+    _found.clear()
+
+
+_found: dict[int, Found] = {}
+
+
+def _read_once(device: int) -> None:
+    if device not in _found:
+        _found[device] = _find(device)
+
+
+# torch.compile calls it as it is: it cannot trace the reading of files, but it can trace what was read. This is what
+# torch.compiler.assume_constant_result does, without importing the compiler.
+_read_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _find(device: int) -> Found:
+    wanted = identity(device)
+    own, problems = path_of(wanted), []
+    if own.exists():
+        try:
+            found = read(own)
+            if found.identity == wanted:
+                return Found(found, "")
+            problems.append(f"{own} is a table of something else")
+        except (OSError, ValueError) as error:
+            problems.append(f"{own} cannot be read: {error}")
+    for path in sorted(SHIPPED.glob("*.json")):
+        try:
+            shipped = read(path)
+        except (OSError, ValueError) as error:
+            problems.append(f"the shipped {path.name} cannot be read: {error}")
+            continue
+        if shipped.identity.card == wanted.card:
+            shipped.origin = "; ".join(["shipped", *problems])
+            if _drop_stale(shipped, wanted):
+                return Found(shipped, "")
+            problems.append(f"the shipped {path.name} is of other kernels than these")
+    if not problems and any(own.parent.glob(f"{_slug(wanted.card)}-*.json")):
+        problems.append("its table is of another driver, torch or rnnfast")
+    return Found(None, "; ".join(problems) or f"nothing has been measured on this {wanted.card}")
+
+
+def read(path: Path) -> Table:
+    """Reads a table.
+
+    Raises:
+        OSError, ValueError: there is none, or it is damaged or of another format.
+    """
+    try:
+        content = json.loads(path.read_text())
+        if content["format"] != FORMAT:
+            raise ValueError(f"its format is {content['format']}, this rnnfast reads {FORMAT}")
+        head = Identity(*(content[name] for name in Identity._fields))
+        points = [Point(**point) for point in content["points"]]
+        for point in points:
+            for times in point.microseconds.values():
+                if not all(isinstance(time, (int, float)) for time in times.values()):
+                    raise ValueError("a time is no number")
+        return Table(head, points, content["time"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"it is damaged: {type(error).__name__} {error}") from error
+
+
+def path_of(wanted: Identity) -> Path:
+    """Where the user's own table is kept: a file for each card, driver, torch and state of the sources."""
+    stamp = hashlib.sha256(repr((wanted.driver, wanted.torch, sorted(wanted.sources.items()))).encode()).hexdigest()
+    return native.cache_folder() / "tables" / f"{_slug(wanted.card)}-{stamp[:12]}.json"
+
+
+def identity(device: int) -> Identity:
+    """What a table made now on this device would hold for."""
+    return Identity(torch.cuda.get_device_name(device), _driver(), torch.__version__, _sources())
+
+
+def _drop_stale(table: Table, wanted: Identity) -> bool:
+    """Drops what was measured of a backend whose sources have changed since; False if that is all."""
+    stale = [name for name in BACKENDS if table.identity.sources.get(name) != wanted.sources[name]]
+    for point in table.points:
+        if "cuda" in stale:
+            point.teams = {}
+        for times in point.microseconds.values():
+            for name in stale:
+                times.pop(name, None)
+    return len(stale) < len(BACKENDS)
+
+
+def _slug(card: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")
+
+
+def _driver() -> str:
+    """The version of the GPU's driver, as far as it can be told without asking the device."""
+    try:
+        found = re.search(r"Kernel Module\s+(?:for \S+\s+)?(\S+)", Path("/proc/driver/nvidia/version").read_text())
+    except OSError:
+        found = None
+    if found is not None:
+        return found[1]
+    return f"ROCm {torch.version.hip}" if torch.version.hip else f"for CUDA {_driver_interface()}"
+
+
+def _driver_interface() -> int:
+    return int(getattr(torch._C, "_cuda_getDriverVersion")())  # noqa: B009, only a torch for CUDA has it
+
+
+@cache
+def _sources() -> dict[str, str]:
+    from rnnfast.backends.cuda import build
+
+    kernels = sorted((Path(__file__).parent / "backends" / "triton").glob("*.py"))
+    return {"cuda": build.source_hash(), "triton": _hash(kernels, _triton_version())}
+
+
+def _triton_version() -> str:
+    try:
+        import triton
+    except ImportError:
+        return "none"
+    return str(triton.__version__)
+
+
+def _hash(files: Iterable[Path], *more: str) -> str:
+    digest = hashlib.sha256(repr(more).encode())
+    for path in files:
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:12]

@@ -1,0 +1,250 @@
+"""`rnnfast tune` with the emulator in the GPU's place: parity is real, only the times are made up."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import rnnfast
+from rnnfast import dispatch, table, tuning
+from rnnfast.backends import cuda
+from rnnfast.backends.cuda import launch
+from rnnfast.backends.cuda.launch import Plan
+from rnnfast.table import Identity, Point, Regime
+
+CARD = Identity("NVIDIA H200", "580.65", "2.11.0+cu130", {"cuda": "abc", "triton": "def"})
+TEAMS = [Plan("block", 1, 8, 4), Plan("cluster", 2, 8, 4), Plan("grid", 2, 8, 4), Plan("steps", 0, 0, 0)]
+SECONDS = {"block": 3e-6, "cluster": 1e-6, "grid": 2e-6, "steps": 9e-6, "torch": 5e-6}
+
+
+class Clock:
+    """In the place of `seconds_in_turns`: a call takes what SECONDS says of the kernel that it would run on."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[str]] = []
+
+    def __call__(self, work: dict[str, Callable[[], object]], budget: float) -> dict[str, dict[str, float]]:
+        self.calls.append(sorted(work))
+        forward, backward = launch._used
+        kernels = {"torch": "torch", "cuda": (backward or forward or TEAMS[0]).kernel}
+        return {name: {"median": SECONDS[kernels[name]]} for name in work}
+
+
+@pytest.fixture
+def clock(schedule: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Clock]:
+    """A card of few points, where the cuda backend is the emulator."""
+    clock, cpu = Clock(), torch.device("cpu")
+    monkeypatch.setenv("RNNFAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(table, "identity", lambda device: CARD)
+    monkeypatch.setattr(tuning, "seconds_in_turns", clock)
+    monkeypatch.setattr(tuning, "_cuda_device", lambda device: cpu)
+    monkeypatch.setattr(tuning, "_on", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(tuning, "_synchronize", lambda device: None)
+    monkeypatch.setattr(tuning, "HIDDEN", (16,))
+    monkeypatch.setattr(tuning, "BATCHES", (3,))
+    monkeypatch.setattr(tuning, "NUMBERS", {"float32": torch.float32, "bfloat16": torch.bfloat16})
+    monkeypatch.setattr(launch, "plans", lambda h_0, cell, backward: TEAMS)
+    monkeypatch.setattr(dispatch, "_loaded", set())
+    faked = dispatch._BACKENDS["cuda"]._replace(devices=("cpu",), why_not=lambda: None, load=lambda: None)
+    monkeypatch.setitem(dispatch._BACKENDS, "cuda", faked)
+    absent = dispatch._BACKENDS["triton"]._replace(why_not=lambda: "Triton is not installed")
+    monkeypatch.setitem(dispatch._BACKENDS, "triton", absent)
+    table.forget()
+    library = cuda.register("CPU")
+    yield clock
+    library._destroy()
+    table.forget()
+
+
+def tune(**options: Any) -> tuple[table.Table, list[str]]:
+    said: list[str] = []
+    return rnnfast.tune(report=said.append, **options), said
+
+
+def test_the_fastest_right_team_of_each_direction_is_kept(clock: Clock) -> None:
+    made, said = tune()
+    assert [(p.cell, p.numbers) for p in made.points] == [
+        (cell, numbers) for numbers in ("float32", "bfloat16") for cell in ("rnn_tanh", "lstm", "gru")
+    ]
+    for point in made.points:
+        assert point.failures == {}
+        assert point.teams == {"forward": ["cluster", 2, 8, 4], "backward": ["cluster", 2, 8, 4]}
+        assert point.microseconds.keys() == {"forward 1", "forward 16", "forward 128", "training 16", "training 128"}
+        for times in point.microseconds.values():
+            assert times == pytest.approx({"torch": 5.0, "cuda": 1.0})
+    assert len(said) == 6
+    assert "training 128: cuda  5.00x" in said[0]
+    # It is kept, found, and followed: by auto, and by the plan of a backend asked for by name.
+    assert table.read(table.path_of(CARD)).points == made.points
+    found = table.of(0).table
+    assert found is not None
+    assert found.ranking(Regime("lstm", "float32", "float32", 16, 3, 20, True)) == ("cuda", "torch")
+    problem = ("lstm", 16, 3, 1, "float32")
+    assert launch._plan(*problem, False, -1, found, launch.NAMESPACE)[:4] == TEAMS[1][:4]
+    # Beyond what was measured the model decides.
+    assert launch._plan("lstm", 4096, 3, 1, "float32", False, -1, found, launch.NAMESPACE).kernel == "steps"
+
+
+def lie(monkeypatch: pytest.MonkeyPatch, about: Callable[[str], float]) -> None:
+    """Multiplies the output, and the gradient of w_hh, by what `about` says of the kernel that gave them."""
+    original = tuning.results
+
+    def results(layer: Any, input: torch.Tensor, gradients: bool = True) -> dict[str, torch.Tensor]:
+        found = original(layer, input, gradients)
+        if type(layer).__module__.startswith("rnnfast"):
+            for name, plan in zip(("output", "d_weight_hh_l0"), launch._used, strict=True):
+                if name in found and plan is not None:
+                    found[name] = found[name] * about(plan.kernel)
+        return found
+
+    monkeypatch.setattr(tuning, "results", results)
+
+
+def test_a_team_that_is_wrong_is_not_used_however_fast(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    lie(monkeypatch, lambda kernel: 1.05 if kernel == "cluster" else 1.0)
+    point = Point("gru", "float32", 16, 3)
+    tuning.measure(point, ["cuda"], torch.device("cpu"))
+    assert point.teams == {"forward": ["grid", 2, 8, 4], "backward": ["grid", 2, 8, 4]}
+    assert "cluster of 2: output is off by 5" in point.failures["cuda"]
+    assert "cluster of 2: d_weight_hh_l0 is off by 5" in point.failures["cuda"]
+    assert point.microseconds["forward 16"] == pytest.approx({"torch": 5.0, "cuda": 2.0})
+
+
+@pytest.mark.parametrize("factor", [1.05, torch.nan])
+def test_a_backend_that_is_wrong_is_not_timed(clock: Clock, monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
+    lie(monkeypatch, lambda kernel: factor)
+    point = Point("lstm", "bfloat16", 16, 3)
+    tuning.measure(point, ["cuda"], torch.device("cpu"))
+    assert point.teams == {}
+    assert "off by" in point.failures["cuda"]
+    assert all(times.keys() == {"torch"} for times in point.microseconds.values())
+    assert clock.calls == [["torch"]] * 5
+
+
+def test_a_backward_that_is_wrong_leaves_the_forward(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = tuning.results
+
+    def results(layer: Any, input: torch.Tensor, gradients: bool = True) -> dict[str, torch.Tensor]:
+        found = original(layer, input, gradients)
+        if type(layer).__module__.startswith("rnnfast") and gradients:
+            found["d_input"] = -found["d_input"]
+        return found
+
+    monkeypatch.setattr(tuning, "results", results)
+    point = Point("rnn_tanh", "float32", 16, 3)
+    tuning.measure(point, ["cuda"], torch.device("cpu"))
+    assert point.teams == {"forward": ["cluster", 2, 8, 4]}
+    takes_part = {call: set(times) for call, times in point.microseconds.items()}
+    assert takes_part["forward 128"] == {"torch", "cuda"}
+    assert takes_part["training 128"] == {"torch"}
+
+
+def test_it_goes_on_where_it_stopped(clock: Clock) -> None:
+    made, said = tune(minutes=0)
+    assert made.points == []
+    assert said == ["the time is over; 6 points are left for `rnnfast tune` to go on with"]
+    first, _ = tune()
+    first.points.pop()
+    first.points[0] = replace(first.points[0], failures={"cuda": "kept"})
+    first.write(table.path_of(CARD))
+    second, said = tune()
+    assert len(said) == 1
+    assert second.points[0].failures == {"cuda": "kept"}
+    assert len(second.points) == 6
+    again, said = tune(anew=True, minutes=0)
+    assert again.points == []
+
+
+def test_a_kernel_that_breaks_the_device_is_not_tried_again(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dead(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    original = tuning._choose_teams
+
+    def choose(point: Point, layer: Any, parity: Any) -> None:
+        if point.cell == "lstm":
+            monkeypatch.setattr(tuning, "_synchronize", dead)
+            dead()
+        original(point, layer, parity)
+
+    monkeypatch.setattr(tuning, "_choose_teams", choose)
+    with pytest.raises(RuntimeError, match=r"lstm +float32 .* has broken the device .* is kept"):
+        tune()
+    kept = table.read(table.path_of(CARD)).points
+    assert [p.cell for p in kept] == ["rnn_tanh", "lstm"]
+    assert "illegal memory access" in kept[1].failures["cuda"]
+    assert kept[1].microseconds == {}
+    monkeypatch.setattr(tuning, "_synchronize", lambda device: None)
+    monkeypatch.setattr(tuning, "_choose_teams", original)
+    made, _ = tune()
+    assert len(made.points) == 6
+    assert made.points[:2] == kept
+
+
+def test_what_torch_itself_has_no_memory_for_is_left_out(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(point: Point, *_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(tuning, "measure", measure)
+    made, said = tune()
+    assert made.points == []
+    assert all("left out, it does not fit the card's memory" in line for line in said)
+
+
+def test_a_damaged_table_is_made_anew(clock: Clock) -> None:
+    path = table.path_of(CARD)
+    path.parent.mkdir(parents=True)
+    path.write_text("{")
+    made, said = tune()
+    assert said[0].startswith(f"{path} is made anew")
+    assert len(made.points) == 6
+
+
+def test_what_cannot_be_measured_is_an_error(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="only cuda and triton can be tuned, not 'cpu'"):
+        tune(backends=["cpu"])
+    with pytest.raises(RuntimeError, match="nothing to tune; triton: Triton is not installed"):
+        tune(backends=["cuda", "triton"])
+    absent = dispatch._BACKENDS["cuda"]._replace(why_not=lambda: "nvcc was not found")
+    monkeypatch.setitem(dispatch._BACKENDS, "cuda", absent)
+    with pytest.raises(RuntimeError, match="cuda: nvcc was not found; triton: Triton is not installed"):
+        tune()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
+def test_without_a_gpu_there_is_one_clear_line(capsys: pytest.CaptureFixture[str]) -> None:
+    cli = pytest.importorskip("rnnfast.cli")
+    assert cli.main(["tune"]) == 2
+    assert capsys.readouterr().err == ("rnnfast: error: tuning measures kernels on a GPU, and PyTorch sees none here\n")
+    with pytest.raises(RuntimeError, match="sees none here"):
+        rnnfast.tune()
+
+
+def test_the_command(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    cli = pytest.importorskip("rnnfast.cli")
+    assert cli.main(["tune", "--minutes", "1", "--backends", "cuda"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 7
+    assert printed[-1] == ("of 30 calls measured on NVIDIA H200 fastest: cuda in 30, triton in 0; auto follows this")
+
+
+@pytest.mark.parametrize(
+    ("numbers", "of_nn", "forward", "allowed"),
+    [
+        ("float32", 1e-6, True, 2e-6),
+        ("float32", 0.0, False, 2.0**-22),
+        ("tf32", 0.0, True, 2.0**-9),
+        ("bfloat16", 0.002, True, 0.003),
+        ("bfloat16", 0.004, True, 0.005),
+        ("bfloat16", 0.004, False, 0.006),
+        ("float16", 0.0, False, 0.0),
+    ],
+)
+def test_the_error_allowed(numbers: str, of_nn: float, forward: bool, allowed: float) -> None:
+    assert tuning.allowed_error(numbers, of_nn, forward) == pytest.approx(allowed)

@@ -1,0 +1,361 @@
+"""The table of measurements that decides `auto` on a GPU: what it says, when it holds, and what happens without it."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import rnnfast
+from rnnfast import dispatch, table
+from rnnfast.dispatch import Request, Size
+from rnnfast.table import Identity, Point, Regime, Table
+from rnnfast.tuning import arithmetic
+
+CARD = Identity("NVIDIA H200", "580.65", "2.11.0+cu130", {"cuda": "abc", "triton": "def"})
+
+
+def point(numbers: str, hidden: int, batch: int, **times: dict[str, float]) -> Point:
+    """A point of the LSTM, where each call took each backend so many microseconds."""
+    calls = {name.replace("_", " "): values for name, values in times.items()}
+    return Point("lstm", numbers, hidden, batch, {"forward": ["cluster", 16, 8, 16]}, calls)
+
+
+POINTS = [
+    point(
+        "float32",
+        512,
+        32,
+        forward_1={"torch": 30, "cuda": 40},
+        forward_16={"torch": 100, "cuda": 50, "triton": 70},
+        forward_128={"torch": 800, "cuda": 500, "triton": 400},
+        training_16={"torch": 300, "triton": 200},
+    ),
+    point("float32", 128, 32, forward_16={"torch": 40, "cuda": 20}),
+    point("tf32", 512, 32, forward_16={"torch": 45}),
+    point("tf32", 128, 32, forward_16={"torch": 30}),
+]
+
+
+@pytest.fixture(autouse=True)
+def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """An H200 with nothing in its cache and nothing shipped."""
+    monkeypatch.setenv("RNNFAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(table, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(table, "identity", lambda device: CARD)
+    table.forget()
+    with arithmetic("float32"):
+        yield
+    table.forget()
+
+
+@pytest.fixture
+def gpu_backends(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The two GPU backends as if they could run here; returns the names of those that are loaded, as they are."""
+    loaded: list[str] = []
+    monkeypatch.setattr(dispatch, "_loaded", set())
+
+    def load(name: str) -> Callable[[], None]:
+        return lambda: loaded.append(name)
+
+    for name in table.BACKENDS:
+        backend = dispatch._BACKENDS[name]
+        faked = backend._replace(why_not=lambda: None, load=load(name), declines=lambda request: None)
+        monkeypatch.setitem(dispatch._BACKENDS, name, faked)
+    return loaded
+
+
+def write(identity: Identity = CARD, path: Path | None = None, points: list[Point] = POINTS) -> Path:
+    path = path or table.path_of(identity)
+    Table(identity, points, "2026-11-26").write(path)
+    return path
+
+
+def request(hidden: int = 512, rows: int = 32, steps: int = 16, training: bool = False, ids: bool = False) -> Request:
+    return Request("lstm", "cuda", torch.float32, ids, False, Size(0, hidden, rows, steps, training))
+
+
+def test_what_was_written_is_read(tmp_path: Path) -> None:
+    path = write()
+    read = table.read(path)
+    assert (read.identity, read.points, read.time) == (CARD, POINTS, "2026-11-26")
+    assert list(path.parent.iterdir()) == [path]
+    assert path.stat().st_mode & 0o777 == 0o644
+    found = table.of(0)
+    assert found.table is not None
+    assert found.table.points == POINTS
+
+
+def test_the_nearest_point_is_at_or_above() -> None:
+    measured = Table(CARD, POINTS)
+    assert measured.nearest("lstm", "float32", 100, 20) is POINTS[1]
+    assert measured.nearest("lstm", "float32", 129, 32) is POINTS[0]
+    assert measured.nearest("lstm", "float32", 512, 33) is None
+    assert measured.nearest("lstm", "bfloat16", 1, 1) is None
+    assert measured.nearest("gru", "float32", 1, 1) is None
+    tanh = Point("rnn_tanh", "float32", 8, 8)
+    assert Table(CARD, [tanh]).nearest("rnn_relu", "float32", 8, 8) is tanh
+
+
+@pytest.mark.parametrize(
+    ("regime", "ranking"),
+    [
+        (Regime("lstm", "float32", "float32", 512, 32, 16, False), ("cuda", "triton", "torch")),
+        (Regime("lstm", "float32", "float32", 512, 32, 1000, False), ("triton", "cuda", "torch")),
+        (Regime("lstm", "float32", "float32", 512, 32, 15, False), ("torch", "cuda")),  # goes by one step
+        (Regime("lstm", "float32", "float32", 512, 32, 16, True), ("triton", "torch")),
+        (Regime("lstm", "float32", "float32", 512, 32, 15, True), ()),  # training was not measured so short
+        (Regime("lstm", "float32", "tf32", 512, 32, 16, False), ("torch", "cuda", "triton")),  # cuDNN may use TF32
+        (Regime("lstm", "float32", "float32", 513, 32, 16, False), ()),
+    ],
+)
+def test_ranking(regime: Regime, ranking: tuple[str, ...]) -> None:
+    assert Table(CARD, POINTS).ranking(regime) == ranking
+
+
+def test_each_of_torchs_settings_of_tf32_counts_for_its_own_part() -> None:
+    for ours, theirs in ((False, True), (True, False)):
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = ours, theirs
+        regime = Regime.of("lstm", torch.float32, 8, 1, 1, False)
+        assert regime.numbers == ("tf32" if ours else "float32")
+        assert regime.torch_numbers == ("tf32" if theirs else "float32")
+        assert Regime.of("lstm", torch.bfloat16, 8, 1, 1, False)[1:3] == ("bfloat16", "bfloat16")
+
+
+def test_wins() -> None:
+    assert Table(CARD, POINTS).wins("cuda") == (2, 7)
+    assert Table(CARD, POINTS).wins("triton") == (2, 7)
+
+
+# When a table holds
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: "",
+        lambda text: "[]",
+        lambda text: text.replace('"format": 1', '"format": 99'),
+        lambda text: text.replace('"points": [', '"points": ["'),
+        lambda text: text.replace('"cell"', '"sell"'),
+        lambda text: text.replace("40", '"forty"', 1),
+    ],
+)
+def test_a_damaged_table_is_named_and_left_alone(damage: Callable[[str], str]) -> None:
+    path = write()
+    path.write_text(damage(path.read_text()))
+    found = table.of(0)
+    assert found.table is None
+    assert str(path) in found.why_not
+    assert "cannot be read" in found.why_not
+
+
+@pytest.mark.parametrize("other", [{"torch": "2.13.0"}, {"driver": "590.1"}, {"sources": {"cuda": "x", "triton": "y"}}])
+def test_a_table_of_another_torch_driver_or_source_does_not_hold(other: dict[str, str]) -> None:
+    write(CARD._replace(**other))
+    found = table.of(0)
+    assert found.table is None
+    assert found.why_not == "its table is of another driver, torch or rnnfast"
+
+
+def test_a_file_that_tells_of_another_card_does_not_hold() -> None:
+    write(CARD._replace(card="NVIDIA A100"), table.path_of(CARD))
+    assert "something else" in table.of(0).why_not
+
+
+def test_a_shipped_table_holds_for_its_card_whatever_the_torch(tmp_path: Path) -> None:
+    write(CARD._replace(torch="2.10.0", driver="1"), tmp_path / "shipped" / "h200.json")
+    write(CARD._replace(card="NVIDIA A100"), tmp_path / "shipped" / "a100.json")
+    found = table.of(0)
+    assert found.table is not None
+    assert (found.table.identity.card, found.table.origin) == (CARD.card, "shipped")
+
+
+def test_of_a_shipped_table_what_belongs_to_other_kernels_is_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "shipped" / "h200.json"
+    write(CARD._replace(sources={"cuda": "changed", "triton": "def"}), path)
+    found = table.of(0)
+    assert found.table is not None
+    assert found.table.ranking(Regime("lstm", "float32", "float32", 512, 32, 16, False)) == ("triton", "torch")
+    assert not any(p.teams for p in found.table.points)
+    table.forget()
+    write(CARD._replace(sources={"cuda": "changed", "triton": "too"}), path)
+    assert table.of(0).table is None
+    assert "other kernels" in table.of(0).why_not
+
+
+def test_ones_own_table_comes_before_a_shipped_one(tmp_path: Path) -> None:
+    write(path=tmp_path / "shipped" / "h200.json")
+    own = write()
+    assert table.of(0).table.origin == "this machine's own"
+    own.write_text("{")
+    table.forget()
+    assert table.of(0).table.origin.startswith("shipped; ")
+    assert str(own) in table.of(0).table.origin
+
+
+def test_no_shipped_table_is_of_other_kernels_than_these() -> None:
+    """None is shipped yet: no GPU has run the kernels."""
+    present = table._sources()
+    for path in (Path(table.__file__).parent / "tables").glob("*.json"):
+        assert table.read(path).identity.sources == present, f"{path.name} must be measured again"
+
+
+# What auto makes of it
+
+
+def test_auto_takes_the_fastest_that_was_found_right(gpu_backends: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    write()
+    torch.backends.cudnn.allow_tf32 = False
+    choice = dispatch.choose(request())
+    assert choice.backend == "cuda"
+    assert choice.passed_over == (("triton", "it was slower here, by the card's table"),)
+    assert gpu_backends == ["cuda"]
+    training = dispatch.choose(request(training=True))
+    assert training.backend == "triton"
+    assert training.passed_over == (("cuda", "the card's table has not found it right at this size"),)
+    assert dispatch.choose(request(steps=1)).backend == "torch"
+    assert dispatch.choose(request(hidden=2000)).backend == "torch"
+    # torch.nn takes no ids; of what does, a kernel that was slower than torch.nn is still the fastest.
+    assert dispatch.choose(request(steps=1, ids=True)).backend == "cuda"
+
+
+def test_auto_follows_cudnns_own_setting_of_tf32(gpu_backends: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    write()
+    torch.backends.cudnn.allow_tf32 = True
+    assert dispatch.choose(request()).backend == "torch"
+
+
+def test_what_no_table_has_verified_is_left_alone(gpu_backends: list[str]) -> None:
+    choice = dispatch.choose(request())
+    assert choice.backend == "torch"
+    assert gpu_backends == []
+    assert [name for name, _ in choice.passed_over] == ["cuda", "triton"]
+    for _, reason in choice.passed_over:
+        assert "nothing has been measured on this NVIDIA H200" in reason
+        assert "`rnnfast tune`" in reason
+
+
+def test_a_backend_that_the_table_picks_and_that_fails_is_passed_over(
+    gpu_backends: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write()
+    torch.backends.cudnn.allow_tf32 = False
+    broken = dispatch._BACKENDS["cuda"]._replace(why_not=lambda: "nvcc was not found")
+    monkeypatch.setitem(dispatch._BACKENDS, "cuda", broken)
+    choice = dispatch.choose(request())
+    assert choice.backend == "triton"
+    assert choice.passed_over == (("cuda", "nvcc was not found"),)
+
+
+def test_the_backend_table_tells(gpu_backends: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    text = str(rnnfast.backends())
+    assert text.count("not verified: nothing has been measured on this NVIDIA H200") == 2
+    assert text.splitlines()[-1] == dispatch.HINT
+    write()
+    table.forget()
+    statuses = {status.name: status for status in rnnfast.backends()}
+    assert "fastest in 2 of 7 calls measured on NVIDIA H200" in statuses["cuda"].note
+    assert statuses["cuda"].picked_on == ("cuda, where fastest",)
+    assert dispatch.HINT not in str(rnnfast.backends())
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_the_size_of_a_call(batch_first: bool) -> None:
+    weight = torch.zeros(4 * 7, 7, requires_grad=True, device="meta")
+    assert dispatch.size_of("lstm", weight, 6, 5, (weight,)) == Size(0, 7, 6, 5, True)
+    with torch.no_grad():
+        assert not dispatch.size_of("lstm", weight, 6, 5, (weight,)).training
+    assert not dispatch.size_of("lstm", weight.detach(), 6, 5, (None, weight.detach())).training
+
+
+def test_explain_measures_a_call_as_the_call_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a stand-in for a GPU: the sizes that explain() finds are those that the layer finds."""
+    sizes: list[object] = []
+    original = dispatch.size_of
+
+    def record(cell: str, w_hh: torch.Tensor, rows: int, steps: int, differentiable: object) -> Size:
+        sizes.append((cell, rows, steps))
+        return original(cell, w_hh, rows, steps, differentiable)
+
+    monkeypatch.setattr(dispatch, "size_of", record)
+    monkeypatch.setattr(dispatch, "TABLED", ("cpu",))
+    packed = torch.nn.utils.rnn.pack_padded_sequence(torch.randn(5, 3, 4), torch.tensor([5, 3, 1]))
+    for options, input, expected in (
+        ({}, torch.randn(5, 3, 4), (3, 5)),
+        ({"batch_first": True}, torch.randn(5, 3, 4), (5, 3)),
+        ({"bidirectional": True}, torch.randn(5, 3, 4), (6, 5)),
+        ({}, torch.randn(5, 4), (1, 5)),
+        ({"batch_first": True}, torch.randint(4, (5, 3)), (5, 3)),
+        ({}, torch.randint(4, (5,)), (1, 5)),
+        ({}, packed, (3, 5)),
+    ):
+        layer = rnnfast.GRU(4, 6, **options)
+        sizes.clear()
+        with rnnfast.use_backend("reference"):
+            rnnfast.explain(layer, input)
+            layer(input)
+        assert sizes == [("gru", *expected)] * 2
+
+
+def test_a_compiled_graph_looks_it_up_too(gpu_backends: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    write()
+    torch.backends.cudnn.allow_tf32 = False
+    chosen = []
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        name = dispatch.choose(
+            Request("lstm", "cuda", torch.float32, False, False, Size(0, 512, len(x), 16, False))
+        ).backend
+        chosen.append(name)
+        return x + len(name)
+
+    compiled = torch.compile(call, fullgraph=True, backend="eager")
+    for rows in (32, 8, 9, 100):
+        assert torch.equal(compiled(torch.zeros(rows)), call(torch.zeros(rows)))
+    assert chosen[-1] == "torch"
+
+
+def test_threads_find_the_same_table() -> None:
+    write()
+    found: list[object] = []
+    threads = [threading.Thread(target=lambda: found.append(table.of(0).table.points == POINTS)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [True] * 4
+
+
+def test_points_are_told_apart_by_value() -> None:
+    assert replace(POINTS[0], hidden=1) != POINTS[0]
+    assert json.loads(write().read_text())["points"][0]["hidden"] == 512
+
+
+def test_an_exported_graph_is_not_bound_to_the_sizes_of_its_example(gpu_backends: list[str]) -> None:
+    write()
+    torch.backends.cudnn.allow_tf32 = False
+
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w_hh = torch.nn.Parameter(torch.zeros(4 * 512, 512))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            size = dispatch.size_of("lstm", self.w_hh, x.shape[1], x.shape[0], (x,))
+            return x + len(dispatch.choose(Request("lstm", "cuda", torch.float32, False, False, size)).backend)
+
+    example, other = torch.zeros(16, 32), torch.zeros(7, 50)
+    assert torch.equal(Layer()(example), example + len("cuda"))
+    dispatch.choose(request(steps=1))  # loads torch's own path, which is no part of what is exported
+    anything = {0: torch.export.Dim("steps"), 1: torch.export.Dim("rows")}
+    exported = torch.export.export(Layer(), (example,), dynamic_shapes={"x": anything}, strict=True)
+    assert torch.equal(exported.module()(other), other + len("torch"))
