@@ -162,7 +162,7 @@ def _products(input: Tensor, w_ih: Tensor) -> Tensor:
         return torch.matmul(w_ih, input.mT.unsqueeze(1))
     members, lanes, gate_rows, inputs = w_ih.shape
     table = w_ih.permute(0, 3, 1, 2).reshape(members * inputs, lanes * gate_rows)
-    by_row = F.embedding(_own_ids(input, inputs), table).view(members, -1, lanes, gate_rows)
+    by_row = F.embedding(_own_ids(input, inputs), table).view(members, input.shape[1], lanes, gate_rows)
     return by_row.permute(0, 2, 3, 1)
 
 

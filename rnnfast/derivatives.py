@@ -20,8 +20,8 @@ from rnnfast.cells import CELLS
 
 
 def needs_gradient(tensors: Sequence[Any]) -> bool:
-    """What is computed from these tensors may be differentiated; other arguments do not matter."""
-    return torch.is_grad_enabled() and _C._any_requires_grad(*tensors)
+    """What is computed from these tensors, and from what else is among them, may be differentiated."""
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
 
 
 class _Function(_SingleLevelFunction):

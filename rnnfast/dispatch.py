@@ -180,6 +180,17 @@ def choose(request: Request, backend: str = AUTO) -> Choice:
     raise AssertionError("the reference backend declines nothing")
 
 
+def choose_name(backend: str, *request: Any) -> str:
+    """Returns the name that `choose` chooses for a `Request` of these parts.
+
+    A compiler calls this while it traces, once, and keeps the answer; so what it is given and gives are plain values.
+    """
+    return choose(Request(*request), backend).backend
+
+
+choose_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def check_name(name: str) -> None:
     """Raises ValueError unless `name` is "auto" or a backend's."""
     if name != AUTO and name not in _BACKENDS:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rnnfast import dispatch
 from rnnfast.cells import CELLS
-from rnnfast.scan import Weights, scan_layer
+from rnnfast.scan import Weights, is_transformed, scan_layer
 
 __all__ = ["Weights", "gru", "lstm", "rnn", "step"]
 
@@ -116,8 +116,8 @@ def _stack(
     first, token_ids = weights[0], not input.is_floating_point()
     directions = 2 if bidirectional else 1
     _check(cell, input, h_0, c_0, weights, batch_sizes, directions)
-    request = dispatch.Request(cell, first.w_hh.device.type, first.w_hh.dtype, token_ids, first.w_hr is not None)
-    chosen = dispatch.choose(request, backend).backend
+    w_hh, projected = first.w_hh, first.w_hr is not None
+    chosen = dispatch.choose_name(backend, cell, w_hh.device.type, w_hh.dtype, token_ids, projected)
     if chosen == "torch":
         return _torch_stack(cell, input, h_0, c_0, weights, batch_sizes, bidirectional, dropout, training)
 
@@ -237,7 +237,11 @@ def _check(
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     if len(weights) % directions:
         raise ValueError(f"weights must hold one entry a layer and direction, got {len(weights)}, an odd number")
-    batch = int(batch_sizes[0]) if batch_sizes is not None else input.shape[1]
+    compiling = torch.compiler.is_compiling()
+    if batch_sizes is None:
+        batch = input.shape[1]
+    else:  # a compiler does not know what batch_sizes holds; the operator looks
+        batch = h_0.shape[1] if compiling else int(batch_sizes[0])
     _check_state("h_0", h_0, w_hh, (len(weights), batch, w_hh.shape[1]))
     if c_0 is not None:
         _check_state("c_0", c_0, w_hh, (len(weights), batch, w_hh.shape[0] // CELLS[cell].gates))
@@ -248,7 +252,7 @@ def _check(
             raise RuntimeError(f"input has dtype {input.dtype}, the weights have {w_ih.dtype}; convert one of them")
         if input.shape[-1] != w_ih.shape[1]:
             raise RuntimeError(f"input has {input.shape[-1]} features, w_ih takes {w_ih.shape[1]}")
-    elif input.device.type == "cpu" and input.numel() and not torch.compiler.is_compiling():
+    elif input.device.type == "cpu" and input.numel() and not is_transformed():
         low, high = (int(bound) for bound in input.aminmax())
         if low < 0 or high >= w_ih.shape[1]:
             raise IndexError(f"token ids must be in [0, {w_ih.shape[1]}), got {low if low < 0 else high}")

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnfast import dispatch, functional
+from rnnfast import compiling, dispatch, functional
+from rnnfast.scan import is_transformed
 
 
 class _DropIn(nn.RNNBase):
@@ -49,7 +50,6 @@ class _DropIn(nn.RNNBase):
             ValueError, RuntimeError: as torch.nn does, for dimensions, sizes and dtypes that do not fit.
             IndexError: a token id outside [0, I).
         """
-        self._update_flat_weights()
         if isinstance(input, PackedSequence):
             data, batch_sizes, sorted_indices, unsorted_indices = input
             if hx is not None:
@@ -98,7 +98,6 @@ class _DropIn(nn.RNNBase):
         """
         if self.bidirectional:
             raise RuntimeError("a bidirectional layer reads the whole sequence at once: it has no step")
-        self._update_flat_weights()
         weights = self._lane_weights()
         if input.dim() != (2 if input.is_floating_point() else 1):
             raise RuntimeError(f"a step takes (B, {self.input_size}) input or (B,) token ids, got {tuple(input.shape)}")
@@ -149,7 +148,12 @@ class _DropIn(nn.RNNBase):
         raise NotImplementedError  # each layer names its function in rnnfast.functional
 
     def _lane_weights(self) -> list[functional.Weights]:
-        flat: Any = iter(self._flat_weights)
+        if is_transformed():
+            # Tensors of a transform or a compiler, which the module must not keep.
+            flat: Any = iter([getattr(self, name) for name in self._flat_weights_names])
+        else:
+            self._update_flat_weights()
+            flat = iter(self._flat_weights)
         lanes = []
         for _ in self._all_weights:
             w_ih, w_hh = next(flat), next(flat)
@@ -173,6 +177,9 @@ class _DropIn(nn.RNNBase):
                 f"For {'batched' if batched else 'unbatched'} {input_dims}-D input, hx should also be {dims}-D "
                 f"but got {hx.dim()}-D tensor"
             )
+
+
+compiling.let_dynamo_trace(_DropIn)
 
 
 def _cast(tensor: Any, dtype: torch.dtype) -> Any:
