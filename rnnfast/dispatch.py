@@ -20,28 +20,35 @@ if TYPE_CHECKING:
     from torch.nn.utils.rnn import PackedSequence
 
 AUTO = "auto"
+_BY_NAME = "asked for by name"
 
 
 class Request(NamedTuple):
-    """What decides whether a backend can run a layer."""
+    """What decides whether a backend can run a layer.
+
+    `transformed`: a compiler, a torch.func transform or forward-mode AD looks at the call.
+    """
 
     cell: str
     device: str
     dtype: torch.dtype
     token_ids: bool
     projected: bool
+    transformed: bool = False
 
 
 class Choice(NamedTuple):
-    """A backend, why it was chosen, and why those before it were not."""
+    """A backend, why it was chosen, why those before it were not, and, from `explain`, what runs elsewhere."""
 
     backend: str
     reason: str
     passed_over: tuple[tuple[str, str], ...]
+    elsewhere: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{self.backend}: {self.reason}"]
         lines += [f"  not {name}: {why}" for name, why in self.passed_over]
+        lines += [f"  {what}: {where}" for what, where in self.elsewhere]
         return "\n".join(lines)
 
 
@@ -86,7 +93,11 @@ def _module(name: str) -> Any:
 
 
 def _torch_declines(request: Request) -> str | None:
-    return "torch.nn takes no token ids" if request.token_ids else None
+    if request.token_ids:
+        return "torch.nn takes no token ids"
+    return (
+        "torch.nn's kernels have no vmap or forward-mode AD, and compilers unroll them" if request.transformed else None
+    )
 
 
 _BACKENDS = {
@@ -170,7 +181,7 @@ def choose(request: Request, backend: str = AUTO) -> Choice:
                 f"rnnfast backend '{backend}' cannot run this {request.cell}: {refusal}. "
                 "Use backend='auto' to let rnnfast choose, or see rnnfast.backends()."
             )
-        return Choice(backend, "asked for by name", ())
+        return Choice(backend, _BY_NAME, ())
     passed_over: list[tuple[str, str]] = []
     for name in _AUTO.get(request.device, _AUTO_ELSEWHERE):
         refusal = _BACKENDS[name].refusal(request)
@@ -231,7 +242,7 @@ def backends() -> BackendTable:
 
 
 def explain(layer: nn.RNNBase, input: Tensor | PackedSequence) -> Choice:
-    """Returns which backend `layer(input)` would run on and why; print it.
+    """Returns which backend `layer(input)` would run on and why, and which derivatives run elsewhere; print it.
 
     Args:
         layer: an `rnnfast.RNN`, `LSTM` or `GRU`.
@@ -243,4 +254,17 @@ def explain(layer: nn.RNNBase, input: Tensor | PackedSequence) -> Choice:
     request = Request(
         layer.mode.lower(), weight.device.type, weight.dtype, not data.is_floating_point(), layer.proj_size > 0
     )
-    return choose(request, getattr(layer, "backend", AUTO))
+    choice = choose(request, getattr(layer, "backend", AUTO))
+    return choice._replace(elsewhere=_elsewhere(choice, request))
+
+
+def _elsewhere(choice: Choice, request: Request) -> tuple[tuple[str, str], ...]:
+    if choice.backend != "torch":
+        return (
+            ("second and higher derivatives", "reference, differentiated by torch"),
+            ("forward-mode derivatives", "reference, differentiated by torch"),
+        )
+    whole = "torch.compile, torch.func and forward-mode AD"
+    if choice.reason != _BY_NAME:
+        return ((whole, choose(request._replace(transformed=True)).backend),)
+    return ((whole, f"refused: {_torch_declines(request._replace(transformed=True))}"),)

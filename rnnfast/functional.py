@@ -117,7 +117,7 @@ def _stack(
     directions = 2 if bidirectional else 1
     _check(cell, input, h_0, c_0, weights, batch_sizes, directions)
     w_hh, projected = first.w_hh, first.w_hr is not None
-    chosen = dispatch.choose_name(backend, cell, w_hh.device.type, w_hh.dtype, token_ids, projected)
+    chosen = dispatch.choose_name(backend, cell, w_hh.device.type, w_hh.dtype, token_ids, projected, is_transformed())
     if chosen == "torch":
         return _torch_stack(cell, input, h_0, c_0, weights, batch_sizes, bidirectional, dropout, training)
 
@@ -159,8 +159,9 @@ def step(
     w_ih, w_hh, w_hr = weights[0].w_ih, weights[0].w_hh, weights[0].w_hr
     token_ids = not input.is_floating_point()
     _check(cell, input.unsqueeze(0), h_0, c_0, weights, None, 1)
-    request = dispatch.Request(cell, w_hh.device.type, w_ih.dtype, token_ids, w_hr is not None)
-    chosen = dispatch.choose(request, backend).backend
+    chosen = dispatch.choose_name(
+        backend, cell, w_hh.device.type, w_ih.dtype, token_ids, w_hr is not None, is_transformed()
+    )
     if chosen == "torch":
         output, h_n, c_n = _torch_stack(cell, input.unsqueeze(0), h_0, c_0, weights, None, False, dropout, dropout > 0)
         return output.squeeze(0), h_n, c_n
@@ -207,7 +208,9 @@ def _torch_stack(
     function = getattr(torch._VF, cell)
     flat_weights = [parameter for lane in weights for parameter in lane if parameter is not None]
     num_layers = len(weights) // (2 if bidirectional else 1)
-    options = (flat_weights, weights[0].b_ih is not None, num_layers, float(dropout), training, bidirectional)
+    # cuDNN has a backward only for what it ran in training mode; without dropout that is the same.
+    dropout, training = float(dropout if training else 0.0), training or torch.is_grad_enabled()
+    options = (flat_weights, weights[0].b_ih is not None, num_layers, dropout, training, bidirectional)
     hx = h_0 if c_0 is None else (h_0, c_0)
     if batch_sizes is None:
         output, h_n, *c_n = function(input, hx, *options, False)
@@ -237,11 +240,10 @@ def _check(
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     if len(weights) % directions:
         raise ValueError(f"weights must hold one entry a layer and direction, got {len(weights)}, an odd number")
-    compiling = torch.compiler.is_compiling()
-    if batch_sizes is None:
-        batch = input.shape[1]
-    else:  # a compiler does not know what batch_sizes holds; the operator looks
-        batch = h_0.shape[1] if compiling else int(batch_sizes[0])
+    batch = input.shape[1] if batch_sizes is None else h_0.shape[1]
+    # A compiler does not know what batch_sizes holds; the operator looks when it runs.
+    if batch_sizes is not None and not torch.compiler.is_compiling():
+        batch = int(batch_sizes[0])
     _check_state("h_0", h_0, w_hh, (len(weights), batch, w_hh.shape[1]))
     if c_0 is not None:
         _check_state("c_0", c_0, w_hh, (len(weights), batch, w_hh.shape[0] // CELLS[cell].gates))
