@@ -123,8 +123,8 @@ class _DropIn(nn.RNNBase):
             self._check_state_size(hx, batch)
         if torch.is_autocast_enabled(data.device.type):
             dtype = torch.get_autocast_dtype(data.device.type)
-            data = data.to(dtype) if data.is_floating_point() else data
-            hx = _map_state(hx, lambda state: state.to(dtype))
+            data = _cast(data, dtype)
+            hx = _map_state(hx, lambda state: _cast(state, dtype))
             weights = [functional.Weights(*(_cast(parameter, dtype) for parameter in lane)) for lane in weights]
         return self._function(
             data,
@@ -183,7 +183,10 @@ compiling.let_dynamo_trace(_DropIn)
 
 
 def _cast(tensor: Any, dtype: torch.dtype) -> Any:
-    return None if tensor is None else tensor.to(dtype)
+    """As autocast does: floating tensors, but for float64."""
+    if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(dtype)
 
 
 def _map_state(state: Any, function: Callable[[Tensor], Tensor]) -> Any:
