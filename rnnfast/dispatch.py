@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch.nn.utils.rnn import PackedSequence
 
 AUTO = "auto"
+_BY_NAME = "asked for by name"
 
 
 class Size(NamedTuple):
@@ -37,26 +38,32 @@ class Size(NamedTuple):
 
 
 class Request(NamedTuple):
-    """What decides whether a backend can run a layer, and on a GPU, where `size` is needed, which is fastest."""
+    """What decides whether a backend can run a layer, and on a GPU, where `size` is needed, which is fastest.
+
+    `transformed`: a compiler, a torch.func transform or forward-mode AD looks at the call.
+    """
 
     cell: str
     device: str
     dtype: torch.dtype
     token_ids: bool
     projected: bool
+    transformed: bool = False
     size: Size | None = None
 
 
 class Choice(NamedTuple):
-    """A backend, why it was chosen, and why those before it were not."""
+    """A backend, why it was chosen, why those before it were not, and, from `explain`, what runs elsewhere."""
 
     backend: str
     reason: str
     passed_over: tuple[tuple[str, str], ...]
+    elsewhere: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{self.backend}: {self.reason}"]
         lines += [f"  not {name}: {why}" for name, why in self.passed_over]
+        lines += [f"  {what}: {where}" for what, where in self.elsewhere]
         return "\n".join(lines)
 
 
@@ -101,7 +108,11 @@ def _module(name: str) -> Any:
 
 
 def _torch_declines(request: Request) -> str | None:
-    return "torch.nn takes no token ids" if request.token_ids else None
+    if request.token_ids:
+        return "torch.nn takes no token ids"
+    return (
+        "torch.nn's kernels have no vmap or forward-mode AD, and compilers unroll them" if request.transformed else None
+    )
 
 
 _BACKENDS = {
@@ -148,6 +159,7 @@ _BACKENDS = {
 _AUTO: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "torch", "reference")}
 _AUTO_ELSEWHERE = ("torch", "reference")
 TABLED = ("cuda",)  # kinds of device whose cards have tables; a call's size matters there
+_USUAL_ROWS, _USUAL_STEPS = 32, 128
 HINT = "`rnnfast tune` measures the GPU kernels on this card; until then auto leaves them alone"
 
 _loaded: set[str] = set()
@@ -197,7 +209,7 @@ def choose(request: Request, backend: str = AUTO) -> Choice:
                 f"rnnfast backend '{backend}' cannot run this {request.cell}: {refusal}. "
                 "Use backend='auto' to let rnnfast choose, or see rnnfast.backends()."
             )
-        return Choice(backend, "asked for by name", ())
+        return Choice(backend, _BY_NAME, ())
     order, left_alone = _order(request)
     passed_over = [(name, left_alone) for name in table.BACKENDS if name not in order] if left_alone else []
     for name in order:
@@ -222,6 +234,17 @@ def _order(request: Request) -> tuple[tuple[str, ...], str]:
         return order, f"no table has verified it here, {found.why_not}; {HINT}"
     ranking = found.table.ranking(table.Regime.of(request.cell, request.dtype, hidden, rows, steps, training))
     return (*ranking, *order), "the card's table has not found it right at this size"
+
+
+def choose_name(backend: str, *request: Any) -> str:
+    """Returns the name that `choose` chooses for a `Request` of these parts.
+
+    A compiler calls this while it traces, once, and keeps the answer; so what it is given and gives are plain values.
+    """
+    return choose(Request(*request), backend).backend
+
+
+choose_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def check_name(name: str) -> None:
@@ -286,7 +309,7 @@ def _verdict(backend: str, found: table.Found) -> tuple[str, int]:
 
 
 def explain(layer: Any, input: Tensor | PackedSequence) -> Choice:
-    """Returns which backend `layer(input)` would run on and why; print it.
+    """Returns which backend `layer(input)` would run on and why, and which derivatives run elsewhere; print it.
 
     Args:
         layer: an `rnnfast.RNN`, `LSTM` or `GRU`, or a cell.
@@ -299,8 +322,21 @@ def explain(layer: Any, input: Tensor | PackedSequence) -> Choice:
     else:
         cell, weight, projected = layer.mode.lower(), layer.weight_hh_l0, layer.proj_size > 0
     size = _size_of_input(cell, layer, input, weight)
-    request = Request(cell, weight.device.type, weight.dtype, not data.is_floating_point(), projected, size)
-    return choose(request, getattr(layer, "backend", AUTO))
+    request = Request(cell, weight.device.type, weight.dtype, not data.is_floating_point(), projected, size=size)
+    choice = choose(request, getattr(layer, "backend", AUTO))
+    return choice._replace(elsewhere=_elsewhere(choice, request))
+
+
+def _elsewhere(choice: Choice, request: Request) -> tuple[tuple[str, str], ...]:
+    if choice.backend != "torch":
+        return (
+            ("second and higher derivatives", "reference, differentiated by torch"),
+            ("forward-mode derivatives", "reference, differentiated by torch"),
+        )
+    whole = "torch.compile, torch.func and forward-mode AD"
+    if choice.reason != _BY_NAME:
+        return ((whole, choose(request._replace(transformed=True)).backend),)
+    return ((whole, f"refused: {_torch_declines(request._replace(transformed=True))}"),)
 
 
 def _size_of_input(cell: str, layer: Any, input: Tensor | PackedSequence, weight: Tensor) -> Size | None:
@@ -332,9 +368,12 @@ def size_of(cell: str, w_hh: Tensor, rows: int, steps: int, differentiable: Iter
         differentiable: what may require a gradient.
 
     Returns:
-        None while a graph is exported, which is to hold for sizes that are not known yet.
+        None while a graph is exported, which is to hold for sizes that are not known yet. A compiled graph serves any T
+        and B, so it is chosen for usual ones.
     """
     if torch.compiler.is_exporting():
         return None
+    if torch.compiler.is_compiling():
+        rows, steps = _USUAL_ROWS, _USUAL_STEPS
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
     return Size(w_hh.device.index or 0, w_hh.shape[0] // CELLS[cell].gates, rows, steps, training)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rnnfast import dispatch
 from rnnfast.cells import CELLS
-from rnnfast.scan import Weights, scan_layer
+from rnnfast.scan import Weights, is_transformed, scan_layer
 
 __all__ = ["Weights", "gru", "lstm", "rnn", "step"]
 
@@ -116,12 +116,8 @@ def _stack(
     first, token_ids = weights[0], not input.is_floating_point()
     directions = 2 if bidirectional else 1
     _check(cell, input, h_0, c_0, weights, batch_sizes, directions)
-    device, size = first.w_hh.device, None
-    if device.type in dispatch.TABLED:
-        steps = len(input) if batch_sizes is None else len(batch_sizes)
-        size = dispatch.size_of(cell, first.w_hh, h_0.shape[1] * directions, steps, (input, h_0, c_0, *first))
-    request = dispatch.Request(cell, device.type, first.w_hh.dtype, token_ids, first.w_hr is not None, size)
-    chosen = dispatch.choose(request, backend).backend
+    steps = len(input) if batch_sizes is None else len(batch_sizes)
+    chosen = _choose(backend, cell, first, token_ids, h_0.shape[1] * directions, steps, (input, h_0, c_0, *first))
     if chosen == "torch":
         return _torch_stack(cell, input, h_0, c_0, weights, batch_sizes, bidirectional, dropout, training)
 
@@ -160,18 +156,31 @@ def step(
     Raises:
         RuntimeError, IndexError: as `rnn`.
     """
-    w_ih, w_hh, w_hr = weights[0].w_ih, weights[0].w_hh, weights[0].w_hr
     token_ids = not input.is_floating_point()
     _check(cell, input.unsqueeze(0), h_0, c_0, weights, None, 1)
-    device, size = w_hh.device, None
-    if device.type in dispatch.TABLED:
-        size = dispatch.size_of(cell, w_hh, len(input), 1, (input, h_0, c_0, *weights[0]))
-    request = dispatch.Request(cell, device.type, w_ih.dtype, token_ids, w_hr is not None, size)
-    chosen = dispatch.choose(request, backend).backend
+    chosen = _choose(backend, cell, weights[0], token_ids, len(input), 1, (input, h_0, c_0, *weights[0]))
     if chosen == "torch":
         output, h_n, c_n = _torch_stack(cell, input.unsqueeze(0), h_0, c_0, weights, None, False, dropout, dropout > 0)
         return output.squeeze(0), h_n, c_n
     return _run_layers(chosen, cell, input.long() if token_ids else input, h_0, c_0, weights, None, False, dropout)
+
+
+def _choose(
+    backend: str,
+    cell: str,
+    weights: Weights,
+    token_ids: bool,
+    rows: int,
+    steps: int,
+    differentiable: tuple[Tensor | None, ...],
+) -> str:
+    """The backend's name for a call of so many rows (of the batch, times the directions) and steps."""
+    w_hh, size = weights.w_hh, None
+    if w_hh.device.type in dispatch.TABLED:
+        size = dispatch.size_of(cell, w_hh, rows, steps, differentiable)
+    return dispatch.choose_name(
+        backend, cell, w_hh.device.type, w_hh.dtype, token_ids, weights.w_hr is not None, is_transformed(), size
+    )
 
 
 def _run_layers(
@@ -214,7 +223,9 @@ def _torch_stack(
     function = getattr(torch._VF, cell)
     flat_weights = [parameter for lane in weights for parameter in lane if parameter is not None]
     num_layers = len(weights) // (2 if bidirectional else 1)
-    options = (flat_weights, weights[0].b_ih is not None, num_layers, float(dropout), training, bidirectional)
+    # cuDNN has a backward only for what it ran in training mode; without dropout that is the same.
+    dropout, training = float(dropout if training else 0.0), training or torch.is_grad_enabled()
+    options = (flat_weights, weights[0].b_ih is not None, num_layers, dropout, training, bidirectional)
     hx = h_0 if c_0 is None else (h_0, c_0)
     if batch_sizes is None:
         output, h_n, *c_n = function(input, hx, *options, False)
@@ -244,7 +255,10 @@ def _check(
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     if len(weights) % directions:
         raise ValueError(f"weights must hold one entry a layer and direction, got {len(weights)}, an odd number")
-    batch = int(batch_sizes[0]) if batch_sizes is not None else input.shape[1]
+    batch = input.shape[1] if batch_sizes is None else h_0.shape[1]
+    # A compiler does not know what batch_sizes holds; the operator looks when it runs.
+    if batch_sizes is not None and not torch.compiler.is_compiling():
+        batch = int(batch_sizes[0])
     _check_state("h_0", h_0, w_hh, (len(weights), batch, w_hh.shape[1]))
     if (c_0 is not None) != CELLS[cell].has_cell_state:
         takes = "a pair (h_0, c_0)" if CELLS[cell].has_cell_state else "one tensor h_0"
@@ -258,7 +272,7 @@ def _check(
             raise RuntimeError(f"input has dtype {input.dtype}, the weights have {w_ih.dtype}; convert one of them")
         if input.shape[-1] != w_ih.shape[1]:
             raise RuntimeError(f"input has {input.shape[-1]} features, w_ih takes {w_ih.shape[1]}")
-    elif input.device.type == "cpu" and input.numel() and not torch.compiler.is_compiling():
+    elif input.device.type == "cpu" and input.numel() and not is_transformed():
         low, high = (int(bound) for bound in input.aminmax())
         if low < 0 or high >= w_ih.shape[1]:
             raise IndexError(f"token ids must be in [0, {w_ih.shape[1]}), got {low if low < 0 else high}")

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnfast import dispatch, functional, sequences
+from rnnfast import compiling, dispatch, functional, sequences
 from rnnfast.backends import step as direct_step
+from rnnfast.scan import is_transformed
 from rnnfast.sequences import Segments
 
 
@@ -69,7 +70,6 @@ class _DropIn(nn.RNNBase):
             ValueError, TypeError: lengths or resets of the wrong shape, type or range.
             IndexError: a token id outside [0, I).
         """
-        self._update_flat_weights()
         cuts = lengths is not None or reset is not None
         if reset_to is not None and reset is None:
             raise ValueError("reset_to is the state that reset= returns to: give reset= as well")
@@ -142,7 +142,6 @@ class _DropIn(nn.RNNBase):
             return result
         if self.bidirectional:
             raise RuntimeError("a bidirectional layer reads the whole sequence at once: it has no step")
-        self._update_flat_weights()
         weights = self._lane_weights()
         if input.dim() != (2 if input.is_floating_point() else 1):
             raise RuntimeError(f"a step takes (B, {self.input_size}) input or (B,) token ids, got {tuple(input.shape)}")
@@ -168,8 +167,8 @@ class _DropIn(nn.RNNBase):
             self._check_state_size(hx, batch)
         if torch.is_autocast_enabled(data.device.type):
             dtype = torch.get_autocast_dtype(data.device.type)
-            data = data.to(dtype) if data.is_floating_point() else data
-            hx = _map_state(hx, lambda state: state.to(dtype))
+            data = _cast(data, dtype)
+            hx = _map_state(hx, lambda state: _cast(state, dtype))
             weights = [functional.Weights(*(_cast(parameter, dtype) for parameter in lane)) for lane in weights]
         return self._function(
             data,
@@ -212,7 +211,12 @@ class _DropIn(nn.RNNBase):
         raise NotImplementedError  # each layer names its function in rnnfast.functional
 
     def _lane_weights(self) -> list[functional.Weights]:
-        flat: Any = iter(self._flat_weights)
+        if is_transformed():
+            # Tensors of a transform or a compiler, which the module must not keep.
+            flat: Any = iter([getattr(self, name) for name in self._flat_weights_names])
+        else:
+            self._update_flat_weights()
+            flat = iter(self._flat_weights)
         lanes = []
         for _ in self._all_weights:
             w_ih, w_hh = next(flat), next(flat)
@@ -238,8 +242,14 @@ class _DropIn(nn.RNNBase):
             )
 
 
+compiling.let_dynamo_trace(_DropIn)
+
+
 def _cast(tensor: Any, dtype: torch.dtype) -> Any:
-    return None if tensor is None else tensor.to(dtype)
+    """As autocast does: floating tensors, but for float64."""
+    if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(dtype)
 
 
 def _map_state(state: Any, function: Callable[..., Tensor], *others: Any) -> Any:

@@ -8,11 +8,14 @@ compiled library is loaded; a backend registers implementations and nothing else
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import _C, Tensor
+from torch.autograd import forward_ad
 
+from rnnfast import batching, derivatives
 from rnnfast.backends import reference
 from rnnfast.cells import CELLS
 
@@ -72,11 +75,27 @@ def scan(
         output (N, D*P), h_n (D, B, P) and c_n (D, B, H); c_n is empty but for the LSTM.
     """
     tensors = (input, *weights, h_0, c_0)
-    save_tape = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    op = _FORWARD[backend]
+    if forward_ad._current_level >= 0:
+        # Forward-mode derivatives: the reference is made of operations that have them.
+        output, h_n, c_n, _ = reference.forward(*tensors, batch_sizes, cell, bidirectional, False)
+        return output, h_n, c_n
+    ops = _OPS[backend]
     contiguous = [None if t is None else t.contiguous() for t in tensors]
-    output, h_n, c_n, _ = op(*contiguous, batch_sizes, cell, bidirectional, save_tape)
+    save_tape = derivatives.needs_gradient(tensors)
+    arguments = (*contiguous, batch_sizes, cell, bidirectional, save_tape)
+    # What the operator's Autograd kernel does, without the way there through the dispatcher and back into Python.
+    eager_training = save_tape and not is_transformed()
+    output, h_n, c_n, _ = derivatives.Scan.apply(*ops, *arguments) if eager_training else ops[0](*arguments)
     return output, h_n, c_n
+
+
+def is_transformed() -> bool:
+    """A compiler, an exporter, a torch.func transform or forward-mode AD looks at what runs now."""
+    return bool(
+        torch.compiler.is_compiling()
+        or _C._functorch.maybe_current_level() is not None
+        or forward_ad._current_level >= 0
+    )
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -125,9 +144,7 @@ def _is_plain_inference(input: Tensor, lanes: Sequence[Weights], h_0: Tensor, c_
     tensors = [input, h_0, *([] if c_0 is None else [c_0]), *(p for lane in lanes for p in lane if p is not None)]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return False
-    if torch.compiler.is_compiling() or _C._len_torch_dispatch_stack():
-        return False
-    if _C._functorch.maybe_current_level() is not None:
+    if is_transformed() or _C._len_torch_dispatch_stack():
         return False
     return all(type(tensor) in _PLAIN for tensor in tensors)
 
@@ -188,86 +205,22 @@ def _fake_backward(
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, cell, bidirectional, save_tape = inputs
-    out, _, c_n, tape = output
-    ctx.save_for_backward(*tensors, out, tape)
-    ctx.cell, ctx.bidirectional, ctx.save_tape = cell, bidirectional, save_tape
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*([tape] if CELLS[cell].has_cell_state else [tape, c_n]))
-
-
-def _make_backward(op: Any) -> Any:
-    def backward(ctx: Any, d_output: Any, d_h_n: Any, d_c_n: Any, _: None) -> tuple[Any, ...]:
-        *layer, output, tape = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:8]
-        d_outputs = (d_output, d_h_n, d_c_n)
-        if all(d is None for d in d_outputs):
-            return (None,) * 12
-        if torch.is_grad_enabled():
-            gradients = _differentiable_backward(d_outputs, layer, ctx.cell, ctx.bidirectional, needs)
-        else:
-            if not ctx.save_tape:
-                raise RuntimeError("the scan was run with save_tape=False, so it has no backward; pass save_tape=True")
-            gradients = op(
-                *(None if d is None else d.contiguous() for d in d_outputs),
-                *layer,
-                ctx.cell,
-                ctx.bidirectional,
-                output,
-                tape,
-                needs[0],
-                any(needs[1:6]),
-            )
-        return (*(d if need else None for d, need in zip(gradients, needs, strict=True)), None, None, None, None)
-
-    return backward
-
-
-def _differentiable_backward(
-    d_outputs: tuple[Tensor | None, ...],
-    layer: list[Any],
-    cell: str,
-    bidirectional: bool,
-    needs: tuple[bool, ...],
-) -> list[Tensor | None]:
-    """Gradients that can be differentiated again: the reference, run and differentiated by torch's own autograd.
-
-    Whatever backend ran the forward scan, this gives derivatives of any order at the reference's speed.
-    """
-    *tensors, batch_sizes = layer
-    # An alias cuts the graph above each input, so that a gradient holds the direct path alone, even where one input
-    # was computed from another (h_0 from w_hh, say).
-    tensors = [t.view_as(t) if need else t for t, need in zip(tensors, needs, strict=True)]
-    arguments = [*tensors, batch_sizes, cell, bidirectional, False]
-    outputs = reference.forward(*arguments)[:3]
-    pairs = [(out, d) for out, d in zip(outputs, d_outputs, strict=True) if d is not None]
-    gradients = iter(
-        torch.autograd.grad(
-            [out for out, _ in pairs],
-            [t for t, need in zip(tensors, needs, strict=True) if need],
-            [d for _, d in pairs],
-            create_graph=True,
-            allow_unused=True,
-        )
-    )
-    return [next(gradients) if need else None for need in needs]
-
-
 _library = torch.library.Library("rnnfast", "DEF")
-_FORWARD: dict[str, Any] = {}
+_OPS: dict[str, tuple[Any, Any]] = {}  # forward and backward
 for _backend in BACKENDS:
-    _forward_name, _backward_name = f"scan_{_backend}", f"scan_{_backend}_backward"
-    _library.define(_forward_name + FORWARD_SCHEMA)
-    _library.define(_backward_name + BACKWARD_SCHEMA)
-    _FORWARD[_backend] = getattr(torch.ops.rnnfast, _forward_name).default
-    torch.library.register_fake(f"rnnfast::{_forward_name}", _fake_forward, lib=_library)
-    torch.library.register_fake(f"rnnfast::{_backward_name}", _fake_backward, lib=_library)
-    torch.library.register_autograd(
-        f"rnnfast::{_forward_name}",
-        _make_backward(getattr(torch.ops.rnnfast, _backward_name).default),
-        setup_context=_setup_context,
-        lib=_library,
-    )
+    _name = f"scan_{_backend}"
+    _library.define(_name + FORWARD_SCHEMA)
+    _library.define(_name + "_backward" + BACKWARD_SCHEMA)
+    _op = getattr(torch.ops.rnnfast, _name).default
+    _backward_op = getattr(torch.ops.rnnfast, _name + "_backward").default
+    _OPS[_backend] = _op, _backward_op
+    _library.impl(_name, derivatives.kernel(derivatives.Scan, _op, _backward_op), "Autograd")
+    _library.impl(_name + "_backward", derivatives.kernel(derivatives.ScanBackward, _backward_op), "Autograd")
+    for _qualified, _fake, _rule in (
+        (f"rnnfast::{_name}", _fake_forward, partial(batching.map_forward, _op)),
+        (f"rnnfast::{_name}_backward", _fake_backward, partial(batching.map_backward, _backward_op)),
+    ):
+        torch.library.register_fake(_qualified, _fake, lib=_library)
+        torch.library.register_vmap(_qualified, _rule, lib=_library)
 _library.impl("scan_reference", reference.forward, "CompositeExplicitAutograd")
 _library.impl("scan_reference_backward", reference.backward, "CompositeExplicitAutograd")

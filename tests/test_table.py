@@ -77,7 +77,7 @@ def write(identity: Identity = CARD, path: Path | None = None, points: list[Poin
 
 
 def request(hidden: int = 512, rows: int = 32, steps: int = 16, training: bool = False, ids: bool = False) -> Request:
-    return Request("lstm", "cuda", torch.float32, ids, False, Size(0, hidden, rows, steps, training))
+    return Request("lstm", "cuda", torch.float32, ids, False, size=Size(0, hidden, rows, steps, training))
 
 
 def test_what_was_written_is_read(tmp_path: Path) -> None:
@@ -313,7 +313,7 @@ def test_a_compiled_graph_looks_it_up_too(gpu_backends: list[str], monkeypatch: 
 
     def call(x: torch.Tensor) -> torch.Tensor:
         name = dispatch.choose(
-            Request("lstm", "cuda", torch.float32, False, False, Size(0, 512, len(x), 16, False))
+            Request("lstm", "cuda", torch.float32, False, False, size=Size(0, 512, len(x), 16, False))
         ).backend
         chosen.append(name)
         return x + len(name)
@@ -351,7 +351,7 @@ def test_an_exported_graph_is_not_bound_to_the_sizes_of_its_example(gpu_backends
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             size = dispatch.size_of("lstm", self.w_hh, x.shape[1], x.shape[0], (x,))
-            return x + len(dispatch.choose(Request("lstm", "cuda", torch.float32, False, False, size)).backend)
+            return x + len(dispatch.choose(Request("lstm", "cuda", torch.float32, False, False, size=size)).backend)
 
     example, other = torch.zeros(16, 32), torch.zeros(7, 50)
     assert torch.equal(Layer()(example), example + len("cuda"))

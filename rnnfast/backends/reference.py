@@ -94,6 +94,14 @@ def _gru_backward(d_state: State, tape: Tensor, output: Tensor, before: State) -
     return torch.cat((d_r, d_z, d_n), dim=-1), torch.cat((d_r, d_z, d_n * r), dim=-1), (d_h * z,)
 
 
+def recurrent_gradient(cell: str, d_gates_x: Tensor, tape: Tensor) -> Tensor:
+    """Returns d_gates_h of any rows, (..., G*H), from their d_gates_x and tape."""
+    if cell != "gru":
+        return d_gates_x
+    d_r, d_z, d_n = d_gates_x.chunk(3, dim=-1)
+    return torch.cat((d_r, d_z, d_n * tape[..., : d_n.shape[-1]]), dim=-1)
+
+
 _STEPS: dict[str, tuple[Step, StepBackward]] = {
     "rnn_tanh": (_rnn_tanh, _rnn_tanh_backward),
     "rnn_relu": (_rnn_relu, _rnn_relu_backward),
@@ -123,6 +131,17 @@ def _before(states: Sequence[Tensor], initial: Tensor, sizes: list[int], backwar
         else:
             previous.append(torch.cat((states[t + 1], initial[sizes[t + 1] : size])))
     return previous
+
+
+def states_before(output: Tensor, h_0: Tensor, batch_sizes: Tensor | None, bidirectional: bool) -> Tensor:
+    """Returns the h before every row of a scan's output (N, D*P), for each lane: (D, N, P)."""
+    sizes = _step_sizes(output, h_0, batch_sizes)
+    outputs = output.split(h_0.shape[2], dim=1)
+    lanes = [
+        _before(out.split(sizes), initial, sizes, bidirectional and d % 2 == 1)
+        for d, (out, initial) in enumerate(zip(outputs, h_0, strict=True))
+    ]
+    return torch.stack([_cat(lane, output[:0, : h_0.shape[2]]) for lane in lanes])
 
 
 def _resize(state: State, rows: int, joining: State, leaving: list[State]) -> State:

@@ -1,0 +1,85 @@
+"""ONNX export: the scan as ONNX's standard RNN, LSTM and GRU.
+
+    torch.onnx.export(model, (x,), "model.onnx", custom_translation_table=rnnfast.onnx.translation_table())
+
+It needs `pip install 'rnnfast[onnx]'`. ONNX's operators have no projections and no batch_sizes, so models with
+`proj_size` or PackedSequence input are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from rnnfast.scan import BACKENDS
+
+# torch.nn's gates in ONNX's order: i o f g of i f g o, z r n of r z n.
+_GATE_ORDER = {"rnn_tanh": (0,), "rnn_relu": (0,), "lstm": (0, 3, 1, 2), "gru": (1, 0, 2)}
+
+
+def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Returns what `torch.onnx.export` takes as `custom_translation_table`, for the scan of every backend.
+
+    Raises:
+        ImportError: onnxscript is not installed.
+    """
+    import onnxscript
+
+    op = onnxscript.opset18
+
+    def scan(
+        input: Any,
+        w_ih: Any,
+        w_hh: Any,
+        b_ih: Any,
+        b_hh: Any,
+        w_hr: Any,
+        h_0: Any,
+        c_0: Any,
+        batch_sizes: Any,
+        cell: str,
+        bidirectional: bool,
+        save_tape: bool,
+    ) -> Any:
+        if w_hr is not None:
+            raise RuntimeError("ONNX's LSTM has no projection (proj_size): this model cannot be exported with it")
+        if batch_sizes is not None:
+            raise RuntimeError("ONNX's recurrent operators take no PackedSequence; export the model for padded input")
+        lanes, _, hidden = (int(size) for size in w_hh.shape)
+        inputs = int(w_ih.shape[2])
+        options: dict[str, Any] = {
+            "hidden_size": hidden,
+            "direction": "bidirectional" if bidirectional else "forward",
+        }
+        x = input
+        if input.dtype == onnxscript.ir.DataType.INT64:
+            x = op.CastLike(op.OneHot(input, inputs, op.Constant(value_ints=[0, 1])), w_ih)
+        batch = op.Shape(h_0, start=1, end=2)
+        steps_and_rows = op.Concat(op.Constant(value_ints=[-1]), batch, op.Constant(value_ints=[inputs]), axis=0)
+        x = op.Reshape(x, steps_and_rows)
+        w, r = _reorder(op, w_ih, cell), _reorder(op, w_hh, cell)
+        b = None if b_ih is None else op.Concat(_reorder(op, b_ih, cell), _reorder(op, b_hh, cell), axis=1)
+        if cell == "lstm":
+            y, h_n, c_n = op.LSTM(x, w, r, b, None, h_0, c_0, **options)
+        elif cell == "gru":
+            y, h_n = op.GRU(x, w, r, b, None, h_0, linear_before_reset=1, **options)
+        else:
+            activation = "Tanh" if cell == "rnn_tanh" else "Relu"
+            y, h_n = op.RNN(x, w, r, b, None, h_0, activations=[activation] * lanes, **options)
+        # (T, D, B, H) to the rows of a scan, (T*B, D*H).
+        columns = op.Constant(value_ints=[-1, lanes * hidden])
+        output = op.Reshape(op.Transpose(y, perm=[0, 2, 1, 3]), columns)
+        nothing = op.CastLike(op.ConstantOfShape(op.Constant(value_ints=[0])), h_0)
+        return output, h_n, c_n if cell == "lstm" else nothing, nothing
+
+    return {getattr(torch.ops.rnnfast, f"scan_{backend}").default: scan for backend in BACKENDS}
+
+
+def _reorder(op: Any, weight: Any, cell: str) -> Any:
+    """Gates (D, G*H, ...) in ONNX's order."""
+    order = _GATE_ORDER[cell]
+    hidden = int(weight.shape[1]) // len(order)
+    rows = [gate * hidden + unit for gate in order for unit in range(hidden)]
+    return op.Gather(weight, op.Constant(value_ints=rows), axis=1) if len(order) > 1 else weight

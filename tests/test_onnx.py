@@ -1,0 +1,66 @@
+"""ONNX export, run by onnxruntime and compared with the layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.export import Dim
+from torch.utils._pytree import tree_leaves
+
+import rnnfast
+from tests.test_compile import CASES, Model
+
+onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install onnxruntime")
+pytest.importorskip("onnxscript", reason="needs onnxscript: pip install 'rnnfast[onnx]'")
+pytestmark = pytest.mark.filterwarnings("ignore")  # torch's exporter deprecates itself
+
+
+def exported(model: Any, arguments: Any, **options: Any) -> Any:
+    import rnnfast.onnx
+
+    table = rnnfast.onnx.translation_table()
+    return torch.onnx.export(model, arguments, verbose=False, custom_translation_table=table, **options)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "projected" not in case])
+def test_onnx(case: str, backend: str, tmp_path: Any) -> None:
+    make_layer, make_arguments = CASES[case]
+    layer = make_layer()
+    layer.backend = backend
+    model, arguments = Model(layer).eval(), make_arguments(4, 3)
+    program = exported(model, arguments)
+    kinds = [node.op_type for node in program.model.graph]
+    assert kinds.count(type(layer).__name__) == layer.num_layers
+    assert not any(kind in kinds for kind in ("Loop", "Scan"))
+    compare(program, model, arguments, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_onnx_with_dynamic_sizes(name: str, bias: bool, tmp_path: Any) -> None:
+    options = {"nonlinearity": "relu"} if name == "RNN" else {}
+    model = Model(getattr(rnnfast, name)(5, 7, bidirectional=True, num_layers=2, bias=bias, **options)).eval()
+    sizes = {0: Dim("steps", min=1, max=4096), 1: Dim("batch", min=1, max=4096)}
+    program = exported(model, (torch.randn(4, 3, 5),), dynamic_shapes=((sizes,),))
+    compare(program, model, (torch.randn(9, 6, 5),), tmp_path)
+
+
+def test_onnx_has_no_projection() -> None:
+    with pytest.raises(torch.onnx.OnnxExporterError) as raised:
+        exported(Model(rnnfast.LSTM(5, 7, proj_size=3)), (torch.randn(4, 3, 5),))
+    error: BaseException | None = raised.value
+    while error is not None and error.__cause__ is not None:
+        error = error.__cause__
+    assert "ONNX's LSTM has no projection" in str(error)
+
+
+def compare(program: Any, model: Any, arguments: Any, folder: Any) -> None:
+    program.save(folder / "model.onnx")
+    session = onnxruntime.InferenceSession(folder / "model.onnx")
+    names = [argument.name for argument in session.get_inputs()]
+    results = session.run(None, dict(zip(names, (t.numpy() for t in tree_leaves(arguments)), strict=True)))
+    with torch.no_grad():
+        expected = tree_leaves(model(*arguments))
+    torch.testing.assert_close([torch.from_numpy(result) for result in results], expected)

@@ -1,0 +1,271 @@
+"""torch.func, vmap and forward-mode AD over the layers, against loops and against the reference's plain operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_leaves, tree_map
+
+import rnnfast
+from rnnfast import functional, scan
+from rnnfast.backends import reference
+
+Parameters = dict[str, Tensor]
+LAYERS = ["RNN", "LSTM", "GRU", "projected LSTM"]
+MEMBERS = 3
+
+
+def build(name: str, bidirectional: bool, backend: str, **options: Any) -> Any:
+    if name == "projected LSTM":
+        options["proj_size"] = 2
+    layer = getattr(rnnfast, name.split()[-1])
+    return layer(2, 3, bidirectional=bidirectional, backend=backend, dtype=torch.float64, **options)
+
+
+def parameters_of(layer: Any) -> Parameters:
+    return {name: parameter.detach() for name, parameter in layer.named_parameters()}
+
+
+def ensemble_of(parameters: Parameters) -> Parameters:
+    return {
+        name: torch.stack([p + 0.1 * torch.randn_like(p) for _ in range(MEMBERS)]) for name, p in parameters.items()
+    }
+
+
+def loss_of(layer: Any) -> Callable[[Parameters, Tensor], Tensor]:
+    def loss(parameters: Parameters, input: Tensor) -> Tensor:
+        output, state = functional_call(layer, parameters, (input,))
+        return output.pow(2).sum() + sum(s.sin().sum() for s in tree_leaves(state))
+
+    return loss
+
+
+def loop(function: Callable[..., Any], in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+    """What torch.vmap must give."""
+
+    def of(member: int, argument: Any, dim: int | None) -> Any:
+        return argument if dim is None else tree_map(lambda t: t[member], argument)
+
+    results = [function(*[of(m, *pair) for pair in zip(arguments, in_dims, strict=True)]) for m in range(MEMBERS)]
+    return tree_map(lambda *tensors: torch.stack(tensors), *results)
+
+
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], Any]:
+    """Runs a function with the scan replaced by the reference's operations, which torch transforms by itself."""
+
+    def plain_scan(_: str, input: Tensor, lanes: Any, *others: Any) -> tuple[Tensor, ...]:
+        h_0, c_0, batch_sizes, cell, bidirectional = others
+        arguments = (input, *scan._stack_lanes(lanes), h_0, c_0, batch_sizes, cell, bidirectional, False)
+        return reference.forward(*arguments)[:3]
+
+    def run(function: Callable[[], Any]) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(functional, "scan_layer", plain_scan)
+            return function()
+
+    return run
+
+
+def assert_same(actual: Any, expected: Any) -> None:
+    actual, expected = tree_leaves(actual), tree_leaves(expected)
+    assert len(actual) == len(expected)
+    assert any(t.abs().sum() > 0 for t in expected)
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("in_dims", [(None, 0), (0, None), (0, 0)], ids=["inputs", "weights", "both"])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("name", LAYERS)
+def test_vmap(name: str, bidirectional: bool, in_dims: Any, backend: str) -> None:
+    layer = build(name, bidirectional, backend, num_layers=2)
+    parameters, input = parameters_of(layer), torch.randn(MEMBERS, 5, 4, 2, dtype=torch.float64)
+    weights = parameters if in_dims[0] is None else ensemble_of(parameters)
+    input = input if in_dims[1] == 0 else input[0]
+
+    def outputs(parameters: Parameters, input: Tensor) -> Any:
+        return functional_call(layer, parameters, (input,))
+
+    loss = loss_of(layer)
+    for function in (outputs, grad(loss), grad(loss, (0, 1))):
+        assert_same(vmap(function, in_dims)(weights, input), loop(function, in_dims, weights, input))
+
+    def summed(mapped: Any) -> Any:
+        return grad(lambda weights, input: mapped(loss, in_dims)(weights, input).sum(), (0, 1))(weights, input)
+
+    assert_same(summed(vmap), summed(lambda function, dims: lambda *arguments: loop(function, dims, *arguments)))
+
+
+@pytest.mark.parametrize("in_dims", [(None, 0), (0, None), (0, 0)], ids=["ids", "weights", "both"])
+def test_vmap_token_ids(in_dims: Any, backend: str) -> None:
+    layer = build("GRU", True, backend)
+    parameters, ids = parameters_of(layer), torch.randint(2, (MEMBERS, 5, 4))
+    weights = parameters if in_dims[0] is None else ensemble_of(parameters)
+    ids = ids if in_dims[1] == 0 else ids[0]
+    function = grad(loss_of(layer))
+    assert_same(vmap(function, in_dims)(weights, ids), loop(function, in_dims, weights, ids))
+    with pytest.raises((IndexError, RuntimeError), match=r"out of (range|bounds)|outside"):
+        vmap(function, in_dims)(weights, ids + 1)
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU"])
+def test_vmap_over_states(name: str, backend: str) -> None:
+    layer = build(name, False, backend)
+    input, h_0 = torch.randn(5, 4, 2, dtype=torch.float64), torch.randn(MEMBERS, 1, 4, 3, dtype=torch.float64)
+
+    def loss(h_0: Tensor) -> Tensor:
+        output, _ = functional_call(layer, parameters_of(layer), (input, (h_0, h_0) if name == "LSTM" else h_0))
+        return output.pow(2).sum()
+
+    for function in (loss, grad(loss)):
+        assert_same(vmap(function)(h_0), loop(function, (0,), h_0))
+
+
+@pytest.mark.parametrize("in_dims", [(None, 0), (0, None), (0, 0)], ids=["inputs", "weights", "both"])
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_vmap_packed(name: str, in_dims: Any, backend: str) -> None:
+    layer = build(name, True, backend)
+    sizes, data = torch.tensor([3, 3, 1]), torch.randn(MEMBERS, 7, 2, dtype=torch.float64)
+    weights = parameters_of(layer) if in_dims[0] is None else ensemble_of(parameters_of(layer))
+
+    def loss(parameters: Parameters, data: Tensor) -> Tensor:
+        output, state = functional_call(layer, parameters, (PackedSequence(data, sizes),))
+        return output.data.pow(2).sum() + sum(s.sin().sum() for s in tree_leaves(state))
+
+    data = data if in_dims[1] == 0 else data[0]
+    function = grad(loss, (0, 1))
+    assert_same(vmap(function, in_dims)(weights, data), loop(function, in_dims, weights, data))
+
+
+def test_vmap_of_half_types_rounds_once(backend: str) -> None:
+    layer = rnnfast.LSTM(2, 3, backend=backend, dtype=torch.bfloat16)
+    parameters, input = parameters_of(layer), torch.randn(MEMBERS, 5, 4, 2, dtype=torch.bfloat16)
+    ensemble, function = ensemble_of(parameters), grad(loss_of(layer), (0, 1))
+    for in_dims, weights in (((None, 0), parameters), ((0, 0), ensemble)):
+        actual = vmap(function, in_dims)(weights, input)
+        expected = loop(function, in_dims, weights, input)
+        assert all(t.dtype == torch.bfloat16 for t in tree_leaves(actual))
+        torch.testing.assert_close(tree_leaves(actual), tree_leaves(expected), rtol=2**-6, atol=2**-6)
+
+
+def test_vmap_refuses_lengths_of_each_member(backend: str) -> None:
+    layer = build("GRU", False, backend)
+    data, sizes = torch.randn(7, 2, dtype=torch.float64), torch.tensor([[3, 3, 1]] * MEMBERS)
+    with pytest.raises(RuntimeError, match="batch_sizes"):
+        vmap(lambda sizes: scan_of(layer, data, sizes))(sizes)
+
+
+def scan_of(layer: Any, data: Tensor, sizes: Tensor) -> Tensor:
+    h_0 = torch.zeros(1, 3, 3, dtype=torch.float64)
+    return scan.scan_layer(layer.backend, data, layer._lane_weights(), h_0, None, sizes, "gru", False)[0]
+
+
+def penalty(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda *arguments: grad(loss, 1)(*arguments).pow(2).sum()
+
+
+def norm(gradients: Parameters) -> Tensor:
+    return sum((g.pow(2).sum() for g in gradients.values()), torch.zeros(()))
+
+
+COMPOSITIONS: dict[str, Callable[..., Any]] = {
+    "jvp": lambda loss, p, e, x, xs: jvp(lambda p: loss(p, x), (p,), (tree_map(torch.ones_like, p),)),
+    "vjp": lambda loss, p, e, x, xs: vjp(lambda p: loss(p, x), p)[1](torch.ones((), dtype=torch.float64)),
+    "jacrev": lambda loss, p, e, x, xs: jacrev(grad(loss, 1), 1)(p, x),
+    "jacfwd": lambda loss, p, e, x, xs: jacfwd(loss, 1)(p, x),
+    "hessian": lambda loss, p, e, x, xs: hessian(loss, 1)(p, x),
+    "reverse over reverse": lambda loss, p, e, x, xs: jacrev(jacrev(loss))(p, x)["weight_ih_l0"],
+    "reverse over forward": lambda loss, p, e, x, xs: jacrev(jacfwd(loss, 1), 1)(p, x),
+    "gradient penalty": lambda loss, p, e, x, xs: grad(penalty(loss), (0, 1))(p, x),
+    "penalty a sample": lambda loss, p, e, x, xs: vmap(grad(penalty(loss), (0, 1)), (None, 0))(p, xs),
+    "penalty a member": lambda loss, p, e, x, xs: vmap(grad(penalty(loss), (0, 1)), (0, None))(e, x),
+    "penalty of both": lambda loss, p, e, x, xs: vmap(grad(penalty(loss), (0, 1)))(e, xs),
+    "through per-sample": lambda loss, p, e, x, xs: grad(lambda p: norm(vmap(grad(loss), (None, 0))(p, xs)))(p),
+    "through an ensemble": lambda loss, p, e, x, xs: grad(lambda e: norm(vmap(grad(loss), (0, None))(e, x)))(e),
+    "vmap of vmap": lambda loss, p, e, x, xs: grad(lambda e: norm(vmap(vmap(grad(loss), (None, 0)), (0, None))(e, xs)))(
+        e
+    ),
+    "third derivative": lambda loss, p, e, x, xs: grad(lambda p: norm(grad(penalty(loss))(p, x)))(p),
+}
+
+
+@pytest.mark.parametrize("composition", COMPOSITIONS)
+@pytest.mark.parametrize(("name", "bidirectional"), [("RNN", True), ("LSTM", False), ("GRU", True), (LAYERS[3], True)])
+def test_compositions(name: str, bidirectional: bool, composition: str, backend: str, plain: Any) -> None:
+    layer = build(name, bidirectional, backend)
+    parameters = parameters_of(layer)
+    inputs = torch.randn(MEMBERS, 3, 2, 2, dtype=torch.float64)
+    arguments = (loss_of(layer), parameters, ensemble_of(parameters), inputs[0], inputs)
+    function = COMPOSITIONS[composition]
+    assert_same(function(*arguments), plain(lambda: function(*arguments)))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_dual_numbers(name: str, backend: str, plain: Any) -> None:
+    layer = build(name, True, backend).requires_grad_(False)
+    input, tangent = torch.randn(2, 3, 2, 2, dtype=torch.float64)
+
+    def dual() -> Any:
+        with forward_ad.dual_level():
+            return [forward_ad.unpack_dual(t) for t in tree_leaves(layer(forward_ad.make_dual(input, tangent)))]
+
+    assert_same(dual(), plain(dual))
+
+
+def test_penalty_in_eager_autograd(backend: str, plain: Any) -> None:
+    """create_graph=True: the first gradient by the backend, its derivative by the reference."""
+    layer = build("LSTM", True, backend)
+    input = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
+
+    def gradients() -> tuple[Tensor, ...]:
+        (g,) = torch.autograd.grad(layer(input)[0].pow(2).sum(), input, create_graph=True)
+        return torch.autograd.grad(g.pow(2).sum(), [input, *layer.parameters()])
+
+    assert_same(gradients(), plain(gradients))
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu", "torch"])
+def test_backward_in_eval_mode(name: str) -> None:
+    layer, input = rnnfast.LSTM(2, 3, num_layers=2, dropout=0.5, backend=name).eval(), torch.randn(4, 2, 2)
+    output = layer(input)[0]
+    torch.testing.assert_close(output, layer(input)[0])
+    gradients = torch.autograd.grad(output.sum(), list(layer.parameters()))
+    assert all(g.abs().sum() > 0 for g in gradients)
+
+
+def test_a_transform_leaves_nothing_in_the_module(backend: str) -> None:
+    layer = build("LSTM", False, backend)
+    before = list(layer._flat_weights)
+    vmap(grad(loss_of(layer)), (None, 0))(parameters_of(layer), torch.randn(MEMBERS, 3, 2, 2, dtype=torch.float64))
+    assert all(a is b for a, b in zip(layer._flat_weights, before, strict=True))
+
+
+def test_explain_tells_what_runs_elsewhere() -> None:
+    input = torch.randn(4, 2, 2)
+    text = str(rnnfast.explain(rnnfast.LSTM(2, 3, backend="cpu"), input))
+    assert "second and higher derivatives: reference" in text
+    assert "forward-mode derivatives: reference" in text
+    assert "refused" in str(rnnfast.explain(rnnfast.LSTM(2, 3, backend="torch"), input))
+    half = rnnfast.explain(rnnfast.LSTM(2, 3, dtype=torch.float16), input.half())
+    assert half.backend == "torch"
+    assert half.elsewhere == (("torch.compile, torch.func and forward-mode AD", "reference"),)
+
+
+def test_transforms_pass_over_torch() -> None:
+    """float16 on a CPU runs on torch.nn's kernels, which have no vmap."""
+    layer = rnnfast.GRU(2, 3, dtype=torch.float16)
+    input = torch.randn(MEMBERS, 3, 2, 2, dtype=torch.float16)
+    function = grad(loss_of(layer))
+    expected = loop(function, (None, 0), parameters_of(layer), input)
+    actual = vmap(function, (None, 0))(parameters_of(layer), input)
+    torch.testing.assert_close(tree_leaves(actual), tree_leaves(expected), rtol=2**-7, atol=2**-7)
+    layer.backend = "torch"
+    with pytest.raises(RuntimeError, match="no vmap"):
+        vmap(function, (None, 0))(parameters_of(layer), input)
