@@ -259,6 +259,8 @@ def explain(layer: nn.RNNBase, input: Tensor | PackedSequence) -> Choice:
 
 
 def _elsewhere(choice: Choice, request: Request) -> tuple[tuple[str, str], ...]:
+    if choice.backend == "reference":
+        return ()
     if choice.backend != "torch":
         return (
             ("second and higher derivatives", "reference, differentiated by torch"),
