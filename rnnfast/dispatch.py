@@ -328,6 +328,8 @@ def explain(layer: Any, input: Tensor | PackedSequence) -> Choice:
 
 
 def _elsewhere(choice: Choice, request: Request) -> tuple[tuple[str, str], ...]:
+    if choice.backend == "reference":
+        return ()
     if choice.backend != "torch":
         return (
             ("second and higher derivatives", "reference, differentiated by torch"),
