@@ -6,6 +6,7 @@ from rnnfast import functional, sequences
 from rnnfast.cell_modules import GRUCell, LSTMCell, RNNCell
 from rnnfast.dispatch import backends, explain, use_backend
 from rnnfast.layers import GRU, LSTM, RNN
+from rnnfast.stack import Stack
 from rnnfast.stream import Stream
 from rnnfast.swap import accelerate, restore
 
@@ -21,6 +22,7 @@ __all__ = [
     "GRUCell",
     "LSTMCell",
     "RNNCell",
+    "Stack",
     "Stream",
     "accelerate",
     "backends",

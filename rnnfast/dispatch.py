@@ -23,13 +23,14 @@ AUTO = "auto"
 
 
 class Request(NamedTuple):
-    """What decides whether a backend can run a layer."""
+    """What decides whether a backend can run a layer; `extension` tells what changes its recurrence, "" if nothing."""
 
     cell: str
     device: str
     dtype: torch.dtype
     token_ids: bool
     projected: bool
+    extension: str = ""
 
 
 class Choice(NamedTuple):
@@ -64,6 +65,8 @@ class Backend(NamedTuple):
         if self.devices and request.device not in self.devices:
             return f"it runs on {' and '.join(self.devices)}, the input is on {request.device}"
         reason = self.declines(request)
+        if request.extension and self.name != "reference":
+            reason = f"it has no {request.extension} within the recurrence, which the reference has"
         if reason is None and self.name not in _loaded:
             reason = self.why_not()
             if reason is None:
@@ -233,10 +236,12 @@ def explain(layer: Any, input: Tensor | PackedSequence) -> Choice:
     """Returns which backend `layer(input)` would run on and why; print it.
 
     Args:
-        layer: an `rnnfast.RNN`, `LSTM` or `GRU`, or a cell.
+        layer: an `rnnfast.RNN`, `LSTM` or `GRU`, a cell, or a `Stack` in the mode it is in.
         input: what the layer would be called with: a floating tensor, token ids, or a PackedSequence.
     """
     data = input if isinstance(input, torch.Tensor) else input.data
+    if hasattr(layer, "request"):
+        return choose(layer.request(data), layer.backend)
     is_cell = isinstance(layer, torch.nn.RNNCellBase)
     if is_cell:
         cell, weight, projected = layer._cell(), layer.weight_hh, False

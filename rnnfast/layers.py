@@ -243,11 +243,11 @@ def _cast(tensor: Any, dtype: torch.dtype) -> Any:
 
 
 def _map_state(state: Any, function: Callable[..., Tensor], *others: Any) -> Any:
-    """Applies a function to a state, None, h or (h, c), part by part along with other states of the same form."""
+    """Applies a function to a state, None, h, (h, c) or a list of such, part by part along with others of its form."""
     if state is None:
         return None
     if isinstance(state, tuple | list):
-        return tuple(function(*parts) for parts in zip(state, *others, strict=True))
+        return tuple(_map_state(part, function, *rest) for part, *rest in zip(state, *others, strict=True))
     return function(state, *others)
 
 
