@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch.nn.utils.rnn import PackedSequence
 
 AUTO = "auto"
+CELL_STATES = "c of every step"  # an extension of a request: the scans have it on their tape
 
 
 class Request(NamedTuple):
@@ -50,7 +51,8 @@ class Backend(NamedTuple):
     """A way to run a layer.
 
     `why_not()` tells cheaply, without building or loading anything, what is missing; None if nothing is. `load()` makes
-    it ready and raises RuntimeError if that fails. `declines(request)` tells why it cannot do this request.
+    it ready and raises RuntimeError if that fails. `declines(request)` tells why it cannot do this request. Of the
+    extensions of a request it has `extensions`; the reference has all.
     """
 
     name: str
@@ -59,14 +61,15 @@ class Backend(NamedTuple):
     why_not: Callable[[], str | None]
     load: Callable[[], None]
     declines: Callable[[Request], str | None]
+    extensions: tuple[str, ...] = ()
 
     def refusal(self, request: Request) -> str | None:
         """Why this backend cannot run `request`, or None once it is loaded and can."""
         if self.devices and request.device not in self.devices:
             return f"it runs on {' and '.join(self.devices)}, the input is on {request.device}"
         reason = self.declines(request)
-        if request.extension and self.name != "reference":
-            reason = f"it has no {request.extension} within the recurrence, which the reference has"
+        if request.extension and self.name != "reference" and request.extension not in self.extensions:
+            reason = f"it has no {request.extension}, which the reference has"
         if reason is None and self.name not in _loaded:
             reason = self.why_not()
             if reason is None:
@@ -102,6 +105,7 @@ _BACKENDS = {
             lambda: _module("native").why_not(),
             lambda: _module("native").load(),
             lambda request: _module("native").declines(request),
+            (CELL_STATES,),
         ),
         Backend(
             "triton",
@@ -110,6 +114,7 @@ _BACKENDS = {
             lambda: _module("triton").why_not(),
             lambda: _module("triton").load(),
             lambda request: _module("triton").declines(request),
+            (CELL_STATES,),
         ),
         Backend(
             "cuda",
@@ -118,6 +123,7 @@ _BACKENDS = {
             lambda: _module("cuda").why_not(),
             lambda: _module("cuda").load(),
             lambda request: _module("cuda").declines(request),
+            (CELL_STATES,),
         ),
         Backend("reference", (), "eager PyTorch, the definition of every cell", _nothing, _nothing, _nothing),
         Backend(

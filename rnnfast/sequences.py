@@ -129,6 +129,13 @@ def cut(
     return Segments((steps, batch), rows, batch_sizes, columns, filled, first, last, entering, entered)
 
 
+def check_reset_shape(reset: Tensor | None, input: Tensor, steps_and_batch: int) -> None:
+    """Raises ValueError unless a mask has the first dimensions of the input it came with."""
+    if reset is not None and reset.shape != input.shape[:steps_and_batch]:
+        expected, given = tuple(input.shape[:steps_and_batch]), tuple(reset.shape)
+        raise ValueError(f"reset must have the input's shape without features, {expected}, got {given}")
+
+
 def of_packed(packed: PackedSequence) -> Segments:
     """The plan of a PackedSequence, whose data are its ragged rows: a segment for each sequence."""
     batch_sizes, device = packed.batch_sizes, packed.data.device

@@ -203,14 +203,19 @@ class Stack(nn.Module):
                 raise ValueError(
                     f"Stack: expected {dims}D batched input, got {data.dim()}D; an unbatched one is (T, 1, I)"
                 )
+            sequences.check_reset_shape(reset, data, 2)
             if self.batch_first:
                 data, reset = data.transpose(0, 1), None if reset is None else reset.transpose(0, 1)
             steps, batch = data.shape[:2]
             if lengths is not None or reset is not None:
                 segments = sequences.cut(steps, batch, lengths, reset, data.device)
                 data = segments.gather(data)
-        masks = Masks((steps, batch), segments, generator)
-        output, final = self._run(data, self._initial(hx, batch, data.device), masks)
+        states = self._initial(hx, batch, data.device)
+        if segments is None or segments.columns.numel():
+            output, final = self._run(data, states, Masks((steps, batch), segments, generator))
+        else:  # every sequence is empty
+            output = states[-1][0].new_zeros(0, len(states[-1][0]) * self.hidden_sizes[-1])
+            final = tuple(state if self.cell == "lstm" else state[0] for state in states)
         if packed is not None:
             return packed._replace(data=output), final
         output = output if segments is None else segments.scatter(output)

@@ -245,7 +245,7 @@ def test_weight_drop_masks_the_recurrent_weights_for_a_call(backend: str) -> Non
 
 @pytest.mark.parametrize("option", ["input_dropout", "dropout"])
 def test_variational_dropout_has_one_mask_a_sequence(option: str, backend: str) -> None:
-    stack, seen = make("rnn_relu", [HIDDEN, HIDDEN], bias=False, backend=backend, **{option: 0.5}), []
+    stack = make("rnn_relu", [HIDDEN, HIDDEN], bias=False, backend=backend, **{option: 0.5})
     with torch.no_grad():  # layers that pass on what they are given, but for the first of which the input is narrower
         for layer in range(2):
             getattr(stack, f"weight_hh_l{layer}").zero_()
@@ -278,6 +278,18 @@ def test_lengths_packing_and_a_loop_draw_the_same_masks(cell: str, bidirectional
     assert all(torch.allclose(a[:, 1], b[:, 1]) for a, b in pairs)
     if not bidirectional:
         torch.testing.assert_close(output[:2, 0], whole[:2, 0])
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_empty_sequences(cell: str) -> None:
+    stack, input = make(cell, [HIDDEN, 3], bidirectional=True, layer_norm=True), input_of()
+    _, hx = stack(input)
+    output, states = stack(input, hx, lengths=[0, 0, 0])
+    assert output.shape == (STEPS, BATCH, 6)
+    assert not output.any()
+    torch.testing.assert_close(flat(states), flat(hx))
+    output, states = stack(input, hx, lengths=[0, 3, 0])
+    torch.testing.assert_close([part[:, 0] for part in flat(states)], [part[:, 0] for part in flat(hx)])
 
 
 def test_a_reset_forgets_and_keeps_the_masks() -> None:
@@ -414,5 +426,7 @@ def test_mistaken_calls() -> None:
         stack(input.float())
     with pytest.raises(ValueError, match="embedded token ids"):
         make("gru", input_dropout=0.1)(torch.zeros(3, 2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="input's shape without features"):
+        stack(input, reset=torch.zeros(BATCH, STEPS, dtype=torch.bool))
     with pytest.raises(ValueError, match="lengths of its own"):
         stack(pack_padded_sequence(input, torch.tensor([5, 4, 3])), lengths=[1, 2, 3])
