@@ -9,7 +9,7 @@ import pytest
 DOCS = Path(__file__).parent.parent / "docs"
 
 
-@pytest.mark.parametrize("page", ["sequences.md", "modules.md"])
+@pytest.mark.parametrize("page", ["sequences.md", "modules.md", "regularisation.md"])
 def test_examples_run(page: str) -> None:
     text = (DOCS / page).read_text()
     blocks = list(re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
