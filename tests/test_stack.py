@@ -196,12 +196,14 @@ def test_without_options_it_is_torch_nn(cell: str, bidirectional: bool, backend:
 
 
 def test_layers_have_their_own_sizes_and_take_token_ids(backend: str) -> None:
-    stack = make("gru", [7, 3], backend=backend)
+    stack, normalised = make("gru", [7, 3], backend=backend), make("lstm", [7, 3], layer_norm=True)
     ids = torch.randint(INPUTS, (STEPS, BATCH))
     output, states = stack(ids)
     assert output.shape == (STEPS, BATCH, 3)
     assert [state.shape[2] for state in states] == [7, 3]
-    torch.testing.assert_close((output, states), stack(F.one_hot(ids, INPUTS).double()))
+    one_hot = F.one_hot(ids, INPUTS).double()
+    torch.testing.assert_close((output, states), stack(one_hot))
+    torch.testing.assert_close(normalised(ids), normalised(one_hot))
 
 
 @pytest.mark.parametrize("connection", ["residual", "highway"])
@@ -353,6 +355,18 @@ def test_autocast() -> None:
         torch.testing.assert_close(output.float(), seeded(stack, input)[0], rtol=0.05, atol=0.05)
         output.float().sum().backward()
         assert stack.weight_hh_l0.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_types_are_computed_in_float32_and_rounded_once_a_layer(dtype: torch.dtype) -> None:
+    stack = make("lstm", layer_norm=True, zoneout=0.2, recurrent_dropout=0.5).to(dtype)
+    input = input_of().to(dtype)
+    output, states = seeded(stack, input)
+    expected, expected_states = seeded(copy.deepcopy(stack).float(), input.float())
+    torch.testing.assert_close(output, expected.to(dtype))
+    torch.testing.assert_close(flat(states), [state.to(dtype) for state in flat(expected_states)])
+    output.float().sum().backward()
+    assert all(parameter.grad is not None for parameter in stack.parameters())
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
