@@ -116,7 +116,7 @@ def _stack(
     first, token_ids = weights[0], not input.is_floating_point()
     directions = 2 if bidirectional else 1
     _check(cell, input, h_0, c_0, weights, batch_sizes, directions)
-    steps = len(input) if batch_sizes is None else len(batch_sizes)
+    steps = input.shape[0] if batch_sizes is None else batch_sizes.shape[0]
     chosen = _choose(backend, cell, first, token_ids, h_0.shape[1] * directions, steps, (input, h_0, c_0, *first))
     if chosen == "torch":
         return _torch_stack(cell, input, h_0, c_0, weights, batch_sizes, bidirectional, dropout, training)
@@ -158,7 +158,7 @@ def step(
     """
     token_ids = not input.is_floating_point()
     _check(cell, input.unsqueeze(0), h_0, c_0, weights, None, 1)
-    chosen = _choose(backend, cell, weights[0], token_ids, len(input), 1, (input, h_0, c_0, *weights[0]))
+    chosen = _choose(backend, cell, weights[0], token_ids, input.shape[0], 1, (input, h_0, c_0, *weights[0]))
     if chosen == "torch":
         output, h_n, c_n = _torch_stack(cell, input.unsqueeze(0), h_0, c_0, weights, None, False, dropout, dropout > 0)
         return output.squeeze(0), h_n, c_n

@@ -115,6 +115,9 @@ def test_what_must_be_seen_goes_the_general_way(direct_calls: list[int]) -> None
     replaced = {"weight_hh_l0": torch.zeros(48, 16)}
     torch.func.functional_call(_Stepper(layer), {f"layer.{k}": v for k, v in replaced.items()}, (input, state))
     torch.vmap(lambda x: layer.step(x, state)[0])(torch.stack([input, input]))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(input, torch.ones_like(input))
+        assert torch.autograd.forward_ad.unpack_dual(layer.step(dual, state)[0]).tangent is not None
     layer.step(input.t().contiguous().t(), state)
     layer.step(input, state.transpose(0, 2).contiguous().transpose(0, 2))
     assert not direct_calls

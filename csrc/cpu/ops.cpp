@@ -69,7 +69,13 @@ struct Shape : ScanShape {
       steps = sizes->numel();
       batch_sizes = static_cast<const int64_t*>(sizes->const_data_ptr());
       first_rows.resize(steps);
-      for (int64_t t = 0, row = 0; t < steps; row += batch_sizes[t++]) first_rows[t] = row;
+      int64_t row = 0;
+      for (int64_t t = 0; t < steps; row += batch_sizes[t++]) {
+        first_rows[t] = row;
+        STD_TORCH_CHECK(t ? batch_sizes[t] >= 0 && batch_sizes[t] <= batch_sizes[t - 1] : batch_sizes[t] == batch,
+                        "batch_sizes must start with the batch size of the states, ", batch, ", and never rise");
+      }
+      STD_TORCH_CHECK(row == rows, "batch_sizes adds up to ", row, " rows, the input has ", rows);
       offsets = first_rows.data();
     } else {
       steps = batch ? rows / batch : 0;
@@ -119,6 +125,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_
     OptionalTensor batch_sizes, std::string cell, bool bidirectional, Tensor output, Tensor tape, bool need_input,
     bool need_weights) {
   const Shape s(layer_shape(w_ih, w_hh, w_hr, cell, is_ids(input)), input, h_0, batch_sizes, bidirectional);
+  STD_TORCH_CHECK(tape.numel() == s.lanes * s.rows * tape_count(s.cell) * s.hidden &&
+                      output.numel() == s.rows * s.lanes * s.state,
+                  "output and tape are not those of a scan of this layer that was run with save_tape=True");
   const int64_t gate_rows = s.gates() * s.hidden;
   const auto when = [&](bool needed, const Sizes& sizes) { return empty(h_0, needed ? sizes : Sizes{0}); };
   Tensor d_input = when(need_input && !s.ids, {s.rows, s.input});

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, is_autocast_enabled, is_grad_enabled
 from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
 from torch._C._functorch import maybe_current_level
+from torch.autograd import forward_ad
 
 from rnnfast.backends import native
 from rnnfast.cells import CELLS
@@ -145,4 +146,5 @@ def _is_observed() -> bool:
         or _len_torch_dispatch_stack() > 0
         or _len_torch_function_stack() > 0
         or maybe_current_level() is not None
+        or forward_ad._current_level >= 0
     )

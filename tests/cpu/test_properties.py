@@ -219,6 +219,30 @@ def test_a_hundred_thousand_steps() -> None:
     assert torch.allclose(forward[-1, :3], outputs["output"][-1, :3], atol=1e-6)  # 50 steps forget where they began
 
 
+@pytest.mark.parametrize("sizes", [[2, 2], [3, 1, 1], [2, 3], [2, 4, -1]])
+def test_batch_sizes_that_do_not_fit(sizes: list[int]) -> None:
+    arguments = [
+        torch.randn(5, 4),
+        torch.randn(1, 3, 4),
+        torch.randn(1, 3, 3),
+        None,
+        None,
+        None,
+        torch.zeros(1, 2, 3),
+        None,
+    ]
+    with pytest.raises(RuntimeError, match="batch_sizes"):
+        torch.ops.rnnfast.scan_cpu(*arguments, torch.tensor(sizes), "rnn_tanh", False, False)
+
+
+def test_backward_without_a_tape() -> None:
+    arguments = [torch.randn(6, 4), torch.randn(1, 12, 4), torch.randn(1, 12, 3), None, None, None]
+    arguments += [torch.zeros(1, 2, 3), torch.zeros(1, 2, 3), None, "lstm", False]
+    output, _, _, tape = torch.ops.rnnfast.scan_cpu(*arguments, False)
+    with pytest.raises(RuntimeError, match="save_tape=True"):
+        torch.ops.rnnfast.scan_cpu_backward(output, None, None, *arguments, output, tape, True, True)
+
+
 def test_token_id_out_of_range() -> None:
     arguments = build(Case("gru", ids=True), torch.float32)
     arguments[0][2] = 4
