@@ -6,6 +6,7 @@ from rnnfast import functional, sequences
 from rnnfast.cell_modules import GRUCell, LSTMCell, RNNCell
 from rnnfast.dispatch import backends, explain, use_backend
 from rnnfast.layers import GRU, LSTM, RNN
+from rnnfast.stack import Stack
 from rnnfast.stream import Stream
 from rnnfast.swap import accelerate, restore
 from rnnfast.tuning import tune
@@ -22,6 +23,7 @@ __all__ = [
     "GRUCell",
     "LSTMCell",
     "RNNCell",
+    "Stack",
     "Stream",
     "accelerate",
     "backends",

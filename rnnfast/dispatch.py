@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch.nn.utils.rnn import PackedSequence
 
 AUTO = "auto"
+CELL_STATES = "c of every step"  # an extension of a request: the scans have it on their tape
 _BY_NAME = "asked for by name"
 
 
@@ -40,7 +41,8 @@ class Size(NamedTuple):
 class Request(NamedTuple):
     """What decides whether a backend can run a layer, and on a GPU, where `size` is needed, which is fastest.
 
-    `transformed`: a compiler, a torch.func transform or forward-mode AD looks at the call.
+    `transformed`: a compiler, a torch.func transform or forward-mode AD looks at the call. `extension` tells what
+    changes the recurrence, "" if nothing.
     """
 
     cell: str
@@ -50,6 +52,7 @@ class Request(NamedTuple):
     projected: bool
     transformed: bool = False
     size: Size | None = None
+    extension: str = ""
 
 
 class Choice(NamedTuple):
@@ -71,7 +74,8 @@ class Backend(NamedTuple):
     """A way to run a layer.
 
     `why_not()` tells cheaply, without building or loading anything, what is missing; None if nothing is. `load()` makes
-    it ready and raises RuntimeError if that fails. `declines(request)` tells why it cannot do this request.
+    it ready and raises RuntimeError if that fails. `declines(request)` tells why it cannot do this request. Of the
+    extensions of a request it has `extensions`; the reference has all.
     """
 
     name: str
@@ -80,12 +84,15 @@ class Backend(NamedTuple):
     why_not: Callable[[], str | None]
     load: Callable[[], None]
     declines: Callable[[Request], str | None]
+    extensions: tuple[str, ...] = ()
 
     def refusal(self, request: Request) -> str | None:
         """Why this backend cannot run `request`, or None once it is loaded and can."""
         if self.devices and request.device not in self.devices:
             return f"it runs on {' and '.join(self.devices)}, the input is on {request.device}"
         reason = self.declines(request)
+        if request.extension and self.name != "reference" and request.extension not in self.extensions:
+            reason = f"it has no {request.extension}, which the reference has"
         if reason is None and self.name not in _loaded:
             reason = self.why_not()
             if reason is None:
@@ -125,6 +132,7 @@ _BACKENDS = {
             lambda: _module("native").why_not(),
             lambda: _module("native").load(),
             lambda request: _module("native").declines(request),
+            (CELL_STATES,),
         ),
         Backend(
             "triton",
@@ -133,6 +141,7 @@ _BACKENDS = {
             lambda: _module("triton").why_not(),
             lambda: _module("triton").load(),
             lambda request: _module("triton").declines(request),
+            (CELL_STATES,),
         ),
         Backend(
             "cuda",
@@ -141,6 +150,7 @@ _BACKENDS = {
             lambda: _module("cuda").why_not(),
             lambda: _module("cuda").load(),
             lambda request: _module("cuda").declines(request),
+            (CELL_STATES,),
         ),
         Backend("reference", (), "eager PyTorch, the definition of every cell", _nothing, _nothing, _nothing),
         Backend(
@@ -312,10 +322,12 @@ def explain(layer: Any, input: Tensor | PackedSequence) -> Choice:
     """Returns which backend `layer(input)` would run on and why, and which derivatives run elsewhere; print it.
 
     Args:
-        layer: an `rnnfast.RNN`, `LSTM` or `GRU`, or a cell.
+        layer: an `rnnfast.RNN`, `LSTM` or `GRU`, a cell, or a `Stack` in the mode it is in.
         input: what the layer would be called with: a floating tensor, token ids, or a PackedSequence.
     """
     data = input if isinstance(input, torch.Tensor) else input.data
+    if hasattr(layer, "request"):
+        return choose(layer.request(data), layer.backend)
     is_cell = isinstance(layer, torch.nn.RNNCellBase)
     if is_cell:
         cell, weight, projected = layer._cell(), layer.weight_hh, False

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from rnnfast import dispatch
 from rnnfast.cells import CELLS
-from rnnfast.scan import Weights, is_transformed, scan_layer
+from rnnfast.scan import Weights, _stack_lanes, is_transformed, lstm_states, scan_layer
 
-__all__ = ["Weights", "gru", "lstm", "rnn", "step"]
+__all__ = ["Weights", "gru", "lstm", "rnn", "states", "step"]
 
 
 def rnn(
@@ -181,6 +181,41 @@ def _choose(
     return dispatch.choose_name(
         backend, cell, w_hh.device.type, w_hh.dtype, token_ids, weights.w_hr is not None, is_transformed(), size
     )
+
+
+def states(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor],
+    weights: Sequence[Weights],
+    *,
+    batch_sizes: Tensor | None = None,
+    bidirectional: bool = False,
+    backend: str = dispatch.AUTO,
+) -> tuple[Tensor, Tensor]:
+    """The states of every step of an LSTM, h (N, L*D, P) and c (N, L*D, H), of all rows one after the other.
+
+    Arguments and errors are those of `lstm`; there is no dropout. Where a gradient can reach an argument and is
+    enabled, it runs on the reference, which gives c gradients; else on any scan, whose tape holds c.
+    """
+    w_hh, token_ids, directions = weights[0].w_hh, not input.is_floating_point(), 2 if bidirectional else 1
+    _check("lstm", input, *hx, weights, batch_sizes, directions)
+    tensors = [input, *hx, *(parameter for lane in weights for parameter in lane if parameter is not None)]
+    differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    extension = dispatch.CELL_STATES + (" with gradients" if differentiable else "")
+    projected = weights[0].w_hr is not None
+    request = dispatch.Request("lstm", w_hh.device.type, w_hh.dtype, token_ids, projected, extension=extension)
+    chosen = dispatch.choose(request, backend).backend
+    rows = input.long() if token_ids else input
+    rows = rows if batch_sizes is not None else rows.flatten(0, 1)
+    h: list[Tensor] = []
+    c: list[Tensor] = []
+    for start in range(0, len(weights), directions):
+        lanes = slice(start, start + directions)
+        stacked, h_0, c_0 = _stack_lanes(weights[lanes]), hx[0][lanes], hx[1][lanes]
+        rows, cells = lstm_states(chosen, rows, stacked, h_0, c_0, batch_sizes, bidirectional)
+        h += rows.chunk(directions, dim=1)
+        c += cells
+    return torch.stack(h, 1), torch.stack(c, 1)
 
 
 def _run_layers(

@@ -96,9 +96,7 @@ class _DropIn(nn.RNNBase):
         batched = dims == 2
         if hx is not None:
             self._check_state_dims(hx, batched, input.dim())
-        if reset is not None and reset.shape != input.shape[:dims]:
-            expected, given = tuple(input.shape[:dims]), tuple(reset.shape)
-            raise ValueError(f"reset must have the input's shape without features, {expected}, got {given}")
+        sequences.check_reset_shape(reset, input, dims)
         if reset_to is not None:
             self._check_state_dims(reset_to, batched, input.dim())
         if not batched:
@@ -253,11 +251,11 @@ def _cast(tensor: Any, dtype: torch.dtype) -> Any:
 
 
 def _map_state(state: Any, function: Callable[..., Tensor], *others: Any) -> Any:
-    """Applies a function to a state, None, h or (h, c), part by part along with other states of the same form."""
+    """Applies a function to a state, None, h, (h, c) or a list of such, part by part along with others of its form."""
     if state is None:
         return None
     if isinstance(state, tuple | list):
-        return tuple(function(*parts) for parts in zip(state, *others, strict=True))
+        return tuple(_map_state(part, function, *rest) for part, *rest in zip(state, *others, strict=True))
     return function(state, *others)
 
 
@@ -289,6 +287,56 @@ class LSTM(_DropIn, nn.LSTM):
 
     def _function(self, *args: Any, **kwargs: Any) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         return functional.lstm(*args, **kwargs)
+
+    def states(
+        self,
+        input: Tensor,
+        hx: Any = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        reset: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The states after every step, of all layers: (h[t], c[t]) is the `hx` from which step t + 1 goes on.
+
+        In evaluation mode h of the last layer is what `forward` puts out; there is no dropout here. Where gradients are
+        enabled and wanted, c has gradients too, and the reference runs; else the states come from any backend's tape.
+
+        Args:
+            input: (T, B, I), or (B, T, I) with batch_first, of the weights' dtype; or token ids without I.
+            hx, lengths, reset: as in `forward`; a reset returns to zeros.
+
+        Returns:
+            h (T, L*D, B, P) and c (T, L*D, B, hidden_size), also with batch_first; zeros behind a sequence's end.
+
+        Raises:
+            RuntimeError: as `forward`; or the layer's backend was asked for by name and cannot give them.
+        """
+        dims = 3 if input.is_floating_point() else 2
+        if input.dim() != dims:
+            raise ValueError(f"states takes {dims}D batched input, got {input.dim()}D")
+        sequences.check_reset_shape(reset, input, 2)
+        if self.batch_first:
+            input, reset = input.transpose(0, 1), None if reset is None else reset.transpose(0, 1)
+        self._update_flat_weights()
+        weights, (steps, batch) = self._lane_weights(), input.shape[:2]
+        if hx is None:
+            hx = self._zero_state(batch, weights[0].w_hh.dtype, input.device)
+        options: Any = {"bidirectional": self.bidirectional, "backend": self.backend}
+        if lengths is None and reset is None:
+            rows = functional.states(input, hx, weights, **options)
+            padded = [part.unflatten(0, (steps, batch)) for part in rows]
+        else:
+            segments = sequences.cut(steps, batch, lengths, reset, input.device)
+            self._check_state_size(hx, batch)
+            begin = _map_state(hx, lambda part: segments.initial(part, torch.zeros_like(part), self.bidirectional))
+            if segments.columns.numel():
+                options["batch_sizes"] = segments.batch_sizes
+                rows = functional.states(segments.gather(input), begin, weights, **options)
+            else:  # every sequence is empty
+                rows = tuple(part.transpose(0, 1) for part in begin)
+            padded = [segments.scatter(part.flatten(1)).unflatten(2, part.shape[1:]) for part in rows]
+        h, c = (part.transpose(1, 2) for part in padded)
+        return h, c
 
     def _state_sizes(self, batch: int) -> tuple[tuple[int, int, int], ...]:
         lanes = len(self._all_weights)

@@ -98,6 +98,30 @@ def is_transformed() -> bool:
     )
 
 
+def lstm_states(
+    backend: str,
+    input: Tensor,
+    weights: Weights,
+    h_0: Tensor,
+    c_0: Tensor,
+    batch_sizes: Tensor | None,
+    bidirectional: bool,
+) -> tuple[Tensor, Tensor]:
+    """Runs one LSTM layer as `scan` does, and returns h (N, D*P) and c (D, N, H) of every step.
+
+    On the reference both have gradients, as autograd runs through it; elsewhere neither has: c is read from the tape.
+    """
+    tensors = [None if t is None else t.contiguous() for t in (input, *weights, h_0, c_0)]
+    arguments = (*tensors, batch_sizes, "lstm", bidirectional, True)
+    if backend == "reference":
+        with torch.autocast(input.device.type, enabled=False):
+            output, _, _, tape = reference.forward(*arguments)  # type: ignore[arg-type]
+    else:
+        with torch.no_grad():
+            output, _, _, tape = _OPS[backend][0](*arguments)
+    return output, tape[..., -c_0.shape[2] :]
+
+
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 

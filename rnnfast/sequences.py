@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 
 class Segments(NamedTuple):
@@ -128,8 +129,30 @@ def cut(
     return Segments((steps, batch), rows, batch_sizes, columns, filled, first, last, entering, entered)
 
 
+def check_reset_shape(reset: Tensor | None, input: Tensor, steps_and_batch: int) -> None:
+    """Raises ValueError unless a mask has the first dimensions of the input it came with."""
+    if reset is not None and reset.shape != input.shape[:steps_and_batch]:
+        expected, given = tuple(input.shape[:steps_and_batch]), tuple(reset.shape)
+        raise ValueError(f"reset must have the input's shape without features, {expected}, got {given}")
+
+
+def of_packed(packed: PackedSequence) -> Segments:
+    """The plan of a PackedSequence, whose data are its ragged rows: a segment for each sequence."""
+    batch_sizes, device = packed.batch_sizes, packed.data.device
+    steps, batch = len(batch_sizes), int(batch_sizes[0])
+    everything = torch.arange(batch, device=device)
+    columns = everything if packed.sorted_indices is None else packed.sorted_indices
+    segments = _inverse(columns)
+    step = torch.repeat_interleave(torch.arange(steps), batch_sizes)
+    segment = torch.arange(len(step)) - (batch_sizes.cumsum(0) - batch_sizes)[step]
+    rows = step.to(device) * batch + columns[segment.to(device)]
+    return Segments((steps, batch), rows, batch_sizes, columns, everything, segments, segments, everything, segments)
+
+
 def _inverse(permutation: Tensor) -> Tensor:
-    return torch.empty_like(permutation).scatter_(0, permutation, torch.arange(permutation.numel()))
+    return torch.empty_like(permutation).scatter_(
+        0, permutation, torch.arange(permutation.numel(), device=permutation.device)
+    )
 
 
 def _check_lengths(steps: int, batch: int, lengths: Tensor | Sequence[int] | None) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rnnfast.layers import _DropIn, _map_state
+from rnnfast.stack import Stack
 
 
 class Stream:
@@ -25,7 +26,8 @@ class Stream:
     keeps itself, are left to the model.
 
     Args:
-        module: an `rnnfast.RNN`, `LSTM` or `GRU`; or a model with recurrent layers in it, ours or torch.nn's.
+        module: an `rnnfast.RNN`, `LSTM` or `GRU`; or a `Stack`, or a model with recurrent layers in it, ours or
+            torch.nn's.
 
     Raises:
         RuntimeError: a layer is bidirectional, so that its first output needs the last input.
@@ -38,7 +40,7 @@ class Stream:
             name = type(module).__name__
             raise TypeError(f"a torch.nn {name} has no step: make it an rnnfast.{name}, or call rnnfast.accelerate")
         self.module = module
-        self._layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.RNNBase)}
+        self._layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.RNNBase | Stack)}
         if not self._layers:
             raise ValueError(f"{type(module).__name__} has no RNN, LSTM or GRU in it, so no state to keep")
         for name, layer in self._layers.items():

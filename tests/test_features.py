@@ -201,6 +201,54 @@ def accelerate(nn: Any) -> None:
     assert type(model[0]) is torch_nn.GRU
 
 
+@feature("a size for each layer: `Stack`")
+def layer_sizes(nn: Any) -> None:
+    assert nn.Stack("gru", 3, [8, 4])(torch.randn(5, 2, 3))[0].shape == (5, 2, 4)
+
+
+@feature("variational dropout: one mask a sequence", "on every backend")
+def variational(nn: Any) -> None:
+    stack = nn.Stack("rnn_relu", 3, [8, 8], input_dropout=0.2, dropout=0.5, bias=False)
+    with torch.no_grad():
+        stack.weight_hh_l0.zero_()
+        stack.weight_hh_l1.zero_()
+    output, _ = stack(torch.ones(5, 2, 3))
+    assert torch.equal(output, output[:1].expand_as(output))
+
+
+@feature("weight drop (AWD-LSTM)", "on every backend")
+def weight_drop(nn: Any) -> None:
+    stack = nn.Stack("lstm", 3, [8], weight_dropout=0.5)
+    stack(torch.randn(5, 2, 3))[0].sum().backward()
+    assert (stack.weight_hh_l0.grad == 0).any()
+
+
+@feature("residual and highway connections between layers", "on every backend")
+def connections(nn: Any) -> None:
+    for connection in ("residual", "highway"):
+        nn.Stack("gru", 3, [8, 8], connection=connection)(torch.randn(5, 2, 3))
+
+
+@feature(
+    "recurrent dropout, zoneout, layer normalisation",
+    "on the reference, at the speed of a loop over torch's operations",
+)
+def extended_recurrence(nn: Any) -> None:
+    for cell in ("lstm", "gru"):
+        stack, x = nn.Stack(cell, 3, [8], recurrent_dropout=0.5, zoneout=0.1, layer_norm=True), torch.randn(5, 2, 3)
+        outputs = [stack(x, generator=torch.Generator().manual_seed(seed))[0] for seed in (0, 0, 1)]
+        assert torch.equal(outputs[0], outputs[1])
+        assert not torch.equal(outputs[0], outputs[2])
+
+
+@feature("c of every step of an LSTM: `layer.states(x)`", "with gradients on the reference")
+def cell_states(nn: Any) -> None:
+    layer, x = nn.LSTM(3, 8, num_layers=2), torch.randn(5, 2, 3)
+    h, c = layer.states(x)
+    torch.testing.assert_close(layer(x[2:], (h[1], c[1]))[0], layer(x)[0][2:])
+    c.sum().backward()
+
+
 # ---- the table ------------------------------------------------------------------------------------------------------
 
 

@@ -26,7 +26,7 @@ def run_page(page: str) -> dict[str, Any]:
     return names
 
 
-@pytest.mark.parametrize("page", ["sequences.md", "modules.md"])
+@pytest.mark.parametrize("page", ["sequences.md", "modules.md", "regularisation.md"])
 def test_examples_run(page: str) -> None:
     run_page(page)
 

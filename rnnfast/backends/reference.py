@@ -7,12 +7,63 @@ Half types are computed in float32 from end to end and rounded once, on the way 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+# ---- extensions: what may change the recurrence of a lane ----------------------------------------------------------
+
+
+class Norms(NamedTuple):
+    """Gains and shifts of a layer-normalised LSTM or GRU lane (Ba et al. 2016, as their supplement defines both).
+
+    `gain_ih` and `gain_hh` (G*H,) belong to the products with W_ih and W_hh, whose shifts are the biases of the lane;
+    `gain_c` and `bias_c` (H,) to the cell state of the LSTM on its way to the output.
+    """
+
+    gain_ih: Tensor
+    gain_hh: Tensor
+    gain_c: Tensor | None = None
+    bias_c: Tensor | None = None
+
+
+class Extension(NamedTuple):
+    """Changes to the recurrence of one lane; each field left out changes nothing.
+
+    recurrent_mask: (B, P), what h is multiplied by on its way into W_hh, at every step (Gal & Ghahramani 2016).
+    zoneout_h, zoneout_c: where h and c stay what they were (Krueger et al. 2017): bool, (N, P) and (N, H), for every
+        row of the scan; or a number, the share of the old state in the new one, which is zoneout's expectation.
+    norms: layer normalisation.
+    """
+
+    recurrent_mask: Tensor | None = None
+    zoneout_h: Tensor | float = 0.0
+    zoneout_c: Tensor | float = 0.0
+    norms: Norms | None = None
+
+
+_NORM_EPSILON = 1e-5
+# The gates that are normalised together, as the paper has it: the candidate of a GRU apart, as r is applied to it.
+_NORM_GROUPS = {"lstm": (4,), "gru": (2, 1)}
+
+
+def _layer_norm(product: Tensor, gain: Tensor, bias: Tensor | None, groups: tuple[int, ...]) -> Tensor:
+    sizes = [product.shape[-1] // sum(groups) * group for group in groups]
+    biases: Sequence[Tensor | None] = [None] * len(groups) if bias is None else bias.split(sizes)
+    parts = zip(product.split(sizes, dim=-1), gain.split(sizes), biases, strict=True)
+    return torch.cat([F.layer_norm(x, (x.shape[-1],), g, b, _NORM_EPSILON) for x, g, b in parts], dim=-1)
+
+
+def _zone_out(before: Tensor, after: Tensor, zoneout: Tensor | float, rows: slice) -> Tensor:
+    if isinstance(zoneout, Tensor):
+        return torch.where(zoneout[rows], before, after)
+    return after + zoneout * (before - after) if zoneout else after
+
 
 # ---- cells: gates_x = x W_ih^T + b_ih and gates_h = h W_hh^T + b_hh of one step, (rows, G*H) each ------------------
 #
@@ -51,12 +102,15 @@ def _rnn_relu_backward(d_state: State, tape: Tensor, output: Tensor, before: Sta
     return d_gates, d_gates, (torch.zeros_like(d_gates),)
 
 
-def _lstm(gates_x: Tensor, gates_h: Tensor, state: State) -> tuple[State, tuple[Tensor, ...]]:
+def _lstm(
+    gates_x: Tensor, gates_h: Tensor, state: State, norms: Norms | None = None
+) -> tuple[State, tuple[Tensor, ...]]:
     """Hochreiter & Schmidhuber (1997) with forget gates (Gers et al. 2000): c' = f c + i g, h' = o tanh(c')."""
     i, f, g, o = (gates_x + gates_h).chunk(4, dim=-1)
     i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
     c = f * state[1] + i * g
-    return (o * c.tanh(), c), (i, f, g, o, c)
+    read = c if norms is None else F.layer_norm(c, (c.shape[-1],), norms.gain_c, norms.bias_c, _NORM_EPSILON)
+    return (o * read.tanh(), c), (i, f, g, o, c)
 
 
 def _lstm_backward(d_state: State, tape: Tensor, output: Tensor, before: State) -> tuple[Tensor, Tensor, State]:
@@ -176,6 +230,7 @@ class _Lane(NamedTuple):
     w_hr: Tensor | None
     initial: State
     backwards: bool
+    extension: Extension = Extension()
 
 
 def _widen(tensor: Tensor) -> Tensor:
@@ -206,33 +261,58 @@ def forward(
     cell: str,
     bidirectional: bool,
     save_tape: bool,
+    extensions: Sequence[Extension] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns output (N, D*P), h_n (D, B, P), c_n (D, B, H) and tape (D, N, K*H); what a cell lacks is empty."""
+    """Returns output (N, D*P), h_n (D, B, P), c_n (D, B, H) and tape (D, N, K*H); what a cell lacks is empty.
+
+    With `extensions`, one a lane, there is no `backward`, which reads tapes of the plain recurrence: autograd
+    differentiates this function.
+    """
     sizes = _step_sizes(input, h_0, batch_sizes)
     lanes = _lanes(input, w_hh, w_ih, b_ih, b_hh, w_hr, h_0, c_0, bidirectional=bidirectional)
-    results = [_forward_lane(lane, sizes, _STEPS[cell][0]) for lane in lanes]
+    if extensions is not None:
+        lanes = [lane._replace(extension=extension) for lane, extension in zip(lanes, extensions, strict=True)]
+    results = [_forward_lane(lane, sizes, cell) for lane in lanes]
     output = torch.cat([output for output, _, _ in results], dim=1)
     final = [_stack(states).to(h_0.dtype) for states in zip(*(final for _, final, _ in results), strict=True)]
     tape = _stack([tape for _, _, tape in results]).to(h_0.dtype) if save_tape else h_0.new_empty(0)
     return output.to(h_0.dtype), final[0], h_0.new_empty(0) if c_0 is None else final[1], tape
 
 
-def _forward_lane(lane: _Lane, sizes: list[int], step: Step) -> tuple[Tensor, State, Tensor]:
-    if lane.input.is_floating_point():
-        gates_x = F.linear(lane.input, lane.w_ih, lane.b_ih)
-    else:
-        gates_x = lane.w_ih.t()[lane.input]
-        gates_x = gates_x if lane.b_ih is None else gates_x + lane.b_ih
+def _gates(x: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None, cell: str) -> Tensor:
+    """Of rows or token ids, x W^T + b; with a gain, the product is normalised first."""
+    if gain is not None:
+        product = F.linear(x, weight) if x.is_floating_point() else weight.t()[x]
+        return _layer_norm(product, gain, bias, _NORM_GROUPS[cell])
+    if x.is_floating_point():
+        return F.linear(x, weight, bias)
+    return weight.t()[x] if bias is None else weight.t()[x] + bias
+
+
+def _forward_lane(lane: _Lane, sizes: list[int], cell: str) -> tuple[Tensor, State, Tensor]:
+    mask, *zoneouts, norms = lane.extension
+    step = _STEPS[cell][0]
+    if norms is not None:
+        norms = Norms(
+            _widen(norms.gain_ih), _widen(norms.gain_hh), *(None if t is None else _widen(t) for t in norms[2:])
+        )
+        step = partial(_lstm, norms=norms) if cell == "lstm" else step
+    gain_ih, gain_hh = (None, None) if norms is None else norms[:2]
+    gates_x = _gates(lane.input, lane.w_ih, lane.b_ih, gain_ih, cell)
 
     order = slice(None, None, -1 if lane.backwards else 1)
     state = tuple(s[: sizes[order][0]] for s in lane.initial) if sizes else lane.initial
     finished: list[State] = []
     outputs, tapes = [], []
-    for step_gates_x in gates_x.split(sizes)[order] if sizes else ():
-        state = _resize(state, step_gates_x.shape[0], joining=lane.initial, leaving=finished)
-        state, saved = step(step_gates_x, F.linear(state[0], lane.w_hh, lane.b_hh), state)
+    rows = [slice(end - size, end) for size, end in zip(sizes, itertools.accumulate(sizes), strict=True)]
+    steps = list(zip(gates_x.split(sizes), rows, strict=True)) if sizes else []
+    for step_gates_x, step_rows in steps[order]:
+        before = _resize(state, step_gates_x.shape[0], joining=lane.initial, leaving=finished)
+        h = before[0] if mask is None else before[0] * mask[: step_gates_x.shape[0]]
+        state, saved = step(step_gates_x, _gates(h, lane.w_hh, lane.b_hh, gain_hh, cell), before)
         if lane.w_hr is not None:
             state = (F.linear(state[0], lane.w_hr), *state[1:])
+        state = tuple(_zone_out(*pair, step_rows) for pair in zip(before, state, zoneouts, strict=False))
         outputs.append(state[0])
         tapes.append(torch.cat(saved, dim=-1) if saved else step_gates_x[:, :0])
     final = tuple(torch.cat(parts) for parts in zip(state, *reversed(finished), strict=True))

@@ -1,0 +1,110 @@
+"""Masks of dropout, weight drop and zoneout, and the scan whose recurrence they, or layer normalisation, change.
+
+Masks are drawn in float32 on the generator's device and then moved, so that a seed gives the same ones for every
+dtype, layout and backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rnnfast.backends import reference
+from rnnfast.backends.reference import Extension, Norms
+from rnnfast.scan import Weights, _stack_lanes
+from rnnfast.sequences import Segments
+
+__all__ = ["Extension", "Masks", "Norms", "dropout_mask", "scan_extended", "variational_dropout"]
+
+
+def _chance(p: float, shape: Sequence[int], device: torch.device, generator: torch.Generator | None) -> Tensor:
+    """A bool tensor, each element True with probability p."""
+    source = device if generator is None else generator.device
+    return (torch.rand(*shape, generator=generator, dtype=torch.float32, device=source) < p).to(device)
+
+
+def dropout_mask(p: float, shape: Sequence[int], like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """A mask that zeroes with probability p and scales the rest by 1 / (1 - p), of the dtype and device of `like`."""
+    return (~_chance(p, shape, like.device, generator)).to(like.dtype) / (1 - p)
+
+
+class Masks(NamedTuple):
+    """Draws the masks of a call for B sequences of T steps, and lays them out as its rows lie.
+
+    shape: (T, B).
+    segments: the plan of a ragged batch, None for a padded one.
+    generator: what is drawn from; torch's default generator if None.
+    """
+
+    shape: tuple[int, int]
+    segments: Segments | None
+    generator: torch.Generator | None
+
+    def of_input(self, p: float, rows: Tensor) -> Tensor:
+        """Dropout of rows, one mask a sequence: (B, F) for padded rows (T, B, F), (N, F) for ragged ones."""
+        mask = dropout_mask(p, (self.shape[1], rows.shape[-1]), rows, self.generator)
+        return mask if self.segments is None else mask.index_select(0, self.segments.rows % self.shape[1])
+
+    def of_state(self, p: float, h: Tensor) -> Tensor:
+        """Dropout of a lane's states h (B, H), or (S, H) of S segments; those of one sequence share a mask."""
+        mask = dropout_mask(p, (self.shape[1], h.shape[-1]), h, self.generator)
+        return mask if self.segments is None else mask.index_select(0, self.segments.columns)
+
+    def of_steps(self, p: float, h: Tensor) -> Tensor:
+        """Where a lane's states h stay what they were: bool (N, H), drawn anew for every step."""
+        stays = _chance(p, (*self.shape, h.shape[-1]), h.device, self.generator)
+        return stays.flatten(0, 1) if self.segments is None else self.segments.gather(stays)
+
+
+def variational_dropout(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    *,
+    batch_first: bool = False,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Dropout with one mask a sequence, the same at every step (Gal & Ghahramani 2016; "locked dropout" elsewhere).
+
+    Args:
+        input: (T, B, F), or (B, T, F) with batch_first.
+        p: the probability of zeroing a feature of a sequence, in [0, 1); the rest is scaled by 1 / (1 - p).
+        training: False returns the input.
+        batch_first: as in the layers.
+        generator: what the mask is drawn from; torch's default generator if None.
+
+    Raises:
+        ValueError: p outside [0, 1), or an input of other than three dimensions.
+    """
+    if not 0 <= p < 1:
+        raise ValueError(f"dropout probability has to be in [0, 1), got {p}")
+    if input.dim() != 3:
+        raise ValueError(f"variational dropout takes (T, B, F) or, with batch_first, (B, T, F), got {input.dim()}D")
+    if not training or p == 0:
+        return input
+    mask = dropout_mask(p, (input.shape[0 if batch_first else 1], input.shape[2]), input, generator)
+    return input * mask.unsqueeze(1 if batch_first else 0)
+
+
+def scan_extended(
+    input: Tensor,
+    lanes: Sequence[Weights],
+    extensions: Sequence[Extension],
+    h_0: Tensor,
+    c_0: Tensor | None,
+    batch_sizes: Tensor | None,
+    cell: str,
+    bidirectional: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`rnnfast.scan.scan_layer` with an extension for each lane, on the reference, which autograd runs through.
+
+    Arguments and results are `scan_layer`'s. It runs step by step in eager torch, and keeps what autograd saves.
+    """
+    with torch.autocast(input.device.type, enabled=False):
+        output, h_n, c_n, _ = reference.forward(
+            input, *_stack_lanes(lanes), h_0, c_0, batch_sizes, cell, bidirectional, False, extensions
+        )
+    return output, h_n, c_n

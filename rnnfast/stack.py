@@ -1,0 +1,327 @@
+"""Stack: recurrent layers with the regularisation, normalisation and connections that torch.nn's constructors lack."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from rnnfast import dispatch, functional, regularisation, sequences
+from rnnfast.cells import CELLS
+from rnnfast.regularisation import Extension, Masks, Norms, dropout_mask
+
+State = Any  # of one layer: h, or (h, c) of an LSTM
+
+
+class Stack(nn.Module):
+    """Recurrent layers one upon the other, each of its own size, regularised, normalised and connected.
+
+    Without options it computes what torch.nn's layers do, and parameters have torch.nn's names, shapes and
+    initialisation. Dropout, zoneout and weight drop draw their masks from torch's default generator, or from the one
+    that a call is given.
+
+    What leaves the recurrence as it is, weight drop, dropout of inputs and between layers, connections and sizes, runs
+    on every backend at its speed. Recurrent dropout (in training), zoneout and layer normalisation change it, and run
+    on the reference; `rnnfast.explain(stack, input)` tells.
+
+    Args:
+        cell: "lstm", "gru", "rnn_tanh" or "rnn_relu".
+        input_size: I, features of the input, or number of token ids.
+        hidden_sizes: the units of each layer, from the first to the last.
+        bias, batch_first, bidirectional: as torch.nn's.
+        input_dropout: probability of zeroing a feature of a sequence's input, at all its steps (variational dropout,
+            Gal & Ghahramani 2016).
+        dropout: the same between layers.
+        recurrent_dropout: the same for h on its way into W_hh, in every layer.
+        weight_dropout: probability of zeroing an element of W_hh, for a whole call (DropConnect; "weight drop" of
+            AWD-LSTM, Merity et al. 2018).
+        zoneout: probability that a unit's h stays what it was at a step, or for an LSTM a pair, for h and for c, of
+            which one number means both (Krueger et al. 2017). In evaluation the expectation is taken.
+        layer_norm: LSTM and GRU as Ba et al. (2016) normalise them: both products with a gain each (the biases are the
+            shifts), and the cell state of an LSTM on its way to the output.
+        connection: "residual" adds a layer's input to its output; "highway" mixes them as t output + (1 - t) input with
+            t = sigmoid(W input + b) (Srivastava et al. 2015), where b begins at -1. Around every layer but the first,
+            with the input as it is before dropout. None: no connection.
+        backend: "auto" or a name of `rnnfast.backends()`.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: an unknown cell, connection or backend, a probability out of range, an option the cell has not, or
+            a connection between layers of different sizes.
+    """
+
+    def __init__(
+        self,
+        cell: str,
+        input_size: int,
+        hidden_sizes: Sequence[int],
+        *,
+        bias: bool = True,
+        batch_first: bool = False,
+        bidirectional: bool = False,
+        input_dropout: float = 0.0,
+        dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
+        zoneout: float | tuple[float, float] = 0.0,
+        layer_norm: bool = False,
+        connection: str | None = None,
+        backend: str = dispatch.AUTO,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dispatch.check_name(backend)
+        self.cell, self.input_size, self.hidden_sizes = cell, input_size, tuple(hidden_sizes)
+        self.bias, self.batch_first, self.bidirectional = bias, batch_first, bidirectional
+        self.input_dropout, self.dropout, self.recurrent_dropout = input_dropout, dropout, recurrent_dropout
+        self.weight_dropout, self.zoneout, self.layer_norm = weight_dropout, _pair(zoneout), layer_norm
+        self.connection, self.backend = connection, backend
+        if isinstance(zoneout, float | int) and cell != "lstm":
+            self.zoneout = (zoneout, 0.0)
+        self._check_options()
+
+        directions = 2 if bidirectional else 1
+        below = input_size
+        for layer, size in enumerate(self.hidden_sizes):
+            shapes: dict[str, tuple[int, ...]] = {}
+            for suffix in self._suffixes(layer):
+                shapes |= {name + suffix: shape for name, shape in self._lane_shapes(below, size).items()}
+            below = directions * size
+            if connection == "highway" and layer > 0:
+                shapes |= {f"highway_weight_l{layer}": (below, below), f"highway_bias_l{layer}": (below,)}
+            for name, shape in shapes.items():
+                self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        self.reset_parameters()
+
+    def _lane_shapes(self, below: int, size: int) -> dict[str, tuple[int, ...]]:
+        rows = CELLS[self.cell].gates * size
+        shapes: dict[str, tuple[int, ...]] = {"weight_ih": (rows, below), "weight_hh": (rows, size)}
+        if self.bias:
+            shapes |= {"bias_ih": (rows,), "bias_hh": (rows,)}
+        if self.layer_norm:
+            shapes |= {"gain_ih": (rows,), "gain_hh": (rows,)}
+            shapes |= {"gain_c": (size,), "bias_c": (size,)} if self.cell == "lstm" else {}
+        return shapes
+
+    def _check_options(self) -> None:
+        if self.cell not in CELLS:
+            raise ValueError(f"unknown cell '{self.cell}'; choose from {', '.join(CELLS)}")
+        if not self.hidden_sizes or min(self.hidden_sizes) < 1 or self.input_size < 1:
+            raise ValueError(
+                f"input_size and every one of hidden_sizes must be positive, got {self.input_size}, {self.hidden_sizes}"
+            )
+        for name in ("input_dropout", "dropout", "recurrent_dropout", "weight_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is a probability in [0, 1), got {getattr(self, name)}")
+        if not all(0 <= p <= 1 for p in self.zoneout):
+            raise ValueError(f"zoneout is a probability in [0, 1], got {self.zoneout}")
+        if self.zoneout[1] > 0 and not CELLS[self.cell].has_cell_state:
+            raise ValueError(f"a {self.cell} has no cell state: give zoneout as one number")
+        if self.layer_norm and self.cell not in ("lstm", "gru"):
+            raise ValueError(f"layer_norm is for lstm and gru, got {self.cell}")
+        if self.connection not in (None, "residual", "highway"):
+            raise ValueError(f"unknown connection '{self.connection}'; choose from None, 'residual', 'highway'")
+        if self.connection is not None and len(set(self.hidden_sizes)) > 1:
+            raise ValueError(f"a {self.connection} connection needs layers of one size, got {self.hidden_sizes}")
+
+    def reset_parameters(self) -> None:
+        """Draws weights and biases from U(-1/sqrt(H), 1/sqrt(H)) as torch.nn does; gains begin at 1, shifts at 0."""
+        begin = {"gain_ih": 1.0, "gain_hh": 1.0, "gain_c": 1.0, "bias_c": 0.0, "highway_bias": -1.0}
+        for name, parameter in self.named_parameters():
+            kind, _, layer = name.removesuffix("_reverse").rpartition("_l")
+            if kind in begin:
+                nn.init.constant_(parameter, begin[kind])
+            else:
+                bound = 1 / math.sqrt(self.hidden_sizes[int(layer)])
+                nn.init.uniform_(parameter, -bound, bound)
+
+    def _suffixes(self, layer: int) -> list[str]:
+        return [f"_l{layer}", f"_l{layer}_reverse"] if self.bidirectional else [f"_l{layer}"]
+
+    def extra_repr(self) -> str:
+        parts = [repr(self.cell), str(self.input_size), str(list(self.hidden_sizes))]
+        defaults: dict[str, Any] = {"bias": True, "batch_first": False, "bidirectional": False, "input_dropout": 0.0}
+        defaults |= {"dropout": 0.0, "recurrent_dropout": 0.0, "weight_dropout": 0.0, "zoneout": (0.0, 0.0)}
+        defaults |= {"layer_norm": False, "connection": None, "backend": dispatch.AUTO}
+        options = {name: getattr(self, name) for name in defaults}
+        return ", ".join(parts + [f"{name}={value!r}" for name, value in options.items() if value != defaults[name]])
+
+    def forward(
+        self,
+        input: Any,
+        hx: Sequence[State] | None = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        reset: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Any, tuple[State, ...]]:
+        """Runs the layers over whole sequences.
+
+        T steps, B sequences, I = input_size, D = 2 if bidirectional else 1, H units of a layer:
+
+        Args:
+            input: (T, B, I), or (B, T, I) with batch_first, of the weights' dtype; or integer token ids, which stand
+                for one-hot vectors, without I; or a PackedSequence of either.
+            hx: for each layer its initial state h (D, B, H), for an LSTM (h, c). Zeros if None.
+            lengths: (B,) integers in [0, T], in any order and on any device, or a list: the steps of each sequence, as
+                in `rnnfast.LSTM`.
+            reset: bool, of the input's shape without I: True where the state returns to zeros before that step. The
+                masks of a sequence stay what they are.
+            generator: what all masks of this call are drawn from. Equal seeds give equal masks, whether the batch is
+                padded, has lengths or is packed. torch's default generator if None.
+
+        Returns:
+            output, of the shape of the input with D*H features of the last layer or a PackedSequence, and the final
+            state in hx's form.
+
+        Raises:
+            ValueError, RuntimeError, TypeError: shapes, dtypes, devices, lengths or resets that do not fit; token ids
+                with input_dropout; a backend asked for by name that cannot do this.
+            IndexError: a token id outside [0, I).
+        """
+        packed = input if isinstance(input, PackedSequence) else None
+        data = input if packed is None else packed.data
+        if self.input_dropout > 0 and self.training and not data.is_floating_point():
+            raise ValueError("input_dropout drops features of floating input; give the stack embedded token ids")
+        segments = None
+        if packed is not None:
+            if lengths is not None or reset is not None:
+                raise ValueError(
+                    "a PackedSequence has lengths of its own; give a padded tensor with lengths= or reset="
+                )
+            segments = sequences.of_packed(packed)
+            steps, batch = segments.shape
+        else:
+            dims = 3 if data.is_floating_point() else 2
+            if data.dim() != dims:
+                raise ValueError(
+                    f"Stack: expected {dims}D batched input, got {data.dim()}D; an unbatched one is (T, 1, I)"
+                )
+            sequences.check_reset_shape(reset, data, 2)
+            if self.batch_first:
+                data, reset = data.transpose(0, 1), None if reset is None else reset.transpose(0, 1)
+            steps, batch = data.shape[:2]
+            if lengths is not None or reset is not None:
+                segments = sequences.cut(steps, batch, lengths, reset, data.device)
+                data = segments.gather(data)
+        states = self._initial(hx, batch, data.device)
+        if segments is None or segments.columns.numel():
+            output, final = self._run(data, states, Masks((steps, batch), segments, generator))
+        else:  # every sequence is empty
+            output = states[-1][0].new_zeros(0, len(states[-1][0]) * self.hidden_sizes[-1])
+            final = tuple(state if self.cell == "lstm" else state[0] for state in states)
+        if packed is not None:
+            return packed._replace(data=output), final
+        output = output if segments is None else segments.scatter(output)
+        return output.transpose(0, 1) if self.batch_first else output, final
+
+    def request(self, input: Tensor) -> dispatch.Request:
+        """What decides which backend can run these layers, in the mode they are in, on such input."""
+        changes = {
+            "recurrent dropout": self.training and self.recurrent_dropout > 0,
+            "zoneout": any(self.zoneout),
+            "layer normalisation": self.layer_norm,
+        }
+        extension = " or ".join(name for name, there in changes.items() if there)
+        weight, token_ids = self._parameter("weight_hh_l0"), not input.is_floating_point()
+        return dispatch.Request(self.cell, weight.device.type, weight.dtype, token_ids, False, extension=extension)
+
+    def _run(self, rows: Tensor, states: list[tuple[Tensor, ...]], masks: Masks) -> tuple[Tensor, tuple[State, ...]]:
+        """Rows (T, B, I), or ragged (N, I), through all layers."""
+        dtype, segments = self._parameter("weight_ih_l0").dtype, masks.segments
+        if torch.is_autocast_enabled(rows.device.type):
+            dtype = torch.get_autocast_dtype(rows.device.type)
+            rows = rows.to(dtype) if rows.is_floating_point() else rows
+            states = [tuple(part.to(dtype) for part in state) for state in states]
+        extended = bool(self.request(rows).extension)
+        if extended:
+            dispatch.choose(self.request(rows), self.backend)  # the reference, or an error that says why it has to be
+        final: list[State] = []
+        for layer, state in enumerate(states):
+            below, p = rows, self.dropout if layer else self.input_dropout
+            if p > 0 and self.training:
+                rows = rows * masks.of_input(p, rows)
+            begin = state
+            if segments is not None:
+                begin = tuple(segments.initial(part, torch.zeros_like(part), self.bidirectional) for part in state)
+            rows, *ends = self._run_layer(layer, rows, begin, masks, dtype, extended)
+            if segments is not None:
+                ends = [segments.final(end, part, self.bidirectional) for end, part in zip(ends, state, strict=False)]
+            final.append(tuple(ends) if self.cell == "lstm" else ends[0])
+            if layer > 0 and self.connection is not None:
+                rows = self._connect(layer, rows, below)
+        return rows, tuple(final)
+
+    def _run_layer(
+        self, layer: int, rows: Tensor, state: tuple[Tensor, ...], masks: Masks, dtype: torch.dtype, extended: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        suffixes, segments = self._suffixes(layer), masks.segments
+        weights = [self._weights(suffix, dtype, masks.generator) for suffix in suffixes]
+        batch_sizes = None if segments is None else segments.batch_sizes
+        h_0, c_0 = state[0], state[1] if len(state) > 1 else None
+        if not extended:
+            options = batch_sizes, self.bidirectional, 0.0, False, self.backend
+            return functional._stack(self.cell, rows, h_0, c_0, weights, *options)
+        functional._check(self.cell, rows, h_0, c_0, weights, batch_sizes, len(weights))
+        extensions = [self._extension(suffix, h, masks) for suffix, h in zip(suffixes, h_0, strict=True)]
+        flat = rows if segments is not None else rows.flatten(0, 1)
+        output, h_n, c_n = regularisation.scan_extended(
+            flat, weights, extensions, h_0, c_0, batch_sizes, self.cell, self.bidirectional
+        )
+        return output if segments is not None else output.view(*masks.shape, output.shape[-1]), h_n, c_n
+
+    def _extension(self, suffix: str, h: Tensor, masks: Masks) -> Extension:
+        mask = norms = None
+        zoneout_h, zoneout_c = (masks.of_steps(p, h) if self.training and p > 0 else p for p in self.zoneout)
+        if self.training and self.recurrent_dropout > 0:
+            mask = masks.of_state(self.recurrent_dropout, h)
+        if self.layer_norm:
+            names = ("gain_ih", "gain_hh", "gain_c", "bias_c") if self.cell == "lstm" else ("gain_ih", "gain_hh")
+            norms = Norms(*(self._parameter(name + suffix) for name in names))
+        return Extension(mask, zoneout_h, zoneout_c, norms)
+
+    def _weights(self, suffix: str, dtype: torch.dtype, generator: torch.Generator | None) -> functional.Weights:
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh") if self.bias else ("weight_ih", "weight_hh")
+        weights = functional.Weights(*(self._parameter(name + suffix).to(dtype) for name in names))
+        if not self.training or self.weight_dropout == 0:
+            return weights
+        mask = dropout_mask(self.weight_dropout, weights.w_hh.shape, weights.w_hh, generator)
+        return weights._replace(w_hh=weights.w_hh * mask)
+
+    def _connect(self, layer: int, output: Tensor, input: Tensor) -> Tensor:
+        if self.connection == "residual":
+            return output + input
+        weight, bias = (self._parameter(f"highway_{name}_l{layer}").to(input.dtype) for name in ("weight", "bias"))
+        return input + F.linear(input, weight, bias).sigmoid() * (output - input)
+
+    def _parameter(self, name: str) -> Tensor:
+        parameter: Tensor = getattr(self, name)
+        return parameter
+
+    def _initial(self, hx: Sequence[State] | None, batch: int, device: torch.device) -> list[tuple[Tensor, ...]]:
+        """For each layer (h,) or (h, c), of the right shapes."""
+        directions, parts = 2 if self.bidirectional else 1, 2 if self.cell == "lstm" else 1
+        shapes = [(directions, batch, size) for size in self.hidden_sizes]
+        if hx is None:
+            dtype = self._parameter("weight_ih_l0").dtype
+            return [tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(parts)) for shape in shapes]
+        if not isinstance(hx, tuple | list) or len(hx) != len(shapes):
+            raise ValueError(f"hx must hold one state for each of the {len(shapes)} layers")
+        states = []
+        for layer, (state, shape) in enumerate(zip(hx, shapes, strict=True)):
+            given = tuple(state) if isinstance(state, tuple | list) else (state,)
+            if [tuple(part.shape) for part in given] != [shape] * parts:
+                form = f"(h, c), each {shape}" if parts == 2 else f"h {shape}"
+                raise RuntimeError(f"hx[{layer}] must be {form}, got {[tuple(part.shape) for part in given]}")
+            states.append(given)
+        return states
+
+
+def _pair(zoneout: float | tuple[float, float]) -> tuple[float, float]:
+    return (zoneout, zoneout) if isinstance(zoneout, float | int) else (float(zoneout[0]), float(zoneout[1]))

@@ -1,0 +1,446 @@
+"""Stack: against torch.nn where nothing is extended, and against a loop over torch's operations where something is."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+import rnnfast
+from rnnfast.regularisation import Extension, Norms, scan_extended, variational_dropout
+
+STEPS, BATCH, INPUTS, HIDDEN = 5, 3, 4, 6
+CELLS = ["rnn_tanh", "rnn_relu", "lstm", "gru"]
+GATES = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3}
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def input_of(steps: int = STEPS) -> Tensor:
+    return random(steps, BATCH, INPUTS)
+
+
+def make(cell: str, sizes: Any = (HIDDEN,), **options: Any) -> Any:
+    stack = rnnfast.Stack(cell, INPUTS, sizes, dtype=torch.float64, **options)
+    with torch.no_grad():  # gains and shifts that a test would miss if they were left out
+        for name, parameter in stack.named_parameters():
+            if name.startswith(("gain", "bias_c")):
+                parameter.uniform_(0.5, 1.5)
+    return stack
+
+
+def seeded(stack: Any, *args: Any, seed: int = 0, **kwargs: Any) -> Any:
+    return stack(*args, generator=torch.Generator().manual_seed(seed), **kwargs)
+
+
+def flat(results: Any) -> list[Tensor]:
+    return [results] if isinstance(results, Tensor) else [tensor for part in results for tensor in flat(part)]
+
+
+# ---- the extended recurrence -----------------------------------------------------------------------------------------
+
+
+def normalise(x: Tensor) -> Tensor:
+    return (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+
+
+def loop(
+    cell: str,
+    input: Tensor,
+    weights: rnnfast.functional.Weights,
+    h: Tensor,
+    c: Tensor,
+    extension: Extension,
+    backwards: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One lane, from the papers' formulas; the extension's masks are for padded rows."""
+    w_ih, w_hh, b_ih, b_hh, _ = weights
+    mask, zoneout_h, zoneout_c, norms = extension
+    outputs: list[Any] = [None] * len(input)
+    for t in reversed(range(len(input))) if backwards else range(len(input)):
+        x, r = input[t] @ w_ih.T, (h if mask is None else h * mask) @ w_hh.T
+        if norms is not None and cell == "lstm":
+            x, r = normalise(x) * norms.gain_ih, normalise(r) * norms.gain_hh
+        if norms is not None and cell == "gru":
+            cut = 2 * HIDDEN
+            x = torch.cat((normalise(x[:, :cut]), normalise(x[:, cut:])), 1) * norms.gain_ih
+            r = torch.cat((normalise(r[:, :cut]), normalise(r[:, cut:])), 1) * norms.gain_hh
+        x, r = x + b_ih, r + b_hh
+        if cell == "lstm":
+            i, f, g, o = (x + r).chunk(4, 1)
+            new_c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            read = new_c if norms is None else normalise(new_c) * norms.gain_c + norms.bias_c
+            new_h = o.sigmoid() * read.tanh()
+        elif cell == "gru":
+            (x_r, x_z, x_n), (r_r, r_z, r_n) = x.chunk(3, 1), r.chunk(3, 1)
+            z, n = (x_z + r_z).sigmoid(), (x_n + (x_r + r_r).sigmoid() * r_n).tanh()
+            new_h, new_c = (1 - z) * n + z * h, c
+        else:
+            new_h, new_c = (torch.tanh if cell == "rnn_tanh" else torch.relu)(x + r), c
+        d_h, d_c = (
+            d.view(*input.shape[:2], -1)[t].double() if isinstance(d, Tensor) else d for d in (zoneout_h, zoneout_c)
+        )
+        h, c = d_h * h + (1 - d_h) * new_h, d_c * c + (1 - d_c) * new_c
+        outputs[t] = h
+    return torch.stack(outputs), h, c
+
+
+def make_lane(cell: str) -> tuple[Tensor, rnnfast.functional.Weights, Tensor, Tensor]:
+    rows = GATES[cell] * HIDDEN
+    weights = rnnfast.functional.Weights(random(rows, INPUTS), random(rows, HIDDEN), random(rows), random(rows))
+    return input_of(), weights, random(BATCH, HIDDEN), random(BATCH, HIDDEN)
+
+
+def norms_of(cell: str) -> Norms:
+    of_cell = (random(HIDDEN), random(HIDDEN)) if cell == "lstm" else (None, None)
+    return Norms(random(GATES[cell] * HIDDEN), random(GATES[cell] * HIDDEN), *of_cell)
+
+
+def extensions() -> list[Any]:
+    cases = []
+    for cell in CELLS:
+        torch.manual_seed(1)
+        mask, zones = (torch.rand(BATCH, HIDDEN) < 0.5) * 2.0, [torch.rand(STEPS * BATCH, HIDDEN) < 0.4 for _ in "hc"]
+        zoneout_c = [zones[1], 0.25] if cell == "lstm" else [0.0, 0.0]
+        cases += [
+            pytest.param(cell, Extension(mask.double()), id=f"{cell} recurrent dropout"),
+            pytest.param(cell, Extension(None, zones[0], zoneout_c[0]), id=f"{cell} zoneout"),
+            pytest.param(cell, Extension(None, 0.5, zoneout_c[1]), id=f"{cell} zoneout's expectation"),
+        ]
+        if cell in ("lstm", "gru"):
+            norms = norms_of(cell)
+            cases.append(pytest.param(cell, Extension(None, 0.0, 0.0, norms), id=f"{cell} layer norm"))
+            everything = Extension(mask.double(), zones[0], zoneout_c[0], norms)
+            cases.append(pytest.param(cell, everything, id=f"{cell} everything"))
+    return cases
+
+
+@pytest.mark.parametrize(("cell", "extension"), extensions())
+def test_the_extended_scan_is_the_papers_loop(cell: str, extension: Extension) -> None:
+    input, weights, h, c = make_lane(cell)
+    norms = extension.norms or ()
+    leaves = [input, *weights[:4], h, *([c] if cell == "lstm" else []), *(norm for norm in norms if norm is not None)]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    output, h_n, c_n = scan_extended(
+        input.flatten(0, 1), [weights], [extension], h[None], c[None] if cell == "lstm" else None, None, cell, False
+    )
+    expected = loop(cell, input, weights, h, c, extension)
+    actual = (output.view_as(expected[0]), h_n[0], c_n[0] if cell == "lstm" else c)
+    torch.testing.assert_close(actual, expected)
+    losses = [sum(result.sin().sum() for result in results) for results in (actual, expected)]
+    torch.testing.assert_close(*(torch.autograd.grad(loss, leaves) for loss in losses))
+
+
+@pytest.mark.parametrize(("cell", "extension"), [case for case in extensions() if "everything" in str(case.id)])
+def test_derivatives_of_the_extended_scan(cell: str, extension: Extension) -> None:
+    input, weights, h, c = make_lane(cell)
+    assert extension.norms is not None
+    norms = [norm.clone() for norm in extension.norms if norm is not None]
+    state = [h, c] if cell == "lstm" else [h]
+
+    def function(input: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+        lane, parts, gains = others[:4], others[4 : 4 + len(state)], others[4 + len(state) :]
+        h_0, c_0 = parts[0][None], parts[1][None] if cell == "lstm" else None
+        weights = rnnfast.functional.Weights(*lane)
+        changed = extension._replace(norms=Norms(*gains))
+        results = scan_extended(input.flatten(0, 1), [weights], [changed], h_0, c_0, None, cell, False)
+        return results[: 1 + len(state)]
+
+    inputs = [leaf.requires_grad_() for leaf in (input, *weights[:4], *state, *norms)]
+    assert gradcheck(function, inputs, fast_mode=True)
+    assert gradgradcheck(function, inputs, fast_mode=True)
+
+
+def test_directions_of_an_extended_layer() -> None:
+    stack, input = make("lstm", bidirectional=True, layer_norm=True, zoneout=(0.3, 0.1)).eval(), input_of()
+    output, ((h_n, c_n),) = stack(input)
+    for d, suffix in enumerate(("_l0", "_l0_reverse")):
+        parameters = {name: getattr(stack, name + suffix) for name in stack._lane_shapes(INPUTS, HIDDEN)}
+        *lane, gain_ih, gain_hh, gain_c, bias_c = parameters.values()
+        extension = Extension(None, 0.3, 0.1, Norms(gain_ih, gain_hh, gain_c, bias_c))
+        zeros, weights = torch.zeros(BATCH, HIDDEN).double(), rnnfast.functional.Weights(*lane)
+        expected = loop("lstm", input, weights, zeros, zeros, extension, backwards=d == 1)
+        torch.testing.assert_close((output.chunk(2, 2)[d], h_n[d], c_n[d]), expected)
+
+
+# ---- the stack -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("cell", CELLS)
+def test_without_options_it_is_torch_nn(cell: str, bidirectional: bool, backend: str) -> None:
+    kind, _, nonlinearity = cell.partition("_")
+    options = {"nonlinearity": nonlinearity} if nonlinearity else {}
+    layer = getattr(nn, kind.upper())(
+        INPUTS, HIDDEN, 2, bidirectional=bidirectional, batch_first=True, dtype=torch.float64, **options
+    )
+    stack = make(cell, [HIDDEN] * 2, bidirectional=bidirectional, batch_first=True, backend=backend)
+    stack.load_state_dict(layer.state_dict())
+    input = random(BATCH, STEPS, INPUTS)
+    expected, state = layer(input)
+    output, states = stack(input)
+    torch.testing.assert_close(output, expected)
+    joined = [torch.cat(part) for part in zip(*states, strict=True)] if cell == "lstm" else [torch.cat(states)]
+    torch.testing.assert_close(joined, list(state) if cell == "lstm" else [state])
+    torch.testing.assert_close(stack(input, states)[0], layer(input, state)[0])
+
+
+def test_layers_have_their_own_sizes_and_take_token_ids(backend: str) -> None:
+    stack, normalised = make("gru", [7, 3], backend=backend), make("lstm", [7, 3], layer_norm=True)
+    ids = torch.randint(INPUTS, (STEPS, BATCH))
+    output, states = stack(ids)
+    assert output.shape == (STEPS, BATCH, 3)
+    assert [state.shape[2] for state in states] == [7, 3]
+    one_hot = F.one_hot(ids, INPUTS).double()
+    torch.testing.assert_close((output, states), stack(one_hot))
+    torch.testing.assert_close(normalised(ids), normalised(one_hot))
+
+
+@pytest.mark.parametrize("connection", ["residual", "highway"])
+def test_connections(connection: str, backend: str) -> None:
+    stack, input = make("lstm", [HIDDEN] * 3, connection=connection, backend=backend), input_of()
+    rows = input
+    for layer in range(3):
+        single = nn.LSTM(INPUTS if layer == 0 else HIDDEN, HIDDEN, dtype=torch.float64)
+        single.load_state_dict(
+            {
+                k.replace(f"_l{layer}", "_l0"): v
+                for k, v in stack.state_dict().items()
+                if k[-1] == str(layer) and "highway" not in k
+            }
+        )
+        output = single(rows)[0]
+        if layer and connection == "residual":
+            output = output + rows
+        elif layer:
+            gate = (
+                rows @ getattr(stack, f"highway_weight_l{layer}").T + getattr(stack, f"highway_bias_l{layer}")
+            ).sigmoid()
+            output = gate * output + (1 - gate) * rows
+        rows = output
+    torch.testing.assert_close(stack(input)[0], rows)
+
+
+def test_weight_drop_masks_the_recurrent_weights_for_a_call(backend: str) -> None:
+    stack, input = make("lstm", weight_dropout=0.5, backend=backend), torch.zeros(2, 1, INPUTS).double()
+    output, _ = seeded(stack, input)
+    output.sum().backward()
+    gradient = stack.weight_hh_l0.grad
+    mask = torch.rand(4 * HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(0)) >= 0.5
+    assert torch.equal(gradient != 0, mask)
+    plain = copy.deepcopy(stack).eval()
+    with torch.no_grad():
+        plain.weight_hh_l0.mul_(mask.double() * 2)
+        torch.testing.assert_close(seeded(stack, input)[0], plain(input)[0], rtol=0, atol=0)
+        assert not torch.equal(seeded(stack, input, seed=1)[0], output)
+
+
+@pytest.mark.parametrize("option", ["input_dropout", "dropout"])
+def test_variational_dropout_has_one_mask_a_sequence(option: str, backend: str) -> None:
+    stack = make("rnn_relu", [HIDDEN, HIDDEN], bias=False, backend=backend, **{option: 0.5})
+    with torch.no_grad():  # layers that pass on what they are given, but for the first of which the input is narrower
+        for layer in range(2):
+            getattr(stack, f"weight_hh_l{layer}").zero_()
+            weight = getattr(stack, f"weight_ih_l{layer}")
+            weight.copy_(torch.eye(*weight.shape))
+    output, _ = seeded(stack, torch.ones(STEPS, BATCH, INPUTS).double())
+    seen = output[:, :, :INPUTS]
+    assert set(seen.unique().tolist()) == {0.0, 2.0}
+    assert torch.equal(seen, seen[:1].expand_as(seen))
+    assert not torch.equal(seen[:, 0], seen[:, 1])
+    torch.testing.assert_close(stack.eval()(torch.ones(1, 1, INPUTS).double())[0][..., :INPUTS].mean().item(), 1.0)
+
+
+ALL = {"input_dropout": 0.2, "dropout": 0.3, "recurrent_dropout": 0.4, "weight_dropout": 0.5, "zoneout": (0.1, 0.2)}
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_lengths_packing_and_a_loop_draw_the_same_masks(cell: str, bidirectional: bool) -> None:
+    options = ALL if cell == "lstm" else ALL | {"zoneout": 0.1}
+    stack = make(cell, [HIDDEN, HIDDEN], bidirectional=bidirectional, layer_norm=True, connection="highway", **options)
+    input, lengths = input_of(), [2, STEPS, 4]
+    output, states = seeded(stack, input, lengths=lengths)
+    packed = pack_padded_sequence(input, torch.tensor(lengths), enforce_sorted=False)
+    packed_output, packed_states = seeded(stack, packed)
+    torch.testing.assert_close((pad_packed_sequence(packed_output)[0], packed_states), (output, states))
+    whole, whole_states = seeded(stack, input)
+    torch.testing.assert_close(output[:, 1], whole[:, 1])
+    pairs = zip(flat(states), flat(whole_states), strict=True)
+    assert all(torch.allclose(a[:, 1], b[:, 1]) for a, b in pairs)
+    if not bidirectional:
+        torch.testing.assert_close(output[:2, 0], whole[:2, 0])
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_empty_sequences(cell: str) -> None:
+    stack, input = make(cell, [HIDDEN, 3], bidirectional=True, layer_norm=True), input_of()
+    _, hx = stack(input)
+    output, states = stack(input, hx, lengths=[0, 0, 0])
+    assert output.shape == (STEPS, BATCH, 6)
+    assert not output.any()
+    torch.testing.assert_close(flat(states), flat(hx))
+    output, states = stack(input, hx, lengths=[0, 3, 0])
+    torch.testing.assert_close([part[:, 0] for part in flat(states)], [part[:, 0] for part in flat(hx)])
+
+
+def test_a_reset_forgets_and_keeps_the_masks() -> None:
+    stack, input = make("lstm", [HIDDEN, 4], recurrent_dropout=0.5, dropout=0.5), input_of(4)
+    input[2:] = input[:2]
+    reset = torch.zeros(4, BATCH, dtype=torch.bool)
+    reset[2] = True
+    output, _ = seeded(stack, input, reset=reset)
+    torch.testing.assert_close(output[2:], output[:2])
+    assert not torch.allclose(seeded(stack, input)[0][2:], output[2:])
+
+
+def test_masks_come_from_the_generator_whatever_the_dtype() -> None:
+    stack, input = make("lstm", [HIDDEN, HIDDEN], layer_norm=True, **ALL), input_of()
+    output = seeded(stack, input)[0]
+    assert torch.equal(seeded(stack, input)[0], output)
+    assert not torch.equal(seeded(stack, input, seed=1)[0], output)
+    torch.manual_seed(3)
+    first = stack(input)[0]
+    torch.manual_seed(3)
+    assert torch.equal(stack(input)[0], first)
+    torch.testing.assert_close(seeded(stack.float(), input.float())[0], output.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_zoneout_of_one_keeps_the_state() -> None:
+    for stack in (make("lstm", zoneout=1.0), make("lstm", zoneout=1.0).eval()):
+        state = [(random(1, BATCH, HIDDEN), random(1, BATCH, HIDDEN))]
+        torch.testing.assert_close(flat(stack(input_of(), state)[1]), flat(state))
+
+
+def test_explain_tells_who_runs_it_and_why() -> None:
+    input = input_of()
+    stack = make("lstm", recurrent_dropout=0.5, weight_dropout=0.5, dropout=0.5)
+    choice = rnnfast.explain(stack, input)
+    assert choice.backend == "reference"
+    assert "recurrent dropout" in str(choice)
+    native = rnnfast.explain(make("lstm"), input).backend
+    assert rnnfast.explain(stack.eval(), input).backend == native
+    named = make("gru", zoneout=0.1, backend="torch")
+    with pytest.raises(RuntimeError, match="'torch' cannot run this gru: it has no zoneout"):
+        named(input)
+    with rnnfast.use_backend("torch"), pytest.raises(RuntimeError, match="layer normalisation"):
+        make("gru", layer_norm=True)(input)
+
+
+def test_copies_pickles_and_parametrizations() -> None:
+    stack, input = make("gru", [HIDDEN, HIDDEN], zoneout=0.1, connection="highway"), input_of()
+    for other in (copy.deepcopy(stack), pickle.loads(pickle.dumps(stack))):
+        assert torch.equal(seeded(other, input)[0], seeded(stack, input)[0])
+    assert repr(stack) == "Stack('gru', 4, [6, 6], zoneout=(0.1, 0.0), connection='highway')"
+    nn.utils.parametrizations.weight_norm(stack, "weight_hh_l0")
+    torch.testing.assert_close(seeded(stack, input)[0], seeded(other, input)[0])
+
+
+def test_autocast() -> None:
+    for options in ({}, {"layer_norm": True, "zoneout": 0.1, "connection": "highway"}):
+        stack, input = rnnfast.Stack("lstm", INPUTS, [HIDDEN, HIDDEN], **options), input_of().float()
+        with torch.autocast("cpu", torch.bfloat16):
+            output, states = seeded(stack, input)
+        assert {tensor.dtype for tensor in flat((output, states))} == {torch.bfloat16}
+        torch.testing.assert_close(output.float(), seeded(stack, input)[0], rtol=0.05, atol=0.05)
+        output.float().sum().backward()
+        assert stack.weight_hh_l0.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_types_are_computed_in_float32_and_rounded_once_a_layer(dtype: torch.dtype) -> None:
+    stack = make("lstm", layer_norm=True, zoneout=0.2, recurrent_dropout=0.5).to(dtype)
+    input = input_of().to(dtype)
+    output, states = seeded(stack, input)
+    expected, expected_states = seeded(copy.deepcopy(stack).float(), input.float())
+    torch.testing.assert_close(output, expected.to(dtype))
+    torch.testing.assert_close(flat(states), [state.to(dtype) for state in flat(expected_states)])
+    output.float().sum().backward()
+    assert all(parameter.grad is not None for parameter in stack.parameters())
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_a_stack_streams(cell: str) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stack = make(cell, [HIDDEN, 3], layer_norm=True, zoneout=0.2)
+
+        def forward(self, input: Tensor) -> Tensor:
+            output: Tensor = self.stack(input)[0]
+            return output * 2
+
+    model, input = Model().eval(), input_of()
+    whole = model(input)
+    stream = rnnfast.Stream(model)
+    torch.testing.assert_close(torch.cat([stream(input[:2]), stream(input[2:])]), whole)
+    stream.reset([1])
+    torch.testing.assert_close(stream(input[:1])[:, 1], whole[:1, 1])
+    stream.detach()
+    alone = rnnfast.Stream(model.stack)
+    torch.testing.assert_close(torch.cat([alone(input[:2])[0], alone(input[2:])[0]]) * 2, whole)
+    with pytest.raises(RuntimeError, match="bidirectional"):
+        rnnfast.Stream(make(cell, bidirectional=True))
+
+
+def test_variational_dropout_of_any_sequence() -> None:
+    input = torch.ones(STEPS, BATCH, 50)
+    dropped = variational_dropout(input, 0.5, generator=torch.Generator().manual_seed(0))
+    other = variational_dropout(
+        input.transpose(0, 1), 0.5, batch_first=True, generator=torch.Generator().manual_seed(0)
+    )
+    assert torch.equal(dropped, other.transpose(0, 1))
+    assert torch.equal(dropped, dropped[:1].expand_as(dropped))
+    assert set(dropped.unique().tolist()) == {0.0, 2.0}
+    assert variational_dropout(input, 0.5, training=False) is input
+    with pytest.raises(ValueError, match=r"\[0, 1\)"):
+        variational_dropout(input, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (("elman", 3, [4]), {}, "unknown cell"),
+        (("lstm", 3, []), {}, "hidden_sizes must be positive"),
+        (("lstm", 3, [4]), {"dropout": 1.0}, r"dropout is a probability in \[0, 1\)"),
+        (("lstm", 3, [4]), {"zoneout": 1.5}, "zoneout is a probability"),
+        (("gru", 3, [4]), {"zoneout": (0.1, 0.1)}, "no cell state"),
+        (("rnn_tanh", 3, [4]), {"layer_norm": True}, "for lstm and gru"),
+        (("gru", 3, [4, 5]), {"connection": "residual"}, "layers of one size"),
+        (("gru", 3, [4, 4]), {"connection": "dense"}, "unknown connection"),
+        (("gru", 3, [4]), {"backend": "gpu"}, "unknown rnnfast backend"),
+    ],
+)
+def test_mistaken_options(arguments: Any, options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        rnnfast.Stack(*arguments, **options)
+
+
+def test_mistaken_calls() -> None:
+    stack, input = make("lstm", [HIDDEN, 3], zoneout=0.1), input_of()
+    with pytest.raises(ValueError, match="one state for each of the 2 layers"):
+        stack(input, torch.zeros(1, BATCH, HIDDEN))
+    with pytest.raises(RuntimeError, match=r"hx\[1\] must be \(h, c\), each \(1, 3, 3\)"):
+        stack(input, [(torch.zeros(1, BATCH, HIDDEN),) * 2] * 2)
+    with pytest.raises(ValueError, match="expected 3D batched input"):
+        stack(input[0])
+    with pytest.raises(RuntimeError, match="h_0 has dtype"):
+        stack(input, [tuple(part.float() for part in state) for state in stack(input)[1]])
+    with pytest.raises(RuntimeError, match="input has dtype"):
+        stack(input.float())
+    with pytest.raises(ValueError, match="embedded token ids"):
+        make("gru", input_dropout=0.1)(torch.zeros(3, 2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="input's shape without features"):
+        stack(input, reset=torch.zeros(BATCH, STEPS, dtype=torch.bool))
+    with pytest.raises(ValueError, match="lengths of its own"):
+        stack(pack_padded_sequence(input, torch.tensor([5, 4, 3])), lengths=[1, 2, 3])

@@ -1,0 +1,91 @@
+"""LSTM.states: h and c of every step, against one call of the layer for each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import rnnfast
+
+STEPS, BATCH, INPUTS, HIDDEN = 5, 3, 4, 6
+
+
+def one_by_one(layer: Any, input: Tensor, hx: Any, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    states = []
+    for t in range(len(input)):
+        if reset is not None:
+            hx = tuple(torch.where(reset[t][None, :, None], 0.0, part) for part in hx)
+        _, hx = layer(input[t : t + 1], hx)
+        states.append(hx)
+    h, c = (torch.stack(part) for part in zip(*states, strict=True))
+    return h, c
+
+
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "proj_size": 2}, {"num_layers": 2, "bias": False}])
+def test_states_are_those_of_the_layer_run_step_by_step(options: Any, backend: str) -> None:
+    layer = rnnfast.LSTM(INPUTS, HIDDEN, dtype=torch.float64, backend=backend, **options)
+    input = torch.randn(STEPS, BATCH, INPUTS, dtype=torch.float64)
+    _, hx = layer(input)
+    reset = torch.rand(STEPS, BATCH) < 0.4
+    with torch.no_grad():
+        torch.testing.assert_close(layer.states(input, hx), one_by_one(layer, input, hx))
+        torch.testing.assert_close(layer.states(input, hx, reset=reset), one_by_one(layer, input, hx, reset))
+        h, c = layer.states(input, hx)
+        torch.testing.assert_close(layer(input[3:], (h[2], c[2]))[0], layer(input, hx)[0][3:])
+        ids = torch.randint(INPUTS, (STEPS, BATCH))
+        torch.testing.assert_close(layer.states(ids), layer.states(torch.nn.functional.one_hot(ids, INPUTS).double()))
+
+
+def test_directions_batch_first_and_lengths() -> None:
+    layer = rnnfast.LSTM(INPUTS, HIDDEN, bidirectional=True, batch_first=True)
+    input = torch.randn(BATCH, STEPS, INPUTS)
+    with torch.no_grad():
+        h, c = layer.states(input, lengths=[2, 5, 0])
+        output, (h_n, c_n) = layer(input, lengths=[2, 5, 0])
+    torch.testing.assert_close(h.permute(2, 0, 1, 3).flatten(2), output)
+    assert c.shape == (STEPS, 2, BATCH, HIDDEN)
+    assert not c[:, :, 2].any()
+    assert not c[2:, :, 0].any()
+    torch.testing.assert_close((h[1, 0, 0], c[1, 0, 0]), (h_n[0, 0], c_n[0, 0]))
+    torch.testing.assert_close((h[0, 1, :2], c[0, 1, :2]), (h_n[1, :2], c_n[1, :2]))
+
+
+def test_empty_sequences() -> None:
+    h, c = rnnfast.LSTM(INPUTS, HIDDEN, 2).states(torch.randn(STEPS, BATCH, INPUTS), lengths=[0, 0, 0])
+    assert h.shape == c.shape == (STEPS, 2, BATCH, HIDDEN)
+    assert not h.any()
+    assert not c.any()
+
+
+def test_every_c_has_gradients() -> None:
+    layer = rnnfast.LSTM(INPUTS, HIDDEN, 2, dtype=torch.float64)
+    input = torch.randn(STEPS, BATCH, INPUTS, dtype=torch.float64, requires_grad=True)
+    hx = tuple(torch.randn(2, BATCH, HIDDEN, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    leaves = [input, *hx, *layer.parameters()]
+    gradients = []
+    for h, c in (layer.states(input, hx), one_by_one(layer, input, hx)):
+        gradients.append(torch.autograd.grad(c.sin().sum() + h.square().sum(), leaves))
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("named", ["torch", "cpu"])
+def test_a_backend_asked_for_by_name_that_cannot_says_so(named: str) -> None:
+    layer, input = rnnfast.LSTM(INPUTS, HIDDEN, backend=named), torch.randn(STEPS, BATCH, INPUTS)
+    with pytest.raises(RuntimeError, match="no c of every step with gradients, which the reference has"):
+        layer.states(input)
+    if named == "torch":
+        with torch.no_grad(), pytest.raises(RuntimeError, match="no c of every step"):
+            layer.states(input)
+
+
+def test_mistaken_calls() -> None:
+    layer = rnnfast.LSTM(INPUTS, HIDDEN)
+    with pytest.raises(ValueError, match="3D batched input"):
+        layer.states(torch.randn(STEPS, INPUTS))
+    with pytest.raises(ValueError, match="input's shape without features"):
+        layer.states(torch.randn(STEPS, BATCH, INPUTS), reset=torch.zeros(BATCH, STEPS, dtype=torch.bool))
+    with pytest.raises(RuntimeError, match="h_0 must have shape"):
+        layer.states(torch.randn(STEPS, BATCH, INPUTS), (torch.zeros(1, 1, HIDDEN),) * 2)
