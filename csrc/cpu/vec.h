@@ -98,19 +98,15 @@ RNNFAST_INLINE F32 fnma(F32 a, F32 b, F32 c) { return c - a * b; }
 RNNFAST_INLINE F64 fnma(F64 a, F64 b, F64 c) { return c - a * b; }
 #endif
 
-// x, but at least low, or at most high. A NaN stays one.
+// x, but at least low. A NaN stays one.
 #if defined(__AVX512F__)
 RNNFAST_INLINE F32 at_least(float low, F32 x) { return (F32)_mm512_max_ps((__m512)splat(low), (__m512)x); }
-RNNFAST_INLINE F32 at_most(float high, F32 x) { return (F32)_mm512_min_ps((__m512)splat(high), (__m512)x); }
 #elif defined(__AVX2__)
 RNNFAST_INLINE F32 at_least(float low, F32 x) { return (F32)_mm256_max_ps((__m256)splat(low), (__m256)x); }
-RNNFAST_INLINE F32 at_most(float high, F32 x) { return (F32)_mm256_min_ps((__m256)splat(high), (__m256)x); }
 #else
 RNNFAST_INLINE F32 at_least(float low, F32 x) { return x < splat(low) ? splat(low) : x; }
-RNNFAST_INLINE F32 at_most(float high, F32 x) { return x > splat(high) ? splat(high) : x; }
 #endif
 RNNFAST_INLINE F64 at_least(double low, F64 x) { return x < splat(low) ? splat(low) : x; }
-RNNFAST_INLINE F64 at_most(double high, F64 x) { return x > splat(high) ? splat(high) : x; }
 
 RNNFAST_INLINE float widen(float x) { return x; }
 RNNFAST_INLINE double widen(double x) { return x; }
@@ -215,7 +211,7 @@ struct ExpConstants<double> {
   static constexpr int mantissa_bits = 52, bias = 1023;
 };
 
-// 2^n and exp(r) - 1 with x = n ln2 + r, for |x| <= -lowest.
+// 2^n and exp(r) - 1 with x = n ln2 + r, for x in [lowest, 0].
 template <class T>
 struct SplitExp {
   Vec<T> scale, m;
@@ -235,10 +231,13 @@ struct Math {
   using Int = typename Lanes<T>::Int;
   static constexpr T lowest = ExpConstants<T>::lowest;
 
-  // 1 / (1 + e^-x), which keeps relative accuracy for negative x; below `lowest` it stays at e^lowest, nearly 0.
+  // e^x / (1 + e^x) for negative x, 1 / (1 + e^-x) otherwise: one exponential of -|x|, which cannot overflow and keeps
+  // relative accuracy for negative x.
   RNNFAST_INLINE V sigmoid(V x) {
-    const auto s = SplitExp<T>::of(-at_least(lowest, at_most(-lowest, x)));
-    return splat(T(1)) / fma(s.scale, s.m, s.scale + splat(T(1)));
+    const V a = x < V{} ? x : -x;
+    const auto s = SplitExp<T>::of(at_least(lowest, a));
+    const V e = a < splat(lowest) ? V{} : fma(s.scale, s.m, s.scale);
+    return (x < V{} ? e : splat(T(1))) / (e + splat(T(1)));
   }
   // With e = e^(-2|x|) and m = 1 - e: m / (2 - m), which has no cancellation near 0; from |x| = 0.55 on
   // 1 - 2e / (2 - m), which is rounded once where tanh is close to 1 and its slope depends on the last bit.
