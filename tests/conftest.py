@@ -41,4 +41,4 @@ def backend(request: pytest.FixtureRequest) -> str:
 def _seed() -> None:
     torch.manual_seed(0)
     # torch's own test helpers, once imported, forbid the whole process to set torch.backends' flags as users do.
-    setattr(torch.backends, "__allow_nonbracketed_mutation_flag", True)  # noqa: B010 (a class would mangle the name)
+    torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = True
