@@ -153,6 +153,55 @@ def sizes() -> list[tuple[int, int]]:
     return [(hidden, batch) for hidden in (32, 100) for batch in (1, 5, 33)]
 
 
+@feature("forward-mode derivatives: `torch.func.jvp`")
+def forward_mode(nn: Any) -> None:
+    layer, x = nn.LSTM(3, 4), torch.randn(5, 2, 3)
+    _, tangent = torch.func.jvp(lambda x: layer(x)[0], (x,), (torch.ones_like(x),))
+    near = (layer(x + 1e-3)[0] - layer(x - 1e-3)[0]) / 2e-3
+    torch.testing.assert_close(tangent, near, rtol=0.05, atol=1e-3)
+
+
+@feature("`torch.vmap` over weights: an ensemble", "one scan")
+def ensemble(nn: Any) -> None:
+    layers, x = [nn.GRU(3, 4) for _ in range(3)], torch.randn(5, 2, 3)
+    parameters, _ = torch.func.stack_module_state(layers)
+
+    def call(parameters: Any) -> torch.Tensor:
+        return torch.func.functional_call(layers[0], parameters, (x,))[0]
+
+    with torch.no_grad():
+        outputs = torch.vmap(call)(parameters)
+        torch.testing.assert_close(outputs, torch.stack([layer(x)[0] for layer in layers]))
+
+
+@feature("per-sample gradients: `torch.vmap` of `torch.func.grad`")
+def per_sample_gradients(nn: Any) -> None:
+    layer, x = nn.LSTM(3, 4), torch.randn(6, 5, 3)
+    parameters = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+
+    def loss(parameters: Any, x: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(layer, parameters, (x.unsqueeze(1),))[0].square().sum()
+
+    found = torch.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    expected = torch.func.grad(loss)(parameters, x[1])
+    torch.testing.assert_close({name: gradient[1] for name, gradient in found.items()}, expected)
+
+
+@feature("`torch.compile(fullgraph=True)`", "one operator a layer, dynamic T and B")
+def compiled(nn: Any) -> None:
+    torch._dynamo.reset()
+    layer, x = nn.GRU(3, 4), torch.randn(5, 2, 3)
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="eager")(x)[0], layer(x)[0])
+
+
+@feature("`torch.export` with dynamic T and B")
+def exported(nn: Any) -> None:
+    layer, sizes = nn.GRU(3, 4).eval(), {0: torch.export.Dim("steps", min=1), 1: torch.export.Dim("batch", min=1)}
+    program = torch.export.export(layer, (torch.randn(5, 2, 3),), dynamic_shapes=(sizes,))
+    x = torch.randn(9, 4, 3)
+    torch.testing.assert_close(program.module()(x)[0], layer(x)[0])
+
+
 @feature("a sequence's bits do not depend on the batch around it", "on a CPU")
 def batch_invariance(nn: Any) -> None:
     for kind in (nn.RNN, nn.LSTM, nn.GRU):
@@ -272,7 +321,12 @@ def test_rnnfast_has_it(row: Feature) -> None:
     row.attempt(rnnfast)
 
 
-@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+# torch.nn's own, of its projections, under vmap and under export.
+@pytest.mark.filterwarnings(
+    "ignore:LSTM with projections is not supported with oneDNN",
+    "ignore:There is a performance drop because we have not yet implemented the batching rule",
+    "ignore:The tensor attributes self._flat_weights",
+)
 def test_the_page_shows_what_is_found() -> None:
     _, rest = PAGE.read_text().split(BEGIN)
     assert rest.split(END)[0] == table(), "docs/features.md differs; python -m tests.test_features writes it"
