@@ -125,8 +125,6 @@ void backward(const BackwardArgs& x, int available) {
     auto local = scan.carve_local(scan_memory);
     run_items(scan, s, split, local, thread, threads, team);
     all.wait(threads);
-    weights.pack_operands(thread, threads);
-    all.wait(threads);
     for (int64_t task; (task = next.fetch_add(1)) < tasks;) weights.run(task, mine);
   });
 }

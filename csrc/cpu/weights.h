@@ -25,8 +25,6 @@ class WeightGradients {
   const Panels inputs, states, units_;
   int64_t block_rows;    // rows of a weight's gradient in a task
   O* w_ih = nullptr;     // packed: d_gates_x w_ih
-  // What the gradients of the gates are multiplied with, packed once for all tasks, each K_BLOCK of rows by itself.
-  O *states_before = nullptr, *packed_inputs = nullptr, *unprojected = nullptr;
 
   struct Kind {
     int64_t tasks;
@@ -60,9 +58,6 @@ class WeightGradients {
 
   void carve(Carver& carver) {
     if (x.d_input) w_ih = carver.take<O>(s.lanes * packed_size<O>(inputs, gate_rows));
-    if (x.d_w_hh) states_before = carver.take<O>(s.lanes * packed_size<O>(states, s.rows));
-    if (x.d_w_ih && !s.ids) packed_inputs = carver.take<O>(packed_size<O>(inputs, s.rows));
-    if (x.d_w_hr) unprojected = carver.take<O>(s.lanes * packed_size<O>(units_, s.rows));
   }
   size_t local_bytes() const {
     Carver carver(nullptr);
@@ -83,32 +78,6 @@ class WeightGradients {
           p * inputs.vectors * V, s.input);
     }
   }
-  // This thread's share of the operands that have a row for each row of the batch; once the scan is done.
-  void pack_operands(int thread, int n) const {
-    if (packed_inputs)
-      pack_operand(packed_inputs, inputs, s.input, [&](int64_t row) { return at<S>(x.input, row * s.input); }, thread, n);
-    for (int64_t lane = 0; lane < s.lanes; ++lane) {
-      if (states_before) {
-        int64_t t = 0;
-        const auto state_before = [&](int64_t row) {
-          if (!s.batch_sizes) {
-            t = row / s.batch;
-          } else {
-            if (row < s.offset_at(t)) t = 0;
-            while (row >= s.offset_at(t) + s.size_at(t)) ++t;
-          }
-          const int64_t b = row - s.offset_at(t), before = row_before(s, lane, t, b);
-          return before >= 0 ? at<S>(x.output, (before * s.lanes + lane) * s.state)
-                             : at<S>(x.h_0, (lane * s.batch + b) * s.state);
-        };
-        pack_operand(states_before + lane * packed_size<O>(states, s.rows), states, s.state, state_before, thread, n);
-      }
-      if (unprojected)
-        pack_operand(unprojected + lane * packed_size<O>(units_, s.rows), units_, s.hidden, [&](int64_t row) {
-          return static_cast<const O*>(d.unprojected + (lane * s.rows + row) * d.hidden_stride);
-        }, thread, n);
-    }
-  }
   int64_t tasks() const {
     int64_t n = 0;
     for (const Kind& kind : kinds) n += kind.tasks;
@@ -122,42 +91,23 @@ class WeightGradients {
   }
 
  private:
-  template <class Row>
-  void pack_operand(O* packed, const Panels& panels, int64_t columns, Row row, int thread, int threads) const {
-    const int64_t blocks = ceil_div(s.rows, K_BLOCK);
-    for (int64_t k0 = blocks * thread / threads * K_BLOCK; k0 < blocks * (thread + 1) / threads * K_BLOCK; k0 += K_BLOCK) {
-      const int64_t k = min64(K_BLOCK, s.rows - k0);
-      decltype(row(int64_t(0))) rows[K_BLOCK];
-      for (int64_t i = 0; i < k; ++i) rows[i] = row(k0 + i);
-      // A few rows at a time, all panels of them, so that memory is read in order; the next rows are fetched meanwhile.
-      constexpr int64_t GROUP = 8;
-      for (int64_t i = 0; i < k; i += GROUP) {
-        const int64_t n = min64(GROUP, k - i);
-        for (int64_t next = i + n; next < min64(i + n + GROUP, k); ++next)
-          for (int64_t j = 0; j < columns; j += 64 / int64_t(sizeof(*rows[0]))) __builtin_prefetch(rows[next] + j);
-        for (int64_t p = 0; p < panels.count(); ++p)
-          pack_rows<O>(packed + packed_size<O>(panels, k0) + panel_offset<O>(panels, p, k) + i * panels.width(p) * V,
-                       panels.width(p), [&](int64_t r) { return rows[i + r]; }, n, p * panels.vectors * V, columns);
-      }
-    }
-  }
-
   struct ProductBuffers {
-    O* a;
+    O *a, *w;
     T* sums;
     int64_t a_stride, sums_stride;
     ProductBuffers(const WeightGradients& of, Carver& carver) {
       a_stride = round_up(K_BLOCK, V * Product<O>::depth);
       sums_stride = max64(max64(of.inputs.total_vectors, of.states.total_vectors), of.units_.total_vectors) * V;
       a = carver.take<O>(of.block_rows * a_stride);
+      w = carver.take<O>(K_BLOCK * sums_stride);
       sums = carver.take<T>(of.block_rows * sums_stride);
     }
   };
 
-  // out[m, :] = sum over rows k of a(k)[column(m)] w[k, :], for m in [first, end). column is contiguous but at `jump`.
-  template <class A, class Column>
-  void product(const Panels& panels, int64_t columns, int64_t first, int64_t end, A a, Column column, int64_t jump,
-               const O* w, S* out, char* local) const {
+  // out[m, :] = sum over rows k of a(k)[column(m)] w(k)[:], for m in [first, end). column is contiguous but at `jump`.
+  template <class A, class Column, class W>
+  void product(const Panels& panels, int64_t columns, int64_t first, int64_t end, A a, Column column, int64_t jump, W w,
+               S* out, char* local) const {
     Carver carver(local);
     const ProductBuffers buffers(*this, carver);
     const int64_t m_rows = end - first;
@@ -169,12 +119,24 @@ class WeightGradients {
       if (first < cut) pack_transposed<O>(buffers.a, buffers.a_stride, a_row, k, column(first), cut - first);
       if (cut < end)
         pack_transposed<O>(buffers.a + (cut - first) * buffers.a_stride, buffers.a_stride, a_row, k, column(cut), end - cut);
+      using W_row = decltype(w(int64_t(0)));
+      W_row w_rows[K_BLOCK];
+      for (int64_t i = 0; i < k; ++i) w_rows[i] = w(k0 + i);
+      // A few rows at a time, all panels of them, so that memory is read in order; the next rows are fetched meanwhile.
+      constexpr int64_t GROUP = 8;
+      for (int64_t i = 0; i < k; i += GROUP) {
+        const int64_t n = min64(GROUP, k - i);
+        for (int64_t next = i + n; next < min64(i + n + GROUP, k); ++next)
+          for (int64_t j = 0; j < columns; j += 64 / int64_t(sizeof(*w_rows[0]))) __builtin_prefetch(w_rows[next] + j);
+        for (int64_t p = 0; p < panels.count(); ++p)
+          pack_rows<O>(buffers.w + panel_offset<O>(panels, p, k) + i * panels.width(p) * V, panels.width(p),
+                       [&](int64_t row) { return w_rows[i + row]; }, n, p * panels.vectors * V, columns);
+      }
       for (int64_t p = 0; p < panels.count(); ++p) {
         const int width = panels.width(p);
         const int64_t at_column = p * panels.vectors * V;
-        const O* packed = w + packed_size<O>(panels, k0) + panel_offset<O>(panels, p, k);
-        const O* next = packed + width * V * units<O>(k) * Product<O>::depth;  // behind it, or the next K_BLOCK's first
-        for_tiles(m_rows, width, [&](int64_t m, int count, int64_t tile, int64_t tiles) {
+        const O* packed = buffers.w + panel_offset<O>(panels, p, k);
+        for_tiles(m_rows, width, [&](int64_t m, int count, int64_t, int64_t) {
           const O* rows[MAX_ROWS];
           const T* start[MAX_ROWS];
           for (int r = 0; r < count; ++r) {
@@ -182,8 +144,7 @@ class WeightGradients {
             start[r] = buffers.sums + (m + r) * buffers.sums_stride;
           }
           tile_function<O>(count, width)(units<O>(k), rows, packed, start, at_column, nullptr,
-                                         buffers.sums + m * buffers.sums_stride + at_column, buffers.sums_stride,
-                                         share_of_panel<O>(next, width, k, tile, tiles));
+                                         buffers.sums + m * buffers.sums_stride + at_column, buffers.sums_stride, {});
         });
       }
     }
@@ -192,16 +153,29 @@ class WeightGradients {
 
   void w_hh_gradient(int64_t task, char* local) const {
     const int64_t blocks = ceil_div(gate_rows, block_rows), lane = task / blocks, first = task % blocks * block_rows;
+    int64_t t = 0;
+    const auto state_before = [&](int64_t row) {
+      if (!s.batch_sizes) {
+        t = row / s.batch;
+      } else {
+        if (row < s.offset_at(t)) t = 0;
+        while (row >= s.offset_at(t) + s.size_at(t)) ++t;
+      }
+      const int64_t b = row - s.offset_at(t), before = row_before(s, lane, t, b);
+      return before >= 0 ? at<S>(x.output, (before * s.lanes + lane) * s.state)
+                         : at<S>(x.h_0, (lane * s.batch + b) * s.state);
+    };
     product(states, s.state, first, min64(first + block_rows, gate_rows), [&](int64_t row) { return d.gates_h(lane, row); },
-            [](int64_t m) { return m; }, gate_rows, states_before + lane * packed_size<O>(states, s.rows),
-            at<S>(x.d_w_hh, (lane * gate_rows + first) * s.state), local);
+            [](int64_t m) { return m; }, gate_rows, state_before, at<S>(x.d_w_hh, (lane * gate_rows + first) * s.state),
+            local);
   }
 
   void w_ih_gradient(int64_t task, char* local) const {
     const int64_t blocks = ceil_div(gate_rows, block_rows), lane = task / blocks, first = task % blocks * block_rows;
     product(inputs, s.input, first, min64(first + block_rows, gate_rows), [&](int64_t row) { return d.gates_x(lane, row); },
             [&](int64_t m) { return d.column_x(m); }, s.cell == Cell::gru ? 2 * s.hidden : gate_rows,
-            packed_inputs, at<S>(x.d_w_ih, (lane * gate_rows + first) * s.input), local);
+            [&](int64_t row) { return at<S>(x.input, row * s.input); },
+            at<S>(x.d_w_ih, (lane * gate_rows + first) * s.input), local);
   }
 
   void w_hr_gradient(int64_t task, char* local) const {
@@ -209,7 +183,10 @@ class WeightGradients {
     product(units_, s.hidden, first, min64(first + block_rows, s.state),
             [&](int64_t row) { return static_cast<const O*>(d.state + (lane * s.rows + row) * d.state_stride); },
             [](int64_t m) { return m; }, s.state,
-            unprojected + lane * packed_size<O>(units_, s.rows), at<S>(x.d_w_hr, (lane * s.state + first) * s.hidden), local);
+            [&](int64_t row) {
+              return static_cast<const O*>(d.unprojected + (lane * s.rows + row) * d.hidden_stride);
+            },
+            at<S>(x.d_w_hr, (lane * s.state + first) * s.hidden), local);
   }
 
   // A segment sum over ids, transposed on the way out.
