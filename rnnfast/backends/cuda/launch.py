@@ -158,7 +158,7 @@ def forward(
             h_state, c_state = _state(h_0), None if c_0 is None else _state(c_0)
             operand, product = h_0.clone(), h_state.new_empty(lanes, batch, w_hh.shape[1])
             for step in range(steps):
-                _recurrent_product(operand, w_hh.mT, product)
+                products.recurrent_product(operand, w_hh.mT, product)
                 inputs = (gx, ids, b_hh, h_0, c_0, offsets, output, saved, *common, step, product)
                 _ops().step_forward(*inputs, h_state, c_state, operand)
             h_n, c_n = h_state.to(h_0.dtype), None if c_state is None else c_state.to(h_0.dtype)
@@ -215,7 +215,7 @@ def backward(
                 for step in range(steps):
                     inputs = (d_output, h_0, c_0, offsets, output, saved, d_gx, d_g_last, *common, step)
                     _ops().step_backward(*inputs, product if step else None, d_h_state, d_c_state, operand)
-                    _recurrent_product(operand, w_hh, product)
+                    products.recurrent_product(operand, w_hh, product)
                 d_h_state += product
                 d_h_0, d_c_0 = d_h_state.to(h_0.dtype), None if d_c_state is None else d_c_state.to(h_0.dtype)
 
@@ -258,13 +258,3 @@ def _on_device_of(tensor: Tensor) -> torch.cuda.device:
 def _state(tensor: Tensor) -> Tensor:
     """A copy in the type that is accumulated in."""
     return tensor.to(torch.float64 if tensor.dtype is torch.float64 else torch.float32, copy=True)
-
-
-def _recurrent_product(operand: Tensor, weight: Tensor, product: Tensor) -> None:
-    """Puts operand times weight, for every lane and in the accumulation type, into `product`."""
-    if operand.dtype is product.dtype:
-        torch.bmm(operand, weight, out=product)
-    elif operand.is_cuda:
-        torch.bmm(operand, weight, out_dtype=product.dtype, out=product)
-    else:
-        torch.bmm(operand.float(), weight.float(), out=product)
