@@ -27,7 +27,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     """
     import onnxscript
 
-    op = onnxscript.opset18
+    op: Any = onnxscript.opset18  # traced by the exporter: its operators take and give symbolic values
 
     def scan(
         input: Any,
