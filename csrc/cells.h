@@ -42,26 +42,51 @@ RNNFAST_HD V rnn_relu_backward(V h, V d_h) {
 
 // c is the cell state before, and after on return.
 template <class M, class V>
-RNNFAST_HD V lstm_forward(V& i, V& f, V& g, V& o, V& c) {
+RNNFAST_HD void lstm_state(V& i, V& f, V& g, V& o, V& c) {
   i = M::sigmoid(i);
   f = M::sigmoid(f);
   g = M::tanh(g);
   o = M::sigmoid(o);
   c = f * c + i * g;
-  return o * M::tanh(c);
+}
+
+// `read` is what the output reads: c, or c normalised.
+template <class M, class V>
+RNNFAST_HD V lstm_output(V o, V read) {
+  return o * M::tanh(read);
+}
+
+template <class M, class V>
+RNNFAST_HD V lstm_forward(V& i, V& f, V& g, V& o, V& c) {
+  lstm_state<M>(i, f, g, o, c);
+  return lstm_output<M>(o, c);
+}
+
+// o becomes the gradient of its pre-activation; returns that of `read`.
+template <class M, class V>
+RNNFAST_HD V lstm_output_backward(V& o, V read, V d_h) {
+  const V tanh_read = M::tanh(read);
+  const V d_read = d_h * o * tanh_slope(tanh_read);
+  o = d_h * tanh_read * o * (1 - o);
+  return d_read;
+}
+
+// i f g become the gradients of their pre-activations, d_c, of the cell state after, that of the cell state before.
+template <class V>
+RNNFAST_HD void lstm_state_backward(V& i, V& f, V& g, V c_before, V& d_c) {
+  const V d_c_now = d_c;
+  d_c = d_c_now * f;
+  f = d_c_now * c_before * f * (1 - f);
+  const V d_i = d_c_now * g * i * (1 - i);
+  g = d_c_now * i * tanh_slope(g);
+  i = d_i;
 }
 
 // i f g o become the gradients of their pre-activations, d_c the gradient of the cell state before.
 template <class M, class V>
 RNNFAST_HD void lstm_backward(V& i, V& f, V& g, V& o, V c, V c_before, V d_h, V& d_c) {
-  const V tanh_c = M::tanh(c);
-  const V d_c_now = d_c + d_h * o * tanh_slope(tanh_c);
-  d_c = d_c_now * f;
-  o = d_h * tanh_c * o * (1 - o);
-  f = d_c_now * c_before * f * (1 - f);
-  const V d_i = d_c_now * g * i * (1 - i);
-  g = d_c_now * i * tanh_slope(g);
-  i = d_i;
+  d_c = d_c + lstm_output_backward<M>(o, c, d_h);
+  lstm_state_backward(i, f, g, c_before, d_c);
 }
 
 // n comes in as the input's part of its pre-activation; h_n is the recurrent part.

@@ -40,6 +40,46 @@ struct BackwardArgs {
   const void *d_output, *d_h_n, *d_c_n;
   const void *input, *w_ih, *w_hh, *b_ih, *b_hh, *w_hr, *h_0, *c_0, *output, *tape;
   void *d_input, *d_w_ih, *d_w_hh, *d_b_ih, *d_b_hh, *d_w_hr, *d_h_0, *d_c_0;  // null where not wanted
+  const void* d_cells;  // (D, N, H): the gradient of an LSTM's c after every step; or null
+};
+
+// What changes the recurrence of a layer (rnnfast/extended.py). A pointer is null where the change is not made.
+struct Extension {
+  const void* recurrent_mask;            // (D, B, H): multiplies h on its way into w_hh
+  const bool *zoneout_h, *zoneout_c;     // (D, N, H): where h and c stay what they were; without it
+  double share_h, share_c;               // the share of what they were, 0 for none
+  const void *gain_ih, *gain_hh;         // (D, G*H): layer normalisation of both products
+  const void *gain_c, *bias_c;           // (D, H): and of an LSTM's c on its way to the output
+
+  bool zones_h() const { return zoneout_h || share_h != 0; }
+  bool zones_c() const { return zoneout_c || share_c != 0; }
+  bool normalised() const { return gain_ih != nullptr; }
+};
+
+// The columns of an extended scan's tape. First come those of the cell's own tape, whose c is not zoned out yet.
+struct ExtendedTape {
+  int64_t h;         // h before it was zoned out, of an RNN whose h is
+  int64_t c;         // c after every step, of an LSTM: the cell's own where it is not zoned out
+  int64_t products;  // where they are normalised: of the input with w_ih, of h with w_hh
+  int64_t width;
+
+  ExtendedTape(const ScanShape& s, const Extension& e) : h(tape_count(s.cell) * s.hidden), c(h), products(h), width(h) {
+    const bool zoned = s.cell == Cell::lstm ? e.zones_c() : s.gates() == 1 && e.zones_h();
+    if (zoned) products = width += s.hidden;
+    if (!zoned) c -= s.hidden;
+    if (e.normalised()) width += 2 * s.gates() * s.hidden;
+  }
+};
+
+struct ExtendedForwardArgs {
+  ForwardArgs scan;  // nothing is packed, and there is no projection
+  Extension extension;
+};
+
+struct ExtendedBackwardArgs {
+  BackwardArgs scan;
+  Extension extension;
+  void *d_gain_ih, *d_gain_hh, *d_gain_c, *d_bias_c;  // null where not wanted
 };
 
 }  // namespace rnnfast

@@ -8,6 +8,7 @@ the dispatcher and hands transforms on.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from torch import _C, Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.function import _SingleLevelFunction
 
-from rnnfast.backends import reference
 from rnnfast.cells import CELLS
 
 
@@ -28,87 +28,132 @@ class _Function(_SingleLevelFunction):
     apply: Any
 
 
+@dataclass(frozen=True, eq=False)
+class Formula:
+    """How a scan is differentiated.
+
+    op(*tensors, *options, save_tape) returns three results and the tape; the options end with cell and bidirectional.
+    backward_op(*gradients of the results, *tensors, *options, first result, tape, need_input, need_weights) returns the
+    gradients of the first `leaves` of all `tensors`; `weights` are those of them that need_weights is about.
+    definition(*tensors, *options) returns the three results by operations that are differentiable.
+    """
+
+    op: Any
+    backward_op: Any
+    definition: Callable[..., tuple[Tensor, ...]]
+    tensors: int
+    leaves: int
+    weights: tuple[int, ...]
+
+
 class Scan(_Function):
-    """A forward scan: apply(operator, its backward operator, the operator's arguments...)."""
+    """A forward scan: apply(formula, the operator's arguments...)."""
 
     @staticmethod
-    def forward(op: Any, backward_op: Any, *arguments: Any) -> Any:
-        return _below_autograd(op, arguments)
+    def forward(formula: Formula, *arguments: Any) -> Any:
+        return _below_autograd(formula.op, arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _, ctx.op, *tensors, cell, bidirectional, save_tape = inputs
+        ctx.formula, *arguments, ctx.save_tape = inputs
         out, _, c_n, tape = output
-        ctx.save_for_backward(*tensors, out, tape)
-        ctx.cell, ctx.bidirectional, ctx.save_tape = cell, bidirectional, save_tape
+        ctx.options = arguments[ctx.formula.tensors :]
+        ctx.save_for_backward(*arguments[: ctx.formula.tensors], out, tape)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*([tape] if CELLS[cell].has_cell_state else [tape, c_n]))
+        ctx.mark_non_differentiable(*([tape] if CELLS[ctx.options[-2]].has_cell_state else [tape, c_n]))
 
     @staticmethod
-    def backward(ctx: Any, d_output: Any, d_h_n: Any, d_c_n: Any, _: None) -> tuple[Any, ...]:
+    def backward(ctx: Any, *d_outputs: Any) -> tuple[Any, ...]:
         *layer, output, tape = ctx.saved_tensors
-        needs = ctx.needs_input_grad[2:10]
-        d_outputs = (d_output, d_h_n, d_c_n)
+        formula, options = ctx.formula, ctx.options
+        needs = ctx.needs_input_grad[1 : 1 + formula.leaves]
+        rest = [None] * (formula.tensors - formula.leaves + len(options) + 1)
+        d_outputs = d_outputs[:3]
         if all(d is None for d in d_outputs):
-            return (None,) * 14
+            return (None, *[None] * formula.leaves, *rest)
         if not ctx.save_tape:
             raise RuntimeError("the scan was run with save_tape=False, so it has no backward; pass save_tape=True")
-        gradients = ctx.op(
+        gradients = formula.backward_op(
             *(None if d is None else d.contiguous() for d in d_outputs),
             *layer,
-            ctx.cell,
-            ctx.bidirectional,
+            *options,
             output,
             tape,
             needs[0],
-            any(needs[1:6]),
+            any(needs[i] for i in formula.weights),
         )
-        return (None, None, *(d if need else None for d, need in zip(gradients, needs, strict=True)), *[None] * 4)
+        return (None, *(d if need else None for d, need in zip(gradients, needs, strict=True)), *rest)
 
 
 class ScanBackward(_Function):
-    """A backward scan: apply(operator, the operator's arguments...).
+    """A backward scan: apply(formula, the operator's arguments...).
 
-    Its derivative is the reference's forward scan, differentiated twice by torch. That is made of differentiable
+    Its derivative is the definition's forward scan, differentiated twice by torch. That is made of differentiable
     operations, so there are derivatives of any order from any backend, at the reference's speed. The arguments output
     and tape get no gradient: they are functions of the others, and the reference computes them again.
     """
 
     @staticmethod
-    def forward(op: Any, *arguments: Any) -> Any:
-        return _below_autograd(op, arguments)
+    def forward(formula: Formula, *arguments: Any) -> Any:
+        return _below_autograd(formula.backward_op, arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _, *tensors, ctx.cell, ctx.bidirectional, _output, _tape, _need_input, _need_weights = inputs
-        ctx.save_for_backward(*tensors)
+        ctx.formula, *arguments = inputs
+        end = 3 + ctx.formula.tensors
+        *ctx.options, _output, _tape, _need_input, _need_weights = arguments[end:]
+        ctx.save_for_backward(*arguments[:end])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *d_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        *tensors, batch_sizes = ctx.saved_tensors
-        wanted = [i for i, d in enumerate(d_gradients) if d is not None]
-        if not wanted:
-            return (None,) * 19
-        places = [i for i, t in enumerate(tensors) if t is not None and t.is_floating_point()]
-        d_places, layer_places = [i for i in places if i < 3], [i for i in places if i >= 3]
+        tensors, leaves = ctx.saved_tensors, 3 + ctx.formula.leaves
+        rest = [None] * (len(tensors) - leaves + len(ctx.options) + 4)
 
-        def outputs(*layer: Tensor) -> tuple[Tensor, ...]:
-            arguments: list[Any] = [*tensors[3:], batch_sizes, ctx.cell, ctx.bidirectional, False]
-            for place, tensor in zip(layer_places, layer, strict=True):
-                arguments[place - 3] = tensor
-            results = reference.forward(*arguments)
-            return tuple(results[i] for i in d_places)
+        def definition(*layer: Tensor) -> tuple[Tensor, ...]:
+            results: tuple[Tensor, ...] = ctx.formula.definition(*layer, *tensors[leaves:], *ctx.options)
+            return results
 
-        def gradients(*primals: Tensor) -> tuple[Tensor, ...]:
-            d_outputs, layer = primals[: len(d_places)], primals[len(d_places) :]
-            found = dict(zip(layer_places, torch.func.vjp(outputs, *layer)[1](d_outputs), strict=True))
-            return tuple(found[3 + i] for i in wanted)
+        found = _differentiate_twice(definition, tensors[:3], tensors[3:leaves], d_gradients)
+        needs = ctx.needs_input_grad[1 : 1 + leaves]
+        return (None, *(d if need else None for d, need in zip(found, needs, strict=True)), *rest)
 
-        pull_back = torch.func.vjp(gradients, *(tensors[i] for i in places))[1]
-        found = dict(zip(places, pull_back(tuple(d_gradients[i] for i in wanted)), strict=True))
-        needs = ctx.needs_input_grad[1:]
-        return (None, *(found.get(i) if needs[i] else None for i in range(len(tensors))), *[None] * 7)
+
+def _pull_back(
+    definition: Callable[..., tuple[Tensor, ...]], d_outputs: Sequence[Tensor | None], layer: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """The gradients of what floats in `layer`, from those of the definition's results, None where there is none."""
+    kept = [i for i, d in enumerate(d_outputs) if d is not None]
+    places = [i for i, t in enumerate(layer) if t is not None and t.is_floating_point()]
+
+    def outputs(*floating: Tensor) -> tuple[Tensor, ...]:
+        arguments = list(layer)
+        for place, tensor in zip(places, floating, strict=True):
+            arguments[place] = tensor
+        results = definition(*arguments)
+        return tuple(results[i] for i in kept)
+
+    gradients: list[Tensor | None] = [None] * len(layer)
+    found = torch.func.vjp(outputs, *(layer[i] for i in places))[1](tuple(d_outputs[i] for i in kept))
+    for place, gradient in zip(places, found, strict=True):
+        gradients[place] = gradient
+    return gradients
+
+
+def _differentiate_twice(
+    definition: Callable[..., tuple[Tensor, ...]],
+    d_outputs: Sequence[Tensor | None],
+    layer: Sequence[Tensor | None],
+    d_gradients: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """The gradients of d_outputs and layer, from those of what `_pull_back` makes of them."""
+    if all(d is None for d in d_gradients):
+        return [None] * (len(d_outputs) + len(layer))
+
+    def gradients(*tensors: Tensor | None) -> tuple[Any, ...]:
+        return tuple(_pull_back(definition, tensors[: len(d_outputs)], tensors[len(d_outputs) :]))
+
+    return _pull_back(gradients, d_gradients, [*d_outputs, *layer])
 
 
 def _below_autograd(op: Any, arguments: Sequence[Any]) -> Any:
@@ -120,14 +165,14 @@ def _below_autograd(op: Any, arguments: Sequence[Any]) -> Any:
             return op(*arguments)
 
 
-def kernel(function: Any, *ops: Any) -> Callable[..., Any]:
-    """The implementation at the Autograd key of the first of `ops`."""
+def kernel(function: Any, formula: Formula, op: Any) -> Callable[..., Any]:
+    """The implementation at the Autograd key of `op`, which is the formula's operator or its backward one."""
 
     def apply(*arguments: Any) -> Any:
         if needs_gradient(arguments):
             with enable_single_level_autograd_function():
-                return function.apply(*ops, *arguments)
+                return function.apply(formula, *arguments)
         with _C._AutoDispatchBelowAutograd():
-            return ops[0](*arguments)
+            return op(*arguments)
 
     return apply

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from torch.nn.utils.rnn import PackedSequence
 
 AUTO = "auto"
-CELL_STATES = "c of every step"  # an extension of a request: the scans have it on their tape
+# Extensions of a request. The first is on the tape of every scan.
+CELL_STATES, CELL_STATE_GRADIENTS = "c of every step", "gradients of c of every step"
+EXTENDED_RECURRENCE = ("recurrent dropout", "zoneout", "layer normalisation")
 _BY_NAME = "asked for by name"
 
 
@@ -41,8 +43,8 @@ class Size(NamedTuple):
 class Request(NamedTuple):
     """What decides whether a backend can run a layer, and on a GPU, where `size` is needed, which is fastest.
 
-    `transformed`: a compiler, a torch.func transform or forward-mode AD looks at the call. `extension` tells what
-    changes the recurrence, "" if nothing.
+    `transformed`: a compiler, a torch.func transform or forward-mode AD looks at the call. `extensions` are
+    what the call is to do beyond a torch.nn layer.
     """
 
     cell: str
@@ -52,7 +54,7 @@ class Request(NamedTuple):
     projected: bool
     transformed: bool = False
     size: Size | None = None
-    extension: str = ""
+    extensions: tuple[str, ...] = ()
 
 
 class Choice(NamedTuple):
@@ -91,8 +93,9 @@ class Backend(NamedTuple):
         if self.devices and request.device not in self.devices:
             return f"it runs on {' and '.join(self.devices)}, the input is on {request.device}"
         reason = self.declines(request)
-        if request.extension and self.name != "reference" and request.extension not in self.extensions:
-            reason = f"it has no {request.extension}, which the reference has"
+        missing = [name for name in request.extensions if name not in self.extensions]
+        if missing and self.name != "reference":
+            reason = f"it has no {' or '.join(missing)}, which the reference has"
         if reason is None and self.name not in _loaded:
             reason = self.why_not()
             if reason is None:
@@ -132,7 +135,7 @@ _BACKENDS = {
             lambda: _module("native").why_not(),
             lambda: _module("native").load(),
             lambda request: _module("native").declines(request),
-            (CELL_STATES,),
+            (CELL_STATES, CELL_STATE_GRADIENTS, *EXTENDED_RECURRENCE),
         ),
         Backend(
             "triton",
@@ -327,7 +330,8 @@ def explain(layer: Any, input: Tensor | PackedSequence) -> Choice:
     """
     data = input if isinstance(input, torch.Tensor) else input.data
     if hasattr(layer, "request"):
-        return choose(layer.request(data), layer.backend)
+        choice = choose(layer.request(data), layer.backend)
+        return choice._replace(elsewhere=_elsewhere(choice, layer.request(data)))
     is_cell = isinstance(layer, torch.nn.RNNCellBase)
     if is_cell:
         cell, weight, projected = layer._cell(), layer.weight_hh, False

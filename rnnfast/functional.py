@@ -195,15 +195,15 @@ def states(
     """The states of every step of an LSTM, h (N, L*D, P) and c (N, L*D, H), of all rows one after the other.
 
     Arguments and errors are those of `lstm`; there is no dropout. Where a gradient can reach an argument and is
-    enabled, it runs on the reference, which gives c gradients; else on any scan, whose tape holds c.
+    enabled, it runs on the cpu backend or the reference, which give c gradients; else on any scan, whose tape holds c.
     """
     w_hh, token_ids, directions = weights[0].w_hh, not input.is_floating_point(), 2 if bidirectional else 1
     _check("lstm", input, *hx, weights, batch_sizes, directions)
     tensors = [input, *hx, *(parameter for lane in weights for parameter in lane if parameter is not None)]
     differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    extension = dispatch.CELL_STATES + (" with gradients" if differentiable else "")
+    extensions = (dispatch.CELL_STATE_GRADIENTS,) if differentiable else (dispatch.CELL_STATES,)
     projected = weights[0].w_hr is not None
-    request = dispatch.Request("lstm", w_hh.device.type, w_hh.dtype, token_ids, projected, extension=extension)
+    request = dispatch.Request("lstm", w_hh.device.type, w_hh.dtype, token_ids, projected, extensions=extensions)
     chosen = dispatch.choose(request, backend).backend
     rows = input.long() if token_ids else input
     rows = rows if batch_sizes is not None else rows.flatten(0, 1)

@@ -1,4 +1,4 @@
-"""Masks of dropout, weight drop and zoneout, and the scan whose recurrence they, or layer normalisation, change.
+"""Masks of dropout, weight drop and zoneout.
 
 Masks are drawn in float32 on the generator's device and then moved, so that a seed gives the same ones for every
 dtype, layout and backend.
@@ -12,12 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rnnfast.backends import reference
-from rnnfast.backends.reference import Extension, Norms
-from rnnfast.scan import Weights, _stack_lanes
 from rnnfast.sequences import Segments
 
-__all__ = ["Extension", "Masks", "Norms", "dropout_mask", "scan_extended", "variational_dropout"]
+__all__ = ["Masks", "dropout_mask", "variational_dropout"]
 
 
 def _chance(p: float, shape: Sequence[int], device: torch.device, generator: torch.Generator | None) -> Tensor:
@@ -87,24 +84,3 @@ def variational_dropout(
         return input
     mask = dropout_mask(p, (input.shape[0 if batch_first else 1], input.shape[2]), input, generator)
     return input * mask.unsqueeze(1 if batch_first else 0)
-
-
-def scan_extended(
-    input: Tensor,
-    lanes: Sequence[Weights],
-    extensions: Sequence[Extension],
-    h_0: Tensor,
-    c_0: Tensor | None,
-    batch_sizes: Tensor | None,
-    cell: str,
-    bidirectional: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`rnnfast.scan.scan_layer` with an extension for each lane, on the reference, which autograd runs through.
-
-    Arguments and results are `scan_layer`'s. It runs step by step in eager torch, and keeps what autograd saves.
-    """
-    with torch.autocast(input.device.type, enabled=False):
-        output, h_n, c_n, _ = reference.forward(
-            input, *_stack_lanes(lanes), h_0, c_0, batch_sizes, cell, bidirectional, False, extensions
-        )
-    return output, h_n, c_n

@@ -79,13 +79,13 @@ def scan(
         # Forward-mode derivatives: the reference is made of operations that have them.
         output, h_n, c_n, _ = reference.forward(*tensors, batch_sizes, cell, bidirectional, False)
         return output, h_n, c_n
-    ops = _OPS[backend]
+    formula = _FORMULAS[backend]
     contiguous = [None if t is None else t.contiguous() for t in tensors]
     save_tape = derivatives.needs_gradient(tensors)
     arguments = (*contiguous, batch_sizes, cell, bidirectional, save_tape)
     # What the operator's Autograd kernel does, without the way there through the dispatcher and back into Python.
     eager_training = save_tape and not is_transformed()
-    output, h_n, c_n, _ = derivatives.Scan.apply(*ops, *arguments) if eager_training else ops[0](*arguments)
+    output, h_n, c_n, _ = derivatives.Scan.apply(formula, *arguments) if eager_training else formula.op(*arguments)
     return output, h_n, c_n
 
 
@@ -109,17 +109,25 @@ def lstm_states(
 ) -> tuple[Tensor, Tensor]:
     """Runs one LSTM layer as `scan` does, and returns h (N, D*P) and c (D, N, H) of every step.
 
-    On the reference both have gradients, as autograd runs through it; elsewhere neither has: c is read from the tape.
+    On the cpu backend and the reference both have gradients; elsewhere neither has: c is read from the tape.
     """
     tensors = [None if t is None else t.contiguous() for t in (input, *weights, h_0, c_0)]
     arguments = (*tensors, batch_sizes, "lstm", bidirectional, True)
-    if backend == "reference":
+    differentiable = derivatives.needs_gradient(tensors)
+    if backend == "reference" or forward_ad._current_level >= 0 or (differentiable and is_transformed()):
         with torch.autocast(input.device.type, enabled=False):
             output, _, _, tape = reference.forward(*arguments)  # type: ignore[arg-type]
-    else:
-        with torch.no_grad():
-            output, _, _, tape = _OPS[backend][0](*arguments)
-    return output, tape[..., -c_0.shape[2] :]
+        return output, _cells(tape, c_0)
+    if differentiable:
+        output, cells, _, _ = derivatives.Scan.apply(_STATES, *arguments)
+        return output, cells
+    with torch.no_grad():
+        output, _, _, tape = _FORMULAS[backend].op(*arguments)
+    return output, _cells(tape, c_0)
+
+
+def _cells(tape: Tensor, c_0: Tensor) -> Tensor:
+    return tape[..., -c_0.shape[2] :]
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -229,17 +237,35 @@ def _fake_backward(
     )
 
 
+def _definition(*layer: Any) -> tuple[Tensor, ...]:
+    arguments = (*layer, False)
+    return reference.forward(*arguments)[:3]
+
+
+def _states_on_cpu(*arguments: Any) -> tuple[Tensor, ...]:
+    output, _, c_n, tape = _FORMULAS["cpu"].op(*arguments)
+    return output, _cells(tape, arguments[7]), c_n, tape
+
+
+def _states_definition(*layer: Any) -> tuple[Tensor, ...]:
+    arguments = (*layer, True)
+    output, _, c_n, tape = reference.forward(*arguments)
+    return output, _cells(tape, layer[7]), c_n
+
+
 _library = torch.library.Library("rnnfast", "DEF")
-_OPS: dict[str, tuple[Any, Any]] = {}  # forward and backward
+_TENSORS, _LEAVES, _WEIGHTS = 9, 8, (1, 2, 3, 4, 5)  # of _LAYER
+_FORMULAS: dict[str, derivatives.Formula] = {}
 for _backend in BACKENDS:
     _name = f"scan_{_backend}"
     _library.define(_name + FORWARD_SCHEMA)
     _library.define(_name + "_backward" + BACKWARD_SCHEMA)
     _op = getattr(torch.ops.rnnfast, _name).default
     _backward_op = getattr(torch.ops.rnnfast, _name + "_backward").default
-    _OPS[_backend] = _op, _backward_op
-    _library.impl(_name, derivatives.kernel(derivatives.Scan, _op, _backward_op), "Autograd")
-    _library.impl(_name + "_backward", derivatives.kernel(derivatives.ScanBackward, _backward_op), "Autograd")
+    _formula = derivatives.Formula(_op, _backward_op, _definition, _TENSORS, _LEAVES, _WEIGHTS)
+    _FORMULAS[_backend] = _formula
+    _library.impl(_name, derivatives.kernel(derivatives.Scan, _formula, _op), "Autograd")
+    _library.impl(_name + "_backward", derivatives.kernel(derivatives.ScanBackward, _formula, _backward_op), "Autograd")
     for _qualified, _fake, _rule in (
         (f"rnnfast::{_name}", _fake_forward, partial(batching.map_forward, _op)),
         (f"rnnfast::{_name}_backward", _fake_backward, partial(batching.map_backward, _backward_op)),
@@ -248,3 +274,10 @@ for _backend in BACKENDS:
         torch.library.register_vmap(_qualified, _rule, lib=_library)
 _library.impl("scan_reference", reference.forward, "CompositeExplicitAutograd")
 _library.impl("scan_reference_backward", reference.backward, "CompositeExplicitAutograd")
+
+# The backward scan of an LSTM with the gradient of each c, (D, N, H), in place of h_n's. In eager mode alone: what
+# transforms see is the reference.
+_library.define("scan_cpu_states_backward" + BACKWARD_SCHEMA.replace("d_h_n", "d_cells"))
+_op = torch.ops.rnnfast.scan_cpu_states_backward.default
+_STATES = derivatives.Formula(_states_on_cpu, _op, _states_definition, _TENSORS, _LEAVES, _WEIGHTS)
+_library.impl("scan_cpu_states_backward", derivatives.kernel(derivatives.ScanBackward, _STATES, _op), "Autograd")

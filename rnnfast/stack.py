@@ -11,9 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnfast import dispatch, functional, regularisation, sequences
+from rnnfast import dispatch, functional, sequences
+from rnnfast.backends.reference import Extension, Norms
 from rnnfast.cells import CELLS
-from rnnfast.regularisation import Extension, Masks, Norms, dropout_mask
+from rnnfast.extended import scan_extended
+from rnnfast.regularisation import Masks, dropout_mask
+from rnnfast.scan import is_transformed
 
 State = Any  # of one layer: h, or (h, c) of an LSTM
 
@@ -27,7 +30,7 @@ class Stack(nn.Module):
 
     What leaves the recurrence as it is, weight drop, dropout of inputs and between layers, connections and sizes, runs
     on every backend at its speed. Recurrent dropout (in training), zoneout and layer normalisation change it, and run
-    on the reference; `rnnfast.explain(stack, input)` tells.
+    on the cpu backend and the reference; `rnnfast.explain(stack, input)` tells.
 
     Args:
         cell: "lstm", "gru", "rnn_tanh" or "rnn_relu".
@@ -223,14 +226,11 @@ class Stack(nn.Module):
 
     def request(self, input: Tensor) -> dispatch.Request:
         """What decides which backend can run these layers, in the mode they are in, on such input."""
-        changes = {
-            "recurrent dropout": self.training and self.recurrent_dropout > 0,
-            "zoneout": any(self.zoneout),
-            "layer normalisation": self.layer_norm,
-        }
-        extension = " or ".join(name for name, there in changes.items() if there)
+        there = (self.training and self.recurrent_dropout > 0, any(self.zoneout), self.layer_norm)
+        extensions = tuple(name for name, is_there in zip(dispatch.EXTENDED_RECURRENCE, there, strict=True) if is_there)
         weight, token_ids = self._parameter("weight_hh_l0"), not input.is_floating_point()
-        return dispatch.Request(self.cell, weight.device.type, weight.dtype, token_ids, False, extension=extension)
+        kind = self.cell, weight.device.type, weight.dtype, token_ids, False
+        return dispatch.Request(*kind, is_transformed(), extensions=extensions)
 
     def _run(self, rows: Tensor, states: list[tuple[Tensor, ...]], masks: Masks) -> tuple[Tensor, tuple[State, ...]]:
         """Rows (T, B, I), or ragged (N, I), through all layers."""
@@ -239,9 +239,8 @@ class Stack(nn.Module):
             dtype = torch.get_autocast_dtype(rows.device.type)
             rows = rows.to(dtype) if rows.is_floating_point() else rows
             states = [tuple(part.to(dtype) for part in state) for state in states]
-        extended = bool(self.request(rows).extension)
-        if extended:
-            dispatch.choose(self.request(rows), self.backend)  # the reference, or an error that says why it has to be
+        request = self.request(rows)._replace(dtype=dtype)
+        extended = dispatch.choose_name(self.backend, *request) if request.extensions else None
         final: list[State] = []
         for layer, state in enumerate(states):
             below, p = rows, self.dropout if layer else self.input_dropout
@@ -259,20 +258,27 @@ class Stack(nn.Module):
         return rows, tuple(final)
 
     def _run_layer(
-        self, layer: int, rows: Tensor, state: tuple[Tensor, ...], masks: Masks, dtype: torch.dtype, extended: bool
+        self,
+        layer: int,
+        rows: Tensor,
+        state: tuple[Tensor, ...],
+        masks: Masks,
+        dtype: torch.dtype,
+        extended: str | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         suffixes, segments = self._suffixes(layer), masks.segments
         weights = [self._weights(suffix, dtype, masks.generator) for suffix in suffixes]
         batch_sizes = None if segments is None else segments.batch_sizes
         h_0, c_0 = state[0], state[1] if len(state) > 1 else None
-        if not extended:
+        if extended is None:
             options = batch_sizes, self.bidirectional, 0.0, False, self.backend
             return functional._stack(self.cell, rows, h_0, c_0, weights, *options)
         functional._check(self.cell, rows, h_0, c_0, weights, batch_sizes, len(weights))
         extensions = [self._extension(suffix, h, masks) for suffix, h in zip(suffixes, h_0, strict=True)]
         flat = rows if segments is not None else rows.flatten(0, 1)
-        output, h_n, c_n = regularisation.scan_extended(
-            flat, weights, extensions, h_0, c_0, batch_sizes, self.cell, self.bidirectional
+        flat = flat if flat.is_floating_point() else flat.long()
+        output, h_n, c_n = scan_extended(
+            extended, flat, weights, extensions, h_0, c_0, batch_sizes, self.cell, self.bidirectional
         )
         return output if segments is not None else output.view(*masks.shape, output.shape[-1]), h_n, c_n
 
@@ -283,7 +289,7 @@ class Stack(nn.Module):
             mask = masks.of_state(self.recurrent_dropout, h)
         if self.layer_norm:
             names = ("gain_ih", "gain_hh", "gain_c", "bias_c") if self.cell == "lstm" else ("gain_ih", "gain_hh")
-            norms = Norms(*(self._parameter(name + suffix) for name in names))
+            norms = Norms(*(self._parameter(name + suffix).to(h.dtype) for name in names))
         return Extension(mask, zoneout_h, zoneout_c, norms)
 
     def _weights(self, suffix: str, dtype: torch.dtype, generator: torch.Generator | None) -> functional.Weights:

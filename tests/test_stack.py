@@ -14,7 +14,10 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import rnnfast
-from rnnfast.regularisation import Extension, Norms, scan_extended, variational_dropout
+from rnnfast.backends import native
+from rnnfast.backends.reference import Extension, Norms
+from rnnfast.extended import scan_extended
+from rnnfast.regularisation import variational_dropout
 
 STEPS, BATCH, INPUTS, HIDDEN = 5, 3, 4, 6
 CELLS = ["rnn_tanh", "rnn_relu", "lstm", "gru"]
@@ -36,6 +39,12 @@ def make(cell: str, sizes: Any = (HIDDEN,), **options: Any) -> Any:
             if name.startswith(("gain", "bias_c")):
                 parameter.uniform_(0.5, 1.5)
     return stack
+
+
+@pytest.fixture(autouse=True)
+def _library() -> None:
+    if native.why_not() is None:
+        native.load()
 
 
 def seeded(stack: Any, *args: Any, seed: int = 0, **kwargs: Any) -> Any:
@@ -125,15 +134,14 @@ def extensions() -> list[Any]:
 
 
 @pytest.mark.parametrize(("cell", "extension"), extensions())
-def test_the_extended_scan_is_the_papers_loop(cell: str, extension: Extension) -> None:
+def test_the_extended_scan_is_the_papers_loop(cell: str, extension: Extension, backend: str) -> None:
     input, weights, h, c = make_lane(cell)
     norms = extension.norms or ()
     leaves = [input, *weights[:4], h, *([c] if cell == "lstm" else []), *(norm for norm in norms if norm is not None)]
     for leaf in leaves:
         leaf.requires_grad_()
-    output, h_n, c_n = scan_extended(
-        input.flatten(0, 1), [weights], [extension], h[None], c[None] if cell == "lstm" else None, None, cell, False
-    )
+    states = h[None], c[None] if cell == "lstm" else None
+    output, h_n, c_n = scan_extended(backend, input.flatten(0, 1), [weights], [extension], *states, None, cell, False)
     expected = loop(cell, input, weights, h, c, extension)
     actual = (output.view_as(expected[0]), h_n[0], c_n[0] if cell == "lstm" else c)
     torch.testing.assert_close(actual, expected)
@@ -142,7 +150,7 @@ def test_the_extended_scan_is_the_papers_loop(cell: str, extension: Extension) -
 
 
 @pytest.mark.parametrize(("cell", "extension"), [case for case in extensions() if "everything" in str(case.id)])
-def test_derivatives_of_the_extended_scan(cell: str, extension: Extension) -> None:
+def test_derivatives_of_the_extended_scan(cell: str, extension: Extension, backend: str) -> None:
     input, weights, h, c = make_lane(cell)
     assert extension.norms is not None
     norms = [norm.clone() for norm in extension.norms if norm is not None]
@@ -153,7 +161,7 @@ def test_derivatives_of_the_extended_scan(cell: str, extension: Extension) -> No
         h_0, c_0 = parts[0][None], parts[1][None] if cell == "lstm" else None
         weights = rnnfast.functional.Weights(*lane)
         changed = extension._replace(norms=Norms(*gains))
-        results = scan_extended(input.flatten(0, 1), [weights], [changed], h_0, c_0, None, cell, False)
+        results = scan_extended(backend, input.flatten(0, 1), [weights], [changed], h_0, c_0, None, cell, False)
         return results[: 1 + len(state)]
 
     inputs = [leaf.requires_grad_() for leaf in (input, *weights[:4], *state, *norms)]
@@ -324,12 +332,14 @@ def test_zoneout_of_one_keeps_the_state() -> None:
 
 def test_explain_tells_who_runs_it_and_why() -> None:
     input = input_of()
+    plain = rnnfast.explain(make("lstm"), input).backend
     stack = make("lstm", recurrent_dropout=0.5, weight_dropout=0.5, dropout=0.5)
     choice = rnnfast.explain(stack, input)
-    assert choice.backend == "reference"
-    assert "recurrent dropout" in str(choice)
-    native = rnnfast.explain(make("lstm"), input).backend
-    assert rnnfast.explain(stack.eval(), input).backend == native
+    assert choice.backend == ("cpu" if native.why_not() is None else "reference")
+    assert rnnfast.explain(stack.eval(), input).backend == plain
+    half = rnnfast.explain(stack.train().half(), input.half())
+    assert half.backend == "reference"
+    assert dict(half.passed_over)["torch"] == "it has no recurrent dropout, which the reference has"
     named = make("gru", zoneout=0.1, backend="torch")
     with pytest.raises(RuntimeError, match="'torch' cannot run this gru: it has no zoneout"):
         named(input)
@@ -359,7 +369,7 @@ def test_autocast() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_types_are_computed_in_float32_and_rounded_once_a_layer(dtype: torch.dtype) -> None:
-    stack = make("lstm", layer_norm=True, zoneout=0.2, recurrent_dropout=0.5).to(dtype)
+    stack = make("lstm", layer_norm=True, zoneout=0.2, recurrent_dropout=0.5, backend="reference").to(dtype)
     input = input_of().to(dtype)
     output, states = seeded(stack, input)
     expected, expected_states = seeded(copy.deepcopy(stack).float(), input.float())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
 
 import rnnfast
 
@@ -60,25 +62,58 @@ def test_empty_sequences() -> None:
     assert not c.any()
 
 
-def test_every_c_has_gradients() -> None:
-    layer = rnnfast.LSTM(INPUTS, HIDDEN, 2, dtype=torch.float64)
+@pytest.mark.parametrize("options", [{}, {"proj_size": 2, "bias": False}])
+def test_every_c_has_gradients(options: Any, backend: str) -> None:
+    layer = rnnfast.LSTM(INPUTS, HIDDEN, 2, dtype=torch.float64, backend=backend, **options)
     input = torch.randn(STEPS, BATCH, INPUTS, dtype=torch.float64, requires_grad=True)
-    hx = tuple(torch.randn(2, BATCH, HIDDEN, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    leaves = [input, *hx, *layer.parameters()]
-    gradients = []
-    for h, c in (layer.states(input, hx), one_by_one(layer, input, hx)):
-        gradients.append(torch.autograd.grad(c.sin().sum() + h.square().sum(), leaves))
-    torch.testing.assert_close(*gradients)
+    hx = tuple(torch.randn(2, BATCH, size, dtype=torch.float64) for size in (layer.proj_size or HIDDEN, HIDDEN))
+    reset = torch.rand(STEPS, BATCH) < 0.4
+    leaves = [input, *(part.requires_grad_() for part in hx), *layer.parameters()]
+    for mask in (None, reset):
+        gradients = []
+        for h, c in (layer.states(input, hx, reset=mask), one_by_one(layer, input, hx, mask)):
+            gradients.append(torch.autograd.grad(c.sin().sum() + h.square().sum(), leaves))
+        torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.parametrize("named", ["torch", "cpu"])
-def test_a_backend_asked_for_by_name_that_cannot_says_so(named: str) -> None:
-    layer, input = rnnfast.LSTM(INPUTS, HIDDEN, backend=named), torch.randn(STEPS, BATCH, INPUTS)
-    with pytest.raises(RuntimeError, match="no c of every step with gradients, which the reference has"):
+def test_both_directions_and_each_result_alone_have_gradients(backend: str) -> None:
+    layer = rnnfast.LSTM(INPUTS, HIDDEN, bidirectional=True, dtype=torch.float64, backend=backend)
+    oracle = copy.deepcopy(layer)
+    oracle.backend = "reference"
+    input = torch.randn(STEPS, BATCH, INPUTS, dtype=torch.float64)
+    for which in (0, 1):
+        gradients = []
+        for one in (layer, oracle):
+            loss = one.states(input, lengths=[2, 5, 0])[which].square().sum()
+            gradients.append(torch.autograd.grad(loss, list(one.parameters())))
+        torch.testing.assert_close(*gradients)
+
+
+def test_higher_derivatives_and_transforms() -> None:
+    layer = rnnfast.LSTM(2, 3, dtype=torch.float64)
+    input = torch.randn(3, 2, 2, dtype=torch.float64)
+
+    lane = rnnfast.functional.Weights(*(parameter.detach() for parameter in layer.parameters()))
+    hx = torch.zeros(1, 2, 3).double(), torch.zeros(1, 2, 3).double()
+
+    def function(input: Tensor, w_hh: Tensor) -> Any:
+        return rnnfast.functional.states(input, hx, [lane._replace(w_hh=w_hh)])
+
+    tensors = [input.requires_grad_(), lane.w_hh.clone().requires_grad_()]
+    assert gradcheck(function, tensors)
+    assert gradgradcheck(function, tensors)
+    detached = [tensor.detach() for tensor in tensors]
+    expected = torch.autograd.functional.jacobian(function, tuple(detached))
+    torch.testing.assert_close(torch.func.jacrev(function, (0, 1))(*detached), expected)
+    torch.testing.assert_close(torch.func.jacfwd(function, (0, 1))(*detached), expected)
+
+
+def test_a_backend_asked_for_by_name_that_cannot_says_so() -> None:
+    layer, input = rnnfast.LSTM(INPUTS, HIDDEN, backend="torch"), torch.randn(STEPS, BATCH, INPUTS)
+    with pytest.raises(RuntimeError, match="no gradients of c of every step, which the reference has"):
         layer.states(input)
-    if named == "torch":
-        with torch.no_grad(), pytest.raises(RuntimeError, match="no c of every step"):
-            layer.states(input)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="no c of every step"):
+        layer.states(input)
 
 
 def test_mistaken_calls() -> None:

@@ -6,20 +6,26 @@
 namespace rnnfast::RNNFAST_ISA {
 
 // The gradients of the gates, which the scan leaves and the weight gradients read. A row is d_gates_x and d_gates_h: the
-// same (G*H) but for GRU, where it is n_x r z n_h, so that d_gates_x is its first 3H and d_gates_h its last 3H.
+// same (G*H) but for GRU, where it is n_x r z n_h, so that d_gates_x is its first 3H and d_gates_h its last 3H. Or one
+// after the other, where all of them are `apart`.
 template <class S, class O>
 struct Gradients {
   using T = typename Product<O>::T;
   static constexpr int V = LANES<O>;
   const ScanShape& s;
+  const int64_t last;  // where d_gates_h begins
+  const bool permuted;
   const int64_t width, stride, state_stride, hidden_stride;
   O* gates = nullptr;         // (D, N, stride)
   O* state = nullptr;         // (D, N, state_stride): gradient of the projected state, where there is a projection
   O* unprojected = nullptr;   // (D, N, hidden_stride): o tanh(c) again, likewise
+  S* states = nullptr;        // (D, N, P): what w_hh was multiplied with, where that is not the state
 
-  explicit Gradients(const ScanShape& shape)
+  explicit Gradients(const ScanShape& shape, bool apart = false)
       : s(shape),
-        width((s.gates() + (s.cell == Cell::gru)) * s.hidden),
+        last(apart ? s.gates() * s.hidden : s.cell == Cell::gru ? s.hidden : 0),
+        permuted(s.cell == Cell::gru && !apart),
+        width(s.gates() * s.hidden + last),
         stride(round_up(width + Product<O>::depth - 1, V * Product<O>::depth)),
         state_stride(round_up(s.state, V * Product<O>::depth)),
         hidden_stride(round_up(s.hidden, V * Product<O>::depth)) {}
@@ -30,15 +36,15 @@ struct Gradients {
     unprojected = carver.take<O>(s.lanes * s.rows * hidden_stride);
   }
   const O* gates_x(int64_t lane, int64_t row) const { return gates + (lane * s.rows + row) * stride; }
-  const O* gates_h(int64_t lane, int64_t row) const { return gates_x(lane, row) + (s.cell == Cell::gru ? s.hidden : 0); }
+  const O* gates_h(int64_t lane, int64_t row) const { return gates_x(lane, row) + last; }
   // The column of gates_x, or of gates_h, that belongs to a row of w_ih, or of w_hh.
   int64_t column_x(int64_t weight_row) const {
-    if (s.cell != Cell::gru) return weight_row;
+    if (!permuted) return weight_row;
     return weight_row < 2 * s.hidden ? weight_row + s.hidden : weight_row - 2 * s.hidden;
   }
   // The inverse of column_x.
   int64_t weight_row_x(int64_t column) const {
-    if (s.cell != Cell::gru) return column;
+    if (!permuted) return column;
     return column < s.hidden ? column + 2 * s.hidden : column - s.hidden;
   }
 };
@@ -250,6 +256,7 @@ class Backward {
         Vec<T> i = load(tape, n), f = load(tape + H, n), g = load(tape + 2 * H, n), o = load(tape + 3 * H, n);
         const Vec<T> c = load(tape + 4 * H, n);
         Vec<T> d_c = load(carry);
+        if (x.d_cells) d_c += load(at<S>(x.d_cells, (place.lane * s.rows + place.row) * H + j), n);
         if (s.has_projection)
           store(d.unprojected + (place.lane * s.rows + place.row) * d.hidden_stride + j, o * Math<T>::tanh(c));
         lstm_backward<Math<T>>(i, f, g, o, c, load(c_before, n), d_h, d_c);

@@ -2,6 +2,8 @@
 #include "kernels.h"
 
 #include "backward.h"
+#include "extended.h"
+#include "extended_backward.h"
 #include "forward.h"
 #include "head.h"
 #include "weights.h"
@@ -129,6 +131,71 @@ void backward(const BackwardArgs& x, int available) {
   });
 }
 
+template <class S, class O>
+void extended_forward(const ExtendedForwardArgs& x, int available) {
+  const ScanShape& s = x.scan.shape;
+  const Panels panels = ExtendedForward<S, O>::panels_of(s);
+  const Split split = split_work(s, panels.total_vectors * units<O>(s.hidden), panels.count(), available);
+  ExtendedForward<S, O> scan(x, split);
+  Carver shared(nullptr), own(nullptr);
+  scan.carve(shared);
+  scan.carve_local(own);
+  const Scratch memory(shared.used() + own.used() * split.threads);
+  Carver carver(memory.data());
+  scan.carve(carver);
+  Barrier all, team;
+  parallel(split.threads, [&](int thread, int threads) {
+    Carver mine(memory.data() + shared.used() + own.used() * thread);
+    auto local = scan.carve_local(mine);
+    scan.pack(thread, threads);
+    all.wait(threads);
+    run_items(scan, s, split, local, thread, threads, team);
+  });
+}
+
+template <class S, class O>
+void extended_backward(const ExtendedBackwardArgs& x, int available) {
+  const ScanShape& s = x.scan.shape;
+  const Panels panels = plain_panels(s.hidden, LANES<O>);
+  const Split split = split_work(s, panels.total_vectors * units<O>(s.gates() * s.hidden), panels.count(), available);
+  ExtendedBackward<S, O> scan(x, split);
+  // Biases are added behind a normalisation, so the gradients they come from are not those of the products.
+  BackwardArgs products = x.scan, biases = x.scan;
+  products.d_b_ih = products.d_b_hh = nullptr;
+  biases.d_input = biases.d_w_ih = biases.d_w_hh = nullptr;
+  WeightGradients<S, O> weights(products, scan.of_products(), split.threads), shifts(biases, scan.gates, split.threads);
+  Carver shared(nullptr), own(nullptr);
+  scan.carve(shared);
+  weights.carve(shared);
+  scan.carve_local(own);
+  const size_t own_bytes = size_t(max64(max64(own.used(), weights.local_bytes()), max64(shifts.local_bytes(), scan.task_bytes())));
+  const Scratch memory(shared.used() + own_bytes * split.threads);
+  Carver carver(memory.data());
+  scan.carve(carver);
+  weights.carve(carver);
+  std::atomic<int64_t> next{0};
+  Barrier all, team;
+  parallel(split.threads, [&](int thread, int threads) {
+    char* mine = memory.data() + shared.used() + own_bytes * thread;
+    scan.pack(thread, threads);
+    weights.pack(thread, threads);
+    all.wait(threads);
+    Carver scan_memory(mine);
+    auto local = scan.carve_local(scan_memory);
+    run_items(scan, s, split, local, thread, threads, team);
+    all.wait(threads);
+    const int64_t of_products = weights.tasks(), of_shifts = of_products + shifts.tasks();
+    for (int64_t task; (task = next.fetch_add(1)) < of_shifts + scan.tasks();) {
+      if (task < of_products)
+        weights.run(task, mine);
+      else if (task < of_shifts)
+        shifts.run(task - of_products, mine);
+      else
+        scan.run(task - of_shifts, mine);
+    }
+  });
+}
+
 template <class F32_, class F64_, class BF16_, class... Args>
 auto by_dtype(DType dtype, F32_ f32, F64_ f64, BF16_ bf16_, const Args&... args) {
   switch (dtype) {
@@ -146,6 +213,8 @@ const Kernels kernels{
     forward<bf16, bf16>,
     backward<bf16, bf16>,
     pack<bf16, bf16>,
+    extended_forward<bf16, bf16>,
+    extended_backward<bf16, bf16>,
     nullptr,  // generation is in float32 or float64
 #else
     [](const ForwardArgs& x, int threads) {
@@ -156,6 +225,14 @@ const Kernels kernels{
     },
     [](const ForwardArgs& x) {
       return by_dtype(x.shape.dtype, pack<float, float>, pack<double, double>, pack<bf16, float>, x);
+    },
+    [](const ExtendedForwardArgs& x, int threads) {
+      by_dtype(x.scan.shape.dtype, extended_forward<float, float>, extended_forward<double, double>,
+               extended_forward<bf16, float>, x, threads);
+    },
+    [](const ExtendedBackwardArgs& x, int threads) {
+      by_dtype(x.scan.shape.dtype, extended_backward<float, float>, extended_backward<double, double>,
+               extended_backward<bf16, float>, x, threads);
     },
     [](const ForwardArgs* layers, int64_t count, const HeadArgs& head, int threads, bool (*next)(void*), void* context) {
       const auto run = head.dtype == DType::float64 ? generate<double> : generate<float>;

@@ -1,94 +1,12 @@
 #include "ops.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <cstring>
-#include <vector>
 
 #include "kernels.h"
-#include "threads.h"
+#include "tensors.h"
 
 namespace rnnfast {
 namespace {
-
-using torch::headeronly::ScalarType;
-using Sizes = std::vector<int64_t>;
-
-Tensor empty(const Tensor& like, const Sizes& sizes) {
-  Tensor tensor = torch::stable::new_empty(like, sizes);
-  const size_t bytes = size_t(tensor.numel()) * tensor.element_size();
-  if (bytes >= size_t(4) << 20) wish_huge_pages(tensor.mutable_data_ptr(), bytes);
-  return tensor;
-}
-const void* data(const Tensor& tensor) { return tensor.const_data_ptr(); }
-const void* data(const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
-void* out(const Tensor& tensor) { return tensor.numel() ? tensor.mutable_data_ptr() : nullptr; }
-
-Cell parse_cell(const std::string& name) {
-  if (name == "rnn_tanh") return Cell::rnn_tanh;
-  if (name == "rnn_relu") return Cell::rnn_relu;
-  if (name == "lstm") return Cell::lstm;
-  STD_TORCH_CHECK(name == "gru", "unknown cell ", name);
-  return Cell::gru;
-}
-
-DType parse_dtype(const Tensor& tensor) {
-  const ScalarType type = tensor.scalar_type();
-  if (type == ScalarType::Float) return DType::float32;
-  if (type == ScalarType::Double) return DType::float64;
-  STD_TORCH_CHECK(type == ScalarType::BFloat16,
-                  "the cpu backend computes in float32, float64 and bfloat16; use backend='reference' for other types");
-  return DType::bfloat16;
-}
-
-// The sizes of the layer alone; the others are 0.
-ScanShape layer_shape(const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& w_hr, const std::string& cell,
-                      bool ids) {
-  ScanShape s{};
-  s.cell = parse_cell(cell);
-  s.dtype = parse_dtype(w_hh);
-  s.lanes = w_hh.size(0);
-  s.hidden = w_hh.size(1) / gate_count(s.cell);
-  s.state = w_hh.size(2);
-  s.input = w_ih.size(2);
-  s.has_projection = w_hr.has_value();
-  s.ids = ids;
-  return s;
-}
-
-// The shape of a call, with the offsets it points at.
-struct Shape : ScanShape {
-  std::vector<int64_t> first_rows;
-
-  Shape(const ScanShape& layer, const Tensor& x, const Tensor& h_0, const OptionalTensor& sizes, bool both)
-      : ScanShape(layer) {
-    batch = h_0.size(1);
-    rows = x.size(0);
-    bidirectional = both;
-    if (sizes) {
-      steps = sizes->numel();
-      batch_sizes = static_cast<const int64_t*>(sizes->const_data_ptr());
-      first_rows.resize(steps);
-      int64_t row = 0;
-      for (int64_t t = 0; t < steps; row += batch_sizes[t++]) {
-        first_rows[t] = row;
-        STD_TORCH_CHECK(t ? batch_sizes[t] >= 0 && batch_sizes[t] <= batch_sizes[t - 1] : batch_sizes[t] == batch,
-                        "batch_sizes must start with the batch size of the states, ", batch, ", and never rise");
-      }
-      STD_TORCH_CHECK(row == rows, "batch_sizes adds up to ", row, " rows, the input has ", rows);
-      offsets = first_rows.data();
-    } else {
-      steps = batch ? rows / batch : 0;
-    }
-    if (!ids) return;
-    const int64_t* id = static_cast<const int64_t*>(x.const_data_ptr());
-    for (int64_t row = 0; row < rows; ++row)
-      STD_TORCH_CHECK(id[row] >= 0 && id[row] < input, "token id ", id[row], " in row ", row, " is outside [0, ", input, ")");
-  }
-  Shape(const Shape&) = delete;
-};
-
-bool is_ids(const Tensor& input) { return input.scalar_type() == ScalarType::Long; }
 
 // What stands at the start of packed weights, before the panels.
 struct PackedHeader {
@@ -119,11 +37,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scan_cpu(
   return {output, h_n, c_n, tape};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_cpu_backward(
-    OptionalTensor d_output, OptionalTensor d_h_n, OptionalTensor d_c_n, Tensor input, Tensor w_ih, Tensor w_hh,
-    OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr, Tensor h_0, OptionalTensor c_0,
-    OptionalTensor batch_sizes, std::string cell, bool bidirectional, Tensor output, Tensor tape, bool need_input,
-    bool need_weights) {
+namespace {
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Gradients backward(const OptionalTensor& d_output, const OptionalTensor& d_h_n, const OptionalTensor& d_c_n,
+                   const OptionalTensor& d_cells, const Tensor& input, const Tensor& w_ih, const Tensor& w_hh,
+                   const OptionalTensor& b_ih, const OptionalTensor& b_hh, const OptionalTensor& w_hr, const Tensor& h_0,
+                   const OptionalTensor& c_0, const OptionalTensor& batch_sizes, const std::string& cell,
+                   bool bidirectional, const Tensor& output, const Tensor& tape, bool need_input, bool need_weights) {
   const Shape s(layer_shape(w_ih, w_hh, w_hr, cell, is_ids(input)), input, h_0, batch_sizes, bidirectional);
   STD_TORCH_CHECK(tape.numel() == s.lanes * s.rows * tape_count(s.cell) * s.hidden &&
                       output.numel() == s.rows * s.lanes * s.state,
@@ -142,12 +64,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_
     const BackwardArgs args{s,          data(d_output), data(d_h_n), data(d_c_n), data(input),  data(w_ih),   data(w_hh),
                             data(b_ih), data(b_hh),     data(w_hr),  data(h_0),   data(c_0),    data(output), data(tape),
                             out(d_input), out(d_w_ih),  out(d_w_hh), out(d_b_ih), out(d_b_hh),  out(d_w_hr),
-                            out(d_h_0), out(d_c_0)};
+                            out(d_h_0), out(d_c_0),     data(d_cells)};
     choose_kernels(s.dtype).backward(args, available_threads());
   } else {
     for (Tensor* d : {&d_w_ih, &d_w_hh, &d_b_ih, &d_b_hh, &d_w_hr}) torch::stable::zero_(*d);
   }
   return {d_input, d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_w_hr, d_h_0, d_c_0};
+}
+
+}  // namespace
+
+Gradients scan_cpu_backward(OptionalTensor d_output, OptionalTensor d_h_n, OptionalTensor d_c_n, Tensor input,
+                            Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr,
+                            Tensor h_0, OptionalTensor c_0, OptionalTensor batch_sizes, std::string cell,
+                            bool bidirectional, Tensor output, Tensor tape, bool need_input, bool need_weights) {
+  return backward(d_output, d_h_n, d_c_n, std::nullopt, input, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, batch_sizes, cell,
+                  bidirectional, output, tape, need_input, need_weights);
+}
+
+Gradients scan_cpu_states_backward(OptionalTensor d_output, OptionalTensor d_cells, OptionalTensor d_c_n, Tensor input,
+                                   Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh,
+                                   OptionalTensor w_hr, Tensor h_0, OptionalTensor c_0, OptionalTensor batch_sizes,
+                                   std::string cell, bool bidirectional, Tensor output, Tensor tape, bool need_input,
+                                   bool need_weights) {
+  return backward(d_output, std::nullopt, d_c_n, d_cells, input, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, batch_sizes,
+                  cell, bidirectional, output, tape, need_input, need_weights);
 }
 
 Tensor scan_cpu_pack(Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr,

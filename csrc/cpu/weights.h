@@ -155,6 +155,7 @@ class WeightGradients {
     const int64_t blocks = ceil_div(gate_rows, block_rows), lane = task / blocks, first = task % blocks * block_rows;
     int64_t t = 0;
     const auto state_before = [&](int64_t row) {
+      if (d.states) return static_cast<const S*>(d.states + (lane * s.rows + row) * s.state);
       if (!s.batch_sizes) {
         t = row / s.batch;
       } else {
@@ -173,7 +174,7 @@ class WeightGradients {
   void w_ih_gradient(int64_t task, char* local) const {
     const int64_t blocks = ceil_div(gate_rows, block_rows), lane = task / blocks, first = task % blocks * block_rows;
     product(inputs, s.input, first, min64(first + block_rows, gate_rows), [&](int64_t row) { return d.gates_x(lane, row); },
-            [&](int64_t m) { return d.column_x(m); }, s.cell == Cell::gru ? 2 * s.hidden : gate_rows,
+            [&](int64_t m) { return d.column_x(m); }, d.permuted ? 2 * s.hidden : gate_rows,
             [&](int64_t row) { return at<S>(x.input, row * s.input); },
             at<S>(x.d_w_ih, (lane * gate_rows + first) * s.input), local);
   }
@@ -207,7 +208,7 @@ class WeightGradients {
   void add_columns(T* sums, int64_t lane, int64_t row, int64_t first, int64_t n) const {
     const O* gates = d.gates_x(lane, row);
     for (int64_t m = 0; m < n;) {
-      const int64_t boundary = s.cell == Cell::gru && first + m < 2 * s.hidden ? 2 * s.hidden : gate_rows;
+      const int64_t boundary = d.permuted && first + m < 2 * s.hidden ? 2 * s.hidden : gate_rows;
       const int count = int(min64(V, min64(n - m, boundary - first - m)));
       const auto sum = load(sums + m, count) + load(gates + d.column_x(first + m), count);
       store(sums + m, sum, count);

@@ -1,0 +1,398 @@
+// The scan of one layer whose recurrence is extended: dropout of h on its way into w_hh, zoneout, layer normalisation.
+//
+// A step has two phases: the recurrent product of all rows, and what makes states of each row of it. Layer normalisation
+// needs all units of a row for either, so products are not turned to states where the tile made them. Their columns are
+// in the order of the rows of w_hh: the gates of a row one after the other.
+#pragma once
+
+#include "layer.h"
+
+namespace rnnfast::RNNFAST_ISA {
+
+// ---- what both directions of the scan share ------------------------------------------------------------------------
+
+// x where the n flags are set, y elsewhere.
+template <class T>
+RNNFAST_INLINE Vec<T> select(const bool* flags, int n, Vec<T> x, Vec<T> y) {
+  typename Lanes<T>::Int set{};
+  for (int e = 0; e < n; ++e) set[e] = flags[e];
+  return set != 0 ? x : y;
+}
+
+template <class T>
+RNNFAST_INLINE T total(Vec<T> v) {
+  T sum = 0;
+  for (int e = 0; e < Lanes<T>::count; ++e) sum += v[e];
+  return sum;
+}
+
+// A row's mean, and one over its standard deviation.
+template <class T>
+struct Moments {
+  T mean, scale;
+};
+
+template <class X>
+Moments<Compute<X>> moments(const X* x, int64_t n) {
+  using T = Compute<X>;
+  constexpr int V = Lanes<T>::count;
+  constexpr double EPSILON = 1e-5;
+  Vec<T> sum{}, squares{};
+  for (int64_t j = 0; j < n; j += V) sum += load(x + j, int(min64(V, n - j)));
+  const T mean = total<T>(sum) / T(n);
+  for (int64_t j = 0; j < n; j += V) {
+    Vec<T> d = load(x + j, int(min64(V, n - j))) - splat(mean);
+    for (int64_t e = n - j; e < V; ++e) d[e] = 0;
+    squares += d * d;
+  }
+  return {mean, T(1 / __builtin_sqrt(double(total<T>(squares) / T(n)) + EPSILON))};
+}
+
+template <class X, class T>
+RNNFAST_INLINE Vec<T> normalised(const X* x, int n, Moments<T> m) {
+  return (load(x, n) - splat(m.mean)) * splat(m.scale);
+}
+
+// Gates that are normalised together: all of an LSTM; r and z, and n, of a GRU.
+struct NormGroup {
+  int64_t first, size;
+};
+RNNFAST_INLINE int norm_groups(const ScanShape& s) { return s.cell == Cell::gru ? 2 : 1; }
+RNNFAST_INLINE NormGroup norm_group(const ScanShape& s, int i) {
+  if (s.cell != Cell::gru) return {0, s.gates() * s.hidden};
+  return {i * 2 * s.hidden, (2 - i) * s.hidden};
+}
+
+// One side's part of a row's gates: its product, perhaps normalised, and the bias.
+template <class S>
+struct GatesOfRow {
+  using T = Compute<S>;
+  const T* product;
+  const S *gain, *bias;
+  int64_t hidden;
+  Moments<T> group[2];
+
+  GatesOfRow(const ScanShape& s, const T* from, const void* gains, const void* biases, int64_t lane)
+      : product(from),
+        gain(gains ? at<S>(gains, lane * s.gates() * s.hidden) : nullptr),
+        bias(biases ? at<S>(biases, lane * s.gates() * s.hidden) : nullptr),
+        hidden(s.hidden) {
+    if (!gain) return;
+    for (int i = 0; i < norm_groups(s); ++i) group[i] = moments(product + norm_group(s, i).first, norm_group(s, i).size);
+    if (s.cell != Cell::gru) group[1] = group[0];
+  }
+  // Units j.. of a gate.
+  Vec<T> operator()(int gate, int64_t j, int n) const {
+    const int64_t m = gate * hidden + j;
+    Vec<T> v = gain ? normalised(product + m, n, group[gate >= 2]) * load(gain + m, n) : load(product + m, n);
+    return bias ? v + load(bias + m, n) : v;
+  }
+};
+
+// out[r] = a[r] w, for this member's panels.
+template <class O>
+void multiply_rows(const Walk<O>& walk, const Panels& panels, int64_t depth, int64_t lane, int64_t step, int64_t rows,
+                   const O* const* a, typename Product<O>::T* out, int64_t stride) {
+  using T = typename Product<O>::T;
+  constexpr int V = LANES<O>;
+  alignas(64) static constexpr T zeros[MAX_VECTORS * V] = {};
+  const T* start[MAX_ROWS];
+  for (const T*& from : start) from = zeros;
+  for (int64_t i = 0; i < walk.count(); ++i) {
+    const int64_t p = walk.panel(step, i);
+    const int width = panels.width(p);
+    for_tiles(rows, width, [&](int64_t row, int count, int64_t tile, int64_t tiles) {
+      tile_function<O>(count, width)(units<O>(depth), a + row, walk.weights(lane, p), start, 0, nullptr,
+                                     out + row * stride + p * panels.vectors * V, stride,
+                                     walk.ahead(step, i, lane, tile, tiles));
+    });
+  }
+}
+
+RNNFAST_INLINE int64_t item_rows(const ScanShape& s, const Split& split) {
+  return split.items_per_lane ? ceil_div(s.batch, split.items_per_lane) : s.batch;
+}
+
+// Rows [first, end) of n that are a member's, where the members of a team share them.
+template <class Local, class F>
+void own_rows(const Local& local, int64_t n, F f) {
+  for (int64_t r = n * local.member / local.members; r < n * (local.member + 1) / local.members; ++r) f(r);
+}
+
+// ---- forward -------------------------------------------------------------------------------------------------------
+
+template <class S, class O>
+class ExtendedForward {
+  using T = typename Product<O>::T;
+  static constexpr int V = LANES<O>;
+  static constexpr int64_t CHUNK_ROWS = 32;  // rows of input product made at a time, to be read while still near
+  static constexpr bool SAME = sizeof(S) == sizeof(O);
+
+  const ForwardArgs& x;
+  const Extension& e;
+  const ScanShape& s;
+  const Split& split;
+  const ExtendedTape columns;
+  const Panels panels;
+  const int64_t gate_rows, stride, hidden_stride, input_stride;
+  const bool direct_input, has_table;
+
+  O *w_ih = nullptr, *w_hh = nullptr;
+  T* table = nullptr;       // (D, I, stride): the input product of each token id
+  T *h = nullptr, *c = nullptr;  // (D, B, hidden_stride); c of an LSTM
+  O* operand = nullptr;     // (D, B, hidden_stride): h as w_hh is multiplied with it
+  T* products = nullptr;    // of a team; else each thread has its own
+
+ public:
+  struct Local {
+    const O** a;
+    O* inputs;            // (chunk rows, input_stride)
+    T *units_h, *units_c;  // of one row
+    T* products;          // for each lane of the item those of a chunk with w_ih, then those of a step with w_hh
+    int member, members;
+  };
+
+  ExtendedForward(const ExtendedForwardArgs& args, const Split& how)
+      : x(args.scan),
+        e(args.extension),
+        s(x.shape),
+        split(how),
+        columns(s, e),
+        panels(panels_of(s)),
+        gate_rows(s.gates() * s.hidden),
+        stride(panels.total_vectors * V),
+        hidden_stride(round_up(s.hidden, V * Product<O>::depth)),
+        input_stride(round_up(s.input, V * Product<O>::depth)),
+        direct_input(SAME && s.input % Product<O>::depth == 0),
+        has_table(s.ids && s.input <= 4096) {}
+  static Panels panels_of(const ScanShape& s) { return plain_panels(s.gates() * s.hidden, V); }
+
+  void carve(Carver& carver) {
+    w_hh = carver.take<O>(s.lanes * packed_size<O>(panels, s.hidden));
+    if (!s.ids) w_ih = carver.take<O>(s.lanes * packed_size<O>(panels, s.input));
+    if (has_table) table = carver.take<T>(s.lanes * s.input * stride);
+    h = carver.take<T>(s.lanes * s.batch * hidden_stride);
+    if (s.cell == Cell::lstm) c = carver.take<T>(s.lanes * s.batch * hidden_stride);
+    operand = carver.take<O>(s.lanes * s.batch * hidden_stride);
+    if (split.together()) products = carver.take<T>(s.lanes * lane_products());
+  }
+  Local carve_local(Carver& carver) const {
+    Local local;
+    local.a = carver.take<const O*>(chunk_rows());
+    local.inputs = carver.take<O>(direct_input || s.ids ? 0 : chunk_rows() * input_stride);
+    local.units_h = carver.take<T>(hidden_stride);
+    local.units_c = carver.take<T>(hidden_stride);
+    local.products = split.together() ? products : carver.take<T>(lane_products());
+    return local;
+  }
+
+  void pack(int thread, int threads) const {
+    for (int64_t i = thread; i < s.lanes * panels.count(); i += threads) {
+      const int64_t lane = i / panels.count(), p = i % panels.count();
+      pack_panel(w_hh, x.w_hh, s.hidden, lane, p);
+      if (!s.ids) pack_panel(w_ih, x.w_ih, s.input, lane, p);
+    }
+    if (!has_table) return;
+    for (int64_t i = thread; i < s.lanes * s.input; i += threads)
+      gather(table + i * stride, i / s.input, i % s.input, 0, gate_rows);
+  }
+
+  void run_item(const Item& item, const Local& local, Barrier& barrier) const {
+    if (local.member == 0) init_states(item);
+    barrier.wait(local.members);
+    const Walk<O> walk(w_hh, panels, s.hidden, item, local.member, local.members);
+    const Walk<O> input_walk(w_ih, panels, s.input, item, local.member, local.members);
+    for (int64_t step = 0; step < s.steps; ++step) {
+      for (int64_t i = 0; i < item.lane_end - item.lane; ++i) {
+        const int64_t lane = walk.lane(step, i), rows = alive(s, item, time(lane, step));
+        if (step % chunk_steps() == 0 && !has_table) multiply_inputs(item, local, input_walk, lane, step);
+        for (int64_t r = 0; r < rows; ++r) local.a[r] = operand + (lane * s.batch + item.first + r) * hidden_stride;
+        multiply_rows(walk, panels, s.hidden, lane, step, rows, local.a, products_h(item, local, lane), stride);
+      }
+      barrier.wait(local.members);
+      for (int64_t lane = item.lane; lane < item.lane_end; ++lane) finish_rows(item, local, lane, step);
+      barrier.wait(local.members);
+    }
+    if (local.member == 0) finish_states(item);
+  }
+
+ private:
+  struct Place {
+    int64_t lane, row, b;
+  };
+
+  int64_t chunk_steps() const { return max64(1, CHUNK_ROWS / max64(1, item_rows(s, split))); }
+  int64_t chunk_rows() const { return chunk_steps() * item_rows(s, split); }
+  int64_t lane_products() const { return ((has_table ? 0 : chunk_rows()) + item_rows(s, split)) * stride; }
+  T* products_x(const Item& item, const Local& local, int64_t lane) const {
+    return local.products + (lane - item.lane) * lane_products();
+  }
+  T* products_h(const Item& item, const Local& local, int64_t lane) const {
+    return products_x(item, local, lane) + (has_table ? 0 : chunk_rows()) * stride;
+  }
+  int64_t time(int64_t lane, int64_t step) const { return s.reversed(lane) ? s.steps - 1 - step : step; }
+  // Rows of the chunk that come before those of this step.
+  int64_t chunk_row(const Item& item, int64_t lane, int64_t step) const {
+    int64_t row = 0;
+    for (int64_t i = step - step % chunk_steps(); i < step; ++i) row += alive(s, item, time(lane, i));
+    return row;
+  }
+
+  void pack_panel(O* to, const void* weight, int64_t k, int64_t lane, int64_t p) const {
+    for (int v = 0; v < panels.width(p); ++v) {
+      const S* rows[V];
+      for (int i = 0; i < V; ++i) {
+        const int64_t m = (p * panels.vectors + v) * V + i;
+        rows[i] = m < gate_rows ? at<S>(weight, (lane * gate_rows + m) * k) : nullptr;
+      }
+      pack_columns<O>(to + lane * packed_size<O>(panels, k) + panel_offset<O>(panels, p, k), panels.width(p), v, rows, k);
+    }
+  }
+  void gather(T* to, int64_t lane, int64_t id, int64_t first, int64_t end) const {
+    for (int64_t m = first; m < min64(end, gate_rows); ++m)
+      to[m] = widen(*at<S>(x.w_ih, (lane * gate_rows + m) * s.input + id));
+  }
+
+  void init_states(const Item& item) const {
+    for (int64_t lane = item.lane; lane < item.lane_end; ++lane)
+      for (int64_t b = item.first; b < item.end; ++b) {
+        const int64_t state = lane * s.batch + b;
+        O* to = operand + state * hidden_stride;
+        if (s.hidden % Product<O>::depth) to[s.hidden] = O{};
+        for (int64_t j = 0; j < s.hidden; j += V) {
+          const int n = int(min64(V, s.hidden - j));
+          store_state({lane, 0, b}, j, n, load(at<S>(x.h_0, state * s.hidden + j), n));
+          if (c) store(c + state * hidden_stride + j, load(at<S>(x.c_0, state * s.hidden + j), n));
+        }
+      }
+  }
+  void store_state(const Place& place, int64_t j, int n, Vec<T> value) const {
+    const int64_t state = place.lane * s.batch + place.b;
+    store(h + state * hidden_stride + j, value);
+    if (e.recurrent_mask) value *= load(at<S>(e.recurrent_mask, state * s.hidden + j), n);
+    store(operand + state * hidden_stride + j, value, n);
+  }
+  void finish_states(const Item& item) const {
+    for (int64_t lane = item.lane; lane < item.lane_end; ++lane)
+      for (int64_t b = item.first; b < item.end; ++b) {
+        const int64_t state = lane * s.batch + b;
+        convert_row(at<S>(x.h_n, state * s.hidden), h + state * hidden_stride, s.hidden);
+        if (c) convert_row(at<S>(x.c_n, state * s.hidden), c + state * hidden_stride, s.hidden);
+      }
+  }
+
+  // The input's products of the chunk that begins with this step.
+  void multiply_inputs(const Item& item, const Local& local, const Walk<O>& walk, int64_t lane, int64_t step) const {
+    T* out = products_x(item, local, lane);
+    const int64_t first = walk.panel(0, 0) * panels.vectors * V, end = first + walk.count() * panels.vectors * V;
+    int64_t rows = 0;
+    for (int64_t i = step; i < min64(step + chunk_steps(), s.steps); ++i) {
+      const int64_t t = time(lane, i), n = alive(s, item, t), row = s.offset_at(t) + item.first;
+      for (int64_t r = 0; r < n; ++r, ++rows) {
+        if (s.ids) {
+          gather(out + rows * stride, lane, *at<int64_t>(x.input, row + r), first, end);
+          continue;
+        }
+        const S* from = at<S>(x.input, (row + r) * s.input);
+        if constexpr (SAME) local.a[rows] = reinterpret_cast<const O*>(from);
+        if (direct_input) continue;
+        O* to = local.inputs + rows * input_stride;
+        convert_row(to, from, s.input);
+        if (s.input % Product<O>::depth) to[s.input] = O{};
+        local.a[rows] = to;
+      }
+    }
+    if (!s.ids) multiply_rows(walk, panels, s.input, lane, step, rows, local.a, out, stride);
+  }
+
+  void finish_rows(const Item& item, const Local& local, int64_t lane, int64_t step) const {
+    const int64_t t = time(lane, step), first_row = s.offset_at(t) + item.first;
+    const T *of_input = products_x(item, local, lane), *of_state = products_h(item, local, lane);
+    if (!has_table) of_input += chunk_row(item, lane, step) * stride;
+    own_rows(local, alive(s, item, t), [&](int64_t r) {
+      const T* from = of_input + r * stride;
+      if (has_table) from = table + (lane * s.input + *at<int64_t>(x.input, first_row + r)) * stride;
+      finish_row({lane, first_row + r, item.first + r}, local, from, of_state + r * stride);
+    });
+  }
+
+  void finish_row(const Place& place, const Local& local, const T* of_input, const T* of_state) const {
+    const int64_t H = s.hidden;
+    const GatesOfRow<S> from_input(s, of_input, e.gain_ih, x.b_ih, place.lane);
+    const GatesOfRow<S> from_state(s, of_state, e.gain_hh, x.b_hh, place.lane);
+    S* tape = x.tape ? at<S>(x.tape, (place.lane * s.rows + place.row) * columns.width) : nullptr;
+    if (tape && e.normalised()) {
+      convert_row(tape + columns.products, of_input, gate_rows);
+      convert_row(tape + columns.products + gate_rows, of_state, gate_rows);
+    }
+    const int64_t state = (place.lane * s.batch + place.b) * hidden_stride;
+    for (int64_t j = 0; j < H; j += V) {
+      const int n = int(min64(V, H - j));
+      const auto sum = [&](int gate) { return from_input(gate, j, n) + from_state(gate, j, n); };
+      const auto keep = [&](int k, Vec<T> value) {
+        if (tape) store(tape + k * H + j, value, n);
+      };
+      switch (s.cell) {
+        case Cell::rnn_tanh: store(local.units_h + j, Math<T>::tanh(sum(0))); break;
+        case Cell::rnn_relu: store(local.units_h + j, relu(sum(0))); break;
+        case Cell::lstm: {
+          Vec<T> i = sum(0), f = sum(1), g = sum(2), o = sum(3), c_now = load(c + state + j);
+          lstm_state<Math<T>>(i, f, g, o, c_now);
+          store(local.units_h + j, o);
+          store(local.units_c + j, c_now);
+          keep(0, i);
+          keep(1, f);
+          keep(2, g);
+          keep(3, o);
+          keep(4, c_now);
+          break;
+        }
+        case Cell::gru: {
+          Vec<T> r = sum(0), z = sum(1), n_x = from_input(2, j, n);
+          const Vec<T> n_h = from_state(2, j, n);
+          store(local.units_h + j, gru_forward<Math<T>>(r, z, n_x, n_h, load(h + state + j)));
+          keep(0, r);
+          keep(1, z);
+          keep(2, n_x);
+          keep(3, n_h);
+          break;
+        }
+      }
+    }
+    finish_units(place, local, tape);
+  }
+
+  // An LSTM's output, zoneout, and where the states go.
+  void finish_units(const Place& place, const Local& local, S* tape) const {
+    const int64_t H = s.hidden, state = (place.lane * s.batch + place.b) * hidden_stride;
+    const int64_t flags = (place.lane * s.rows + place.row) * H;
+    Moments<T> of_c{};
+    if (e.gain_c) of_c = moments(local.units_c, H);
+    for (int64_t j = 0; j < H; j += V) {
+      const int n = int(min64(V, H - j));
+      Vec<T> value = load(local.units_h + j);
+      if (c) {
+        const Vec<T> c_now = load(local.units_c + j), c_after = zone_out(e.zoneout_c, e.share_c, flags + j, n,
+                                                                         load(c + state + j), c_now);
+        Vec<T> read = c_now;
+        if (e.gain_c)
+          read = normalised(local.units_c + j, n, of_c) * load(at<S>(e.gain_c, place.lane * H + j), n) +
+                 load(at<S>(e.bias_c, place.lane * H + j), n);
+        value = lstm_output<Math<T>>(value, read);
+        store(c + state + j, c_after);
+        if (tape && e.zones_c()) store(tape + columns.c + j, c_after, n);
+      } else if (tape && s.gates() == 1 && e.zones_h()) {
+        store(tape + columns.h + j, value, n);
+      }
+      value = zone_out(e.zoneout_h, e.share_h, flags + j, n, load(h + state + j), value);
+      store_state(place, j, n, value);
+      store(at<S>(x.output, (place.row * s.lanes + place.lane) * H + j), value, n);
+    }
+  }
+  static Vec<T> zone_out(const bool* stays, double share, int64_t at_, int n, Vec<T> before, Vec<T> after) {
+    if (stays) return select<T>(stays + at_, n, before, after);
+    return share == 0 ? after : after + splat(T(share)) * (before - after);
+  }
+};
+
+}  // namespace rnnfast::RNNFAST_ISA

@@ -1,0 +1,353 @@
+// The backward scan of a layer whose recurrence is extended, and the gradients of the gains of its normalisation.
+#pragma once
+
+#include "backward.h"
+#include "extended.h"
+#include "weights.h"
+
+namespace rnnfast::RNNFAST_ISA {
+
+// From the gradient d of n normalised units times gain, plus a shift, to that of x.
+template <class S, class D, class X>
+void norm_backward(int64_t n, const D* d, const X* x, const S* gain, Moments<Compute<S>> m, D* d_x) {
+  using T = Compute<S>;
+  constexpr int V = Lanes<T>::count;
+  Vec<T> sum{}, along{};
+  for (int64_t j = 0; j < n; j += V) {
+    const int k = int(min64(V, n - j));
+    const Vec<T> d_unit = load(d + j, k) * load(gain + j, k);
+    sum += d_unit;
+    along += d_unit * normalised(x + j, k, m);
+  }
+  const Vec<T> mean = splat(total<T>(sum) / T(n)), slope = splat(total<T>(along) / T(n));
+  for (int64_t j = 0; j < n; j += V) {
+    const int k = int(min64(V, n - j));
+    const Vec<T> d_unit = load(d + j, k) * load(gain + j, k);
+    store(d_x + j, (d_unit - mean - slope * normalised(x + j, k, m)) * splat(m.scale), k);
+  }
+}
+
+template <class S, class O>
+class ExtendedBackward {
+  using T = typename Product<O>::T;
+  static constexpr int V = LANES<O>;
+  static constexpr int64_t GAIN_COLUMNS = 256, GAIN_ROWS = 32;
+
+  const ExtendedBackwardArgs& args;
+  const BackwardArgs& x;
+  const Extension& e;
+  const ScanShape& s;
+  const Split& split;
+  const ExtendedTape columns;
+  const Panels panels;
+  const int64_t gate_rows, hidden_stride;
+
+  O* w_hh = nullptr;                         // packed: d_gates_h w_hh
+  T *carry_h = nullptr, *carry_c = nullptr;  // (D, B, hidden_stride): what reaches the state before without w_hh
+  T* products = nullptr;                     // (D, B, hidden_stride), of a team; else each thread has its own
+  T* d_read = nullptr;                       // (D, N, hidden_stride): gradients of what an LSTM's output reads
+  Moments<T>* row_moments = nullptr;         // (D, N, 5): of the input's products, the state's, and of c
+
+ public:
+  Gradients<S, O> gates;    // of the gates, which the biases shift
+  Gradients<S, O> weighted;  // of the products, where those are normalised first
+
+  struct Local {
+    const O** a;
+    T *d_read, *d_c;  // of one row
+    T* products;
+    int member, members;
+  };
+
+  ExtendedBackward(const ExtendedBackwardArgs& all, const Split& how)
+      : args(all),
+        x(all.scan),
+        e(all.extension),
+        s(x.shape),
+        split(how),
+        columns(s, e),
+        panels(plain_panels(s.hidden, V)),
+        gate_rows(s.gates() * s.hidden),
+        hidden_stride(round_up(s.hidden, V * Product<O>::depth)),
+        gates(s),
+        weighted(s, true) {}
+  const Gradients<S, O>& of_products() const { return e.normalised() ? weighted : gates; }
+
+  void carve(Carver& carver) {
+    const int64_t states = s.lanes * s.batch * hidden_stride, rows = s.lanes * s.rows;
+    w_hh = carver.take<O>(s.lanes * packed_size<O>(panels, gate_rows));
+    carry_h = carver.take<T>(states);
+    if (s.cell == Cell::lstm) carry_c = carver.take<T>(states);
+    if (split.together()) products = carver.take<T>(states);
+    gates.carve(carver);
+    if (e.recurrent_mask) gates.states = weighted.states = carver.take<S>(rows * s.hidden);
+    if (!e.normalised()) return;
+    weighted.carve(carver);
+    row_moments = carver.take<Moments<T>>(rows * 5);
+    if (s.cell == Cell::lstm) d_read = carver.take<T>(rows * hidden_stride);
+  }
+  Local carve_local(Carver& carver) const {
+    Local local;
+    local.a = carver.take<const O*>(item_rows(s, split));
+    local.d_read = carver.take<T>(hidden_stride);
+    local.d_c = carver.take<T>(hidden_stride);
+    local.products = split.together() ? products : carver.take<T>(item_rows(s, split) * hidden_stride);
+    return local;
+  }
+
+  void pack(int thread, int threads) const {
+    for (int64_t i = thread; i < s.lanes * panels.count(); i += threads) {
+      const int64_t lane = i / panels.count(), p = i % panels.count();
+      pack_rows<O>(
+          w_hh + lane * packed_size<O>(panels, gate_rows) + panel_offset<O>(panels, p, gate_rows), panels.width(p),
+          [&](int64_t k) { return at<S>(x.w_hh, (lane * gate_rows + k) * s.hidden); }, gate_rows, p * panels.vectors * V,
+          s.hidden);
+    }
+  }
+
+  void run_item(const Item& item, const Local& local, Barrier& barrier) const {
+    if (local.member == 0) init_carries(item);
+    barrier.wait(local.members);
+    const Walk<O> walk(w_hh, panels, gate_rows, item, local.member, local.members);
+    for (int64_t step = s.steps - 1; step >= 0; --step) {
+      for (int64_t i = 0; i < item.lane_end - item.lane; ++i) {
+        const int64_t lane = walk.lane(step, i), after = time(lane, step + 1);
+        // Of the rows of a step, those come first that have a step after it.
+        multiply(item, local, walk, lane, step, followed(item, lane, step), [&](int64_t) { return after; });
+      }
+      barrier.wait(local.members);
+      for (int64_t lane = item.lane; lane < item.lane_end; ++lane) {
+        const int64_t t = time(lane, step), row = s.offset_at(t) + item.first, n = followed(item, lane, step);
+        own_rows(local, alive(s, item, t), [&](int64_t r) {
+          row_gradients({lane, row + r, item.first + r, t}, local, r < n ? product(item, local, lane, r) : nullptr);
+        });
+      }
+      barrier.wait(local.members);
+    }
+    for (int64_t lane = item.lane; lane < item.lane_end; ++lane)
+      multiply(item, local, walk, lane, -1, item.end - item.first,
+               [&](int64_t b) { return s.reversed(lane) ? last_step(s, b) : 0; });
+    barrier.wait(local.members);
+    for (int64_t lane = item.lane; lane < item.lane_end; ++lane)
+      own_rows(local, item.end - item.first,
+               [&](int64_t r) { initial_gradients(lane, item.first + r, product(item, local, lane, r)); });
+    barrier.wait(local.members);
+  }
+
+  // ---- gains: parallel in time, as the gradients in weights.h ------------------------------------------------------
+
+  int64_t tasks() const {
+    if (!args.d_gain_ih) return 0;
+    return s.lanes * (2 * ceil_div(gate_rows, GAIN_COLUMNS) + (d_read ? ceil_div(s.hidden, GAIN_COLUMNS) : 0));
+  }
+  static size_t task_bytes() { return 2 * GAIN_COLUMNS * sizeof(T); }
+  void run(int64_t task, char* local) const {
+    const int64_t blocks = ceil_div(gate_rows, GAIN_COLUMNS), lane = task % s.lanes, block = task / s.lanes;
+    T* sums = reinterpret_cast<T*>(local);
+    if (block >= 2 * blocks) return cell_gains(lane, (block - 2 * blocks) * GAIN_COLUMNS, sums);
+    const bool recurrent = block >= blocks;
+    const int64_t first = block % blocks * GAIN_COLUMNS, end = min64(first + GAIN_COLUMNS, gate_rows);
+    sum_rows(sums, [&](T* block_sums, int64_t row) {
+      const int64_t at_row = lane * s.rows + row;
+      const O* d = recurrent ? gates.gates_h(lane, row) : gates.gates_x(lane, row);
+      const S* product = at<S>(x.tape, at_row * columns.width + columns.products) + (recurrent ? gate_rows : 0);
+      for (int i = 0; i < norm_groups(s); ++i) {
+        const NormGroup group = norm_group(s, i);
+        const Moments<T> m = row_moments[at_row * 5 + 2 * recurrent + i];
+        for (int64_t k = max64(first, group.first); k < min64(end, group.first + group.size); k += V) {
+          const int n = int(min64(V, min64(end, group.first + group.size) - k));
+          const Vec<T> d_gate = load(d + (recurrent ? k : gates.column_x(k)), n);
+          store(block_sums + k - first, load(block_sums + k - first, n) + d_gate * normalised(product + k, n, m), n);
+        }
+      }
+    });
+    convert_row(at<S>(recurrent ? args.d_gain_hh : args.d_gain_ih, lane * gate_rows + first), sums, end - first);
+  }
+
+ private:
+  struct Place {
+    int64_t lane, row, b, t;
+  };
+
+  int64_t time(int64_t lane, int64_t step) const { return s.reversed(lane) ? s.steps - 1 - step : step; }
+  // How many rows of a step have a step after it.
+  int64_t followed(const Item& item, int64_t lane, int64_t step) const {
+    if (step + 1 == s.steps) return 0;
+    return min64(alive(s, item, time(lane, step)), alive(s, item, time(lane, step + 1)));
+  }
+  const T* product(const Item& item, const Local& local, int64_t lane, int64_t r) const {
+    return local.products + ((lane - item.lane) * s.batch * split.together() + r) * hidden_stride;
+  }
+  template <class F>
+  void multiply(const Item& item, const Local& local, const Walk<O>& walk, int64_t lane, int64_t step, int64_t rows,
+                F time_of) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t b = item.first + r;
+      local.a[r] = of_products().gates_h(lane, s.offset_at(time_of(b)) + b);
+    }
+    multiply_rows(walk, panels, gate_rows, lane, step, rows, local.a, const_cast<T*>(product(item, local, lane, 0)),
+                  hidden_stride);
+  }
+
+  void init_carries(const Item& item) const {
+    for (int64_t lane = item.lane; lane < item.lane_end; ++lane)
+      for (int64_t b = item.first; b < item.end; ++b) {
+        init_carry(carry_h, x.d_h_n, lane * s.batch + b);
+        if (s.cell == Cell::lstm) init_carry(carry_c, x.d_c_n, lane * s.batch + b);
+      }
+  }
+  void init_carry(T* carry, const void* from, int64_t state) const {
+    for (int64_t j = 0; j < s.hidden; j += V) {
+      const int n = int(min64(V, s.hidden - j));
+      store(carry + state * hidden_stride + j, from ? load(at<S>(from, state * s.hidden + j), n) : Vec<T>{});
+    }
+  }
+  void initial_gradients(int64_t lane, int64_t b, const T* product) const {
+    const int64_t state = lane * s.batch + b;
+    for (int64_t j = 0; j < s.hidden; j += V) {
+      const int n = int(min64(V, s.hidden - j));
+      store(at<S>(x.d_h_0, state * s.hidden + j), masked(product, state, j, n) + load(carry_h + state * hidden_stride + j), n);
+    }
+    if (s.cell == Cell::lstm) convert_row(at<S>(x.d_c_0, state * s.hidden), carry_c + state * hidden_stride, s.hidden);
+  }
+  Vec<T> masked(const T* product, int64_t state, int64_t j, int n) const {
+    const Vec<T> d = load(product + j);
+    return e.recurrent_mask ? d * load(at<S>(e.recurrent_mask, state * s.hidden + j), n) : d;
+  }
+
+  // Of the gradient d of a state that zoneout may have kept: what is the new state's, and in `kept` what is that before.
+  static Vec<T> zone_out_backward(const bool* stays, double share, int64_t at_, int n, Vec<T> d, Vec<T>& kept) {
+    if (stays) {
+      kept = select<T>(stays + at_, n, d, Vec<T>{});
+      return select<T>(stays + at_, n, Vec<T>{}, d);
+    }
+    kept = share == 0 ? Vec<T>{} : splat(T(share)) * d;
+    return share == 0 ? d : d - kept;
+  }
+
+  // From the gradient of the states after a row's step to those of its gates and of the states before.
+  // `from_after`: what w_hh brings back from the step after, null where there is none.
+  void row_gradients(const Place& place, const Local& local, const T* from_after) const {
+    const int64_t H = s.hidden, state = place.lane * s.batch + place.b, row = place.lane * s.rows + place.row;
+    const int64_t before = row_before(s, place.lane, place.t, place.b), out = (place.row * s.lanes + place.lane) * H;
+    const S* tape = at<S>(x.tape, row * columns.width);
+    const S* h_before = before >= 0 ? at<S>(x.output, (before * s.lanes + place.lane) * H) : at<S>(x.h_0, state * H);
+    T* carry = carry_h + state * hidden_stride;
+    O* d = gates.gates + row * gates.stride;
+    T* d_reads = d_read ? d_read + row * hidden_stride : local.d_read;
+    Moments<T> of_c{};
+    if (e.gain_c) of_c = row_moments[row * 5 + 4] = moments(tape + 4 * H, H);
+    for (int64_t j = 0; j < H; j += V) {
+      const int n = int(min64(V, H - j));
+      const Vec<T> h = load(h_before + j, n);
+      if (gates.states)
+        store(gates.states + row * H + j, h * load(at<S>(e.recurrent_mask, state * H + j), n), n);
+      Vec<T> d_h = load(carry + j), kept;
+      if (x.d_output) d_h += load(at<S>(x.d_output, out + j), n);
+      if (from_after) d_h += masked(from_after, state, j, n);
+      d_h = zone_out_backward(e.zoneout_h, e.share_h, row * H + j, n, d_h, kept);
+      switch (s.cell) {
+        case Cell::rnn_tanh:
+        case Cell::rnn_relu: {
+          const Vec<T> y = load(e.zones_h() ? tape + columns.h + j : at<S>(x.output, out + j), n);
+          store(d + j, s.cell == Cell::rnn_tanh ? rnn_tanh_backward(y, d_h) : rnn_relu_backward(y, d_h), n);
+          break;
+        }
+        case Cell::lstm: {
+          Vec<T> o = load(tape + 3 * H + j, n), read = load(tape + 4 * H + j, n);
+          if (e.gain_c)
+            read = normalised(tape + 4 * H + j, n, of_c) * load(at<S>(e.gain_c, place.lane * H + j), n) +
+                   load(at<S>(e.bias_c, place.lane * H + j), n);
+          store(d_reads + j, lstm_output_backward<Math<T>>(o, read, d_h));
+          store(d + 3 * H + j, o, n);
+          break;
+        }
+        case Cell::gru: {
+          Vec<T> r = load(tape + j, n), z = load(tape + H + j, n), n_x = load(tape + 2 * H + j, n);
+          Vec<T> n_h = load(tape + 3 * H + j, n);
+          kept += gru_backward<Math<T>>(r, z, n_x, n_h, h, d_h);
+          store(d + j, n_x, n);
+          store(d + H + j, r, n);
+          store(d + 2 * H + j, z, n);
+          store(d + 3 * H + j, n_h, n);
+          break;
+        }
+      }
+      store(carry + j, kept);
+    }
+    if (s.cell == Cell::lstm) cell_gradients(place, before, tape, d_reads, local.d_c, of_c, d);
+    if (Product<O>::depth > 1) d[gates.width] = O{};  // the other half of a last, odd, pair
+    if (e.normalised()) product_gradients(place.lane, place.row, tape + columns.products, d);
+  }
+
+  void cell_gradients(const Place& place, int64_t before, const S* tape, const T* d_reads, T* d_c, Moments<T> of_c,
+                      O* d) const {
+    const int64_t H = s.hidden, state = place.lane * s.batch + place.b, row = place.lane * s.rows + place.row;
+    const S* c_before = before >= 0 ? at<S>(x.tape, (place.lane * s.rows + before) * columns.width + columns.c)
+                                    : at<S>(x.c_0, state * H);
+    T* carry = carry_c + state * hidden_stride;
+    const T* by_output = d_reads;
+    if (e.gain_c) {
+      norm_backward(H, d_reads, tape + 4 * H, at<S>(e.gain_c, place.lane * H), of_c, d_c);
+      by_output = d_c;
+    }
+    for (int64_t j = 0; j < H; j += V) {
+      const int n = int(min64(V, H - j));
+      Vec<T> i = load(tape + j, n), f = load(tape + H + j, n), g = load(tape + 2 * H + j, n), kept;
+      Vec<T> d_now = zone_out_backward(e.zoneout_c, e.share_c, row * H + j, n, load(carry + j), kept);
+      d_now += load(by_output + j);
+      lstm_state_backward(i, f, g, load(c_before + j, n), d_now);
+      store(carry + j, d_now + kept);
+      store(d + j, i, n);
+      store(d + H + j, f, n);
+      store(d + 2 * H + j, g, n);
+    }
+  }
+
+  void product_gradients(int64_t lane, int64_t row, const S* tape, const O* d) const {
+    O* to = weighted.gates + (lane * s.rows + row) * weighted.stride;
+    for (int i = 0; i < norm_groups(s); ++i) {
+      const NormGroup group = norm_group(s, i);
+      for (int recurrent = 0; recurrent < 2; ++recurrent) {
+        const S* product = tape + recurrent * gate_rows + group.first;
+        const Moments<T> m = moments(product, group.size);
+        row_moments[(lane * s.rows + row) * 5 + 2 * recurrent + i] = m;
+        norm_backward(group.size, d + (recurrent ? gates.last + group.first : gates.column_x(group.first)), product,
+                      at<S>(recurrent ? e.gain_hh : e.gain_ih, lane * gate_rows + group.first), m,
+                      to + recurrent * gate_rows + group.first);
+      }
+    }
+    if (Product<O>::depth > 1) to[weighted.width] = O{};
+  }
+
+  void cell_gains(int64_t lane, int64_t first, T* sums) const {
+    const int64_t n = min64(GAIN_COLUMNS, s.hidden - first);
+    for (int shift = 0; shift < 2; ++shift) {
+      sum_rows(sums, [&](T* block, int64_t row) {
+        const int64_t at_row = lane * s.rows + row;
+        const S* c = at<S>(x.tape, at_row * columns.width + 4 * s.hidden + first);
+        for (int64_t j = 0; j < n; j += V) {
+          const int k = int(min64(V, n - j));
+          Vec<T> d = load(d_read + at_row * hidden_stride + first + j, k);
+          if (!shift) d *= normalised(c + j, k, row_moments[at_row * 5 + 4]);
+          store(block + j, load(block + j, k) + d, k);
+        }
+      });
+      convert_row(at<S>(shift ? args.d_bias_c : args.d_gain_c, lane * s.hidden + first), sums, n);
+    }
+  }
+
+  // sums[m] = what `add` adds for every row, in sums of blocks of them, which round less than one long sum.
+  template <class F>
+  void sum_rows(T* sums, F add) const {
+    T* block = sums + GAIN_COLUMNS;
+    std::memset(sums, 0, GAIN_COLUMNS * sizeof(T));
+    for (int64_t row = 0; row < s.rows;) {
+      std::memset(block, 0, GAIN_COLUMNS * sizeof(T));
+      for (const int64_t end = min64(row + GAIN_ROWS, s.rows); row < end; ++row) add(block, row);
+      for (int64_t m = 0; m < GAIN_COLUMNS; m += V) store(sums + m, load(sums + m) + load(block + m));
+    }
+  }
+};
+
+}  // namespace rnnfast::RNNFAST_ISA

@@ -1,0 +1,97 @@
+// From tensors to the structures of scan.h: what the operators share.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "../scan.h"
+#include "threads.h"
+
+namespace rnnfast {
+
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using torch::headeronly::ScalarType;
+using Sizes = std::vector<int64_t>;
+
+inline Tensor empty(const Tensor& like, const Sizes& sizes) {
+  Tensor tensor = torch::stable::new_empty(like, sizes);
+  const size_t bytes = size_t(tensor.numel()) * tensor.element_size();
+  if (bytes >= size_t(4) << 20) wish_huge_pages(tensor.mutable_data_ptr(), bytes);
+  return tensor;
+}
+inline const void* data(const Tensor& tensor) { return tensor.const_data_ptr(); }
+inline const void* data(const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
+inline void* out(const Tensor& tensor) { return tensor.numel() ? tensor.mutable_data_ptr() : nullptr; }
+
+inline Cell parse_cell(const std::string& name) {
+  if (name == "rnn_tanh") return Cell::rnn_tanh;
+  if (name == "rnn_relu") return Cell::rnn_relu;
+  if (name == "lstm") return Cell::lstm;
+  STD_TORCH_CHECK(name == "gru", "unknown cell ", name);
+  return Cell::gru;
+}
+
+inline DType parse_dtype(const Tensor& tensor) {
+  const ScalarType type = tensor.scalar_type();
+  if (type == ScalarType::Float) return DType::float32;
+  if (type == ScalarType::Double) return DType::float64;
+  STD_TORCH_CHECK(type == ScalarType::BFloat16,
+                  "the cpu backend computes in float32, float64 and bfloat16; use backend='reference' for other types");
+  return DType::bfloat16;
+}
+
+// The sizes of the layer alone; the others are 0.
+inline ScanShape layer_shape(const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& w_hr, const std::string& cell,
+                      bool ids) {
+  ScanShape s{};
+  s.cell = parse_cell(cell);
+  s.dtype = parse_dtype(w_hh);
+  s.lanes = w_hh.size(0);
+  s.hidden = w_hh.size(1) / gate_count(s.cell);
+  s.state = w_hh.size(2);
+  s.input = w_ih.size(2);
+  s.has_projection = w_hr.has_value();
+  s.ids = ids;
+  return s;
+}
+
+// The shape of a call, with the offsets it points at.
+struct Shape : ScanShape {
+  std::vector<int64_t> first_rows;
+
+  Shape(const ScanShape& layer, const Tensor& x, const Tensor& h_0, const OptionalTensor& sizes, bool both)
+      : ScanShape(layer) {
+    batch = h_0.size(1);
+    rows = x.size(0);
+    bidirectional = both;
+    if (sizes) {
+      steps = sizes->numel();
+      batch_sizes = static_cast<const int64_t*>(sizes->const_data_ptr());
+      first_rows.resize(steps);
+      int64_t row = 0;
+      for (int64_t t = 0; t < steps; row += batch_sizes[t++]) {
+        first_rows[t] = row;
+        STD_TORCH_CHECK(t ? batch_sizes[t] >= 0 && batch_sizes[t] <= batch_sizes[t - 1] : batch_sizes[t] == batch,
+                        "batch_sizes must start with the batch size of the states, ", batch, ", and never rise");
+      }
+      STD_TORCH_CHECK(row == rows, "batch_sizes adds up to ", row, " rows, the input has ", rows);
+      offsets = first_rows.data();
+    } else {
+      steps = batch ? rows / batch : 0;
+    }
+    if (!ids) return;
+    const int64_t* id = static_cast<const int64_t*>(x.const_data_ptr());
+    for (int64_t row = 0; row < rows; ++row)
+      STD_TORCH_CHECK(id[row] >= 0 && id[row] < input, "token id ", id[row], " in row ", row, " is outside [0, ", input, ")");
+  }
+  Shape(const Shape&) = delete;
+};
+
+inline bool is_ids(const Tensor& input) { return input.scalar_type() == ScalarType::Long; }
+
+}  // namespace rnnfast

@@ -1,0 +1,182 @@
+"""The scan with an extended recurrence, as a differentiable operator: recurrent dropout, zoneout, layer normalisation.
+
+`rnnfast::scan_extended_cpu` is to `definition`, the reference with an `Extension` for each lane, what
+`rnnfast::scan_cpu` is to the plain reference. Its second and higher derivatives and its forward-mode derivatives are
+the reference's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from rnnfast import derivatives
+from rnnfast.backends import reference
+from rnnfast.backends.reference import Extension, Norms
+from rnnfast.cells import CELLS
+from rnnfast.scan import Weights, _library, _stack_lanes, is_transformed
+
+# D lanes: the gains and bias_c (D, G*H) and (D, H), recurrent_mask (D, B, H), zoneout bool (D, N, H) or a share of the
+# old state in the new one, 0 for none. The rest is the plain scan's, without projections.
+_ARGUMENTS = (
+    "Tensor input, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor h_0, Tensor? c_0, Tensor? gain_ih, "
+    "Tensor? gain_hh, Tensor? gain_c, Tensor? bias_c, Tensor? recurrent_mask, Tensor? zoneout_h, Tensor? zoneout_c, "
+    "Tensor? batch_sizes, float share_h, float share_c, str cell, bool bidirectional"
+)
+_LEAVES, _TENSORS, _WEIGHTS = 11, 15, (1, 2, 3, 4, 7, 8, 9, 10)
+_GRADIENTS = (
+    "Tensor d_input, Tensor d_w_ih, Tensor d_w_hh, Tensor d_b_ih, Tensor d_b_hh, Tensor d_h_0, Tensor d_c_0, "
+    "Tensor d_gain_ih, Tensor d_gain_hh, Tensor d_gain_c, Tensor d_bias_c"
+)
+
+
+def scan_extended(
+    backend: str,
+    input: Tensor,
+    lanes: Sequence[Weights],
+    extensions: Sequence[Extension],
+    h_0: Tensor,
+    c_0: Tensor | None,
+    batch_sizes: Tensor | None,
+    cell: str,
+    bidirectional: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`rnnfast.scan.scan_layer` with an extension for each lane, all of one kind, on "cpu" or "reference".
+
+    The other arguments and the results are `scan_layer`'s; there are no projections.
+    """
+    w_ih, w_hh, b_ih, b_hh, _ = _stack_lanes(lanes)
+    extended, shares = _stack_extensions(extensions)
+    tensors: tuple[Any, ...] = (input, w_ih, w_hh, b_ih, b_hh, h_0, c_0, *extended)
+    if backend == "reference" or forward_ad._current_level >= 0:
+        layer = (*tensors, batch_sizes, *shares, cell, bidirectional)
+        return definition(*layer)
+    contiguous = [None if t is None else t.contiguous() for t in tensors]
+    save_tape = derivatives.needs_gradient(tensors)
+    arguments = (*contiguous, batch_sizes, *shares, cell, bidirectional, save_tape)
+    eager_training = save_tape and not is_transformed()
+    results = derivatives.Scan.apply(_FORMULA, *arguments) if eager_training else _FORMULA.op(*arguments)
+    output, h_n, c_n, _ = results
+    return output, h_n, c_n
+
+
+def definition(
+    input: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    h_0: Tensor,
+    c_0: Tensor | None,
+    gain_ih: Tensor | None,
+    gain_hh: Tensor | None,
+    gain_c: Tensor | None,
+    bias_c: Tensor | None,
+    recurrent_mask: Tensor | None,
+    zoneout_h: Tensor | None,
+    zoneout_c: Tensor | None,
+    batch_sizes: Tensor | None,
+    share_h: float,
+    share_c: float,
+    cell: str,
+    bidirectional: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator's output, h_n and c_n on the reference, step by step in eager torch, for autograd to run through."""
+
+    def lane(tensor: Tensor | None, d: int) -> Any:
+        return None if tensor is None else tensor[d]
+
+    extensions = [
+        Extension(
+            lane(recurrent_mask, d),
+            share_h if zoneout_h is None else zoneout_h[d],
+            share_c if zoneout_c is None else zoneout_c[d],
+            None if gain_ih is None else Norms(*(lane(norm, d) for norm in (gain_ih, gain_hh, gain_c, bias_c))),
+        )
+        for d in range(w_hh.shape[0])
+    ]
+    with torch.autocast(input.device.type, enabled=False):
+        output, h_n, c_n, _ = reference.forward(
+            input, w_ih, w_hh, b_ih, b_hh, None, h_0, c_0, batch_sizes, cell, bidirectional, False, extensions
+        )
+    return output, h_n, c_n
+
+
+def _stack_extensions(extensions: Sequence[Extension]) -> tuple[list[Tensor | None], list[float]]:
+    """gain_ih, gain_hh, gain_c, bias_c, recurrent_mask, zoneout_h, zoneout_c, and the shares of h and c."""
+
+    def stack(parts: Sequence[Any]) -> Tensor | None:
+        if parts[0] is None:
+            return None
+        result: Tensor = parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(list(parts))
+        return result
+
+    masks, *zoneouts, norms = zip(*extensions, strict=True)
+    gains = zip(*(norm or (None,) * 4 for norm in norms), strict=True)
+    zones = [parts if isinstance(parts[0], Tensor) else (None,) for parts in zoneouts]
+    shares = [0.0 if isinstance(parts[0], Tensor) else float(parts[0]) for parts in zoneouts]
+    return [stack(parts) for parts in (*gains, masks, *zones)], shares
+
+
+# ---- the operator ----------------------------------------------------------------------------------------------------
+
+
+def _empty_or_like(like: Tensor, tensor: Tensor | None, needed: bool = True) -> Tensor:
+    return like.new_empty(0) if tensor is None or not needed else torch.empty_like(tensor)
+
+
+def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
+    input, _, w_hh, _, _, h_0, c_0, gain_ih = arguments[:8]
+    *_, zoneout_h, zoneout_c, _, share_h, share_c, cell, _, save_tape = arguments
+    lanes, gate_rows, hidden = w_hh.shape
+    width, rows = CELLS[cell].tape * hidden, input.shape[0]
+    zones_h, zones_c = zoneout_h is not None or share_h != 0, zoneout_c is not None or share_c != 0
+    # The tape of csrc/scan.h's ExtendedTape.
+    if zones_c if cell == "lstm" else zones_h and gate_rows == hidden:
+        width += hidden
+    if gain_ih is not None:
+        width += 2 * gate_rows
+    tape = h_0.new_empty(lanes, rows, width) if save_tape else h_0.new_empty(0)
+    return h_0.new_empty(rows, lanes * hidden), torch.empty_like(h_0), _empty_or_like(h_0, c_0), tape
+
+
+def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    layer, (need_input, need_weights) = arguments[3 : 3 + _LEAVES], arguments[-2:]
+    input, h_0 = layer[0], layer[5]
+    needed = [need_weights if i in _WEIGHTS else True for i in range(_LEAVES)]
+    needed[0] = need_input and input.is_floating_point()
+    return tuple(_empty_or_like(h_0, tensor, need) for tensor, need in zip(layer, needed, strict=True))
+
+
+def _map_members(op: Any, info: Any, in_dims: Any, *arguments: Any) -> tuple[Any, Any]:
+    """torch.vmap's rule: a scan for each member."""
+    members = []
+    for m in range(info.batch_size):
+        own = (a if dim is None else a.select(dim, m).contiguous() for a, dim in zip(arguments, in_dims, strict=True))
+        members.append(op(*own))
+    results = tuple(torch.stack(parts) for parts in zip(*members, strict=True))
+    return results, (0,) * len(results)
+
+
+_library.define(
+    f"scan_extended_cpu({_ARGUMENTS}, bool save_tape) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor tape)"
+)
+_library.define(
+    f"scan_extended_cpu_backward(Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, {_ARGUMENTS}, Tensor output, "
+    f"Tensor tape, bool need_input, bool need_weights) -> ({_GRADIENTS})"
+)
+_OP = torch.ops.rnnfast.scan_extended_cpu.default
+_BACKWARD_OP = torch.ops.rnnfast.scan_extended_cpu_backward.default
+_FORMULA = derivatives.Formula(_OP, _BACKWARD_OP, definition, _TENSORS, _LEAVES, _WEIGHTS)
+for _name, _op, _function, _fake in (
+    ("scan_extended_cpu", _OP, derivatives.Scan, _fake_forward),
+    ("scan_extended_cpu_backward", _BACKWARD_OP, derivatives.ScanBackward, _fake_backward),
+):
+    _library.impl(_name, derivatives.kernel(_function, _FORMULA, _op), "Autograd")
+    torch.library.register_fake(f"rnnfast::{_name}", _fake, lib=_library)
+    torch.library.register_vmap(f"rnnfast::{_name}", partial(_map_members, _op), lib=_library)

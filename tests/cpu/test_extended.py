@@ -1,0 +1,233 @@
+"""The native scan with an extended recurrence beside the reference: numbers, invariance, transforms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rnnfast import extended
+from rnnfast.cells import CELLS
+from tests.cpu.harness import Case, build, native
+
+pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
+
+OPTIONS = {
+    "recurrent dropout": {"mask"},
+    "zoneout": {"zones"},
+    "expectation": {"shares"},
+    "layer norm": {"norm"},
+    "everything": {"mask", "zones", "norm"},
+    "normalised expectation": {"shares", "norm"},
+}
+CELLS_AND_OPTIONS = [
+    pytest.param(cell, option, id=f"{cell} {option}")
+    for cell in CELLS
+    for option, parts in OPTIONS.items()
+    if cell in ("lstm", "gru") or "norm" not in parts
+]
+OUTPUTS = ("output", "h_n", "c_n")
+LEAVES = ["input", "w_ih", "w_hh", "b_ih", "b_hh", "h_0", "c_0", "gain_ih", "gain_hh", "gain_c", "bias_c"]
+
+
+@pytest.fixture(autouse=True)
+def _library() -> None:
+    native.load()
+
+
+def extend(case: Case, option: str, dtype: torch.dtype = torch.float64) -> list[Any]:
+    """The arguments of the operator but for save_tape."""
+    input, w_ih, w_hh, b_ih, b_hh, _, h_0, c_0, batch_sizes, cell, bidirectional = build(case, dtype)
+    parts, rows, lstm = OPTIONS[option], input.shape[0], cell == "lstm"
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(case.lanes, *shape, dtype=torch.float64).add(0.5).to(dtype)
+
+    gains: list[Any] = [None] * 4
+    if "norm" in parts:
+        gains = [uniform(w_hh.shape[1]), uniform(w_hh.shape[1])] + [uniform(case.hidden) if lstm else None] * 2
+    mask = ((torch.rand(*h_0.shape) < 0.7) / 0.7).to(dtype) if "mask" in parts else None
+    zones = [torch.rand(case.lanes, rows, case.hidden) < p if "zones" in parts else None for p in (0.3, 0.2)]
+    shares = (0.3, 0.2 * lstm) if "shares" in parts else (0.0, 0.0)
+    zones[1] = zones[1] if lstm else None
+    return [input, w_ih, w_hh, b_ih, b_hh, h_0, c_0, *gains, mask, *zones, batch_sizes, *shares, cell, bidirectional]
+
+
+def run(backend: str, arguments: list[Any], seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Outputs and gradients by name; the loss weighs every output by random numbers."""
+    leaves = {}
+    for i, name in enumerate(LEAVES):
+        if arguments[i] is not None and arguments[i].is_floating_point():
+            leaves[name] = arguments[i].detach().clone().requires_grad_()
+    arguments = [leaves.get(name, value) for name, value in zip(LEAVES, arguments, strict=False)] + arguments[11:]
+    results = extended.definition(*arguments) if backend == "reference" else extended._OP(*arguments, True)
+    outputs = {name: out for name, out in zip(OUTPUTS, results, strict=False) if out.numel()}
+    generator = torch.Generator().manual_seed(seed)
+    weights = [torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out) for out in outputs.values()]
+    gradients = torch.autograd.grad(list(outputs.values()), list(leaves.values()), weights)
+    return {name: out.detach() for name, out in outputs.items()}, dict(zip(leaves, gradients, strict=True))
+
+
+def double(arguments: list[Any]) -> list[Any]:
+    return [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments]
+
+
+SHAPES = [(1, 5, 3, 4, 33), (2, 6, 7, 5, 17), (1, 1, 1, 1, 1), (2, 12, 1, 3, 20)]
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize(("cell", "option"), CELLS_AND_OPTIONS)
+def test_float64_is_the_reference(cell: str, option: str, ragged: bool) -> None:
+    for i, shape in enumerate(SHAPES):
+        case = Case(cell, *shape, ragged=ragged, ids=i == 1, bias=i != 3)
+        arguments = extend(case, option)
+        torch.testing.assert_close(run("cpu", arguments), run("reference", arguments))
+
+
+@pytest.mark.parametrize(("cell", "option"), CELLS_AND_OPTIONS)
+def test_float32_error_is_at_most_twice_that_of_the_reference(cell: str, option: str) -> None:
+    arguments = extend(Case(cell, 2, 35, 16, 11, 64, ragged=True), option, torch.float32)
+    truth, theirs, ours = (
+        {name: tensor for part in run(backend, values) for name, tensor in part.items()}
+        for backend, values in (("reference", double(arguments)), ("reference", arguments), ("cpu", arguments))
+    )
+    for name, true in truth.items():
+        their, mine = ((found[name] - true).square().mean().sqrt() for found in (theirs, ours))
+        allowed = 2 * their + 2 * torch.finfo(torch.float32).eps * true.square().mean().sqrt()
+        assert mine <= allowed, f"{name}: error {mine:.2e}, the reference's {their:.2e}"
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("option", ["everything", "normalised expectation"])
+def test_bfloat16_is_near_the_truth(cell: str, option: str) -> None:
+    arguments = extend(Case(cell, 1, 35, 8, 32, 49, ragged=True), option, torch.bfloat16)
+    (truth, true_gradients), (outputs, gradients) = run("reference", double(arguments)), run("cpu", arguments)
+
+    def error(found: Tensor, true: Tensor) -> float:
+        return ((found.double() - true).square().sum() / true.square().sum()).sqrt().item()
+
+    assert max(error(outputs[name], truth[name]) for name in truth) < 0.005
+    assert max(error(gradients[name], true_gradients[name]) for name in true_gradients) < 0.03
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("option", ["everything", "expectation"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_runs_and_thread_counts_agree_bitwise(cell: str, option: str, dtype: torch.dtype) -> None:
+    if "norm" in OPTIONS[option] and cell not in ("lstm", "gru"):
+        option = "recurrent dropout"
+    before = torch.get_num_threads()
+    try:
+        for shape in ((1, 20, 1, 5, 256), (2, 6, 33, 40, 70), (1, 3, 150, 3, 40)):
+            arguments = extend(Case(cell, *shape, ragged=True), option, dtype)
+            results = []
+            for threads in (1, 2, 3, 5):
+                torch.set_num_threads(threads)
+                results.append(run("cpu", arguments))
+            for outputs, gradients in results[1:]:
+                assert all(torch.equal(outputs[name], tensor) for name, tensor in results[0][0].items())
+                assert all(torch.equal(gradients[name], tensor) for name, tensor in results[0][1].items())
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("cell", "option"), CELLS_AND_OPTIONS)
+def test_a_row_depends_neither_on_its_batch_nor_on_how_time_is_cut(cell: str, option: str) -> None:
+    steps, batch, hidden = 7, 23, 67
+    arguments = extend(Case(cell, 1, steps, batch, 5, hidden), option, torch.float32)
+    whole = extended._OP(*arguments, False)[:3]
+
+    def part(times: slice, rows: slice, states: Any) -> Any:
+        def of_rows(tensor: Any, dim: int) -> Any:
+            if tensor is None:
+                return None
+            tensor = tensor.unflatten(dim, (steps, batch))
+            tensor = tensor[times, rows] if dim == 0 else tensor[:, times, rows]
+            return tensor.flatten(dim, dim + 1).contiguous()
+
+        def of_batch(tensor: Any) -> Any:
+            return None if tensor is None or not tensor.numel() else tensor[:, rows].contiguous()
+
+        some = list(arguments)
+        some[0] = of_rows(arguments[0], 0)
+        some[5:7] = map(of_batch, states)
+        some[11] = of_batch(arguments[11])
+        some[12:14] = [of_rows(tensor, 1) for tensor in arguments[12:14]]
+        return extended._OP(*some, False)[:3]
+
+    for rows in (slice(0, 1), slice(3, 9)):
+        output, h_n, c_n = part(slice(0, steps), rows, arguments[5:7])
+        assert torch.equal(output, whole[0].view(steps, batch, -1)[:, rows].flatten(0, 1))
+        assert torch.equal(h_n, whole[1][:, rows])
+        assert not c_n.numel() or torch.equal(c_n, whole[2][:, rows])
+    first, *states = part(slice(0, 3), slice(0, batch), arguments[5:7])
+    rest, h_n, _ = part(slice(3, steps), slice(0, batch), states)
+    assert torch.equal(torch.cat((first, rest)), whole[0])
+    assert torch.equal(h_n, whole[1])
+
+
+@pytest.mark.parametrize(("cell", "option"), CELLS_AND_OPTIONS)
+def test_nan_in_one_row_stays_there(cell: str, option: str) -> None:
+    arguments = extend(Case(cell, 1, 4, 9, 5, 19), option, torch.float32)
+    arguments[5][:, 4] = float("nan")
+    outputs, gradients = run("cpu", arguments)
+    others = [b for b in range(9) if b != 4]
+    for tensor in (outputs["output"], gradients["input"]):
+        assert tensor.view(4, 9, -1)[:, others].isfinite().all()
+    assert outputs["output"].view(4, 9, -1)[:, 4].isnan().any()
+    assert gradients["h_0"][:, others].isfinite().all()
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_an_empty_batch(cell: str) -> None:
+    arguments = extend(Case(cell, 2, 3, 0, 4, 5), "everything")
+    outputs = extended._OP(*arguments, True)
+    assert [tuple(out.shape) for out in outputs[:2]] == [(0, 10), (2, 0, 5)]
+    leaves = [tensor.requires_grad_() for tensor in arguments[1:5]]
+    results = extended._OP(*arguments, True)
+    gradients = torch.autograd.grad(results[0].sum() + results[1].sum(), leaves)
+    assert not any(gradient.any() for gradient in gradients)
+
+
+def test_many_token_ids() -> None:
+    # Beyond 4096 there is no table of products.
+    arguments = extend(Case("lstm", 2, 4, 3, 5000, 9, ids=True, ragged=True), "everything")
+    torch.testing.assert_close(run("cpu", arguments), run("reference", arguments))
+
+
+def test_the_operator_is_what_torch_expects() -> None:
+    for cell, option in (("lstm", "everything"), ("gru", "expectation"), ("rnn_tanh", "zoneout")):
+        arguments = extend(Case(cell, 2, 3, 2, 4, 5, ragged=True), option)
+        arguments = [a.requires_grad_() if i in (0, 2, 5) else a for i, a in enumerate(arguments)]
+        torch.library.opcheck(extended._OP, (*arguments, True))
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_transforms_are_the_references(cell: str) -> None:
+    arguments = extend(Case(cell, 1, 3, 2, 4, 3), "everything")
+
+    def of(backend: str) -> Any:
+        def function(input: Tensor, w_hh: Tensor, gain: Tensor) -> Tensor:
+            some = [input, arguments[1], w_hh, *arguments[3:7], gain, *arguments[8:]]
+            results = extended.definition(*some) if backend == "reference" else extended._OP(*some, True)
+            return results[0].sin().sum() + results[1].square().sum()
+
+        return function
+
+    where = 0, 2, 7
+    point = [arguments[i] for i in where]
+    members = [torch.stack([tensor, tensor * 0.5, tensor + 1]) for tensor in point]
+
+    def transformed(function: Any) -> Any:
+        gradient = torch.func.grad(function, (0, 1, 2))
+        return (
+            torch.vmap(function)(*members),
+            torch.vmap(gradient)(*members),
+            torch.vmap(gradient, (0, None, None))(members[0], *point[1:]),
+            torch.func.jacrev(gradient)(*point),
+            torch.func.grad(lambda *tensors: torch.vmap(function)(*tensors).sum(), (0, 1, 2))(*members),
+        )
+
+    torch.testing.assert_close(transformed(of("cpu")), transformed(of("reference")))
