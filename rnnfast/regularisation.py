@@ -19,8 +19,9 @@ __all__ = ["Masks", "dropout_mask", "variational_dropout"]
 
 def _chance(p: float, shape: Sequence[int], device: torch.device, generator: torch.Generator | None) -> Tensor:
     """A bool tensor, each element True with probability p."""
-    source = device if generator is None else generator.device
-    return (torch.rand(*shape, generator=generator, dtype=torch.float32, device=source) < p).to(device)
+    if generator is None:  # not named below: with the argument, torch.compile wants shapes that are constant
+        return torch.rand(*shape, dtype=torch.float32, device=device) < p
+    return (torch.rand(*shape, generator=generator, dtype=torch.float32, device=generator.device) < p).to(device)
 
 
 def dropout_mask(p: float, shape: Sequence[int], like: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 
 import rnnfast
+from rnnfast.backends import native
 
 # torch's own, raised by its compiler.
 pytestmark = [
@@ -197,3 +198,15 @@ def test_aot_inductor(tmp_path: Any) -> None:
         path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
         compiled, input = torch._inductor.aoti_load_package(path), torch.randn(9, 6, 5)
         torch.testing.assert_close(tree_leaves(compiled(input)), tree_leaves(model(input)))
+
+
+@pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
+def test_a_stack_with_an_extended_recurrence_is_one_operator_a_layer() -> None:
+    stack = rnnfast.Stack("gru", 5, [7, 6], layer_norm=True, zoneout=0.2, recurrent_dropout=0.3, dropout=0.2)
+    graphs = Graphs()
+    compiled = torch.compile(stack, fullgraph=True, dynamic=True, backend=graphs)
+    for steps, batch in ((6, 3), (9, 4)):
+        arguments = (torch.randn(steps, batch, 5),)
+        found, expected = (outputs_and_gradients(f, list(stack.parameters()), arguments) for f in (compiled, stack))
+        torch.testing.assert_close(found, expected)
+    assert graphs.operators() == ["rnnfast::scan_extended_cpu"] * 2

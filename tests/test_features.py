@@ -280,7 +280,7 @@ def connections(nn: Any) -> None:
 
 @feature(
     "recurrent dropout, zoneout, layer normalisation",
-    "on the reference, at the speed of a loop over torch's operations",
+    "native on a CPU; elsewhere a loop over torch's operations",
 )
 def extended_recurrence(nn: Any) -> None:
     for cell in ("lstm", "gru"):
@@ -290,7 +290,7 @@ def extended_recurrence(nn: Any) -> None:
         assert not torch.equal(outputs[0], outputs[2])
 
 
-@feature("c of every step of an LSTM: `layer.states(x)`", "with gradients on the reference")
+@feature("c of every step of an LSTM: `layer.states(x)`", "with gradients: native on a CPU, elsewhere on the reference")
 def cell_states(nn: Any) -> None:
     layer, x = nn.LSTM(3, 8, num_layers=2), torch.randn(5, 2, 3)
     h, c = layer.states(x)

@@ -109,6 +109,7 @@ void run(Cell cell, DType dtype, int64_t lanes, int64_t steps, int64_t batch, in
   kernels.pack(forward);
   kernels.forward(forward, threads);
 
+  const auto cells = make(dtype, lanes * s.rows * hidden, true);
   const auto d_input = make(dtype, ids ? 0 : input.count, false), d_w_ih = make(dtype, w_ih.count, false);
   const auto d_w_hh = make(dtype, w_hh.count, false), d_b_ih = make(dtype, lanes * G, false);
   const auto d_b_hh = make(dtype, lanes * G, false), d_w_hr = make(dtype, w_hr.count, false);
@@ -117,7 +118,7 @@ void run(Cell cell, DType dtype, int64_t lanes, int64_t steps, int64_t batch, in
                               w_hh.data(), b_ih.data(), b_hh.data(), if_projected(w_hr), h_0.data(),
                               lstm ? c_0.data() : nullptr, output.data(), tape.data(), ids ? nullptr : d_input.data(),
                               d_w_ih.data(), d_w_hh.data(), d_b_ih.data(), d_b_hh.data(), if_projected(d_w_hr),
-                              d_h_0.data(), lstm ? d_c_0.data() : nullptr};
+                              d_h_0.data(), lstm ? d_c_0.data() : nullptr, lstm ? cells.data() : nullptr};
   kernels.backward(backward, threads);
   require_finite(d_input, "d_input");
   require_finite(d_w_ih, "d_w_ih");
@@ -127,6 +128,41 @@ void run(Cell cell, DType dtype, int64_t lanes, int64_t steps, int64_t batch, in
   require_finite(d_h_0, "d_h_0");
   if (projected) require_finite(d_w_hr, "d_w_hr");
   if (lstm) require_finite(d_c_0, "d_c_0");
+  if (projected) return;
+
+  // The same layer with an extended recurrence: dropout and a share of zoneout, masks of zoneout, or a normalisation.
+  const auto mask = make(dtype, states * hidden, true), gains = make(dtype, lanes * G, true);
+  const auto gains_c = make(dtype, lanes * hidden, true);
+  std::vector<char> zones(size_t(lanes * s.rows * hidden));
+  for (size_t i = 0; i < zones.size(); ++i) zones[i] = i % 3 == 0;
+  const bool* flags = reinterpret_cast<const bool*>(zones.data());
+  for (int kind = 0; kind < (s.gates() > 1 ? 3 : 2); ++kind) {
+    Extension e{};
+    if (kind != 1) e.recurrent_mask = mask.data();
+    if (kind == 0) e.share_h = 0.25, e.share_c = lstm ? 0.5 : 0;
+    if (kind != 0) e.zoneout_h = flags, e.zoneout_c = lstm ? flags : nullptr;
+    if (kind == 2) e.gain_ih = e.gain_hh = gains.data();
+    if (kind == 2 && lstm) e.gain_c = e.bias_c = gains_c.data();
+    const auto long_tape = make(dtype, lanes * s.rows * ExtendedTape(s, e).width, false);
+    forward.packed = nullptr;
+    forward.tape = long_tape.count ? long_tape.data() : nullptr;
+    kernels.extended_forward({forward, e}, threads);
+    require_finite(output, "extended output");
+    require_finite(long_tape, "extended tape");
+    const auto d_gains = make(dtype, 2 * lanes * G, false), d_gains_c = make(dtype, 2 * lanes * hidden, false);
+    const auto behind = [&](const Tensor& both) {
+      return static_cast<char*>(both.data()) + both.count / 2 * int64_t(size_of(dtype));
+    };
+    BackwardArgs reverse = backward;
+    reverse.tape = long_tape.data();
+    reverse.d_cells = nullptr;
+    kernels.extended_backward({reverse, e, kind == 2 ? d_gains.data() : nullptr, kind == 2 ? behind(d_gains) : nullptr,
+                               e.gain_c ? d_gains_c.data() : nullptr, e.gain_c ? behind(d_gains_c) : nullptr},
+                              threads);
+    for (const auto* d : {&d_input, &d_w_ih, &d_w_hh, &d_b_ih, &d_b_hh, &d_h_0}) require_finite(*d, "extended gradient");
+    if (kind == 2) require_finite(d_gains, "d_gains");
+    if (e.gain_c) require_finite(d_gains_c, "d_gains_c");
+  }
 }
 
 void run_kernels() {

@@ -99,17 +99,34 @@ def test_float32_error_is_at_most_twice_that_of_the_reference(cell: str, option:
         assert mine <= allowed, f"{name}: error {mine:.2e}, the reference's {their:.2e}"
 
 
-@pytest.mark.parametrize("cell", ["lstm", "gru"])
-@pytest.mark.parametrize("option", ["everything", "normalised expectation"])
-def test_bfloat16_is_near_the_truth(cell: str, option: str) -> None:
-    arguments = extend(Case(cell, 1, 35, 8, 32, 49, ragged=True), option, torch.bfloat16)
+def assert_near_the_truth(case: Case, option: str, dtype: torch.dtype, limit: float, gradient_limit: float) -> None:
+    arguments = extend(case, option, dtype)
     (truth, true_gradients), (outputs, gradients) = run("reference", double(arguments)), run("cpu", arguments)
 
     def error(found: Tensor, true: Tensor) -> float:
         return ((found.double() - true).square().sum() / true.square().sum()).sqrt().item()
 
-    assert max(error(outputs[name], truth[name]) for name in truth) < 0.005
-    assert max(error(gradients[name], true_gradients[name]) for name in true_gradients) < 0.03
+    assert max(error(outputs[name], truth[name]) for name in truth) < limit
+    assert max(error(gradients[name], true_gradients[name]) for name in true_gradients) < gradient_limit
+
+
+@pytest.mark.parametrize("option", ["everything", "normalised expectation"])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_bfloat16_is_near_the_truth(cell: str, option: str) -> None:
+    assert_near_the_truth(Case(cell, 1, 35, 8, 32, 49, ragged=True), option, torch.bfloat16, 0.005, 0.03)
+
+
+def check_an_instruction_set() -> None:
+    """For tests/cpu/test_parity.py, in a process of its own."""
+    for cell, option in (("lstm", "everything"), ("gru", "normalised expectation"), ("rnn_tanh", "zoneout")):
+        for shape in ((2, 6, 19, 7, 37), (1, 9, 1, 5, 130)):
+            case = Case(cell, *shape, ragged=True)
+            for dtype, *limits in (
+                (torch.float64, 1e-12, 1e-12),
+                (torch.float32, 2e-6, 1e-5),
+                (torch.bfloat16, 0.005, 0.03),
+            ):
+                assert_near_the_truth(case, option, dtype, *limits)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
