@@ -42,23 +42,23 @@ RNNFAST_HD V rnn_relu_backward(V h, V d_h) {
 
 // c is the cell state before, and after on return.
 template <class M, class V>
-RNNFAST_HD void lstm_state(V& i, V& f, V& g, V& o, V& c) {
+RNNFAST_HD void lstm_state(V& i, V& f, V& g, V& c) {
   i = M::sigmoid(i);
   f = M::sigmoid(f);
   g = M::tanh(g);
-  o = M::sigmoid(o);
   c = f * c + i * g;
 }
 
 // `read` is what the output reads: c, or c normalised.
 template <class M, class V>
-RNNFAST_HD V lstm_output(V o, V read) {
+RNNFAST_HD V lstm_output(V& o, V read) {
+  o = M::sigmoid(o);
   return o * M::tanh(read);
 }
 
 template <class M, class V>
 RNNFAST_HD V lstm_forward(V& i, V& f, V& g, V& o, V& c) {
-  lstm_state<M>(i, f, g, o, c);
+  lstm_state<M>(i, f, g, c);
   return lstm_output<M>(o, c);
 }
 

@@ -50,6 +50,7 @@ struct Extension {
   double share_h, share_c;               // the share of what they were, 0 for none
   const void *gain_ih, *gain_hh;         // (D, G*H): layer normalisation of both products
   const void *gain_c, *bias_c;           // (D, H): and of an LSTM's c on its way to the output
+  const void* peepholes;                 // (D, 3, H): weights of c in the gates i, f and o of an LSTM
 
   bool zones_h() const { return zoneout_h || share_h != 0; }
   bool zones_c() const { return zoneout_c || share_c != 0; }
@@ -79,7 +80,7 @@ struct ExtendedForwardArgs {
 struct ExtendedBackwardArgs {
   BackwardArgs scan;
   Extension extension;
-  void *d_gain_ih, *d_gain_hh, *d_gain_c, *d_bias_c;  // null where not wanted
+  void *d_gain_ih, *d_gain_hh, *d_gain_c, *d_bias_c, *d_peepholes;  // null where not wanted
 };
 
 }  // namespace rnnfast

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 AUTO = "auto"
 # Extensions of a request. The first is on the tape of every scan.
 CELL_STATES, CELL_STATE_GRADIENTS = "c of every step", "gradients of c of every step"
-EXTENDED_RECURRENCE = ("recurrent dropout", "zoneout", "layer normalisation")
+EXTENDED_RECURRENCE = ("recurrent dropout", "zoneout", "layer normalisation", "peepholes")
 _BY_NAME = "asked for by name"
 
 

@@ -1,4 +1,5 @@
-"""The scan with an extended recurrence, as a differentiable operator: recurrent dropout, zoneout, layer normalisation.
+"""The scan with an extended recurrence, as a differentiable operator: recurrent dropout, zoneout, layer normalisation,
+peepholes.
 
 `rnnfast::scan_extended_cpu` is to `definition`, the reference with an `Extension` for each lane, what
 `rnnfast::scan_cpu` is to the plain reference. Its second and higher derivatives and its forward-mode derivatives are
@@ -21,17 +22,18 @@ from rnnfast.backends.reference import Extension, Norms
 from rnnfast.cells import CELLS
 from rnnfast.scan import Weights, _library, _stack_lanes, is_transformed
 
-# D lanes: the gains and bias_c (D, G*H) and (D, H), recurrent_mask (D, B, H), zoneout bool (D, N, H) or a share of the
-# old state in the new one, 0 for none. The rest is the plain scan's, without projections.
+# D lanes: the gains (D, G*H) but for gain_c (D, H), bias_c (D, H), peepholes (D, 3, H), recurrent_mask (D, B, H),
+# zoneout bool (D, N, H) or a share of the old state in the new one, 0 for none. The rest is the plain scan's, without
+# projections.
 _ARGUMENTS = (
     "Tensor input, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor h_0, Tensor? c_0, Tensor? gain_ih, "
-    "Tensor? gain_hh, Tensor? gain_c, Tensor? bias_c, Tensor? recurrent_mask, Tensor? zoneout_h, Tensor? zoneout_c, "
-    "Tensor? batch_sizes, float share_h, float share_c, str cell, bool bidirectional"
+    "Tensor? gain_hh, Tensor? gain_c, Tensor? bias_c, Tensor? peepholes, Tensor? recurrent_mask, Tensor? zoneout_h, "
+    "Tensor? zoneout_c, Tensor? batch_sizes, float share_h, float share_c, str cell, bool bidirectional"
 )
-_LEAVES, _TENSORS, _WEIGHTS = 11, 15, (1, 2, 3, 4, 7, 8, 9, 10)
+_LEAVES, _TENSORS, _WEIGHTS = 12, 16, (1, 2, 3, 4, 7, 8, 9, 10, 11)
 _GRADIENTS = (
     "Tensor d_input, Tensor d_w_ih, Tensor d_w_hh, Tensor d_b_ih, Tensor d_b_hh, Tensor d_h_0, Tensor d_c_0, "
-    "Tensor d_gain_ih, Tensor d_gain_hh, Tensor d_gain_c, Tensor d_bias_c"
+    "Tensor d_gain_ih, Tensor d_gain_hh, Tensor d_gain_c, Tensor d_bias_c, Tensor d_peepholes"
 )
 
 
@@ -77,6 +79,7 @@ def definition(
     gain_hh: Tensor | None,
     gain_c: Tensor | None,
     bias_c: Tensor | None,
+    peepholes: Tensor | None,
     recurrent_mask: Tensor | None,
     zoneout_h: Tensor | None,
     zoneout_c: Tensor | None,
@@ -97,6 +100,7 @@ def definition(
             share_h if zoneout_h is None else zoneout_h[d],
             share_c if zoneout_c is None else zoneout_c[d],
             None if gain_ih is None else Norms(*(lane(norm, d) for norm in (gain_ih, gain_hh, gain_c, bias_c))),
+            lane(peepholes, d),
         )
         for d in range(w_hh.shape[0])
     ]
@@ -108,7 +112,7 @@ def definition(
 
 
 def _stack_extensions(extensions: Sequence[Extension]) -> tuple[list[Tensor | None], list[float]]:
-    """gain_ih, gain_hh, gain_c, bias_c, recurrent_mask, zoneout_h, zoneout_c, and the shares of h and c."""
+    """gain_ih, gain_hh, gain_c, bias_c, peepholes, recurrent_mask, zoneout_h, zoneout_c; the shares of h and c."""
 
     def stack(parts: Sequence[Any]) -> Tensor | None:
         if parts[0] is None:
@@ -116,11 +120,11 @@ def _stack_extensions(extensions: Sequence[Extension]) -> tuple[list[Tensor | No
         result: Tensor = parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(list(parts))
         return result
 
-    masks, *zoneouts, norms = zip(*extensions, strict=True)
+    masks, *zoneouts, norms, peepholes = zip(*extensions, strict=True)
     gains = zip(*(norm or (None,) * 4 for norm in norms), strict=True)
     zones = [parts if isinstance(parts[0], Tensor) else (None,) for parts in zoneouts]
     shares = [0.0 if isinstance(parts[0], Tensor) else float(parts[0]) for parts in zoneouts]
-    return [stack(parts) for parts in (*gains, masks, *zones)], shares
+    return [stack(parts) for parts in (*gains, peepholes, masks, *zones)], shares
 
 
 # ---- the operator ----------------------------------------------------------------------------------------------------

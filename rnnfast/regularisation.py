@@ -19,9 +19,8 @@ __all__ = ["Masks", "dropout_mask", "variational_dropout"]
 
 def _chance(p: float, shape: Sequence[int], device: torch.device, generator: torch.Generator | None) -> Tensor:
     """A bool tensor, each element True with probability p."""
-    if generator is None:  # not named below: with the argument, torch.compile wants shapes that are constant
-        return torch.rand(*shape, dtype=torch.float32, device=device) < p
-    return (torch.rand(*shape, generator=generator, dtype=torch.float32, device=generator.device) < p).to(device)
+    source = {"device": device} if generator is None else {"device": generator.device, "generator": generator}
+    return (torch.rand(*shape, dtype=torch.float32, **source) < p).to(device)
 
 
 def dropout_mask(p: float, shape: Sequence[int], like: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -29,8 +29,8 @@ class Stack(nn.Module):
     that a call is given.
 
     What leaves the recurrence as it is, weight drop, dropout of inputs and between layers, connections and sizes, runs
-    on every backend at its speed. Recurrent dropout (in training), zoneout and layer normalisation change it, and run
-    on the cpu backend and the reference; `rnnfast.explain(stack, input)` tells.
+    on every backend at its speed. Recurrent dropout (in training), zoneout, layer normalisation and peepholes change
+    it, and run on the cpu backend and the reference; `rnnfast.explain(stack, input)` tells.
 
     Args:
         cell: "lstm", "gru", "rnn_tanh" or "rnn_relu".
@@ -47,6 +47,8 @@ class Stack(nn.Module):
             which one number means both (Krueger et al. 2017). In evaluation the expectation is taken.
         layer_norm: LSTM and GRU as Ba et al. (2016) normalise them: both products with a gain each (the biases are the
             shifts), and the cell state of an LSTM on its way to the output.
+        peepholes: lets the gates of an LSTM see its cell state (Gers & Schmidhuber 2000): a weight (3, H) a layer and
+            direction, of the state before in i and f, of the new one in o.
         connection: "residual" adds a layer's input to its output; "highway" mixes them as t output + (1 - t) input with
             t = sigmoid(W input + b) (Srivastava et al. 2015), where b begins at -1. Around every layer but the first,
             with the input as it is before dropout. None: no connection.
@@ -73,6 +75,7 @@ class Stack(nn.Module):
         weight_dropout: float = 0.0,
         zoneout: float | tuple[float, float] = 0.0,
         layer_norm: bool = False,
+        peepholes: bool = False,
         connection: str | None = None,
         backend: str = dispatch.AUTO,
         device: torch.device | str | None = None,
@@ -84,7 +87,7 @@ class Stack(nn.Module):
         self.bias, self.batch_first, self.bidirectional = bias, batch_first, bidirectional
         self.input_dropout, self.dropout, self.recurrent_dropout = input_dropout, dropout, recurrent_dropout
         self.weight_dropout, self.zoneout, self.layer_norm = weight_dropout, _pair(zoneout), layer_norm
-        self.connection, self.backend = connection, backend
+        self.peepholes, self.connection, self.backend = peepholes, connection, backend
         if isinstance(zoneout, float | int) and cell != "lstm":
             self.zoneout = (zoneout, 0.0)
         self._check_options()
@@ -110,6 +113,8 @@ class Stack(nn.Module):
         if self.layer_norm:
             shapes |= {"gain_ih": (rows,), "gain_hh": (rows,)}
             shapes |= {"gain_c": (size,), "bias_c": (size,)} if self.cell == "lstm" else {}
+        if self.peepholes:
+            shapes["weight_peephole"] = (3, size)
         return shapes
 
     def _check_options(self) -> None:
@@ -128,6 +133,8 @@ class Stack(nn.Module):
             raise ValueError(f"a {self.cell} has no cell state: give zoneout as one number")
         if self.layer_norm and self.cell not in ("lstm", "gru"):
             raise ValueError(f"layer_norm is for lstm and gru, got {self.cell}")
+        if self.peepholes and self.cell != "lstm":
+            raise ValueError(f"peepholes are for lstm, got {self.cell}")
         if self.connection not in (None, "residual", "highway"):
             raise ValueError(f"unknown connection '{self.connection}'; choose from None, 'residual', 'highway'")
         if self.connection is not None and len(set(self.hidden_sizes)) > 1:
@@ -151,7 +158,7 @@ class Stack(nn.Module):
         parts = [repr(self.cell), str(self.input_size), str(list(self.hidden_sizes))]
         defaults: dict[str, Any] = {"bias": True, "batch_first": False, "bidirectional": False, "input_dropout": 0.0}
         defaults |= {"dropout": 0.0, "recurrent_dropout": 0.0, "weight_dropout": 0.0, "zoneout": (0.0, 0.0)}
-        defaults |= {"layer_norm": False, "connection": None, "backend": dispatch.AUTO}
+        defaults |= {"layer_norm": False, "peepholes": False, "connection": None, "backend": dispatch.AUTO}
         options = {name: getattr(self, name) for name in defaults}
         return ", ".join(parts + [f"{name}={value!r}" for name, value in options.items() if value != defaults[name]])
 
@@ -226,7 +233,7 @@ class Stack(nn.Module):
 
     def request(self, input: Tensor) -> dispatch.Request:
         """What decides which backend can run these layers, in the mode they are in, on such input."""
-        there = (self.training and self.recurrent_dropout > 0, any(self.zoneout), self.layer_norm)
+        there = (self.training and self.recurrent_dropout > 0, any(self.zoneout), self.layer_norm, self.peepholes)
         extensions = tuple(name for name, is_there in zip(dispatch.EXTENDED_RECURRENCE, there, strict=True) if is_there)
         weight, token_ids = self._parameter("weight_hh_l0"), not input.is_floating_point()
         kind = self.cell, weight.device.type, weight.dtype, token_ids, False
@@ -283,14 +290,16 @@ class Stack(nn.Module):
         return output if segments is not None else output.view(*masks.shape, output.shape[-1]), h_n, c_n
 
     def _extension(self, suffix: str, h: Tensor, masks: Masks) -> Extension:
-        mask = norms = None
+        mask = norms = peepholes = None
         zoneout_h, zoneout_c = (masks.of_steps(p, h) if self.training and p > 0 else p for p in self.zoneout)
         if self.training and self.recurrent_dropout > 0:
             mask = masks.of_state(self.recurrent_dropout, h)
         if self.layer_norm:
             names = ("gain_ih", "gain_hh", "gain_c", "bias_c") if self.cell == "lstm" else ("gain_ih", "gain_hh")
             norms = Norms(*(self._parameter(name + suffix).to(h.dtype) for name in names))
-        return Extension(mask, zoneout_h, zoneout_c, norms)
+        if self.peepholes:
+            peepholes = self._parameter("weight_peephole" + suffix).to(h.dtype)
+        return Extension(mask, zoneout_h, zoneout_c, norms, peepholes)
 
     def _weights(self, suffix: str, dtype: torch.dtype, generator: torch.Generator | None) -> functional.Weights:
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh") if self.bias else ("weight_ih", "weight_hh")

@@ -290,6 +290,13 @@ def extended_recurrence(nn: Any) -> None:
         assert not torch.equal(outputs[0], outputs[2])
 
 
+@feature("peephole connections of an LSTM", "native on a CPU; elsewhere a loop over torch's operations")
+def peepholes(nn: Any) -> None:
+    stack, x = nn.Stack("lstm", 3, [8], peepholes=True), torch.randn(5, 2, 3)
+    stack(x)[0].sum().backward()
+    assert stack.weight_peephole_l0.grad.any()
+
+
 @feature("c of every step of an LSTM: `layer.states(x)`", "with gradients: native on a CPU, elsewhere on the reference")
 def cell_states(nn: Any) -> None:
     layer, x = nn.LSTM(3, 8, num_layers=2), torch.randn(5, 2, 3)

@@ -73,7 +73,7 @@ def loop(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One lane, from the papers' formulas; the extension's masks are for padded rows."""
     w_ih, w_hh, b_ih, b_hh, _ = weights
-    mask, zoneout_h, zoneout_c, norms = extension
+    mask, zoneout_h, zoneout_c, norms, peepholes = extension
     outputs: list[Any] = [None] * len(input)
     for t in reversed(range(len(input))) if backwards else range(len(input)):
         x, r = input[t] @ w_ih.T, (h if mask is None else h * mask) @ w_hh.T
@@ -86,9 +86,11 @@ def loop(
         x, r = x + b_ih, r + b_hh
         if cell == "lstm":
             i, f, g, o = (x + r).chunk(4, 1)
+            p_i, p_f, p_o = torch.zeros(3, HIDDEN) if peepholes is None else peepholes
+            i, f = i + p_i * c, f + p_f * c
             new_c = f.sigmoid() * c + i.sigmoid() * g.tanh()
             read = new_c if norms is None else normalise(new_c) * norms.gain_c + norms.bias_c
-            new_h = o.sigmoid() * read.tanh()
+            new_h = (o + p_o * new_c).sigmoid() * read.tanh()
         elif cell == "gru":
             (x_r, x_z, x_n), (r_r, r_z, r_n) = x.chunk(3, 1), r.chunk(3, 1)
             z, n = (x_z + r_z).sigmoid(), (x_n + (x_r + r_r).sigmoid() * r_n).tanh()
@@ -128,7 +130,8 @@ def extensions() -> list[Any]:
         if cell in ("lstm", "gru"):
             norms = norms_of(cell)
             cases.append(pytest.param(cell, Extension(None, 0.0, 0.0, norms), id=f"{cell} layer norm"))
-            everything = Extension(mask.double(), zones[0], zoneout_c[0], norms)
+            peepholes = random(3, HIDDEN) if cell == "lstm" else None
+            everything = Extension(mask.double(), zones[0], zoneout_c[0], norms, peepholes)
             cases.append(pytest.param(cell, everything, id=f"{cell} everything"))
     return cases
 
@@ -137,7 +140,8 @@ def extensions() -> list[Any]:
 def test_the_extended_scan_is_the_papers_loop(cell: str, extension: Extension, backend: str) -> None:
     input, weights, h, c = make_lane(cell)
     norms = extension.norms or ()
-    leaves = [input, *weights[:4], h, *([c] if cell == "lstm" else []), *(norm for norm in norms if norm is not None)]
+    leaves = [input, *weights[:4], h, *([c] if cell == "lstm" else []), *norms, extension.peepholes]
+    leaves = [leaf for leaf in leaves if leaf is not None]
     for leaf in leaves:
         leaf.requires_grad_()
     states = h[None], c[None] if cell == "lstm" else None
@@ -153,14 +157,14 @@ def test_the_extended_scan_is_the_papers_loop(cell: str, extension: Extension, b
 def test_derivatives_of_the_extended_scan(cell: str, extension: Extension, backend: str) -> None:
     input, weights, h, c = make_lane(cell)
     assert extension.norms is not None
-    norms = [norm.clone() for norm in extension.norms if norm is not None]
+    norms = [norm.clone() for norm in (*extension.norms, extension.peepholes) if norm is not None]
     state = [h, c] if cell == "lstm" else [h]
 
     def function(input: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         lane, parts, gains = others[:4], others[4 : 4 + len(state)], others[4 + len(state) :]
         h_0, c_0 = parts[0][None], parts[1][None] if cell == "lstm" else None
         weights = rnnfast.functional.Weights(*lane)
-        changed = extension._replace(norms=Norms(*gains))
+        changed = extension._replace(norms=Norms(*gains[:4]), peepholes=gains[4] if cell == "lstm" else None)
         results = scan_extended(backend, input.flatten(0, 1), [weights], [changed], h_0, c_0, None, cell, False)
         return results[: 1 + len(state)]
 
@@ -347,6 +351,20 @@ def test_explain_tells_who_runs_it_and_why() -> None:
         make("gru", layer_norm=True)(input)
 
 
+def test_peepholes_are_parameters_of_each_direction(backend: str) -> None:
+    stack, input = make("lstm", peepholes=True, bidirectional=True, backend=backend), input_of()
+    plain = make("lstm", bidirectional=True, backend=backend)
+    plain.load_state_dict({name: value for name, value in stack.state_dict().items() if "peephole" not in name})
+    assert not torch.allclose(stack(input)[0], plain(input)[0])
+    stack(input)[0].sum().backward()
+    for suffix in ("_l0", "_l0_reverse"):
+        weight = getattr(stack, "weight_peephole" + suffix)
+        assert weight.shape == (3, HIDDEN)
+        assert weight.grad.any()
+        nn.init.zeros_(weight)
+    torch.testing.assert_close(stack(input), plain(input))
+
+
 def test_copies_pickles_and_parametrizations() -> None:
     stack, input = make("gru", [HIDDEN, HIDDEN], zoneout=0.1, connection="highway"), input_of()
     for other in (copy.deepcopy(stack), pickle.loads(pickle.dumps(stack))):
@@ -426,6 +444,7 @@ def test_variational_dropout_of_any_sequence() -> None:
         (("lstm", 3, [4]), {"zoneout": 1.5}, "zoneout is a probability"),
         (("gru", 3, [4]), {"zoneout": (0.1, 0.1)}, "no cell state"),
         (("rnn_tanh", 3, [4]), {"layer_norm": True}, "for lstm and gru"),
+        (("gru", 3, [4]), {"peepholes": True}, "for lstm"),
         (("gru", 3, [4, 5]), {"connection": "residual"}, "layers of one size"),
         (("gru", 3, [4, 4]), {"connection": "dense"}, "unknown connection"),
         (("gru", 3, [4]), {"backend": "gpu"}, "unknown rnnfast backend"),

@@ -1,4 +1,5 @@
-// The scan of one layer whose recurrence is extended: dropout of h on its way into w_hh, zoneout, layer normalisation.
+// The scan of one layer whose recurrence is extended: dropout of h on its way into w_hh, zoneout, layer normalisation,
+// peepholes.
 //
 // A step has two phases: the recurrent product of all rows, and what makes states of each row of it. Layer normalisation
 // needs all units of a row for either, so products are not turned to states where the tile made them. Their columns are
@@ -284,7 +285,8 @@ class ExtendedForward {
   // The input's products of the chunk that begins with this step.
   void multiply_inputs(const Item& item, const Local& local, const Walk<O>& walk, int64_t lane, int64_t step) const {
     T* out = products_x(item, local, lane);
-    const int64_t first = walk.panel(0, 0) * panels.vectors * V, end = first + walk.count() * panels.vectors * V;
+    const int64_t first = panels.count() * local.member / local.members * panels.vectors * V;
+    const int64_t end = panels.count() * (local.member + 1) / local.members * panels.vectors * V;
     int64_t rows = 0;
     for (int64_t i = step; i < min64(step + chunk_steps(), s.steps); ++i) {
       const int64_t t = time(lane, i), n = alive(s, item, t), row = s.offset_at(t) + item.first;
@@ -337,13 +339,15 @@ class ExtendedForward {
         case Cell::rnn_relu: store(local.units_h + j, relu(sum(0))); break;
         case Cell::lstm: {
           Vec<T> i = sum(0), f = sum(1), g = sum(2), o = sum(3), c_now = load(c + state + j);
-          lstm_state<Math<T>>(i, f, g, o, c_now);
+          const auto peephole = [&](int k) { return load(at<S>(e.peepholes, (place.lane * 3 + k) * H + j), n) * c_now; };
+          if (e.peepholes) i += peephole(0), f += peephole(1);
+          lstm_state<Math<T>>(i, f, g, c_now);
+          if (e.peepholes) o += peephole(2);
           store(local.units_h + j, o);
           store(local.units_c + j, c_now);
           keep(0, i);
           keep(1, f);
           keep(2, g);
-          keep(3, o);
           keep(4, c_now);
           break;
         }
@@ -378,7 +382,9 @@ class ExtendedForward {
         if (e.gain_c)
           read = normalised(local.units_c + j, n, of_c) * load(at<S>(e.gain_c, place.lane * H + j), n) +
                  load(at<S>(e.bias_c, place.lane * H + j), n);
-        value = lstm_output<Math<T>>(value, read);
+        Vec<T> o = value;
+        value = lstm_output<Math<T>>(o, read);
+        if (tape) store(tape + 3 * H + j, o, n);
         store(c + state + j, c_after);
         if (tape && e.zones_c()) store(tape + columns.c + j, c_after, n);
       } else if (tape && s.gates() == 1 && e.zones_h()) {

@@ -1,4 +1,4 @@
-// The backward scan of a layer whose recurrence is extended, and the gradients of the gains of its normalisation.
+// The backward scan of a layer whose recurrence is extended, and the gradients of gains and peepholes.
 #pragma once
 
 #include "backward.h"
@@ -134,19 +134,25 @@ class ExtendedBackward {
     barrier.wait(local.members);
   }
 
-  // ---- gains: parallel in time, as the gradients in weights.h ------------------------------------------------------
+  // ---- gains and peepholes: parallel in time, as the gradients in weights.h ----------------------------------------
 
-  int64_t tasks() const {
-    if (!args.d_gain_ih) return 0;
-    return s.lanes * (2 * ceil_div(gate_rows, GAIN_COLUMNS) + (d_read ? ceil_div(s.hidden, GAIN_COLUMNS) : 0));
-  }
+  int64_t tasks() const { return s.lanes * (gate_blocks() + cell_blocks() + peephole_blocks()); }
   static size_t task_bytes() { return 2 * GAIN_COLUMNS * sizeof(T); }
   void run(int64_t task, char* local) const {
-    const int64_t blocks = ceil_div(gate_rows, GAIN_COLUMNS), lane = task % s.lanes, block = task / s.lanes;
+    const int64_t lane = task % s.lanes, block = task / s.lanes, of_cell = block - gate_blocks();
     T* sums = reinterpret_cast<T*>(local);
-    if (block >= 2 * blocks) return cell_gains(lane, (block - 2 * blocks) * GAIN_COLUMNS, sums);
-    const bool recurrent = block >= blocks;
-    const int64_t first = block % blocks * GAIN_COLUMNS, end = min64(first + GAIN_COLUMNS, gate_rows);
+    if (of_cell >= cell_blocks()) return peepholes(lane, (of_cell - cell_blocks()) * GAIN_COLUMNS, sums);
+    if (of_cell >= 0) return cell_gains(lane, of_cell * GAIN_COLUMNS, sums);
+    gate_gains(lane, block / 2 * GAIN_COLUMNS, block % 2, sums);
+  }
+
+ private:
+  int64_t gate_blocks() const { return args.d_gain_ih ? 2 * ceil_div(gate_rows, GAIN_COLUMNS) : 0; }
+  int64_t cell_blocks() const { return args.d_gain_c ? ceil_div(s.hidden, GAIN_COLUMNS) : 0; }
+  int64_t peephole_blocks() const { return args.d_peepholes ? ceil_div(s.hidden, GAIN_COLUMNS) : 0; }
+
+  void gate_gains(int64_t lane, int64_t first, bool recurrent, T* sums) const {
+    const int64_t end = min64(first + GAIN_COLUMNS, gate_rows);
     sum_rows(sums, [&](T* block_sums, int64_t row) {
       const int64_t at_row = lane * s.rows + row;
       const O* d = recurrent ? gates.gates_h(lane, row) : gates.gates_x(lane, row);
@@ -164,7 +170,6 @@ class ExtendedBackward {
     convert_row(at<S>(recurrent ? args.d_gain_hh : args.d_gain_ih, lane * gate_rows + first), sums, end - first);
   }
 
- private:
   struct Place {
     int64_t lane, row, b, t;
   };
@@ -283,8 +288,7 @@ class ExtendedBackward {
   void cell_gradients(const Place& place, int64_t before, const S* tape, const T* d_reads, T* d_c, Moments<T> of_c,
                       O* d) const {
     const int64_t H = s.hidden, state = place.lane * s.batch + place.b, row = place.lane * s.rows + place.row;
-    const S* c_before = before >= 0 ? at<S>(x.tape, (place.lane * s.rows + before) * columns.width + columns.c)
-                                    : at<S>(x.c_0, state * H);
+    const S* c_before = cell_before(place.lane, before, place.b);
     T* carry = carry_c + state * hidden_stride;
     const T* by_output = d_reads;
     if (e.gain_c) {
@@ -296,12 +300,20 @@ class ExtendedBackward {
       Vec<T> i = load(tape + j, n), f = load(tape + H + j, n), g = load(tape + 2 * H + j, n), kept;
       Vec<T> d_now = zone_out_backward(e.zoneout_c, e.share_c, row * H + j, n, load(carry + j), kept);
       d_now += load(by_output + j);
+      const auto peephole = [&](int k) { return load(at<S>(e.peepholes, (place.lane * 3 + k) * H + j), n); };
+      if (e.peepholes) d_now += load(d + 3 * H + j, n) * peephole(2);
       lstm_state_backward(i, f, g, load(c_before + j, n), d_now);
+      if (e.peepholes) d_now += i * peephole(0) + f * peephole(1);
       store(carry + j, d_now + kept);
       store(d + j, i, n);
       store(d + H + j, f, n);
       store(d + 2 * H + j, g, n);
     }
+  }
+
+  const S* cell_before(int64_t lane, int64_t before, int64_t b) const {
+    return before >= 0 ? at<S>(x.tape, (lane * s.rows + before) * columns.width + columns.c)
+                       : at<S>(x.c_0, (lane * s.batch + b) * s.hidden);
   }
 
   void product_gradients(int64_t lane, int64_t row, const S* tape, const O* d) const {
@@ -334,6 +346,26 @@ class ExtendedBackward {
         }
       });
       convert_row(at<S>(shift ? args.d_bias_c : args.d_gain_c, lane * s.hidden + first), sums, n);
+    }
+  }
+
+  void peepholes(int64_t lane, int64_t first, T* sums) const {
+    const int64_t n = min64(GAIN_COLUMNS, s.hidden - first);
+    StepOfRow step_of(s);
+    for (int k = 0; k < 3; ++k) {
+      const int gate = k == 2 ? 3 : k;  // i f o, of i f g o
+      sum_rows(sums, [&](T* block, int64_t row) {
+        const int64_t t = step_of(row), b = row - s.offset_at(t);
+        const S* seen = k == 2 ? at<S>(x.tape, (lane * s.rows + row) * columns.width + 4 * s.hidden)
+                               : cell_before(lane, row_before(s, lane, t, b), b);
+        const O* d = gates.gates_x(lane, row) + gate * s.hidden;
+        for (int64_t j = first; j < first + n; j += V) {
+          const int count = int(min64(V, first + n - j));
+          T* sum = block + j - first;
+          store(sum, load(sum, count) + load(d + j, count) * load(seen + j, count), count);
+        }
+      });
+      convert_row(at<S>(args.d_peepholes, (lane * 3 + k) * s.hidden + first), sums, n);
     }
   }
 

@@ -9,10 +9,10 @@ namespace {
 const bool* flags(const OptionalTensor& tensor) { return static_cast<const bool*>(data(tensor)); }
 
 Extension extension(const OptionalTensor& gain_ih, const OptionalTensor& gain_hh, const OptionalTensor& gain_c,
-                    const OptionalTensor& bias_c, const OptionalTensor& recurrent_mask, const OptionalTensor& zoneout_h,
-                    const OptionalTensor& zoneout_c, double share_h, double share_c) {
-  return {data(recurrent_mask), flags(zoneout_h), flags(zoneout_c), share_h,     share_c,
-          data(gain_ih),        data(gain_hh),    data(gain_c),     data(bias_c)};
+                    const OptionalTensor& bias_c, const OptionalTensor& peepholes, const OptionalTensor& recurrent_mask,
+                    const OptionalTensor& zoneout_h, const OptionalTensor& zoneout_c, double share_h, double share_c) {
+  return {data(recurrent_mask), flags(zoneout_h), flags(zoneout_c), share_h,      share_c,
+          data(gain_ih),        data(gain_hh),    data(gain_c),     data(bias_c), data(peepholes)};
 }
 
 }  // namespace
@@ -20,11 +20,11 @@ Extension extension(const OptionalTensor& gain_ih, const OptionalTensor& gain_hh
 std::tuple<Tensor, Tensor, Tensor, Tensor> scan_extended_cpu(
     Tensor input, Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh, Tensor h_0, OptionalTensor c_0,
     OptionalTensor gain_ih, OptionalTensor gain_hh, OptionalTensor gain_c, OptionalTensor bias_c,
-    OptionalTensor recurrent_mask, OptionalTensor zoneout_h, OptionalTensor zoneout_c, OptionalTensor batch_sizes,
+    OptionalTensor peepholes, OptionalTensor recurrent_mask, OptionalTensor zoneout_h, OptionalTensor zoneout_c, OptionalTensor batch_sizes,
     double share_h, double share_c, std::string cell, bool bidirectional, bool save_tape) {
   const Shape s(layer_shape(w_ih, w_hh, std::nullopt, cell, is_ids(input)), input, h_0, batch_sizes, bidirectional);
   const Extension e =
-      extension(gain_ih, gain_hh, gain_c, bias_c, recurrent_mask, zoneout_h, zoneout_c, share_h, share_c);
+      extension(gain_ih, gain_hh, gain_c, bias_c, peepholes, recurrent_mask, zoneout_h, zoneout_c, share_h, share_c);
   Tensor output = empty(h_0, {s.rows, s.lanes * s.hidden}), h_n = empty(h_0, {s.lanes, s.batch, s.hidden});
   Tensor c_n = c_0 ? empty(h_0, {s.lanes, s.batch, s.hidden}) : empty(h_0, {0});
   Tensor tape = save_tape ? empty(h_0, {s.lanes, s.rows, ExtendedTape(s, e).width}) : empty(h_0, {0});
@@ -36,16 +36,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scan_extended_cpu(
   return {output, h_n, c_n, tape};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
 scan_extended_cpu_backward(
     OptionalTensor d_output, OptionalTensor d_h_n, OptionalTensor d_c_n, Tensor input, Tensor w_ih, Tensor w_hh,
     OptionalTensor b_ih, OptionalTensor b_hh, Tensor h_0, OptionalTensor c_0, OptionalTensor gain_ih,
-    OptionalTensor gain_hh, OptionalTensor gain_c, OptionalTensor bias_c, OptionalTensor recurrent_mask,
-    OptionalTensor zoneout_h, OptionalTensor zoneout_c, OptionalTensor batch_sizes, double share_h, double share_c,
+    OptionalTensor gain_hh, OptionalTensor gain_c, OptionalTensor bias_c, OptionalTensor peepholes,
+    OptionalTensor recurrent_mask, OptionalTensor zoneout_h, OptionalTensor zoneout_c, OptionalTensor batch_sizes, double share_h, double share_c,
     std::string cell, bool bidirectional, Tensor output, Tensor tape, bool need_input, bool need_weights) {
   const Shape s(layer_shape(w_ih, w_hh, std::nullopt, cell, is_ids(input)), input, h_0, batch_sizes, bidirectional);
   const Extension e =
-      extension(gain_ih, gain_hh, gain_c, bias_c, recurrent_mask, zoneout_h, zoneout_c, share_h, share_c);
+      extension(gain_ih, gain_hh, gain_c, bias_c, peepholes, recurrent_mask, zoneout_h, zoneout_c, share_h, share_c);
   STD_TORCH_CHECK(tape.numel() == s.lanes * s.rows * ExtendedTape(s, e).width &&
                       output.numel() == s.rows * s.lanes * s.hidden,
                   "output and tape are not those of an extended scan of this layer that was run with save_tape=True");
@@ -62,18 +62,20 @@ scan_extended_cpu_backward(
   Tensor d_gain_hh = when(need_weights && gain_ih, {s.lanes, gate_rows});
   Tensor d_gain_c = when(need_weights && gain_c, {s.lanes, s.hidden});
   Tensor d_bias_c = when(need_weights && gain_c, {s.lanes, s.hidden});
+  Tensor d_peepholes = when(need_weights && peepholes, {s.lanes, 3, s.hidden});
   if (s.rows) {
     const BackwardArgs scan{s,          data(d_output), data(d_h_n), data(d_c_n), data(input),  data(w_ih),   data(w_hh),
                             data(b_ih), data(b_hh),     nullptr,     data(h_0),   data(c_0),    data(output), data(tape),
                             out(d_input), out(d_w_ih),  out(d_w_hh), out(d_b_ih), out(d_b_hh),  nullptr,
                             out(d_h_0), out(d_c_0),     nullptr};
-    choose_kernels(s.dtype).extended_backward({scan, e, out(d_gain_ih), out(d_gain_hh), out(d_gain_c), out(d_bias_c)},
-                                              available_threads());
+    const ExtendedBackwardArgs args{scan,          e,           out(d_gain_ih), out(d_gain_hh),
+                                    out(d_gain_c), out(d_bias_c), out(d_peepholes)};
+    choose_kernels(s.dtype).extended_backward(args, available_threads());
   } else {
-    for (Tensor* d : {&d_w_ih, &d_w_hh, &d_b_ih, &d_b_hh, &d_gain_ih, &d_gain_hh, &d_gain_c, &d_bias_c})
+    for (Tensor* d : {&d_w_ih, &d_w_hh, &d_b_ih, &d_b_hh, &d_gain_ih, &d_gain_hh, &d_gain_c, &d_bias_c, &d_peepholes})
       torch::stable::zero_(*d);
   }
-  return {d_input, d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_h_0, d_c_0, d_gain_ih, d_gain_hh, d_gain_c, d_bias_c};
+  return {d_input, d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_h_0, d_c_0, d_gain_ih, d_gain_hh, d_gain_c, d_bias_c, d_peepholes};
 }
 
 }  // namespace rnnfast

@@ -229,6 +229,22 @@ RNNFAST_INLINE int64_t row_before(const ScanShape& s, int64_t lane, int64_t t, i
   return t + 1 < s.steps && b < s.size_at(t + 1) ? s.offset_at(t + 1) + b : -1;
 }
 
+// The step that a row belongs to, for rows asked for in their order.
+class StepOfRow {
+ public:
+  explicit StepOfRow(const ScanShape& shape) : s_(shape) {}
+  int64_t operator()(int64_t row) {
+    if (!s_.batch_sizes) return row / s_.batch;
+    if (row < s_.offset_at(t_)) t_ = 0;
+    while (row >= s_.offset_at(t_) + s_.size_at(t_)) ++t_;
+    return t_;
+  }
+
+ private:
+  const ScanShape& s_;
+  int64_t t_ = 0;
+};
+
 // The last step in which row b is alive.
 RNNFAST_INLINE int64_t last_step(const ScanShape& s, int64_t b) {
   int64_t low = 0, high = s.steps - 1;

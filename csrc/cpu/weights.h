@@ -153,16 +153,10 @@ class WeightGradients {
 
   void w_hh_gradient(int64_t task, char* local) const {
     const int64_t blocks = ceil_div(gate_rows, block_rows), lane = task / blocks, first = task % blocks * block_rows;
-    int64_t t = 0;
+    StepOfRow step_of(s);
     const auto state_before = [&](int64_t row) {
       if (d.states) return static_cast<const S*>(d.states + (lane * s.rows + row) * s.state);
-      if (!s.batch_sizes) {
-        t = row / s.batch;
-      } else {
-        if (row < s.offset_at(t)) t = 0;
-        while (row >= s.offset_at(t) + s.size_at(t)) ++t;
-      }
-      const int64_t b = row - s.offset_at(t), before = row_before(s, lane, t, b);
+      const int64_t t = step_of(row), b = row - s.offset_at(t), before = row_before(s, lane, t, b);
       return before >= 0 ? at<S>(x.output, (before * s.lanes + lane) * s.state)
                          : at<S>(x.h_0, (lane * s.batch + b) * s.state);
     };

@@ -39,12 +39,15 @@ class Extension(NamedTuple):
     zoneout_h, zoneout_c: where h and c stay what they were (Krueger et al. 2017): bool, (N, P) and (N, H), for every
         row of the scan; or a number, the share of the old state in the new one, which is zoneout's expectation.
     norms: layer normalisation.
+    peepholes: (3, H), weights of c in the gates i, f and o of an LSTM (Gers & Schmidhuber 2000): i and f see it as it
+        was before the step, o as it is after.
     """
 
     recurrent_mask: Tensor | None = None
     zoneout_h: Tensor | float = 0.0
     zoneout_c: Tensor | float = 0.0
     norms: Norms | None = None
+    peepholes: Tensor | None = None
 
 
 _NORM_EPSILON = 1e-5
@@ -103,12 +106,15 @@ def _rnn_relu_backward(d_state: State, tape: Tensor, output: Tensor, before: Sta
 
 
 def _lstm(
-    gates_x: Tensor, gates_h: Tensor, state: State, norms: Norms | None = None
+    gates_x: Tensor, gates_h: Tensor, state: State, norms: Norms | None = None, peepholes: Tensor | None = None
 ) -> tuple[State, tuple[Tensor, ...]]:
     """Hochreiter & Schmidhuber (1997) with forget gates (Gers et al. 2000): c' = f c + i g, h' = o tanh(c')."""
     i, f, g, o = (gates_x + gates_h).chunk(4, dim=-1)
-    i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+    if peepholes is not None:
+        i, f = i + peepholes[0] * state[1], f + peepholes[1] * state[1]
+    i, f, g = i.sigmoid(), f.sigmoid(), g.tanh()
     c = f * state[1] + i * g
+    o = (o if peepholes is None else o + peepholes[2] * c).sigmoid()
     read = c if norms is None else F.layer_norm(c, (c.shape[-1],), norms.gain_c, norms.bias_c, _NORM_EPSILON)
     return (o * read.tanh(), c), (i, f, g, o, c)
 
@@ -290,13 +296,14 @@ def _gates(x: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None, 
 
 
 def _forward_lane(lane: _Lane, sizes: list[int], cell: str) -> tuple[Tensor, State, Tensor]:
-    mask, *zoneouts, norms = lane.extension
+    mask, *zoneouts, norms, peepholes = lane.extension
     step = _STEPS[cell][0]
     if norms is not None:
         norms = Norms(
             _widen(norms.gain_ih), _widen(norms.gain_hh), *(None if t is None else _widen(t) for t in norms[2:])
         )
-        step = partial(_lstm, norms=norms) if cell == "lstm" else step
+    if cell == "lstm":
+        step = partial(_lstm, norms=norms, peepholes=None if peepholes is None else _widen(peepholes))
     gain_ih, gain_hh = (None, None) if norms is None else norms[:2]
     gates_x = _gates(lane.input, lane.w_ih, lane.b_ih, gain_ih, cell)
 

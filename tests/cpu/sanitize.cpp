@@ -132,7 +132,8 @@ void run(Cell cell, DType dtype, int64_t lanes, int64_t steps, int64_t batch, in
 
   // The same layer with an extended recurrence: dropout and a share of zoneout, masks of zoneout, or a normalisation.
   const auto mask = make(dtype, states * hidden, true), gains = make(dtype, lanes * G, true);
-  const auto gains_c = make(dtype, lanes * hidden, true);
+  const auto gains_c = make(dtype, lanes * hidden, true), peepholes = make(dtype, lanes * 3 * hidden, true);
+  const auto d_peepholes = make(dtype, peepholes.count, false);
   std::vector<char> zones(size_t(lanes * s.rows * hidden));
   for (size_t i = 0; i < zones.size(); ++i) zones[i] = i % 3 == 0;
   const bool* flags = reinterpret_cast<const bool*>(zones.data());
@@ -142,7 +143,7 @@ void run(Cell cell, DType dtype, int64_t lanes, int64_t steps, int64_t batch, in
     if (kind == 0) e.share_h = 0.25, e.share_c = lstm ? 0.5 : 0;
     if (kind != 0) e.zoneout_h = flags, e.zoneout_c = lstm ? flags : nullptr;
     if (kind == 2) e.gain_ih = e.gain_hh = gains.data();
-    if (kind == 2 && lstm) e.gain_c = e.bias_c = gains_c.data();
+    if (kind == 2 && lstm) e.gain_c = e.bias_c = gains_c.data(), e.peepholes = peepholes.data();
     const auto long_tape = make(dtype, lanes * s.rows * ExtendedTape(s, e).width, false);
     forward.packed = nullptr;
     forward.tape = long_tape.count ? long_tape.data() : nullptr;
@@ -157,11 +158,13 @@ void run(Cell cell, DType dtype, int64_t lanes, int64_t steps, int64_t batch, in
     reverse.tape = long_tape.data();
     reverse.d_cells = nullptr;
     kernels.extended_backward({reverse, e, kind == 2 ? d_gains.data() : nullptr, kind == 2 ? behind(d_gains) : nullptr,
-                               e.gain_c ? d_gains_c.data() : nullptr, e.gain_c ? behind(d_gains_c) : nullptr},
+                               e.gain_c ? d_gains_c.data() : nullptr, e.gain_c ? behind(d_gains_c) : nullptr,
+                               e.gain_c ? d_peepholes.data() : nullptr},
                               threads);
     for (const auto* d : {&d_input, &d_w_ih, &d_w_hh, &d_b_ih, &d_b_hh, &d_h_0}) require_finite(*d, "extended gradient");
     if (kind == 2) require_finite(d_gains, "d_gains");
     if (e.gain_c) require_finite(d_gains_c, "d_gains_c");
+    if (e.gain_c) require_finite(d_peepholes, "d_peepholes");
   }
 }
 

@@ -19,17 +19,18 @@ OPTIONS = {
     "zoneout": {"zones"},
     "expectation": {"shares"},
     "layer norm": {"norm"},
-    "everything": {"mask", "zones", "norm"},
+    "peepholes": {"peepholes"},
+    "everything": {"mask", "zones", "norm", "peepholes"},
     "normalised expectation": {"shares", "norm"},
 }
 CELLS_AND_OPTIONS = [
     pytest.param(cell, option, id=f"{cell} {option}")
     for cell in CELLS
     for option, parts in OPTIONS.items()
-    if cell in ("lstm", "gru") or "norm" not in parts
+    if (cell in ("lstm", "gru") or "norm" not in parts) and (cell == "lstm" or option != "peepholes")
 ]
 OUTPUTS = ("output", "h_n", "c_n")
-LEAVES = ["input", "w_ih", "w_hh", "b_ih", "b_hh", "h_0", "c_0", "gain_ih", "gain_hh", "gain_c", "bias_c"]
+LEAVES = ["input", "w_ih", "w_hh", "b_ih", "b_hh", "h_0", "c_0", "gain_ih", "gain_hh", "gain_c", "bias_c", "peepholes"]
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +49,7 @@ def extend(case: Case, option: str, dtype: torch.dtype = torch.float64) -> list[
     gains: list[Any] = [None] * 4
     if "norm" in parts:
         gains = [uniform(w_hh.shape[1]), uniform(w_hh.shape[1])] + [uniform(case.hidden) if lstm else None] * 2
+    gains.append(uniform(3, case.hidden).sub(1).div(4) if "peepholes" in parts and lstm else None)
     mask = ((torch.rand(*h_0.shape) < 0.7) / 0.7).to(dtype) if "mask" in parts else None
     zones = [torch.rand(case.lanes, rows, case.hidden) < p if "zones" in parts else None for p in (0.3, 0.2)]
     shares = (0.3, 0.2 * lstm) if "shares" in parts else (0.0, 0.0)
@@ -61,7 +63,7 @@ def run(backend: str, arguments: list[Any], seed: int = 0) -> tuple[dict[str, Te
     for i, name in enumerate(LEAVES):
         if arguments[i] is not None and arguments[i].is_floating_point():
             leaves[name] = arguments[i].detach().clone().requires_grad_()
-    arguments = [leaves.get(name, value) for name, value in zip(LEAVES, arguments, strict=False)] + arguments[11:]
+    arguments = [leaves.get(name, value) for name, value in zip(LEAVES, arguments, strict=False)] + arguments[12:]
     results = extended.definition(*arguments) if backend == "reference" else extended._OP(*arguments, True)
     outputs = {name: out for name, out in zip(OUTPUTS, results, strict=False) if out.numel()}
     generator = torch.Generator().manual_seed(seed)
@@ -88,14 +90,19 @@ def test_float64_is_the_reference(cell: str, option: str, ragged: bool) -> None:
 
 @pytest.mark.parametrize(("cell", "option"), CELLS_AND_OPTIONS)
 def test_float32_error_is_at_most_twice_that_of_the_reference(cell: str, option: str) -> None:
-    arguments = extend(Case(cell, 2, 35, 16, 11, 64, ragged=True), option, torch.float32)
-    truth, theirs, ours = (
-        {name: tensor for part in run(backend, values) for name, tensor in part.items()}
-        for backend, values in (("reference", double(arguments)), ("reference", arguments), ("cpu", arguments))
-    )
-    for name, true in truth.items():
-        their, mine = ((found[name] - true).square().mean().sqrt() for found in (theirs, ours))
-        allowed = 2 * their + 2 * torch.finfo(torch.float32).eps * true.square().mean().sqrt()
+    squares: dict[str, Tensor] = {}
+    for _ in range(3):  # one draw may be a lucky one
+        arguments = extend(Case(cell, 2, 20, 16, 11, 64, ragged=True), option, torch.float32)
+        truth, theirs, ours = (
+            {name: tensor.double() for part in run(backend, values) for name, tensor in part.items()}
+            for backend, values in (("reference", double(arguments)), ("reference", arguments), ("cpu", arguments))
+        )
+        for name, true in truth.items():
+            errors = torch.stack([part.square().sum() for part in (true, theirs[name] - true, ours[name] - true)])
+            squares[name] = squares.get(name, 0) + errors
+    for name, sums in squares.items():
+        true, their, mine = sums.sqrt().tolist()
+        allowed = 2 * their + 2 * torch.finfo(torch.float32).eps * true
         assert mine <= allowed, f"{name}: error {mine:.2e}, the reference's {their:.2e}"
 
 
@@ -170,8 +177,8 @@ def test_a_row_depends_neither_on_its_batch_nor_on_how_time_is_cut(cell: str, op
         some = list(arguments)
         some[0] = of_rows(arguments[0], 0)
         some[5:7] = map(of_batch, states)
-        some[11] = of_batch(arguments[11])
-        some[12:14] = [of_rows(tensor, 1) for tensor in arguments[12:14]]
+        some[12] = of_batch(arguments[12])
+        some[13:15] = [of_rows(tensor, 1) for tensor in arguments[13:15]]
         return extended._OP(*some, False)[:3]
 
     for rows in (slice(0, 1), slice(3, 9)):
