@@ -11,6 +11,7 @@ STABLE_TORCH_LIBRARY_IMPL(rnnfast, CPU, m) {
   m.impl("scan_cpu_backward", TORCH_BOX(&rnnfast::scan_cpu_backward));
   m.impl("scan_cpu_states_backward", TORCH_BOX(&rnnfast::scan_cpu_states_backward));
   m.impl("scan_extended_cpu", TORCH_BOX(&rnnfast::scan_extended_cpu));
+  m.impl("scan_extended_cpu_pack", TORCH_BOX(&rnnfast::scan_extended_cpu_pack));
   m.impl("scan_extended_cpu_backward", TORCH_BOX(&rnnfast::scan_extended_cpu_backward));
   m.impl("scan_cpu_pack", TORCH_BOX(&rnnfast::scan_cpu_pack));
   m.impl("scan_cpu_packed", TORCH_BOX(&rnnfast::scan_cpu_packed));

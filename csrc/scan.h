@@ -73,7 +73,7 @@ struct ExtendedTape {
 };
 
 struct ExtendedForwardArgs {
-  ForwardArgs scan;  // nothing is packed, and there is no projection
+  ForwardArgs scan;  // there is no projection, and packed weights are those of extended_pack, without biases
   Extension extension;
 };
 

@@ -20,7 +20,7 @@ from rnnfast import derivatives
 from rnnfast.backends import reference
 from rnnfast.backends.reference import Extension, Norms
 from rnnfast.cells import CELLS
-from rnnfast.scan import Weights, _library, _stack_lanes, is_transformed
+from rnnfast.scan import Weights, _library, _stack_lanes, is_plain_inference, is_transformed
 
 # D lanes: the gains (D, G*H) but for gain_c (D, H), bias_c (D, H), peepholes (D, 3, H), recurrent_mask (D, B, H),
 # zoneout bool (D, N, H) or a share of the old state in the new one, 0 for none. The rest is the plain scan's, without
@@ -61,6 +61,12 @@ def scan_extended(
     contiguous = [None if t is None else t.contiguous() for t in tensors]
     save_tape = derivatives.needs_gradient(tensors)
     arguments = (*contiguous, batch_sizes, *shares, cell, bidirectional, save_tape)
+    if is_plain_inference(tensors):
+        from rnnfast.backends import native
+
+        packed = native.packed_weights(lanes, cell, not input.is_floating_point(), extended=True)
+        output, h_n, c_n, _ = _FORMULA.op(*arguments, packed)
+        return output, h_n, c_n
     eager_training = save_tape and not is_transformed()
     results = derivatives.Scan.apply(_FORMULA, *arguments) if eager_training else _FORMULA.op(*arguments)
     output, h_n, c_n, _ = results
@@ -167,8 +173,10 @@ def _map_members(op: Any, info: Any, in_dims: Any, *arguments: Any) -> tuple[Any
     return results, (0,) * len(results)
 
 
+# `packed`, in calls without gradients: what scan_extended_cpu_pack has made of w_ih and w_hh.
 _library.define(
-    f"scan_extended_cpu({_ARGUMENTS}, bool save_tape) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor tape)"
+    f"scan_extended_cpu({_ARGUMENTS}, bool save_tape, Tensor? packed=None) -> "
+    "(Tensor output, Tensor h_n, Tensor c_n, Tensor tape)"
 )
 _library.define(
     f"scan_extended_cpu_backward(Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, {_ARGUMENTS}, Tensor output, "

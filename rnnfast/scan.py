@@ -147,7 +147,7 @@ def scan_layer(
 
     Where no gradient is wanted, the cpu backend uses weights it has packed in an earlier call, if they are still good.
     """
-    if backend == "cpu" and _is_plain_inference(input, lanes, h_0, c_0):
+    if backend == "cpu" and is_plain_inference((input, h_0, c_0, *(p for lane in lanes for p in lane))):
         from rnnfast.backends import native
 
         packed = native.packed_weights(lanes, cell, not input.is_floating_point())
@@ -171,14 +171,14 @@ def _stack_lanes(lanes: Sequence[Weights]) -> Weights:
     return Weights(*(stack(parameters) for parameters in zip(*lanes, strict=True)))
 
 
-def _is_plain_inference(input: Tensor, lanes: Sequence[Weights], h_0: Tensor, c_0: Tensor | None) -> bool:
+def is_plain_inference(tensors: Sequence[Tensor | None]) -> bool:
     """No gradient is wanted, and nothing (compiler, vmap, a tensor subclass) must see the operator itself."""
-    tensors = [input, h_0, *([] if c_0 is None else [c_0]), *(p for lane in lanes for p in lane if p is not None)]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    given = [tensor for tensor in tensors if tensor is not None]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
         return False
     if is_transformed() or _C._len_torch_dispatch_stack():
         return False
-    return all(type(tensor) in _PLAIN for tensor in tensors)
+    return all(type(tensor) in _PLAIN for tensor in given)
 
 
 def _fake_forward(

@@ -168,10 +168,15 @@ class ExtendedForward {
         has_table(s.ids && s.input <= 4096) {}
   static Panels panels_of(const ScanShape& s) { return plain_panels(s.gates() * s.hidden, V); }
 
-  void carve(Carver& carver) {
+  // Weights as the products want them: at x.packed, or in scratch memory for one call.
+  void carve_weights(Carver& carver) {
     w_hh = carver.take<O>(s.lanes * packed_size<O>(panels, s.hidden));
     if (!s.ids) w_ih = carver.take<O>(s.lanes * packed_size<O>(panels, s.input));
     if (has_table) table = carver.take<T>(s.lanes * s.input * stride);
+  }
+  void carve(Carver& carver) {
+    Carver kept(static_cast<char*>(x.packed));
+    carve_weights(x.packed ? kept : carver);
     h = carver.take<T>(s.lanes * s.batch * hidden_stride);
     if (s.cell == Cell::lstm) c = carver.take<T>(s.lanes * s.batch * hidden_stride);
     operand = carver.take<O>(s.lanes * s.batch * hidden_stride);

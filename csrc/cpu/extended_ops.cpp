@@ -17,11 +17,26 @@ Extension extension(const OptionalTensor& gain_ih, const OptionalTensor& gain_hh
 
 }  // namespace
 
+Tensor scan_extended_cpu_pack(Tensor w_ih, Tensor w_hh, std::string cell, bool ids) {
+  ExtendedForwardArgs args{};
+  args.scan.shape = layer_shape(w_ih, w_hh, std::nullopt, cell, ids);
+  args.scan.w_ih = data(w_ih);
+  args.scan.w_hh = data(w_hh);
+  const Kernels& kernels = choose_kernels(args.scan.shape.dtype);
+  const int64_t bytes = int64_t(kernels.extended_pack(args));
+  Tensor packed = torch::stable::new_empty(w_hh, {bytes}, ScalarType::Byte);
+  args.scan.packed = packed.mutable_data_ptr();
+  wish_huge_pages(args.scan.packed, size_t(bytes));
+  kernels.extended_pack(args);
+  return packed;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> scan_extended_cpu(
     Tensor input, Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh, Tensor h_0, OptionalTensor c_0,
     OptionalTensor gain_ih, OptionalTensor gain_hh, OptionalTensor gain_c, OptionalTensor bias_c,
-    OptionalTensor peepholes, OptionalTensor recurrent_mask, OptionalTensor zoneout_h, OptionalTensor zoneout_c, OptionalTensor batch_sizes,
-    double share_h, double share_c, std::string cell, bool bidirectional, bool save_tape) {
+    OptionalTensor peepholes, OptionalTensor recurrent_mask, OptionalTensor zoneout_h, OptionalTensor zoneout_c,
+    OptionalTensor batch_sizes, double share_h, double share_c, std::string cell, bool bidirectional, bool save_tape,
+    OptionalTensor packed) {
   const Shape s(layer_shape(w_ih, w_hh, std::nullopt, cell, is_ids(input)), input, h_0, batch_sizes, bidirectional);
   const Extension e =
       extension(gain_ih, gain_hh, gain_c, bias_c, peepholes, recurrent_mask, zoneout_h, zoneout_c, share_h, share_c);
@@ -29,9 +44,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scan_extended_cpu(
   Tensor c_n = c_0 ? empty(h_0, {s.lanes, s.batch, s.hidden}) : empty(h_0, {0});
   Tensor tape = save_tape ? empty(h_0, {s.lanes, s.rows, ExtendedTape(s, e).width}) : empty(h_0, {0});
   if (s.rows) {
-    const ForwardArgs scan{s,         data(input), data(w_ih),  data(w_hh), data(b_ih), data(b_hh), nullptr,
-                           data(h_0), data(c_0),   out(output), out(h_n),   out(c_n),   out(tape),  nullptr};
-    choose_kernels(s.dtype).extended_forward({scan, e}, available_threads());
+    const Kernels& kernels = choose_kernels(s.dtype);
+    ExtendedForwardArgs args{{s,         data(input), data(w_ih),  data(w_hh), data(b_ih), data(b_hh), nullptr,
+                              data(h_0), data(c_0),   out(output), out(h_n),   out(c_n),   out(tape),  nullptr},
+                             e};
+    STD_TORCH_CHECK(!packed || packed->numel() == int64_t(kernels.extended_pack(args)),
+                    "these are not the weights of this layer that scan_extended_cpu_pack has packed");
+    args.scan.packed = packed ? out(*packed) : nullptr;
+    kernels.extended_forward(args, available_threads());
   }
   return {output, h_n, c_n, tape};
 }

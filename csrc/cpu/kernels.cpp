@@ -147,10 +147,22 @@ void extended_forward(const ExtendedForwardArgs& x, int available) {
   parallel(split.threads, [&](int thread, int threads) {
     Carver mine(memory.data() + shared.used() + own.used() * thread);
     auto local = scan.carve_local(mine);
-    scan.pack(thread, threads);
-    all.wait(threads);
+    if (!x.scan.packed) {
+      scan.pack(thread, threads);
+      all.wait(threads);
+    }
     run_items(scan, s, split, local, thread, threads, team);
   });
+}
+
+template <class S, class O>
+size_t extended_pack(const ExtendedForwardArgs& x) {
+  const Split alone{1, 1, 1, 1};
+  ExtendedForward<S, O> scan(x, alone);
+  Carver carver(static_cast<char*>(x.scan.packed));
+  scan.carve_weights(carver);
+  if (x.scan.packed) scan.pack(0, 1);
+  return carver.used();
 }
 
 template <class S, class O>
@@ -215,6 +227,7 @@ const Kernels kernels{
     pack<bf16, bf16>,
     extended_forward<bf16, bf16>,
     extended_backward<bf16, bf16>,
+    extended_pack<bf16, bf16>,
     nullptr,  // generation is in float32 or float64
 #else
     [](const ForwardArgs& x, int threads) {
@@ -233,6 +246,10 @@ const Kernels kernels{
     [](const ExtendedBackwardArgs& x, int threads) {
       by_dtype(x.scan.shape.dtype, extended_backward<float, float>, extended_backward<double, double>,
                extended_backward<bf16, float>, x, threads);
+    },
+    [](const ExtendedForwardArgs& x) {
+      return by_dtype(x.scan.shape.dtype, extended_pack<float, float>, extended_pack<double, double>,
+                      extended_pack<bf16, float>, x);
     },
     [](const ForwardArgs* layers, int64_t count, const HeadArgs& head, int threads, bool (*next)(void*), void* context) {
       const auto run = head.dtype == DType::float64 ? generate<double> : generate<float>;

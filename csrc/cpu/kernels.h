@@ -23,6 +23,7 @@ struct Kernels {
   size_t (*pack)(const ForwardArgs&);  // into `packed`, or returns the bytes it takes where that is null
   void (*extended_forward)(const ExtendedForwardArgs&, int threads);
   void (*extended_backward)(const ExtendedBackwardArgs&, int threads);
+  size_t (*extended_pack)(const ExtendedForwardArgs&);  // as `pack`
   // One step of every layer, then the head, over and over by one team of threads. In between `next`, on one thread, takes
   // the logits and tells whether there is another round; it must not throw. Layers have packed weights.
   void (*generate)(const ForwardArgs* layers, int64_t count, const HeadArgs& head, int threads, bool (*next)(void*),

@@ -42,6 +42,7 @@ if platform.machine() in ("x86_64", "AMD64"):
 # Operators of this backend alone: weights packed once for many calls without gradients, and what is done with them.
 _SCHEMAS = (
     "scan_cpu_pack(Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, str cell, bool ids) -> Tensor",
+    "scan_extended_cpu_pack(Tensor w_ih, Tensor w_hh, str cell, bool ids) -> Tensor",
     "scan_cpu_packed(Tensor input, Tensor packed, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, bool bidirectional)"
     " -> (Tensor output, Tensor h_n, Tensor c_n)",
     "step_plan_cpu(Tensor[] packed, Tensor[] weights) -> Tensor",
@@ -124,7 +125,7 @@ class _Packed(NamedTuple):
     weights: Any
 
 
-def packed_weights(lanes: Sequence[Sequence[Any]], cell: str, ids: bool) -> Any:
+def packed_weights(lanes: Sequence[Sequence[Any]], cell: str, ids: bool, extended: bool = False) -> Any:
     """Returns a layer's weights packed for `scan_packed`, from the last call's while they have not changed.
 
     A change is seen by the tensors' version counters and addresses. Writes through `.data` count no version: they are
@@ -135,9 +136,10 @@ def packed_weights(lanes: Sequence[Sequence[Any]], cell: str, ids: bool) -> Any:
         lanes: for each direction its w_ih (G*H, I), w_hh (G*H, P), b_ih, b_hh (G*H,) or None, w_hr (P, H) or None.
         cell: "rnn_tanh", "rnn_relu", "lstm" or "gru".
         ids: the input will be token ids.
+        extended: packs w_ih and w_hh for `rnnfast::scan_extended_cpu` instead.
     """
-    tensors = [tensor for lane in lanes for tensor in lane if tensor is not None]
-    key = (cell, ids, *map(id, tensors))
+    tensors = [tensor for lane in lanes for tensor in (lane[:2] if extended else lane) if tensor is not None]
+    key = (cell, ids, extended, *map(id, tensors))
     found = _packed.get(key)
     if (
         found is not None
@@ -145,16 +147,21 @@ def packed_weights(lanes: Sequence[Sequence[Any]], cell: str, ids: bool) -> Any:
         and found.sampled == [sample.tobytes() for sample in found.samples]
     ):
         return found.weights
-    return _pack(lanes, cell, ids, key, tensors)
+    return _pack(lanes, cell, ids, extended, key, tensors)
 
 
-def _pack(lanes: Sequence[Sequence[Any]], cell: str, ids: bool, key: tuple[Any, ...], tensors: list[Any]) -> Any:
+def _pack(
+    lanes: Sequence[Sequence[Any]], cell: str, ids: bool, extended: bool, key: tuple[Any, ...], tensors: list[Any]
+) -> Any:
     import torch
 
     load()
     with torch.no_grad():
         stacked = [None if column[0] is None else torch.stack(column) for column in zip(*lanes, strict=True)]
-        packed = torch.ops.rnnfast.scan_cpu_pack(*stacked, cell, ids)
+        if extended:
+            packed = torch.ops.rnnfast.scan_extended_cpu_pack(*stacked[:2], cell, ids)
+        else:
+            packed = torch.ops.rnnfast.scan_cpu_pack(*stacked, cell, ids)
     # A tensor made in inference mode has no version, and one that is not contiguous no samples: packed anew every time.
     if any(tensor.is_inference() or not tensor.is_contiguous() for tensor in tensors):
         return packed

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import rnnfast
 from rnnfast import extended
 from rnnfast.cells import CELLS
 from tests.cpu.harness import Case, build, native
@@ -255,3 +256,22 @@ def test_transforms_are_the_references(cell: str) -> None:
         )
 
     torch.testing.assert_close(transformed(of("cpu")), transformed(of("reference")))
+
+
+@pytest.mark.parametrize("ids", [False, True])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_inference_keeps_packed_weights_and_has_the_bits_of_training(cell: str, ids: bool) -> None:
+    options = {"layer_norm": True, "zoneout": 0.2, "peepholes": cell == "lstm", "bidirectional": ids}
+    stack = rnnfast.Stack(cell, 5, [37, 11], backend="cpu", **options).eval()
+    input = torch.randint(5, (6, 3)) if ids else torch.randn(6, 3, 5)
+    native.forget_packed_weights()
+    for _ in range(2):
+        expected = stack(input)[0].detach()
+        with torch.no_grad():
+            assert torch.equal(stack(input)[0], expected)
+            kept = {key: entry.weights for key, entry in native._packed.items()}
+            assert torch.equal(stack(input)[0], expected)
+            assert len(kept) == 2
+            assert all(native._packed[key].weights is weights for key, weights in kept.items())
+            stack.weight_hh_l0.mul_(0.5)
+            stack.weight_ih_l1.add_(0.1)
