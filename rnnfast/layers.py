@@ -299,7 +299,8 @@ class LSTM(_DropIn, nn.LSTM):
         """The states after every step, of all layers: (h[t], c[t]) is the `hx` from which step t + 1 goes on.
 
         In evaluation mode h of the last layer is what `forward` puts out; there is no dropout here. Where gradients are
-        enabled and wanted, c has gradients too, and the reference runs; else the states come from any backend's tape.
+        enabled and wanted, c has gradients too, on the cpu backend or the reference; else the states come from any
+        backend's tape.
 
         Args:
             input: (T, B, I), or (B, T, I) with batch_first, of the weights' dtype; or token ids without I.

@@ -211,7 +211,8 @@ class ExtendedBackward {
     const int64_t state = lane * s.batch + b;
     for (int64_t j = 0; j < s.hidden; j += V) {
       const int n = int(min64(V, s.hidden - j));
-      store(at<S>(x.d_h_0, state * s.hidden + j), masked(product, state, j, n) + load(carry_h + state * hidden_stride + j), n);
+      const Vec<T> d_h = masked(product, state, j, n) + load(carry_h + state * hidden_stride + j);
+      store(at<S>(x.d_h_0, state * s.hidden + j), d_h, n);
     }
     if (s.cell == Cell::lstm) convert_row(at<S>(x.d_c_0, state * s.hidden), carry_c + state * hidden_stride, s.hidden);
   }

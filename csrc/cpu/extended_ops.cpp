@@ -10,7 +10,11 @@ const bool* flags(const OptionalTensor& tensor) { return static_cast<const bool*
 
 Extension extension(const OptionalTensor& gain_ih, const OptionalTensor& gain_hh, const OptionalTensor& gain_c,
                     const OptionalTensor& bias_c, const OptionalTensor& peepholes, const OptionalTensor& recurrent_mask,
-                    const OptionalTensor& zoneout_h, const OptionalTensor& zoneout_c, double share_h, double share_c) {
+                    const OptionalTensor& zoneout_h, const OptionalTensor& zoneout_c, double share_h, double share_c,
+                    const std::string& cell) {
+  STD_TORCH_CHECK(gain_ih.has_value() == gain_hh.has_value() && gain_c.has_value() == bias_c.has_value() &&
+                      gain_c.has_value() == (gain_ih && cell == "lstm") && (!peepholes || cell == "lstm"),
+                  "a normalisation takes gain_ih and gain_hh, of an lstm gain_c and bias_c as well; peepholes are its alone");
   return {data(recurrent_mask), flags(zoneout_h), flags(zoneout_c), share_h,      share_c,
           data(gain_ih),        data(gain_hh),    data(gain_c),     data(bias_c), data(peepholes)};
 }
@@ -38,8 +42,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scan_extended_cpu(
     OptionalTensor batch_sizes, double share_h, double share_c, std::string cell, bool bidirectional, bool save_tape,
     OptionalTensor packed) {
   const Shape s(layer_shape(w_ih, w_hh, std::nullopt, cell, is_ids(input)), input, h_0, batch_sizes, bidirectional);
-  const Extension e =
-      extension(gain_ih, gain_hh, gain_c, bias_c, peepholes, recurrent_mask, zoneout_h, zoneout_c, share_h, share_c);
+  const Extension e = extension(gain_ih, gain_hh, gain_c, bias_c, peepholes, recurrent_mask, zoneout_h, zoneout_c,
+                                share_h, share_c, cell);
   Tensor output = empty(h_0, {s.rows, s.lanes * s.hidden}), h_n = empty(h_0, {s.lanes, s.batch, s.hidden});
   Tensor c_n = c_0 ? empty(h_0, {s.lanes, s.batch, s.hidden}) : empty(h_0, {0});
   Tensor tape = save_tape ? empty(h_0, {s.lanes, s.rows, ExtendedTape(s, e).width}) : empty(h_0, {0});
@@ -61,11 +65,12 @@ scan_extended_cpu_backward(
     OptionalTensor d_output, OptionalTensor d_h_n, OptionalTensor d_c_n, Tensor input, Tensor w_ih, Tensor w_hh,
     OptionalTensor b_ih, OptionalTensor b_hh, Tensor h_0, OptionalTensor c_0, OptionalTensor gain_ih,
     OptionalTensor gain_hh, OptionalTensor gain_c, OptionalTensor bias_c, OptionalTensor peepholes,
-    OptionalTensor recurrent_mask, OptionalTensor zoneout_h, OptionalTensor zoneout_c, OptionalTensor batch_sizes, double share_h, double share_c,
-    std::string cell, bool bidirectional, Tensor output, Tensor tape, bool need_input, bool need_weights) {
+    OptionalTensor recurrent_mask, OptionalTensor zoneout_h, OptionalTensor zoneout_c, OptionalTensor batch_sizes,
+    double share_h, double share_c, std::string cell, bool bidirectional, Tensor output, Tensor tape, bool need_input,
+    bool need_weights) {
   const Shape s(layer_shape(w_ih, w_hh, std::nullopt, cell, is_ids(input)), input, h_0, batch_sizes, bidirectional);
-  const Extension e =
-      extension(gain_ih, gain_hh, gain_c, bias_c, peepholes, recurrent_mask, zoneout_h, zoneout_c, share_h, share_c);
+  const Extension e = extension(gain_ih, gain_hh, gain_c, bias_c, peepholes, recurrent_mask, zoneout_h, zoneout_c,
+                                share_h, share_c, cell);
   STD_TORCH_CHECK(tape.numel() == s.lanes * s.rows * ExtendedTape(s, e).width &&
                       output.numel() == s.rows * s.lanes * s.hidden,
                   "output and tape are not those of an extended scan of this layer that was run with save_tape=True");

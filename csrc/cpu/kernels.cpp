@@ -180,7 +180,8 @@ void extended_backward(const ExtendedBackwardArgs& x, int available) {
   scan.carve(shared);
   weights.carve(shared);
   scan.carve_local(own);
-  const size_t own_bytes = size_t(max64(max64(own.used(), weights.local_bytes()), max64(shifts.local_bytes(), scan.task_bytes())));
+  const int64_t of_tasks = max64(max64(weights.local_bytes(), shifts.local_bytes()), scan.task_bytes());
+  const size_t own_bytes = size_t(max64(own.used(), of_tasks));
   const Scratch memory(shared.used() + own_bytes * split.threads);
   Carver carver(memory.data());
   scan.carve(carver);

@@ -49,8 +49,9 @@ scan_extended_cpu_backward(
     OptionalTensor d_output, OptionalTensor d_h_n, OptionalTensor d_c_n, Tensor input, Tensor w_ih, Tensor w_hh,
     OptionalTensor b_ih, OptionalTensor b_hh, Tensor h_0, OptionalTensor c_0, OptionalTensor gain_ih,
     OptionalTensor gain_hh, OptionalTensor gain_c, OptionalTensor bias_c, OptionalTensor peepholes,
-    OptionalTensor recurrent_mask, OptionalTensor zoneout_h, OptionalTensor zoneout_c, OptionalTensor batch_sizes, double share_h, double share_c,
-    std::string cell, bool bidirectional, Tensor output, Tensor tape, bool need_input, bool need_weights);
+    OptionalTensor recurrent_mask, OptionalTensor zoneout_h, OptionalTensor zoneout_c, OptionalTensor batch_sizes,
+    double share_h, double share_c, std::string cell, bool bidirectional, Tensor output, Tensor tape, bool need_input,
+    bool need_weights);
 
 // What scan_cpu_pack has made: the sizes of the layer, and what ForwardArgs takes as packed.
 struct PackedWeights {

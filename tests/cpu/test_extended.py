@@ -275,3 +275,9 @@ def test_inference_keeps_packed_weights_and_has_the_bits_of_training(cell: str, 
             assert all(native._packed[key].weights is weights for key, weights in kept.items())
             stack.weight_hh_l0.mul_(0.5)
             stack.weight_ih_l1.add_(0.1)
+
+
+def test_parts_that_do_not_belong_together() -> None:
+    arguments = extend(Case("lstm"), "layer norm")
+    with pytest.raises(RuntimeError, match="of an lstm gain_c and bias_c as well"):
+        extended._OP(*arguments[:9], None, None, *arguments[11:], False)
