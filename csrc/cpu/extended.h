@@ -206,8 +206,8 @@ class ExtendedForward {
   void run_item(const Item& item, const Local& local, Barrier& barrier) const {
     if (local.member == 0) init_states(item);
     barrier.wait(local.members);
-    const Walk<O> walk(w_hh, panels, s.hidden, item, local.member, local.members);
-    const Walk<O> input_walk(w_ih, panels, s.input, item, local.member, local.members);
+    const Walk<O> walk(w_hh, panels, s.hidden, item, s.steps, local.member, local.members);
+    const Walk<O> input_walk(w_ih, panels, s.input, item, 0, local.member, local.members);
     for (int64_t step = 0; step < s.steps; ++step) {
       for (int64_t i = 0; i < item.lane_end - item.lane; ++i) {
         const int64_t lane = walk.lane(step, i), rows = alive(s, item, time(lane, step));

@@ -108,7 +108,7 @@ class ExtendedBackward {
   void run_item(const Item& item, const Local& local, Barrier& barrier) const {
     if (local.member == 0) init_carries(item);
     barrier.wait(local.members);
-    const Walk<O> walk(w_hh, panels, gate_rows, item, local.member, local.members);
+    const Walk<O> walk(w_hh, panels, gate_rows, item, s.steps + 1, local.member, local.members);
     for (int64_t step = s.steps - 1; step >= 0; --step) {
       for (int64_t i = 0; i < item.lane_end - item.lane; ++i) {
         const int64_t lane = walk.lane(step, i), after = time(lane, step + 1);
