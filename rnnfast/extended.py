@@ -50,14 +50,16 @@ def scan_extended(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`rnnfast.scan.scan_layer` with an extension for each lane, all of one kind, on "cpu" or "reference".
 
-    The other arguments and the results are `scan_layer`'s; there are no projections.
+    The other arguments and the results are `scan_layer`'s. Projections are for the reference alone.
     """
-    w_ih, w_hh, b_ih, b_hh, _ = _stack_lanes(lanes)
+    w_ih, w_hh, b_ih, b_hh, w_hr = _stack_lanes(lanes)
     extended, shares = _stack_extensions(extensions)
     tensors: tuple[Any, ...] = (input, w_ih, w_hh, b_ih, b_hh, h_0, c_0, *extended)
     if backend == "reference" or forward_ad._current_level >= 0:
-        layer = (*tensors, batch_sizes, *shares, cell, bidirectional)
+        layer = (*tensors, batch_sizes, *shares, cell, bidirectional, w_hr)
         return definition(*layer)
+    if w_hr is not None:
+        raise ValueError("the cpu backend has no extended recurrence with projections; the reference has")
     contiguous = [None if t is None else t.contiguous() for t in tensors]
     save_tape = derivatives.needs_gradient(tensors)
     arguments = (*contiguous, batch_sizes, *shares, cell, bidirectional, save_tape)
@@ -94,6 +96,7 @@ def definition(
     share_c: float,
     cell: str,
     bidirectional: bool,
+    w_hr: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator's output, h_n and c_n on the reference, step by step in eager torch, for autograd to run through."""
 
@@ -112,7 +115,7 @@ def definition(
     ]
     with torch.autocast(input.device.type, enabled=False):
         output, h_n, c_n, _ = reference.forward(
-            input, w_ih, w_hh, b_ih, b_hh, None, h_0, c_0, batch_sizes, cell, bidirectional, False, extensions
+            input, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, batch_sizes, cell, bidirectional, False, extensions
         )
     return output, h_n, c_n
 

@@ -14,6 +14,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import rnnfast
+from rnnfast import dispatch
 from rnnfast.backends import native
 from rnnfast.backends.reference import Extension, Norms
 from rnnfast.extended import scan_extended
@@ -349,6 +350,20 @@ def test_explain_tells_who_runs_it_and_why() -> None:
         named(input)
     with rnnfast.use_backend("torch"), pytest.raises(RuntimeError, match="layer normalisation"):
         make("gru", layer_norm=True)(input)
+
+
+@pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
+def test_projections_of_an_extended_recurrence_are_the_references() -> None:
+    request = dispatch.Request("lstm", "cpu", torch.float32, False, True, extensions=("zoneout",))
+    choice = dispatch.choose(request)
+    assert choice.backend == "reference"
+    assert dict(choice.passed_over)["cpu"] == "it has no zoneout with projections"
+    input, weights, h, c = make_lane("lstm")
+    projected = [weights._replace(w_hh=random(4 * HIDDEN, 2), w_hr=random(2, HIDDEN))]
+    arguments = input.flatten(0, 1), projected, [Extension(None, 0.5)], h[None, :, :2], c[None], None, "lstm", False
+    assert scan_extended("reference", *arguments)[0].shape == (STEPS * BATCH, 2)
+    with pytest.raises(ValueError, match="no extended recurrence with projections"):
+        scan_extended("cpu", *arguments)
 
 
 def test_peepholes_are_parameters_of_each_direction(backend: str) -> None:

@@ -113,8 +113,11 @@ def declines(request: Any) -> str | None:
     """Returns why this backend cannot run a `rnnfast.dispatch.Request`, or None."""
     import torch
 
+    from rnnfast.dispatch import EXTENDED_RECURRENCE
+
     if request.dtype in (torch.float32, torch.float64, torch.bfloat16):
-        return None
+        extended = [name for name in request.extensions if name in EXTENDED_RECURRENCE]
+        return f"it has no {' or '.join(extended)} with projections" if request.projected and extended else None
     return f"it computes in float32, float64 and bfloat16, the weights are {request.dtype}"
 
 
