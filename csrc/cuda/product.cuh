@@ -1,5 +1,5 @@
-// The product of a step, operand (rows, depth) times weights (depth, columns), with the weights resident: the first chunks
-// of a warp's first group in registers, the others in shared memory. Sums go to scratch (splits, rows, columns).
+// The product of a step, operand (rows, depth) times weights (depth, columns), with the weights resident: the first of a
+// warp's chunks, group by group, in registers, the others in shared memory. Each sum goes to put(split, row, column, sum).
 // A row's sums do not depend on the rows beside it.
 #pragma once
 
@@ -24,11 +24,14 @@ struct WeightRun {
   RNNFAST_DEVICE auto operator[](int i) const -> decltype(hw::widen(*first)) { return i < count ? hw::widen(first[i]) : 0; }
 };
 
-// Where a chunk of a warp lies in its shared memory, those in registers not counted.
-RNNFAST_DEVICE int slot_of(const Layout& l, int in_registers, int group, int chunk) {
-  const int kept = in_registers < l.chunks_per_warp ? in_registers : l.chunks_per_warp;
-  return group * l.chunks_per_warp + chunk - kept;
-}
+// Which of a warp's chunks the thread's registers hold, counted over its groups; the rest follow in shared memory.
+template <int IN_REGISTERS>
+struct Kept {
+  int first;  // of the group's chunks, in that count
+  RNNFAST_DEVICE Kept(const Layout& l, int group) : first(group * l.chunks_per_warp) {}
+  RNNFAST_DEVICE int first_shared() const { return first < IN_REGISTERS ? IN_REGISTERS - first : 0; }
+  RNNFAST_DEVICE int slot(int chunk) const { return first + chunk - IN_REGISTERS; }
+};
 
 // Sums COUNT values over the warp in a fixed tree; lane l ends up with the sum of value l * COUNT / 32 in v[0].
 template <int COUNT, int OFFSET, class Sum>
@@ -70,9 +73,9 @@ class PlainProduct {
     for (int e = 0; e < kVector; ++e) sum += a.at[e] * b.at[e];
   }
 
-  template <int ROWS>
-  RNNFAST_DEVICE void tile(const Layout& l, const WarpShare& share, int group, int row, const char* operand,
-                           Sum* scratch) {
+  template <int ROWS, class Put>
+  RNNFAST_DEVICE void tile(const Layout& l, const WarpShare& share, int group, int row, const char* operand, Put put) {
+    const Kept<kRegisterChunks> kept(l, group);
     Sum sums[ROWS * kColumns] = {};
     Vector x[ROWS];
     const auto read = [&](int chunk) {
@@ -80,24 +83,24 @@ class PlainProduct {
       for (int r = 0; r < ROWS; ++r)
         x[r] = *reinterpret_cast<const Vector*>(operand + (row + r) * l.stride + chunk * 256 + hw::lane() * 8);
     };
-    if (group == 0) {
+    if (kept.first < kRegisterChunks) {
 #pragma unroll
-      for (int j = 0; j < kRegisterChunks; ++j) {
-        const int chunk = share.split + j * l.splits;
-        if (chunk < l.chunks) {
+      for (int i = 0; i < kRegisterChunks; ++i) {
+        const int j = i - kept.first, chunk = share.split + j * l.splits;
+        if (j >= 0 && j < l.chunks_per_warp && chunk < l.chunks) {
           read(chunk);
 #pragma unroll
           for (int c = 0; c < kColumns; ++c)
 #pragma unroll
-            for (int r = 0; r < ROWS; ++r) multiply_add(sums[r * kColumns + c], weights_[j][c], x[r]);
+            for (int r = 0; r < ROWS; ++r) multiply_add(sums[r * kColumns + c], weights_[i][c], x[r]);
         }
       }
     }
-    for (int j = group == 0 ? kRegisterChunks : 0; j < l.chunks_per_warp; ++j) {
+    for (int j = kept.first_shared(); j < l.chunks_per_warp; ++j) {
       const int chunk = share.split + j * l.splits;
       if (chunk >= l.chunks) break;
       read(chunk);
-      const Vector* weights = slot(slot_of(l, kRegisterChunks, group, j));
+      const Vector* weights = slot(kept.slot(j));
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
         const Vector w = weights[c * 32];
@@ -109,8 +112,7 @@ class PlainProduct {
     constexpr int kCopies = 32 / (ROWS * kColumns);  // lanes that hold the same sum
     const int index = hw::lane() / kCopies;
     const int first_column = (share.first_group + group * l.group_warps) * kColumns;
-    if (hw::lane() % kCopies == 0)
-      scratch[(share.split * l.rows + row + index / kColumns) * l.columns + first_column + index % kColumns] = sums[0];
+    if (hw::lane() % kCopies == 0) put(share.split, row + index / kColumns, first_column + index % kColumns, sums[0]);
   }
 
  public:
@@ -127,29 +129,32 @@ class PlainProduct {
       return w;
     };
 #pragma unroll
-    for (int j = 0; j < kRegisterChunks; ++j) {
-      const int chunk = share.split + j * l.splits;
-      const bool used = share.first_group < l.groups && chunk < l.chunks;
+    for (int i = 0; i < kRegisterChunks; ++i) {
+      const int group = share.first_group + i / l.chunks_per_warp * l.group_warps;
+      const int chunk = share.split + i % l.chunks_per_warp * l.splits;
+      const bool used = group < l.groups && chunk < l.chunks;
 #pragma unroll
-      for (int c = 0; c < kColumns; ++c) weights_[j][c] = used ? read(share.first_group, chunk, c) : Vector{};
+      for (int c = 0; c < kColumns; ++c) weights_[i][c] = used ? read(group, chunk, c) : Vector{};
     }
     for (int i = 0; i < l.groups_per_warp; ++i) {
+      const Kept<kRegisterChunks> kept(l, i);
       const int group = share.first_group + i * l.group_warps;
-      for (int j = i == 0 ? kRegisterChunks : 0; j < l.chunks_per_warp && group < l.groups; ++j) {
+      for (int j = kept.first_shared(); j < l.chunks_per_warp && group < l.groups; ++j) {
         const int chunk = share.split + j * l.splits;
         if (chunk >= l.chunks) break;
-        for (int c = 0; c < kColumns; ++c) slot(slot_of(l, kRegisterChunks, i, j))[c * 32] = read(group, chunk, c);
+        for (int c = 0; c < kColumns; ++c) slot(kept.slot(j))[c * 32] = read(group, chunk, c);
       }
     }
   }
 
-  RNNFAST_DEVICE void multiply(const Layout& l, const char* operand, Sum* scratch) {
+  template <class Put>
+  RNNFAST_DEVICE void multiply(const Layout& l, const char* operand, Put put) {
     const WarpShare share(l);
     for (int i = 0; i < l.groups_per_warp; ++i) {
       if (share.first_group + i * l.group_warps >= l.groups) break;
       int row = 0;
-      for (; row + kRowTile <= l.rows; row += kRowTile) tile<kRowTile>(l, share, i, row, operand, scratch);
-      for (; row < l.rows; ++row) tile<1>(l, share, i, row, operand, scratch);
+      for (; row + kRowTile <= l.rows; row += kRowTile) tile<kRowTile>(l, share, i, row, operand, put);
+      for (; row < l.rows; ++row) tile<1>(l, share, i, row, operand, put);
     }
   }
 };
@@ -194,18 +199,20 @@ class TensorCoreProduct {
                        {upper.word[2], lower.word[2], upper.word[3], lower.word[3]}}};
     };
 #pragma unroll
-    for (int j = 0; j < kRegisterChunks; ++j) {
-      const int chunk = share.split + j * l.splits;
-      const bool used = share.first_group < l.groups && chunk < l.chunks;
-      weights_[j] = used ? read(share.first_group, chunk) : Fragment{};
+    for (int i = 0; i < kRegisterChunks; ++i) {
+      const int group = share.first_group + i / l.chunks_per_warp * l.group_warps;
+      const int chunk = share.split + i % l.chunks_per_warp * l.splits;
+      const bool used = group < l.groups && chunk < l.chunks;
+      weights_[i] = used ? read(group, chunk) : Fragment{};
     }
     for (int i = 0; i < l.groups_per_warp; ++i) {
+      const Kept<kRegisterChunks> kept(l, i);
       const int group = share.first_group + i * l.group_warps;
-      for (int j = i == 0 ? kRegisterChunks : 0; j < l.chunks_per_warp && group < l.groups; ++j) {
+      for (int j = kept.first_shared(); j < l.chunks_per_warp && group < l.groups; ++j) {
         const int chunk = share.split + j * l.splits;
         if (chunk >= l.chunks) break;
         const Fragment w = read(group, chunk);
-        hw::Vec16* place = slot(slot_of(l, kRegisterChunks, i, j));
+        hw::Vec16* place = slot(kept.slot(j));
 #pragma unroll
         for (int half = 0; half < 2; ++half)
           place[half * 32] = {{w.word[half][0], w.word[half][1], w.word[half][2], w.word[half][3]}};
@@ -213,28 +220,30 @@ class TensorCoreProduct {
     }
   }
 
-  RNNFAST_DEVICE void multiply(const Layout& l, const char* operand, float* scratch) {
+  template <class Put>
+  RNNFAST_DEVICE void multiply(const Layout& l, const char* operand, Put put) {
     const WarpShare share(l);
     hw::warp_barrier();
     const int lane = hw::lane();
     for (int i = 0; i < l.groups_per_warp; ++i) {
+      const Kept<kRegisterChunks> kept(l, i);
       const int group = share.first_group + i * l.group_warps;
       if (group >= l.groups) break;
       for (int row = 0; row < l.rows; row += kMmaRows) {
         float sums[2][4] = {};
         const char* from = operand + (row + lane / 4) * l.stride + lane % 4 * 16;
-        if (i == 0) {
+        if (kept.first < kRegisterChunks) {
 #pragma unroll
-          for (int j = 0; j < kRegisterChunks; ++j) {
-            const int chunk = share.split + j * l.splits;
-            if (chunk < l.chunks)
-              multiply_add(sums, weights_[j].word, hw::load_vector(from + chunk * 64));
+          for (int m = 0; m < kRegisterChunks; ++m) {
+            const int j = m - kept.first, chunk = share.split + j * l.splits;
+            if (j >= 0 && j < l.chunks_per_warp && chunk < l.chunks)
+              multiply_add(sums, weights_[m].word, hw::load_vector(from + chunk * 64));
           }
         }
-        for (int j = i == 0 ? kRegisterChunks : 0; j < l.chunks_per_warp; ++j) {
+        for (int j = kept.first_shared(); j < l.chunks_per_warp; ++j) {
           const int chunk = share.split + j * l.splits;
           if (chunk >= l.chunks) break;
-          const hw::Vec16* place = slot(slot_of(l, kRegisterChunks, i, j));
+          const hw::Vec16* place = slot(kept.slot(j));
           const hw::Vec16 w0 = hw::load_vector(place), w1 = hw::load_vector(place + 32);
           const uint32_t w[2][4] = {{w0.word[0], w0.word[1], w0.word[2], w0.word[3]},
                                     {w1.word[0], w1.word[1], w1.word[2], w1.word[3]}};
@@ -243,7 +252,7 @@ class TensorCoreProduct {
 #pragma unroll
         for (int s = 0; s < 4; ++s) {
           const int column = group * 16 + lane / 4 + s / 2 * 8, r = row + lane % 4 * 2 + s % 2;
-          scratch[(share.split * l.rows + r) * l.columns + column] = sums[0][s] + sums[1][s];
+          put(share.split, r, column, sums[0][s] + sums[1][s]);
         }
       }
     }
