@@ -24,13 +24,14 @@ struct WeightRun {
   RNNFAST_DEVICE auto operator[](int i) const -> decltype(hw::widen(*first)) { return i < count ? hw::widen(first[i]) : 0; }
 };
 
-// Which of a warp's chunks the thread's registers hold, counted over its groups; the rest follow in shared memory.
-template <int IN_REGISTERS>
-struct Kept {
-  int first;  // of the group's chunks, in that count
-  RNNFAST_DEVICE Kept(const Layout& l, int group) : first(group * l.chunks_per_warp) {}
-  RNNFAST_DEVICE int first_shared() const { return first < IN_REGISTERS ? IN_REGISTERS - first : 0; }
-  RNNFAST_DEVICE int slot(int chunk) const { return first + chunk - IN_REGISTERS; }
+// Counted over all its groups, a warp's chunks are in registers first and in shared memory from there on. The m-th of that
+// count is, for the warp's i-th group, the chunk `before + m * splits` of the depth: below 0 if it is of a group before this
+// one, and at least l.chunks if it is of a later one.
+struct GroupChunks {
+  int first, before;
+  RNNFAST_DEVICE GroupChunks(const Layout& l, const WarpShare& share, int i)
+      : first(i * l.chunks_per_warp), before(share.split - first * l.splits) {}
+  RNNFAST_DEVICE int first_after(int in_registers) const { return first < in_registers ? in_registers : first; }
 };
 
 // Sums COUNT values over the warp in a fixed tree; lane l ends up with the sum of value l * COUNT / 32 in v[0].
@@ -75,7 +76,7 @@ class PlainProduct {
 
   template <int ROWS, class Put>
   RNNFAST_DEVICE void tile(const Layout& l, const WarpShare& share, int group, int row, const char* operand, Put put) {
-    const Kept<kRegisterChunks> kept(l, group);
+    const GroupChunks of_group(l, share, group);
     Sum sums[ROWS * kColumns] = {};
     Vector x[ROWS];
     const auto read = [&](int chunk) {
@@ -83,24 +84,24 @@ class PlainProduct {
       for (int r = 0; r < ROWS; ++r)
         x[r] = *reinterpret_cast<const Vector*>(operand + (row + r) * l.stride + chunk * 256 + hw::lane() * 8);
     };
-    if (kept.first < kRegisterChunks) {
+    if (of_group.first < kRegisterChunks) {
 #pragma unroll
-      for (int i = 0; i < kRegisterChunks; ++i) {
-        const int j = i - kept.first, chunk = share.split + j * l.splits;
-        if (j >= 0 && j < l.chunks_per_warp && chunk < l.chunks) {
+      for (int m = 0; m < kRegisterChunks; ++m) {
+        const int chunk = of_group.before + m * l.splits;
+        if (static_cast<unsigned>(chunk) < static_cast<unsigned>(l.chunks)) {
           read(chunk);
 #pragma unroll
           for (int c = 0; c < kColumns; ++c)
 #pragma unroll
-            for (int r = 0; r < ROWS; ++r) multiply_add(sums[r * kColumns + c], weights_[i][c], x[r]);
+            for (int r = 0; r < ROWS; ++r) multiply_add(sums[r * kColumns + c], weights_[m][c], x[r]);
         }
       }
     }
-    for (int j = kept.first_shared(); j < l.chunks_per_warp; ++j) {
-      const int chunk = share.split + j * l.splits;
-      if (chunk >= l.chunks) break;
+    const int first_shared = of_group.first_after(kRegisterChunks);
+    const Vector* weights = slot(first_shared - kRegisterChunks);
+#pragma unroll 1
+    for (int chunk = of_group.before + first_shared * l.splits; chunk < l.chunks; chunk += l.splits, weights += kColumns * 32) {
       read(chunk);
-      const Vector* weights = slot(kept.slot(j));
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
         const Vector w = weights[c * 32];
@@ -137,12 +138,12 @@ class PlainProduct {
       for (int c = 0; c < kColumns; ++c) weights_[i][c] = used ? read(group, chunk, c) : Vector{};
     }
     for (int i = 0; i < l.groups_per_warp; ++i) {
-      const Kept<kRegisterChunks> kept(l, i);
+      const GroupChunks of_group(l, share, i);
       const int group = share.first_group + i * l.group_warps;
-      for (int j = kept.first_shared(); j < l.chunks_per_warp && group < l.groups; ++j) {
-        const int chunk = share.split + j * l.splits;
+      for (int m = of_group.first_after(kRegisterChunks); group < l.groups; ++m) {
+        const int chunk = of_group.before + m * l.splits;
         if (chunk >= l.chunks) break;
-        for (int c = 0; c < kColumns; ++c) slot(kept.slot(j))[c * 32] = read(group, chunk, c);
+        for (int c = 0; c < kColumns; ++c) slot(m - kRegisterChunks)[c * 32] = read(group, chunk, c);
       }
     }
   }
@@ -206,13 +207,13 @@ class TensorCoreProduct {
       weights_[i] = used ? read(group, chunk) : Fragment{};
     }
     for (int i = 0; i < l.groups_per_warp; ++i) {
-      const Kept<kRegisterChunks> kept(l, i);
+      const GroupChunks of_group(l, share, i);
       const int group = share.first_group + i * l.group_warps;
-      for (int j = kept.first_shared(); j < l.chunks_per_warp && group < l.groups; ++j) {
-        const int chunk = share.split + j * l.splits;
+      for (int m = of_group.first_after(kRegisterChunks); group < l.groups; ++m) {
+        const int chunk = of_group.before + m * l.splits;
         if (chunk >= l.chunks) break;
         const Fragment w = read(group, chunk);
-        hw::Vec16* place = slot(kept.slot(j));
+        hw::Vec16* place = slot(m - kRegisterChunks);
 #pragma unroll
         for (int half = 0; half < 2; ++half)
           place[half * 32] = {{w.word[half][0], w.word[half][1], w.word[half][2], w.word[half][3]}};
@@ -226,24 +227,23 @@ class TensorCoreProduct {
     hw::warp_barrier();
     const int lane = hw::lane();
     for (int i = 0; i < l.groups_per_warp; ++i) {
-      const Kept<kRegisterChunks> kept(l, i);
+      const GroupChunks of_group(l, share, i);
       const int group = share.first_group + i * l.group_warps;
       if (group >= l.groups) break;
       for (int row = 0; row < l.rows; row += kMmaRows) {
         float sums[2][4] = {};
         const char* from = operand + (row + lane / 4) * l.stride + lane % 4 * 16;
-        if (kept.first < kRegisterChunks) {
+        if (of_group.first < kRegisterChunks) {
 #pragma unroll
           for (int m = 0; m < kRegisterChunks; ++m) {
-            const int j = m - kept.first, chunk = share.split + j * l.splits;
-            if (j >= 0 && j < l.chunks_per_warp && chunk < l.chunks)
+            const int chunk = of_group.before + m * l.splits;
+            if (static_cast<unsigned>(chunk) < static_cast<unsigned>(l.chunks))
               multiply_add(sums, weights_[m].word, hw::load_vector(from + chunk * 64));
           }
         }
-        for (int j = kept.first_shared(); j < l.chunks_per_warp; ++j) {
-          const int chunk = share.split + j * l.splits;
-          if (chunk >= l.chunks) break;
-          const hw::Vec16* place = slot(kept.slot(j));
+        const int first_shared = of_group.first_after(kRegisterChunks);
+        const hw::Vec16* place = slot(first_shared - kRegisterChunks);
+        for (int chunk = of_group.before + first_shared * l.splits; chunk < l.chunks; chunk += l.splits, place += 64) {
           const hw::Vec16 w0 = hw::load_vector(place), w1 = hw::load_vector(place + 32);
           const uint32_t w[2][4] = {{w0.word[0], w0.word[1], w0.word[2], w0.word[3]},
                                     {w1.word[0], w1.word[1], w1.word[2], w1.word[3]}};

@@ -140,6 +140,19 @@ def test_tuning_finds_it_right(cell, numbers):
     assert point.teams.keys() == {"forward", "backward"}
 
 
+@pytest.mark.parametrize("token_ids", [False, True])
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_a_compiled_layer_on_cudnn(name, token_ids):
+    layer = getattr(rnnfast, name)(24, 32, bidirectional=True, backend="torch").cuda()
+    input = torch.randint(24, (7, 3), device="cuda") if token_ids else torch.randn(7, 3, 24, device="cuda")
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    results = []
+    for call in (layer, compiled):
+        output, _ = call(input)
+        results.append((output, *torch.autograd.grad(output.square().sum(), list(layer.parameters()))))
+    torch.testing.assert_close(*reversed(results), rtol=1e-4, atol=1e-4)
+
+
 def test_layers_and_the_backend_table():
     layer = rnnfast.LSTM(32, 256, backend="cuda").cuda()
     output, _ = layer(torch.randn(7, 3, 32, device="cuda"))

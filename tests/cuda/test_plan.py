@@ -67,7 +67,9 @@ def test_small_layers_stay_in_a_block(plan):
     [
         ("lstm", "bfloat16", False),
         ("lstm", "bfloat16", True),
-        ("lstm", "tf32", False),  # backward its operand, four gates, leaves no room for the weights of a cluster
+        ("lstm", "tf32", False),
+        ("lstm", "tf32", True),
+        ("lstm", "float32", True),
         ("rnn_tanh", "float32", False),
         ("rnn_tanh", "float32", True),
     ],

@@ -57,6 +57,11 @@ def test_matches_the_reference(schedule, monkeypatch, cell, kernel, numbers, sha
         ("gru", "float16", 49, 3, Plan("cluster", 4, 8, 5)),  # the depth split over warps, some left over
         ("lstm", "tf32", 40, 9, Plan("grid", 3, 8, 2)),
         ("gru", "tf32", 65, 2, Plan("cluster", 2, 8, 6)),
+        # Backward in these the cluster's blocks exchange sums.
+        ("lstm", "float32", 40, 5, Plan("cluster", 2, 5, 13)),  # parts from both splits of the depth; a warp left over
+        ("gru", "float32", 65, 2, Plan("cluster", 4, 2, 2)),  # registers hold a group and a half
+        ("lstm", "tf32", 100, 2, Plan("cluster", 4, 8, 4)),  # one group in registers, one in shared memory
+        ("gru", "bfloat16", 33, 9, Plan("cluster", 4, 16, 4)),  # all groups in registers; a last block with one unit
     ],
 )  # fmt: skip
 def test_tile_edges(schedule, monkeypatch, cell, numbers, hidden, batch, plan):
