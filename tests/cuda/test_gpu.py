@@ -46,13 +46,6 @@ def _layer(numbers: str, cell: str = "lstm", **shape: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("numbers", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("cell", CELLS)
-def test_as_planned(cell, shape, numbers):
-    check_against_truth(launch.forward, launch.backward, _layer(numbers, cell, **SHAPES[shape]), numbers)
-
-
-@pytest.mark.parametrize("numbers", DTYPES)
 @pytest.mark.parametrize("plan", TEAMS, ids=lambda p: f"{p.kernel}-{p.blocks}")
 def test_every_team(monkeypatch, plan, numbers):
     problem = ("gru", 100, 20, 2, numbers)
@@ -159,3 +152,10 @@ def test_layers_and_the_backend_table():
     output.sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
     assert "cuda" in {status.name for status in rnnfast.backends() if status.available}
+
+
+@pytest.mark.parametrize("numbers", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("cell", CELLS)
+def test_as_planned(cell, shape, numbers):
+    check_against_truth(launch.forward, launch.backward, _layer(numbers, cell, **SHAPES[shape]), numbers)
