@@ -23,7 +23,7 @@ def readable(report: Report) -> str:
             lines.append(f"  {part}: {_verdict(report[part])}")
     for part, line in (("calibration", _calibration), ("goals", _goal), ("pipeline", _pipeline), ("grid", _layer)):
         lines += _rows(report, part, line)
-    return "\n".join([*lines, *_rows(report, "triton", _layer)])
+    return "\n".join([*lines, *_rows(report, "triton_grid", _layer)])
 
 
 def _verdict(result: Report) -> str:

@@ -203,6 +203,7 @@ def test_every_part_is_kept_and_one_that_raises_costs_no_other(monkeypatch: pyte
         "triton_tests": {"failure": "OSError: pytest is not installed"},
         "sanitizer": {"passed": True},
     }
+    assert gpu._readable({}).startswith("no table: KeyError")
     assert "triton_tests: FAILED  OSError: pytest is not installed" in path.with_suffix(".txt").read_text()
     assert gpu.run_parts(1.0, ["sanitizer"], path) == 1  # the build failed
 
@@ -246,7 +247,8 @@ def test_the_table_tells_what_missed_its_goal() -> None:
             {**grid, "right": False, "failure": "output is off by 1.0e-01"},
             {"left_out": 12},
         ],
-        "triton": [{**grid, "kernel": "gates", "forward": {"ratio": 0.5}, "both": {"ratio": 0.7}}],
+        "triton": "3.6.0",
+        "triton_grid": [{**grid, "kernel": "gates", "forward": {"ratio": 0.5}, "both": {"ratio": 0.7}}],
     }
     text = readable(report)
     for line in (
