@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import rnnfast
 from rnnfast import dispatch, tuning
-from rnnfast.backends import cuda
+from rnnfast.backends import cuda, products
 from rnnfast.backends.cuda import launch
 from rnnfast.backends.cuda.launch import Plan
 from rnnfast.tuning import CELLS, NUMBERS, arithmetic, seconds_in_turns
@@ -210,7 +210,7 @@ def _kernel(backend: str, cell: str, hidden: int, batch: int, dtype: torch.dtype
     from rnnfast.backends.triton import plan
 
     card = triton_launch.card(torch.device(DEVICE))
-    return plan.plan(cell, hidden, batch, 1, triton_launch.numbers(dtype), card).kernel
+    return plan.plan(cell, hidden, batch, 1, products.numbers(dtype), card).kernel
 
 
 class _Model(nn.Module):
