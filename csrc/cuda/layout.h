@@ -33,11 +33,13 @@ constexpr int operand_bytes(Numbers n) {
   return n == Numbers::float64 ? 8 : n == Numbers::bfloat16 || n == Numbers::float16 ? 2 : 4;
 }
 
-// The backward of a cluster exchanges what is fewer bytes for each row and unit: gate gradients, or a sum. (A team of the
-// grid has a sum from each of many more blocks to add up.)
-constexpr Pass pass_of(Exchange exchange, int gates, int operand_size, int sum_size, bool backward) {
+// The backward of a cluster exchanges what is fewer bytes for each row and unit: gate gradients, or a sum. On plain
+// arithmetic the product outweighs the exchange, and the block's own gate gradients fill its chunks of the depth less well;
+// there sums must be less than a third. (A team of the grid has a sum from each of many more blocks to add up.)
+constexpr Pass pass_of(Exchange exchange, int gates, int operand_size, int sum_size, bool mma, bool backward) {
   if (!backward) return Pass::forward;
-  return exchange == Exchange::cluster && sum_size < gates * operand_size ? Pass::backward_scatter : Pass::backward_gather;
+  const bool fewer = (mma ? 1 : 3) * sum_size < gates * operand_size;
+  return exchange == Exchange::cluster && fewer ? Pass::backward_scatter : Pass::backward_gather;
 }
 
 constexpr int kMaxWarps = 16;

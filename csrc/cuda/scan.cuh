@@ -131,7 +131,7 @@ RNNFAST_DEVICE void scan_backward(const ScanParams& p) {
   using Operand = typename M::Operand;
   constexpr int kGates = gates_of(KIND), kPairs = pairs_per_thread(M::kTensorCores);
   constexpr bool kScatter =
-      pass_of(X<Operand>::kKind, kGates, sizeof(Operand), sizeof(Sum), true) == Pass::backward_scatter;
+      pass_of(X<Operand>::kKind, kGates, sizeof(Operand), sizeof(Sum), M::kTensorCores, true) == Pass::backward_scatter;
   const Layout& l = p.layout;
   char* shared = hw::shared_memory();
   const Walk walk(p, hw::block_z());
