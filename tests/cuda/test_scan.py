@@ -48,7 +48,7 @@ def test_matches_the_reference(schedule, monkeypatch, cell, kernel, numbers, sha
     [
         ("rnn_tanh", "float32", 200, 1, Plan("block", 1, 1, 7)),  # 25 column groups; a fourth chunk
         ("rnn_relu", "float32", 65, 9, Plan("cluster", 2, 9, 13)),  # a split depth; row tiles of 4, 4 and 1
-        ("lstm", "float32", 65, 2, Plan("cluster", 4, 2, 2)),  # a last block with one unit; registers hold a group and a half
+        ("lstm", "float32", 65, 2, Plan("cluster", 4, 2, 2)),  # a last block of one unit; 1.5 groups in registers
         ("gru", "float32", 40, 5, Plan("grid", 5, 4, 16)),  # a block to each group; two teams
         ("lstm", "float64", 33, 2, Plan("grid", 2, 2, 3)),
         ("gru", "float64", 33, 2, Plan("block", 1, 2, 3)),
