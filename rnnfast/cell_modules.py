@@ -50,7 +50,7 @@ class _DropInCell(nn.RNNCellBase):
         weight = self.weight_hh
         request = dispatch.Request(self._cell(), weight.device.type, weight.dtype, token_ids, False)
         backend = dispatch.choose(request, self.backend).backend
-        if backend == "torch":
+        if backend == "torch" and not token_ids:
             return super().forward(input, hx)
 
         name, dims = type(self).__name__, input.dim() + token_ids

@@ -16,7 +16,7 @@ from rnnfast.backends.reference import Extension, Norms
 from rnnfast.cells import CELLS
 from rnnfast.extended import scan_extended
 from rnnfast.regularisation import Masks, dropout_mask
-from rnnfast.scan import is_transformed
+from rnnfast.scan import is_mapped
 
 State = Any  # of one layer: h, or (h, c) of an LSTM
 
@@ -237,7 +237,7 @@ class Stack(nn.Module):
         extensions = tuple(name for name, is_there in zip(dispatch.EXTENDED_RECURRENCE, there, strict=True) if is_there)
         weight, token_ids = self._parameter("weight_hh_l0"), not input.is_floating_point()
         kind = self.cell, weight.device.type, weight.dtype, token_ids, False
-        return dispatch.Request(*kind, is_transformed(), extensions=extensions)
+        return dispatch.Request(*kind, is_mapped(), extensions=extensions)
 
     def _run(self, rows: Tensor, states: list[tuple[Tensor, ...]], masks: Masks) -> tuple[Tensor, tuple[State, ...]]:
         """Rows (T, B, I), or ragged (N, I), through all layers."""
@@ -247,7 +247,7 @@ class Stack(nn.Module):
             rows = rows.to(dtype) if rows.is_floating_point() else rows
             states = [tuple(part.to(dtype) for part in state) for state in states]
         request = self.request(rows)._replace(dtype=dtype)
-        extended = dispatch.choose_name(self.backend, *request) if request.extensions else None
+        extended = dispatch.choose_name(self.backend, None, *request) if request.extensions else None
         final: list[State] = []
         for layer, state in enumerate(states):
             below, p = rows, self.dropout if layer else self.input_dropout
