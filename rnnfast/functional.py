@@ -286,7 +286,7 @@ def _check(
     dims = 3 - token_ids - (batch_sizes is not None)
     if input.dim() != dims:
         raise RuntimeError(f"{'token ids' if token_ids else 'input'} must have {dims} dimensions, got {input.dim()}")
-    if input.shape[0] == 0:
+    if (input if batch_sizes is None else batch_sizes).shape[0] == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     if len(weights) % directions:
         raise ValueError(f"weights must hold one entry a layer and direction, got {len(weights)}, an odd number")
@@ -307,7 +307,7 @@ def _check(
             raise RuntimeError(f"input has dtype {input.dtype}, the weights have {w_ih.dtype}; convert one of them")
         if input.shape[-1] != w_ih.shape[1]:
             raise RuntimeError(f"input has {input.shape[-1]} features, w_ih takes {w_ih.shape[1]}")
-    elif input.device.type == "cpu" and input.numel() and not is_transformed():
+    elif input.device.type == "cpu" and not is_transformed() and input.numel():
         low, high = (int(bound) for bound in input.aminmax())
         if low < 0 or high >= w_ih.shape[1]:
             raise IndexError(f"token ids must be in [0, {w_ih.shape[1]}), got {low if low < 0 else high}")

@@ -158,11 +158,11 @@ class _DropIn(nn.RNNBase):
         dtype = weights[0].w_hh.dtype
         if data.is_floating_point() or data.is_complex():
             self.check_input(data, batch_sizes)
-        batch = int(batch_sizes[0]) if batch_sizes is not None else data.shape[1]
         if hx is None:
-            hx = self._zero_state(batch, dtype, data.device)
-        else:
-            self._check_state_size(hx, batch)
+            hx = self._zero_state(_batch(data, batch_sizes), dtype, data.device)
+        elif batch_sizes is None or not torch.compiler.is_compiling():
+            # A compiler does not know what batch_sizes holds; the operator looks when it runs.
+            self._check_state_size(hx, _batch(data, batch_sizes))
         if torch.is_autocast_enabled(data.device.type):
             dtype = torch.get_autocast_dtype(data.device.type)
             data = _cast(data, dtype)
@@ -190,11 +190,7 @@ class _DropIn(nn.RNNBase):
         self._check_state_size(hx, batch)
         self._check_state_size(reset_to, batch)
         initial = _map_state(hx, functools.partial(segments.initial, bidirectional=self.bidirectional), reset_to)
-        if segments.columns.numel():
-            rows, state = self._run(segments.gather(input), initial, segments.batch_sizes)
-        else:  # every sequence is empty
-            features = self._state_sizes(batch)[0][2] * (2 if self.bidirectional else 1)
-            rows, state = torch.zeros(0, features, dtype=dtype, device=input.device), initial
+        rows, state = self._run(segments.gather(input), initial, segments.batch_sizes)
         final = _map_state(state, functools.partial(segments.final, bidirectional=self.bidirectional), hx)
         return segments.scatter(rows), final
 
@@ -241,6 +237,10 @@ class _DropIn(nn.RNNBase):
 
 
 compiling.let_dynamo_trace(_DropIn)
+
+
+def _batch(data: Tensor, batch_sizes: Tensor | None) -> Any:
+    return data.shape[1] if batch_sizes is None else batch_sizes[0].item()
 
 
 def _cast(tensor: Any, dtype: torch.dtype) -> Any:
@@ -317,7 +317,6 @@ class LSTM(_DropIn, nn.LSTM):
         sequences.check_reset_shape(reset, input, 2)
         if self.batch_first:
             input, reset = input.transpose(0, 1), None if reset is None else reset.transpose(0, 1)
-        self._update_flat_weights()
         weights, (steps, batch) = self._lane_weights(), input.shape[:2]
         if hx is None:
             hx = self._zero_state(batch, weights[0].w_hh.dtype, input.device)
@@ -329,11 +328,8 @@ class LSTM(_DropIn, nn.LSTM):
             segments = sequences.cut(steps, batch, lengths, reset, input.device)
             self._check_state_size(hx, batch)
             begin = _map_state(hx, lambda part: segments.initial(part, torch.zeros_like(part), self.bidirectional))
-            if segments.columns.numel():
-                options["batch_sizes"] = segments.batch_sizes
-                rows = functional.states(segments.gather(input), begin, weights, **options)
-            else:  # every sequence is empty
-                rows = tuple(part.transpose(0, 1) for part in begin)
+            options["batch_sizes"] = segments.batch_sizes
+            rows = functional.states(segments.gather(input), begin, weights, **options)
             padded = [segments.scatter(part.flatten(1)).unflatten(2, part.shape[1:]) for part in rows]
         h, c = (part.transpose(1, 2) for part in padded)
         return h, c

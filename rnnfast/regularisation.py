@@ -22,8 +22,8 @@ __all__ = ["Extension", "Masks", "Norms", "dropout_mask", "scan_extended", "vari
 
 def _chance(p: float, shape: Sequence[int], device: torch.device, generator: torch.Generator | None) -> Tensor:
     """A bool tensor, each element True with probability p."""
-    source = device if generator is None else generator.device
-    return (torch.rand(*shape, generator=generator, dtype=torch.float32, device=source) < p).to(device)
+    source = {"device": device} if generator is None else {"device": generator.device, "generator": generator}
+    return (torch.rand(*shape, dtype=torch.float32, **source) < p).to(device)
 
 
 def dropout_mask(p: float, shape: Sequence[int], like: Tensor, generator: torch.Generator | None) -> Tensor:

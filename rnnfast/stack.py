@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from rnnfast import dispatch, functional, regularisation, sequences
 from rnnfast.cells import CELLS
+from rnnfast.layers import _map_state
 from rnnfast.regularisation import Extension, Masks, Norms, dropout_mask
 
 State = Any  # of one layer: h, or (h, c) of an LSTM
@@ -159,6 +160,7 @@ class Stack(nn.Module):
         *,
         lengths: Tensor | Sequence[int] | None = None,
         reset: Tensor | None = None,
+        reset_to: Sequence[State] | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[Any, tuple[State, ...]]:
         """Runs the layers over whole sequences.
@@ -166,13 +168,14 @@ class Stack(nn.Module):
         T steps, B sequences, I = input_size, D = 2 if bidirectional else 1, H units of a layer:
 
         Args:
-            input: (T, B, I), or (B, T, I) with batch_first, of the weights' dtype; or integer token ids, which stand
-                for one-hot vectors, without I; or a PackedSequence of either.
-            hx: for each layer its initial state h (D, B, H), for an LSTM (h, c). Zeros if None.
+            input: (T, B, I), or (B, T, I) with batch_first, or (T, I) unbatched, of the weights' dtype; or integer
+                token ids, which stand for one-hot vectors, without I; or a PackedSequence of either.
+            hx: for each layer its initial state h (D, B, H), for an LSTM (h, c); without B if unbatched. Zeros if None.
             lengths: (B,) integers in [0, T], in any order and on any device, or a list: the steps of each sequence, as
                 in `rnnfast.LSTM`.
-            reset: bool, of the input's shape without I: True where the state returns to zeros before that step. The
-                masks of a sequence stay what they are.
+            reset: bool, of the input's shape without I: True where the state is reset before that step. The masks of a
+                sequence stay what they are.
+            reset_to: what the state is reset to, in hx's form, with B columns or one for all. Zeros if None.
             generator: what all masks of this call are drawn from. Equal seeds give equal masks, whether the batch is
                 padded, has lengths or is packed. torch's default generator if None.
 
@@ -186,10 +189,9 @@ class Stack(nn.Module):
             IndexError: a token id outside [0, I).
         """
         packed = input if isinstance(input, PackedSequence) else None
-        data = input if packed is None else packed.data
-        if self.input_dropout > 0 and self.training and not data.is_floating_point():
-            raise ValueError("input_dropout drops features of floating input; give the stack embedded token ids")
-        segments = None
+        data, batched, segments = input if packed is None else packed.data, True, None
+        if reset_to is not None and reset is None:
+            raise ValueError("reset_to is the state that reset= returns to: give reset= as well")
         if packed is not None:
             if lengths is not None or reset is not None:
                 raise ValueError(
@@ -198,28 +200,61 @@ class Stack(nn.Module):
             segments = sequences.of_packed(packed)
             steps, batch = segments.shape
         else:
-            dims = 3 if data.is_floating_point() else 2
-            if data.dim() != dims:
-                raise ValueError(
-                    f"Stack: expected {dims}D batched input, got {data.dim()}D; an unbatched one is (T, 1, I)"
-                )
-            sequences.check_reset_shape(reset, data, 2)
-            if self.batch_first:
+            dims = data.dim() - (1 if data.is_floating_point() else 0)
+            if dims not in (1, 2):
+                kind = "input to be 2D or 3D" if data.is_floating_point() else "token ids to be 1D or 2D"
+                raise ValueError(f"Stack: Expected {kind}, got {data.dim()}D instead")
+            batched = dims == 2
+            sequences.check_reset_shape(reset, data, dims)
+            if not batched:
+                if lengths is not None:
+                    raise ValueError(
+                        "lengths= is for a batch of sequences; of an unbatched one pass the steps there are"
+                    )
+                data, reset = data.unsqueeze(1), None if reset is None else reset.unsqueeze(1)
+            elif self.batch_first:
                 data, reset = data.transpose(0, 1), None if reset is None else reset.transpose(0, 1)
             steps, batch = data.shape[:2]
             if lengths is not None or reset is not None:
                 segments = sequences.cut(steps, batch, lengths, reset, data.device)
                 data = segments.gather(data)
-        states = self._initial(hx, batch, data.device)
-        if segments is None or segments.columns.numel():
-            output, final = self._run(data, states, Masks((steps, batch), segments, generator))
-        else:  # every sequence is empty
-            output = states[-1][0].new_zeros(0, len(states[-1][0]) * self.hidden_sizes[-1])
-            final = tuple(state if self.cell == "lstm" else state[0] for state in states)
+        states = self._states("hx", hx, batch, data.device, batched)
+        resets = None if reset_to is None else self._states("reset_to", reset_to, batch, data.device, batched)
+        output, final = self._run(data, states, resets, Masks((steps, batch), segments, generator))
         if packed is not None:
-            return packed._replace(data=output), final
+            return PackedSequence(output, *packed[1:]), final
         output = output if segments is None else segments.scatter(output)
+        if not batched:
+            return output.squeeze(1), _map_state(final, lambda part: part.squeeze(1))
         return output.transpose(0, 1) if self.batch_first else output, final
+
+    def step(
+        self, input: Tensor, hx: Sequence[State] | None = None, *, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, tuple[State, ...]]:
+        """Runs one time step of a stream: what a call over a sequence of one step does.
+
+        In evaluation mode, feeding the state back gives on the cpu backend the bits of one call over the whole
+        sequence, but for highway connections. In training every step draws masks of its own.
+
+        Args:
+            input: (B, I) of the weights' dtype, or (B,) integer token ids.
+            hx: the state the last step returned: for each layer h (1, B, H), for an LSTM (h, c). Zeros if None.
+            generator: as in `forward`.
+
+        Returns:
+            output (B, H) of the last layer, and the state for the next step.
+
+        Raises:
+            RuntimeError: the stack is bidirectional, so that its first output needs the last input.
+            Further errors are those of `forward`.
+        """
+        if self.bidirectional:
+            raise RuntimeError("a bidirectional stack reads the whole sequence at once: it has no step")
+        if input.dim() != (2 if input.is_floating_point() else 1):
+            raise RuntimeError(f"a step takes (B, {self.input_size}) input or (B,) token ids, got {tuple(input.shape)}")
+        states = self._states("hx", hx, len(input), input.device)
+        output, final = self._run(input.unsqueeze(0), states, None, Masks((1, len(input)), None, generator))
+        return output.squeeze(0), final
 
     def request(self, input: Tensor) -> dispatch.Request:
         """What decides which backend can run these layers, in the mode they are in, on such input."""
@@ -232,13 +267,18 @@ class Stack(nn.Module):
         weight, token_ids = self._parameter("weight_hh_l0"), not input.is_floating_point()
         return dispatch.Request(self.cell, weight.device.type, weight.dtype, token_ids, False, extension=extension)
 
-    def _run(self, rows: Tensor, states: list[tuple[Tensor, ...]], masks: Masks) -> tuple[Tensor, tuple[State, ...]]:
+    def _run(
+        self, rows: Tensor, states: list[tuple[Tensor, ...]], resets: list[tuple[Tensor, ...]] | None, masks: Masks
+    ) -> tuple[Tensor, tuple[State, ...]]:
         """Rows (T, B, I), or ragged (N, I), through all layers."""
+        if self.input_dropout > 0 and self.training and not rows.is_floating_point():
+            raise ValueError("input_dropout drops features of floating input; give the stack embedded token ids")
         dtype, segments = self._parameter("weight_ih_l0").dtype, masks.segments
         if torch.is_autocast_enabled(rows.device.type):
             dtype = torch.get_autocast_dtype(rows.device.type)
             rows = rows.to(dtype) if rows.is_floating_point() else rows
-            states = [tuple(part.to(dtype) for part in state) for state in states]
+            states = _map_state(states, lambda part: part.to(dtype))
+            resets = _map_state(resets, lambda part: part.to(dtype))
         extended = bool(self.request(rows).extension)
         if extended:
             dispatch.choose(self.request(rows), self.backend)  # the reference, or an error that says why it has to be
@@ -249,7 +289,8 @@ class Stack(nn.Module):
                 rows = rows * masks.of_input(p, rows)
             begin = state
             if segments is not None:
-                begin = tuple(segments.initial(part, torch.zeros_like(part), self.bidirectional) for part in state)
+                to = [torch.zeros_like(part) for part in state] if resets is None else resets[layer]
+                begin = tuple(map(segments.initial, state, to, [self.bidirectional] * len(state)))
             rows, *ends = self._run_layer(layer, rows, begin, masks, dtype, extended)
             if segments is not None:
                 ends = [segments.final(end, part, self.bidirectional) for end, part in zip(ends, state, strict=False)]
@@ -304,22 +345,27 @@ class Stack(nn.Module):
         parameter: Tensor = getattr(self, name)
         return parameter
 
-    def _initial(self, hx: Sequence[State] | None, batch: int, device: torch.device) -> list[tuple[Tensor, ...]]:
-        """For each layer (h,) or (h, c), of the right shapes."""
+    def _states(
+        self, name: str, given: Sequence[State] | None, batch: int, device: torch.device, batched: bool = True
+    ) -> list[tuple[Tensor, ...]]:
+        """For each layer (h,) or (h, c), each (D, B, H), of what a caller gives as `name`."""
         directions, parts = 2 if self.bidirectional else 1, 2 if self.cell == "lstm" else 1
-        shapes = [(directions, batch, size) for size in self.hidden_sizes]
-        if hx is None:
+        sizes = [(directions, batch, size) for size in self.hidden_sizes]
+        if given is None:
             dtype = self._parameter("weight_ih_l0").dtype
-            return [tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(parts)) for shape in shapes]
-        if not isinstance(hx, tuple | list) or len(hx) != len(shapes):
-            raise ValueError(f"hx must hold one state for each of the {len(shapes)} layers")
+            return [tuple(torch.zeros(size, dtype=dtype, device=device) for _ in range(parts)) for size in sizes]
+        if not isinstance(given, tuple | list) or len(given) != len(sizes):
+            raise ValueError(f"{name} must hold one state for each of the {len(sizes)} layers")
         states = []
-        for layer, (state, shape) in enumerate(zip(hx, shapes, strict=True)):
-            given = tuple(state) if isinstance(state, tuple | list) else (state,)
-            if [tuple(part.shape) for part in given] != [shape] * parts:
+        for layer, (state, size) in enumerate(zip(given, sizes, strict=True)):
+            pair = tuple(state) if isinstance(state, tuple | list) else (state,)
+            shape = size if batched else (directions, size[2])
+            shapes = [tuple(part.shape) for part in pair]
+            one_for_all = name == "reset_to" and batched and shapes == [(directions, 1, size[2])] * parts
+            if shapes != [shape] * parts and not one_for_all:
                 form = f"(h, c), each {shape}" if parts == 2 else f"h {shape}"
-                raise RuntimeError(f"hx[{layer}] must be {form}, got {[tuple(part.shape) for part in given]}")
-            states.append(given)
+                raise RuntimeError(f"{name}[{layer}] must be {form}, got {shapes}")
+            states.append(tuple((part if batched else part.unsqueeze(1)).expand(size) for part in pair))
         return states
 
 

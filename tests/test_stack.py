@@ -388,7 +388,10 @@ def test_a_stack_streams(cell: str) -> None:
     torch.testing.assert_close(stream(input[:1])[:, 1], whole[:1, 1])
     stream.detach()
     alone = rnnfast.Stream(model.stack)
-    torch.testing.assert_close(torch.cat([alone(input[:2])[0], alone(input[2:])[0]]) * 2, whole)
+    torch.testing.assert_close(torch.cat([alone(input[:2]), alone(input[2])[None], alone(input[3:])]) * 2, whole)
+    torch.testing.assert_close(flat(alone.state), flat(model.stack(input)[1]))
+    alone.reset([1])
+    torch.testing.assert_close(alone(input[0])[1] * 2, whole[0, 1])
     with pytest.raises(RuntimeError, match="bidirectional"):
         rnnfast.Stream(make(cell, bidirectional=True))
 
@@ -432,8 +435,8 @@ def test_mistaken_calls() -> None:
         stack(input, torch.zeros(1, BATCH, HIDDEN))
     with pytest.raises(RuntimeError, match=r"hx\[1\] must be \(h, c\), each \(1, 3, 3\)"):
         stack(input, [(torch.zeros(1, BATCH, HIDDEN),) * 2] * 2)
-    with pytest.raises(ValueError, match="expected 3D batched input"):
-        stack(input[0])
+    with pytest.raises(ValueError, match="Expected input to be 2D or 3D, got 4D"):
+        stack(input[None])
     with pytest.raises(RuntimeError, match="h_0 has dtype"):
         stack(input, [tuple(part.float() for part in state) for state in stack(input)[1]])
     with pytest.raises(RuntimeError, match="input has dtype"):
