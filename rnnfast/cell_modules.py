@@ -59,7 +59,9 @@ class _DropInCell(nn.RNNCellBase):
                 raise ValueError(f"{name}: Expected token ids to be 0D or 1D, got {input.dim()}D instead")
             raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
         is_lstm = request.cell == "lstm"
-        states: list[Tensor] = [] if hx is None else list(hx) if is_lstm else [hx]
+        if hx is not None and not is_lstm and not isinstance(hx, Tensor):
+            raise RuntimeError(f"the state of a {name} is one tensor h, got a {type(hx).__name__}")
+        states: list[Tensor] = [] if hx is None else list(functional._pair(hx)) if is_lstm else [hx]
         for index, state in enumerate(states):
             if state.dim() not in (1, 2):
                 what = f"hx[{index}]" if is_lstm else "hidden"

@@ -73,6 +73,9 @@ class _DropIn(nn.RNNBase):
         cuts = lengths is not None or reset is not None
         if reset_to is not None and reset is None:
             raise ValueError("reset_to is the state that reset= returns to: give reset= as well")
+        for state in (hx, reset_to):
+            if state is not None:
+                self._check_state_form(state)
         if isinstance(input, PackedSequence):
             if cuts:
                 raise ValueError(
@@ -86,6 +89,8 @@ class _DropIn(nn.RNNBase):
                 state, unsorted_indices
             )
 
+        if not isinstance(input, Tensor):
+            raise TypeError(f"input must be a tensor or a PackedSequence, got {type(input).__name__}")
         feature_dims = 1 if input.is_floating_point() or input.is_complex() else 0
         dims = input.dim() - feature_dims
         if dims not in (1, 2):
@@ -163,8 +168,8 @@ class _DropIn(nn.RNNBase):
         elif batch_sizes is None or not torch.compiler.is_compiling():
             # A compiler does not know what batch_sizes holds; the operator looks when it runs.
             self._check_state_size(hx, _batch(data, batch_sizes))
-        if torch.is_autocast_enabled(data.device.type):
-            dtype = torch.get_autocast_dtype(data.device.type)
+        if (autocast := dispatch.autocast_dtype(data.device.type)) is not None:
+            dtype = autocast
             data = _cast(data, dtype)
             hx = _map_state(hx, lambda state: _cast(state, dtype))
             weights = [functional.Weights(*(_cast(parameter, dtype) for parameter in lane)) for lane in weights]
@@ -226,6 +231,10 @@ class _DropIn(nn.RNNBase):
 
     def _check_state_size(self, hx: Any, batch: int) -> None:
         self.check_hidden_size(hx, self._state_sizes(batch)[0])
+
+    def _check_state_form(self, hx: Any) -> None:
+        if not isinstance(hx, Tensor):
+            raise RuntimeError(f"the state of a {type(self).__name__} is one tensor h_0, got a {type(hx).__name__}")
 
     def _check_state_dims(self, hx: Any, batched: bool, input_dims: int) -> None:
         dims = 3 if batched else 2
@@ -344,6 +353,9 @@ class LSTM(_DropIn, nn.LSTM):
     def _check_state_size(self, hx: tuple[Tensor, Tensor], batch: int) -> None:
         for index, size in enumerate(self._state_sizes(batch)):
             self.check_hidden_size(hx[index], size, f"Expected hidden[{index}] size {{}}, got {{}}")
+
+    def _check_state_form(self, hx: Any) -> None:
+        functional._pair(hx)
 
     def _check_state_dims(self, hx: tuple[Tensor, Tensor], batched: bool, input_dims: int) -> None:
         dims = 3 if batched else 2

@@ -198,8 +198,11 @@ torch.library.register_fake("rnnfast::cut", _fake_padded_plan, lib=_library)
 
 
 def check_reset_shape(reset: Tensor | None, input: Tensor, steps_and_batch: int) -> None:
-    """Raises ValueError unless a mask has the first dimensions of the input it came with."""
-    if reset is not None and reset.shape != input.shape[:steps_and_batch]:
+    """Raises TypeError or ValueError unless a mask is one and has the first dimensions of the input it came with."""
+    if reset is None:
+        return
+    _check_reset_type(reset)
+    if reset.shape != input.shape[:steps_and_batch]:
         expected, given = tuple(input.shape[:steps_and_batch]), tuple(reset.shape)
         raise ValueError(f"reset must have the input's shape without features, {expected}, got {given}")
 
@@ -230,6 +233,8 @@ def _check_lengths(steps: int, batch: int, lengths: Tensor | Sequence[int] | Non
     if lengths is None:
         return torch.full((batch,), steps, device="cpu")
     if not isinstance(lengths, Tensor):
+        if not hasattr(lengths, "__len__"):
+            raise TypeError(f"lengths must be a tensor or a list, one for each sequence, got {lengths!r}")
         lengths = torch.as_tensor(lengths, device="cpu") if len(lengths) else _count(0)
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
         raise TypeError(f"lengths must be integers, got {lengths.dtype}")
@@ -238,8 +243,14 @@ def _check_lengths(steps: int, batch: int, lengths: Tensor | Sequence[int] | Non
     return lengths
 
 
-def _check_reset(steps: int, batch: int, reset: Tensor) -> None:
+def _check_reset_type(reset: Any) -> None:
+    if not isinstance(reset, Tensor):
+        raise TypeError(f"reset must be a bool tensor, got a {type(reset).__name__}; use torch.as_tensor")
     if reset.dtype != torch.bool:
         raise TypeError(f"reset must be a bool tensor, got {reset.dtype}; use reset.bool() if nonzero means a reset")
+
+
+def _check_reset(steps: int, batch: int, reset: Tensor) -> None:
+    _check_reset_type(reset)
     if reset.shape != (steps, batch):
         raise ValueError(f"reset must have the shape {(steps, batch)}, got {tuple(reset.shape)}")

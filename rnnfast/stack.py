@@ -189,6 +189,8 @@ class Stack(nn.Module):
             IndexError: a token id outside [0, I).
         """
         packed = input if isinstance(input, PackedSequence) else None
+        if packed is None and not isinstance(input, Tensor):
+            raise TypeError(f"input must be a tensor or a PackedSequence, got {type(input).__name__}")
         data, batched, segments = input if packed is None else packed.data, True, None
         if reset_to is not None and reset is None:
             raise ValueError("reset_to is the state that reset= returns to: give reset= as well")
@@ -274,8 +276,8 @@ class Stack(nn.Module):
         if self.input_dropout > 0 and self.training and not rows.is_floating_point():
             raise ValueError("input_dropout drops features of floating input; give the stack embedded token ids")
         dtype, segments = self._parameter("weight_ih_l0").dtype, masks.segments
-        if torch.is_autocast_enabled(rows.device.type):
-            dtype = torch.get_autocast_dtype(rows.device.type)
+        if (autocast := dispatch.autocast_dtype(rows.device.type)) is not None:
+            dtype = autocast
             rows = rows.to(dtype) if rows.is_floating_point() else rows
             states = _map_state(states, lambda part: part.to(dtype))
             resets = _map_state(resets, lambda part: part.to(dtype))

@@ -113,6 +113,8 @@ class Stream:
     def state(self, state: Any) -> None:
         if isinstance(self.module, _ALONE):
             state = {} if state is None else {"": state}
+        if not isinstance(state, dict):
+            raise TypeError(f"the state of a model is a dict by its layers' names, got a {type(state).__name__}")
         unknown = set(state) - set(self._layers)
         if unknown:
             raise ValueError(f"the model has no recurrent layer {', '.join(sorted(unknown))}")
