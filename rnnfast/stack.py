@@ -35,6 +35,8 @@ class Stack(nn.Module):
         input_size: I, features of the input, or number of token ids.
         hidden_sizes: the units of each layer, from the first to the last.
         bias, batch_first, bidirectional: as torch.nn's.
+        proj_size: P, to which an LSTM's h is projected in every layer (Sak et al. 2014); 0 for none. It goes with what
+            leaves the recurrence as it is.
         input_dropout: probability of zeroing a feature of a sequence's input, at all its steps (variational dropout,
             Gal & Ghahramani 2016).
         dropout: the same between layers.
@@ -65,6 +67,7 @@ class Stack(nn.Module):
         bias: bool = True,
         batch_first: bool = False,
         bidirectional: bool = False,
+        proj_size: int = 0,
         input_dropout: float = 0.0,
         dropout: float = 0.0,
         recurrent_dropout: float = 0.0,
@@ -79,7 +82,7 @@ class Stack(nn.Module):
         super().__init__()
         dispatch.check_name(backend)
         self.cell, self.input_size, self.hidden_sizes = cell, input_size, tuple(hidden_sizes)
-        self.bias, self.batch_first, self.bidirectional = bias, batch_first, bidirectional
+        self.bias, self.batch_first, self.bidirectional, self.proj_size = bias, batch_first, bidirectional, proj_size
         self.input_dropout, self.dropout, self.recurrent_dropout = input_dropout, dropout, recurrent_dropout
         self.weight_dropout, self.zoneout, self.layer_norm = weight_dropout, _pair(zoneout), layer_norm
         self.connection, self.backend = connection, backend
@@ -93,7 +96,7 @@ class Stack(nn.Module):
             shapes: dict[str, tuple[int, ...]] = {}
             for suffix in self._suffixes(layer):
                 shapes |= {name + suffix: shape for name, shape in self._lane_shapes(below, size).items()}
-            below = directions * size
+            below = directions * (proj_size or size)
             if connection == "highway" and layer > 0:
                 shapes |= {f"highway_weight_l{layer}": (below, below), f"highway_bias_l{layer}": (below,)}
             for name, shape in shapes.items():
@@ -102,9 +105,11 @@ class Stack(nn.Module):
 
     def _lane_shapes(self, below: int, size: int) -> dict[str, tuple[int, ...]]:
         rows = CELLS[self.cell].gates * size
-        shapes: dict[str, tuple[int, ...]] = {"weight_ih": (rows, below), "weight_hh": (rows, size)}
+        shapes: dict[str, tuple[int, ...]] = {"weight_ih": (rows, below), "weight_hh": (rows, self.proj_size or size)}
         if self.bias:
             shapes |= {"bias_ih": (rows,), "bias_hh": (rows,)}
+        if self.proj_size:
+            shapes["weight_hr"] = (self.proj_size, size)
         if self.layer_norm:
             shapes |= {"gain_ih": (rows,), "gain_hh": (rows,)}
             shapes |= {"gain_c": (size,), "bias_c": (size,)} if self.cell == "lstm" else {}
@@ -117,6 +122,12 @@ class Stack(nn.Module):
             raise ValueError(
                 f"input_size and every one of hidden_sizes must be positive, got {self.input_size}, {self.hidden_sizes}"
             )
+        if self.proj_size and (self.cell != "lstm" or not 0 < self.proj_size < min(self.hidden_sizes)):
+            raise ValueError(
+                f"proj_size is for lstm and below every one of hidden_sizes, got {self.proj_size} for {self.cell}"
+            )
+        if self.proj_size and (self.recurrent_dropout or any(self.zoneout) or self.layer_norm):
+            raise ValueError("proj_size does not go with recurrent_dropout, zoneout or layer_norm")
         for name in ("input_dropout", "dropout", "recurrent_dropout", "weight_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is a probability in [0, 1), got {getattr(self, name)}")
@@ -128,7 +139,7 @@ class Stack(nn.Module):
             raise ValueError(f"layer_norm is for lstm and gru, got {self.cell}")
         if self.connection not in (None, "residual", "highway"):
             raise ValueError(f"unknown connection '{self.connection}'; choose from None, 'residual', 'highway'")
-        if self.connection is not None and len(set(self.hidden_sizes)) > 1:
+        if self.connection is not None and not self.proj_size and len(set(self.hidden_sizes)) > 1:
             raise ValueError(f"a {self.connection} connection needs layers of one size, got {self.hidden_sizes}")
 
     def reset_parameters(self) -> None:
@@ -147,7 +158,8 @@ class Stack(nn.Module):
 
     def extra_repr(self) -> str:
         parts = [repr(self.cell), str(self.input_size), str(list(self.hidden_sizes))]
-        defaults: dict[str, Any] = {"bias": True, "batch_first": False, "bidirectional": False, "input_dropout": 0.0}
+        defaults: dict[str, Any] = {"bias": True, "batch_first": False, "bidirectional": False, "proj_size": 0}
+        defaults |= {"input_dropout": 0.0}
         defaults |= {"dropout": 0.0, "recurrent_dropout": 0.0, "weight_dropout": 0.0, "zoneout": (0.0, 0.0)}
         defaults |= {"layer_norm": False, "connection": None, "backend": dispatch.AUTO}
         options = {name: getattr(self, name) for name in defaults}
@@ -165,12 +177,13 @@ class Stack(nn.Module):
     ) -> tuple[Any, tuple[State, ...]]:
         """Runs the layers over whole sequences.
 
-        T steps, B sequences, I = input_size, D = 2 if bidirectional else 1, H units of a layer:
+        T steps, B sequences, I = input_size, D = 2 if bidirectional else 1, H units of a layer, P = proj_size or H:
 
         Args:
             input: (T, B, I), or (B, T, I) with batch_first, or (T, I) unbatched, of the weights' dtype; or integer
                 token ids, which stand for one-hot vectors, without I; or a PackedSequence of either.
-            hx: for each layer its initial state h (D, B, H), for an LSTM (h, c); without B if unbatched. Zeros if None.
+            hx: for each layer its initial state h (D, B, P), for an LSTM (h, c) with c (D, B, H); without B if
+                unbatched. Zeros if None.
             lengths: (B,) integers in [0, T], in any order and on any device, or a list: the steps of each sequence, as
                 in `rnnfast.LSTM`.
             reset: bool, of the input's shape without I: True where the state is reset before that step. The masks of a
@@ -180,7 +193,7 @@ class Stack(nn.Module):
                 padded, has lengths or is packed. torch's default generator if None.
 
         Returns:
-            output, of the shape of the input with D*H features of the last layer or a PackedSequence, and the final
+            output, of the shape of the input with D*P features of the last layer or a PackedSequence, and the final
             state in hx's form.
 
         Raises:
@@ -240,11 +253,12 @@ class Stack(nn.Module):
 
         Args:
             input: (B, I) of the weights' dtype, or (B,) integer token ids.
-            hx: the state the last step returned: for each layer h (1, B, H), for an LSTM (h, c). Zeros if None.
+            hx: the state the last step returned: for each layer h (1, B, P), for an LSTM (h, c) with c (1, B, H). Zeros
+                if None.
             generator: as in `forward`.
 
         Returns:
-            output (B, H) of the last layer, and the state for the next step.
+            output (B, P) of the last layer, and the state for the next step.
 
         Raises:
             RuntimeError: the stack is bidirectional, so that its first output needs the last input.
@@ -267,7 +281,9 @@ class Stack(nn.Module):
         }
         extension = " or ".join(name for name, there in changes.items() if there)
         weight, token_ids = self._parameter("weight_hh_l0"), not input.is_floating_point()
-        return dispatch.Request(self.cell, weight.device.type, weight.dtype, token_ids, False, extension=extension)
+        return dispatch.Request(
+            self.cell, weight.device.type, weight.dtype, token_ids, self.proj_size > 0, extension=extension
+        )
 
     def _run(
         self, rows: Tensor, states: list[tuple[Tensor, ...]], resets: list[tuple[Tensor, ...]] | None, masks: Masks
@@ -332,6 +348,8 @@ class Stack(nn.Module):
     def _weights(self, suffix: str, dtype: torch.dtype, generator: torch.Generator | None) -> functional.Weights:
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh") if self.bias else ("weight_ih", "weight_hh")
         weights = functional.Weights(*(self._parameter(name + suffix).to(dtype) for name in names))
+        if self.proj_size:
+            weights = weights._replace(w_hr=self._parameter("weight_hr" + suffix).to(dtype))
         if not self.training or self.weight_dropout == 0:
             return weights
         mask = dropout_mask(self.weight_dropout, weights.w_hh.shape, weights.w_hh, generator)
@@ -350,24 +368,25 @@ class Stack(nn.Module):
     def _states(
         self, name: str, given: Sequence[State] | None, batch: int, device: torch.device, batched: bool = True
     ) -> list[tuple[Tensor, ...]]:
-        """For each layer (h,) or (h, c), each (D, B, H), of what a caller gives as `name`."""
-        directions, parts = 2 if self.bidirectional else 1, 2 if self.cell == "lstm" else 1
-        sizes = [(directions, batch, size) for size in self.hidden_sizes]
+        """For each layer (h,) or (h, c), of the shapes that `forward` tells, of what a caller gives as `name`."""
+        directions, is_lstm = 2 if self.bidirectional else 1, self.cell == "lstm"
+        sizes = [(self.proj_size or size, size)[: 1 + is_lstm] for size in self.hidden_sizes]
         if given is None:
-            dtype = self._parameter("weight_ih_l0").dtype
-            return [tuple(torch.zeros(size, dtype=dtype, device=device) for _ in range(parts)) for size in sizes]
+            options: Any = {"dtype": self._parameter("weight_ih_l0").dtype, "device": device}
+            return [tuple(torch.zeros(directions, batch, size, **options) for size in parts) for parts in sizes]
         if not isinstance(given, tuple | list) or len(given) != len(sizes):
             raise ValueError(f"{name} must hold one state for each of the {len(sizes)} layers")
         states = []
-        for layer, (state, size) in enumerate(zip(given, sizes, strict=True)):
+        for layer, (state, parts) in enumerate(zip(given, sizes, strict=True)):
             pair = tuple(state) if isinstance(state, tuple | list) else (state,)
-            shape = size if batched else (directions, size[2])
+            expected = [(directions, batch, size) if batched else (directions, size) for size in parts]
             shapes = [tuple(part.shape) for part in pair]
-            one_for_all = name == "reset_to" and batched and shapes == [(directions, 1, size[2])] * parts
-            if shapes != [shape] * parts and not one_for_all:
-                form = f"(h, c), each {shape}" if parts == 2 else f"h {shape}"
+            one_for_all = name == "reset_to" and batched and shapes == [(directions, 1, size) for size in parts]
+            if shapes != expected and not one_for_all:
+                form = f"(h, c) of shapes {expected}" if is_lstm else f"h of shape {expected[0]}"
                 raise RuntimeError(f"{name}[{layer}] must be {form}, got {shapes}")
-            states.append(tuple((part if batched else part.unsqueeze(1)).expand(size) for part in pair))
+            pair = pair if batched else tuple(part.unsqueeze(1) for part in pair)
+            states.append(tuple(part.expand(-1, batch, -1) for part in pair))
         return states
 
 

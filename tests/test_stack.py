@@ -422,6 +422,9 @@ def test_variational_dropout_of_any_sequence() -> None:
         (("gru", 3, [4, 5]), {"connection": "residual"}, "layers of one size"),
         (("gru", 3, [4, 4]), {"connection": "dense"}, "unknown connection"),
         (("gru", 3, [4]), {"backend": "gpu"}, "unknown rnnfast backend"),
+        (("gru", 3, [4]), {"proj_size": 2}, "proj_size is for lstm"),
+        (("lstm", 3, [8, 4]), {"proj_size": 4}, "below every one of hidden_sizes"),
+        (("lstm", 3, [8]), {"proj_size": 4, "zoneout": 0.1}, "does not go with"),
     ],
 )
 def test_mistaken_options(arguments: Any, options: Any, message: str) -> None:
@@ -433,7 +436,7 @@ def test_mistaken_calls() -> None:
     stack, input = make("lstm", [HIDDEN, 3], zoneout=0.1), input_of()
     with pytest.raises(ValueError, match="one state for each of the 2 layers"):
         stack(input, torch.zeros(1, BATCH, HIDDEN))
-    with pytest.raises(RuntimeError, match=r"hx\[1\] must be \(h, c\), each \(1, 3, 3\)"):
+    with pytest.raises(RuntimeError, match=r"hx\[1\] must be \(h, c\) of shapes \[\(1, 3, 3\), \(1, 3, 3\)\]"):
         stack(input, [(torch.zeros(1, BATCH, HIDDEN),) * 2] * 2)
     with pytest.raises(ValueError, match="Expected input to be 2D or 3D, got 4D"):
         stack(input[None])

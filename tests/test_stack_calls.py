@@ -89,6 +89,30 @@ def test_steps_have_the_bits_of_the_whole(cell: str, options: Any) -> None:
             same_bits((torch.stack(outputs), state), stack(input))
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_projections_are_torchs(bidirectional: bool, backend: str) -> None:
+    options: Any = {"bidirectional": bidirectional, "proj_size": 3}
+    theirs = torch.nn.LSTM(INPUTS, 6, num_layers=2, **options)
+    stack = rnnfast.Stack("lstm", INPUTS, [6, 6], backend=backend, **options)
+    stack.load_state_dict(theirs.state_dict())
+    assert list(stack.state_dict()) == list(theirs.state_dict())
+    input, (h, c) = torch.randn(STEPS, BATCH, INPUTS), theirs(torch.randn(STEPS, BATCH, INPUTS))[1]
+    hx = list(zip(h.detach().chunk(2), c.detach().chunk(2), strict=True))
+    output, states = stack(input, hx)
+    expected, (h_n, c_n) = theirs(input, (h.detach(), c.detach()))
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close([torch.cat(parts) for parts in zip(*states, strict=True)], [h_n, c_n])
+    gradients = [
+        torch.autograd.grad(out.square().sum(), list(module.parameters()))
+        for out, module in ((output, stack), (expected, theirs))
+    ]
+    torch.testing.assert_close(gradients[0], gradients[1])
+    wide = rnnfast.Stack("lstm", INPUTS, [6, 8], connection="highway", backend=backend, **options)
+    assert wide(input, lengths=[1, 7, 0])[0].shape == (STEPS, BATCH, 6 if bidirectional else 3)
+    assert "proj_size=3" in repr(wide)
+
+
 def test_a_step_in_training_draws_masks() -> None:
     stack, x = make("gru", dropout=0.5), torch.ones(BATCH, INPUTS)
     steps = [stack.step(x, generator=torch.Generator().manual_seed(seed))[0] for seed in (0, 0, 1)]
@@ -119,7 +143,7 @@ def test_mistakes_are_told() -> None:
         ),
         (RuntimeError, "reset_to has dtype", input, None, resets | {"reset_to": double}),
         (RuntimeError, r"hx\[0\] must be .*got \[\(1, 1, 6\)", input, state_of(stack, 1), {}),
-        (RuntimeError, r"hx\[0\] must be \(h, c\), each \(1, 6\)", input[:, 0], hx, {}),
+        (RuntimeError, r"hx\[0\] must be \(h, c\) of shapes \[\(1, 6\), \(1, 6\)\]", input[:, 0], hx, {}),
         (ValueError, "of an unbatched one", input[:, 0], None, {"lengths": [3]}),
         (ValueError, r"without features, \(7,\)", input[:, 0], None, resets),
         (ValueError, "Expected token ids to be 1D or 2D, got 3D", input.long(), None, {}),
