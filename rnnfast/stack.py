@@ -81,6 +81,8 @@ class Stack(nn.Module):
     ) -> None:
         super().__init__()
         dispatch.check_name(backend)
+        if not isinstance(hidden_sizes, Sequence) or not all(isinstance(size, int) for size in hidden_sizes):
+            raise ValueError(f"hidden_sizes is a list of the units of each layer, got {hidden_sizes!r}")
         self.cell, self.input_size, self.hidden_sizes = cell, input_size, tuple(hidden_sizes)
         self.bias, self.batch_first, self.bidirectional, self.proj_size = bias, batch_first, bidirectional, proj_size
         self.input_dropout, self.dropout, self.recurrent_dropout = input_dropout, dropout, recurrent_dropout
@@ -391,4 +393,8 @@ class Stack(nn.Module):
 
 
 def _pair(zoneout: float | tuple[float, float]) -> tuple[float, float]:
-    return (zoneout, zoneout) if isinstance(zoneout, float | int) else (float(zoneout[0]), float(zoneout[1]))
+    if isinstance(zoneout, float | int):
+        return zoneout, zoneout
+    if len(zoneout) != 2:
+        raise ValueError(f"zoneout is a number, or a pair for h and for c, got {zoneout}")
+    return float(zoneout[0]), float(zoneout[1])

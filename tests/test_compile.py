@@ -209,6 +209,30 @@ def test_inference_and_step_and_autocast_in_a_graph() -> None:
         torch.testing.assert_close(output, layer(input)[0])
 
 
+@pytest.mark.parametrize("name", ["RNNCell", "LSTMCell", "GRUCell"])
+def test_a_cell_in_a_loop_in_a_graph(name: str, backend: str) -> None:
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = getattr(rnnfast, name)(5, 7, backend=backend)
+
+        def forward(self, input: Tensor, state: Any = None) -> Any:
+            for x in input:
+                state = self.cell(x, state)
+            return state
+
+    model, graphs = Loop(), Graphs()
+    compiled, input = torch.compile(model, fullgraph=True, backend=graphs), torch.randn(3, 2, 5)
+    with torch.no_grad():
+        state = model(input)
+    for arguments in ((input,), (torch.randint(5, (3, 2)),), (input, state)):
+        expected = outputs_and_gradients(model, list(model.parameters()), arguments)
+        torch.testing.assert_close(outputs_and_gradients(compiled, list(model.parameters()), arguments), expected)
+    assert set(graphs.operators()) == {f"rnnfast::scan_{backend}"}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(compiled(input), model(input))
+
+
 def test_per_sample_gradients_in_a_graph(backend: str) -> None:
     layer = rnnfast.GRU(5, 7, backend=backend)
     parameters = {name: parameter.detach() for name, parameter in layer.named_parameters()}
@@ -294,10 +318,13 @@ def test_export_of_a_packed_sequence(strict: bool) -> None:
 
 
 def test_aot_inductor(tmp_path: Any) -> None:
-    model = Model(rnnfast.LSTM(5, 7)).eval()
-    sizes = {0: Dim("steps", min=1, max=4096), 1: Dim("batch", min=1, max=4096)}
+    model = Ragged(rnnfast.LSTM(5, 7)).eval()
+    steps, batch = Dim("steps", min=1, max=4096), Dim("batch", min=1, max=4096)
+    dynamic = ({0: steps, 1: batch}, ({1: batch}, {1: batch}), {0: batch}, {0: steps, 1: batch}, ({}, {}))
     with torch.no_grad():
-        program = export(model, (torch.randn(4, 3, 5),), dynamic_shapes=((sizes,),))
+        program = export(model, ragged(model.layer, 6, [2, 6, 3]), dynamic_shapes=dynamic)
         path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
-        compiled, input = torch._inductor.aoti_load_package(path), torch.randn(9, 6, 5)
-        torch.testing.assert_close(tree_leaves(compiled(input)), tree_leaves(model(input)))
+        compiled = torch._inductor.aoti_load_package(path)
+        for case in LENGTHS:
+            arguments = ragged(model.layer, *case)
+            torch.testing.assert_close(tree_leaves(compiled(*arguments)), tree_leaves(model(*arguments)))

@@ -39,10 +39,22 @@ def test_examples_of_transforms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert names["layer"].weight_hh_l0.grad is not None
 
 
+SIZES = {0: torch.export.Dim("steps", min=1, max=4096), 1: torch.export.Dim("batch", min=1, max=512)}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_example_of_aot_inductor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    layer = rnnfast.LSTM(5, 7)
+    with torch.no_grad():
+        program = torch.export.export(layer, (torch.randn(20, 4, 5),), dynamic_shapes=(SIZES,))
+        run_page("transforms.md", "python aoti", torch=torch, layer=layer, program=program)
+    assert (tmp_path / "layer.pt2").exists()
+
+
 @pytest.mark.filterwarnings("ignore")  # torch's exporter deprecates itself
 def test_example_of_onnx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxscript", reason="needs onnxscript: pip install 'rnnfast[onnx]'")
     monkeypatch.chdir(tmp_path)
-    sizes = {0: torch.export.Dim("steps", min=1, max=4096), 1: torch.export.Dim("batch", min=1, max=512)}
-    run_page("transforms.md", "python onnx", torch=torch, layer=rnnfast.LSTM(5, 7), sizes=sizes)
+    run_page("transforms.md", "python onnx", torch=torch, layer=rnnfast.LSTM(5, 7), sizes=SIZES)
     assert (tmp_path / "layer.onnx").exists()

@@ -213,6 +213,13 @@ def compiled_lengths(nn: Any) -> None:
         torch.testing.assert_close(graph(x, **options), layer(x, **options))
 
 
+@feature("a cell in a graph")
+def compiled_cell(nn: Any) -> None:
+    torch._dynamo.reset()
+    cell, x = nn.LSTMCell(3, 4), torch.randn(2, 3)
+    torch.testing.assert_close(torch.compile(cell, fullgraph=True, backend="eager")(x), cell(x))
+
+
 @feature("`torch.export` with dynamic T and B")
 def exported(nn: Any) -> None:
     layer, sizes = nn.GRU(3, 4).eval(), {0: torch.export.Dim("steps", min=1), 1: torch.export.Dim("batch", min=1)}

@@ -158,7 +158,6 @@ def test_mistakes_are_told() -> None:
 
 
 OPTIONS = {
-    "plain": {},
     "dropouts": {"input_dropout": 0.2, "dropout": 0.5, "weight_dropout": 0.5},
     "highway, both directions": {"connection": "highway", "bidirectional": True},
 }
