@@ -258,6 +258,9 @@ def _torch_stack(
     dropout: float,
     training: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if batch_sizes is not None and not input.shape[0]:  # cuDNN takes no empty batch
+        directions, features = 2 if bidirectional else 1, h_0.shape[2]
+        return input.new_zeros(0, directions * features), h_0.clone(), h_0.new_empty(0) if c_0 is None else c_0.clone()
     function = getattr(torch._VF, cell)
     flat_weights = [parameter for lane in weights for parameter in lane if parameter is not None]
     num_layers = len(weights) // (2 if bidirectional else 1)

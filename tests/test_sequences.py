@@ -179,9 +179,10 @@ def test_lengths_of_any_integer_type_or_a_list(dtype: torch.dtype) -> None:
     torch.testing.assert_close(layer(input, lengths=torch.tensor(lengths, dtype=dtype)), expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference", "torch"])
 @pytest.mark.parametrize("name", LAYERS)
-def test_an_empty_sequence_keeps_its_state(name: str) -> None:
-    layer = make(name, num_layers=2)
+def test_an_empty_sequence_keeps_its_state(name: str, backend: str) -> None:
+    layer = make(name, num_layers=2, backend=backend)
     input, hx = torch.randn(STEPS, BATCH, INPUTS), state_of(layer)
     output, final = layer(input, hx, lengths=[3, 0, 9, 0])
     assert not output[:, [1, 3]].any()
