@@ -49,8 +49,8 @@ class _DropInCell(nn.RNNCellBase):
         token_ids = not (input.is_floating_point() or input.is_complex() or input.dtype == torch.bool)
         weight = self.weight_hh
         kind = self._cell()
-        backend = dispatch.choose_name(self.backend, kind, weight.device.type, weight.dtype, token_ids, False)
-        if backend == "torch":
+        backend = dispatch.choose_name(self.backend, None, kind, weight.device.type, weight.dtype, token_ids, False)
+        if backend == "torch" and not token_ids:
             return super().forward(input, hx)
 
         name, dims = type(self).__name__, input.dim() + token_ids

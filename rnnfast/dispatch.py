@@ -41,8 +41,8 @@ class Size(NamedTuple):
 class Request(NamedTuple):
     """What decides whether a backend can run a layer, and on a GPU, where `size` is needed, which is fastest.
 
-    `transformed`: a compiler, a torch.func transform or forward-mode AD looks at the call. `extension` tells what
-    changes the recurrence, "" if nothing.
+    `transformed`: a torch.func transform or forward-mode AD looks at the call. `extension` tells what changes the
+    recurrence, "" if nothing.
     """
 
     cell: str
@@ -115,11 +115,7 @@ def _module(name: str) -> Any:
 
 
 def _torch_declines(request: Request) -> str | None:
-    if request.token_ids:
-        return "torch.nn takes no token ids"
-    return (
-        "torch.nn's kernels have no vmap or forward-mode AD, and compilers unroll them" if request.transformed else None
-    )
+    return "torch.nn's kernels have no vmap or forward-mode AD" if request.transformed else None
 
 
 _BACKENDS = {
@@ -246,12 +242,13 @@ def _order(request: Request) -> tuple[tuple[str, ...], str]:
     return (*ranking, *order), "the card's table has not found it right at this size"
 
 
-def choose_name(backend: str, *request: Any) -> str:
-    """Returns the name that `choose` chooses for a `Request` of these parts.
+def choose_name(backend: str, size: tuple[Any, ...] | None, *request: Any) -> str:
+    """Returns the name that `choose` chooses for a `Request` of these parts, and of a `Size` of those.
 
     A compiler calls this while it traces, once, and keeps the answer; so what it is given and gives are plain values.
+    (Dynamo hands a named tuple over without its content.)
     """
-    return choose(Request(*request), backend).backend
+    return choose(Request(*request)._replace(size=None if size is None else Size(*size)), backend).backend
 
 
 choose_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
@@ -360,10 +357,13 @@ def _elsewhere(choice: Choice, request: Request) -> tuple[tuple[str, str], ...]:
             ("second and higher derivatives", "reference, differentiated by torch"),
             ("forward-mode derivatives", "reference, differentiated by torch"),
         )
-    whole = "torch.compile, torch.func and forward-mode AD"
-    if choice.reason != _BY_NAME:
-        return ((whole, choose(request._replace(transformed=True)).backend),)
-    return ((whole, f"refused: {_torch_declines(request._replace(transformed=True))}"),)
+    mapped = request._replace(transformed=True)
+    refused = choice.reason == _BY_NAME
+    elsewhere = f"refused: {_torch_declines(mapped)}" if refused else choose(mapped).backend
+    return (
+        ("gradients under torch.compile", "torch, which runs forward once more"),
+        ("torch.func and forward-mode AD", elsewhere),
+    )
 
 
 def _size_of_input(cell: str, layer: Any, input: Tensor | PackedSequence, weight: Tensor) -> Size | None:
@@ -395,12 +395,14 @@ def size_of(cell: str, w_hh: Tensor, rows: int, steps: int, differentiable: Iter
         differentiable: what may require a gradient.
 
     Returns:
-        None while a graph is exported, which is to hold for sizes that are not known yet. A compiled graph serves any T
-        and B, so it is chosen for usual ones.
+        None while a graph is exported, which is to hold for sizes that are not known yet. A compiled graph goes by the
+        sizes that it is compiled for, and by usual ones where it serves any T or B.
     """
     if torch.compiler.is_exporting():
         return None
     if torch.compiler.is_compiling():
-        rows, steps = _USUAL_ROWS, _USUAL_STEPS
+        has_static_value = torch.fx.experimental.symbolic_shapes.has_static_value  # Dynamo has imported it
+        rows = rows if has_static_value(rows) else _USUAL_ROWS
+        steps = steps if has_static_value(steps) else _USUAL_STEPS
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
     return Size(w_hh.device.index or 0, w_hh.shape[0] // CELLS[cell].gates, rows, steps, training)

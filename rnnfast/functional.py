@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rnnfast import dispatch
+from rnnfast.backends import torch_nn
 from rnnfast.cells import CELLS
-from rnnfast.scan import Weights, _stack_lanes, is_transformed, lstm_states, scan_layer
+from rnnfast.scan import Weights, _stack_lanes, is_mapped, is_transformed, lstm_states, scan_layer
 
 __all__ = ["Weights", "gru", "lstm", "rnn", "states", "step"]
 
@@ -120,8 +121,8 @@ def _stack(
     first, token_ids = weights[0], not input.is_floating_point()
     steps = input.shape[0] if batch_sizes is None else batch_sizes.shape[0]
     chosen = _choose(backend, cell, first, token_ids, h_0.shape[1] * directions, steps, (input, h_0, c_0, *first))
-    if chosen == "torch":
-        return _torch_stack(cell, input, h_0, c_0, weights, batch_sizes, bidirectional, dropout, training)
+    if chosen == "torch" and not torch.compiler.is_compiling():
+        return torch_nn.layers(cell, input, h_0, c_0, weights, batch_sizes, bidirectional, dropout, training)
 
     rows = input.long() if token_ids else input
     if batch_sizes is None:
@@ -161,8 +162,9 @@ def step(
     token_ids = not input.is_floating_point()
     _check(cell, input.unsqueeze(0), h_0, c_0, weights, None, 1)
     chosen = _choose(backend, cell, weights[0], token_ids, input.shape[0], 1, (input, h_0, c_0, *weights[0]))
-    if chosen == "torch":
-        output, h_n, c_n = _torch_stack(cell, input.unsqueeze(0), h_0, c_0, weights, None, False, dropout, dropout > 0)
+    if chosen == "torch" and not torch.compiler.is_compiling():
+        rows = input.unsqueeze(0)
+        output, h_n, c_n = torch_nn.layers(cell, rows, h_0, c_0, weights, None, False, dropout, dropout > 0)
         return output.squeeze(0), h_n, c_n
     return _run_layers(chosen, cell, input.long() if token_ids else input, h_0, c_0, weights, None, False, dropout)
 
@@ -180,9 +182,8 @@ def _choose(
     w_hh, size = weights.w_hh, None
     if w_hh.device.type in dispatch.TABLED:
         size = dispatch.size_of(cell, w_hh, rows, steps, differentiable)
-    return dispatch.choose_name(
-        backend, cell, w_hh.device.type, w_hh.dtype, token_ids, weights.w_hr is not None, is_transformed(), size
-    )
+    request = (cell, w_hh.device.type, w_hh.dtype, token_ids, weights.w_hr is not None, is_mapped())
+    return dispatch.choose_name(backend, None if size is None else tuple(size), *request)
 
 
 def states(
@@ -245,34 +246,6 @@ def _run_layers(
         if dropout > 0 and start + directions < len(weights):
             rows = F.dropout(rows, dropout)
     return rows, torch.cat(h_n), torch.cat(c_n)
-
-
-def _torch_stack(
-    cell: str,
-    input: Tensor,
-    h_0: Tensor,
-    c_0: Tensor | None,
-    weights: Sequence[Weights],
-    batch_sizes: Tensor | None,
-    bidirectional: bool,
-    dropout: float,
-    training: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    if batch_sizes is not None and not input.shape[0]:  # cuDNN takes no empty batch
-        directions, features = 2 if bidirectional else 1, h_0.shape[2]
-        return input.new_zeros(0, directions * features), h_0.clone(), h_0.new_empty(0) if c_0 is None else c_0.clone()
-    function = getattr(torch._VF, cell)
-    flat_weights = [parameter for lane in weights for parameter in lane if parameter is not None]
-    num_layers = len(weights) // (2 if bidirectional else 1)
-    # cuDNN has a backward only for what it ran in training mode; without dropout that is the same.
-    dropout, training = float(dropout if training else 0.0), training or torch.is_grad_enabled()
-    options = (flat_weights, weights[0].b_ih is not None, num_layers, dropout, training, bidirectional)
-    hx = h_0 if c_0 is None else (h_0, c_0)
-    if batch_sizes is None:
-        output, h_n, *c_n = function(input, hx, *options, False)
-    else:
-        output, h_n, *c_n = function(input, batch_sizes, hx, *options)
-    return output, h_n, c_n[0] if c_n else h_n.new_empty(0)
 
 
 def _check(

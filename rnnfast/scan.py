@@ -16,10 +16,10 @@ from torch import _C, Tensor
 from torch.autograd import forward_ad
 
 from rnnfast import batching, derivatives
-from rnnfast.backends import reference
+from rnnfast.backends import reference, torch_nn
 from rnnfast.cells import CELLS
 
-BACKENDS = ("reference", "cpu", "triton", "cuda")
+BACKENDS = ("reference", "cpu", "triton", "cuda", "torch")
 
 _LAYER = (
     "Tensor input, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, Tensor h_0, Tensor? c_0, "
@@ -91,11 +91,16 @@ def scan(
 
 def is_transformed() -> bool:
     """A compiler, an exporter, a torch.func transform or forward-mode AD looks at what runs now."""
-    return bool(
-        torch.compiler.is_compiling()
-        or _C._functorch.maybe_current_level() is not None
-        or forward_ad._current_level >= 0
-    )
+    return bool(torch.compiler.is_compiling() or is_mapped())
+
+
+def is_mapped() -> bool:
+    """A torch.func transform or forward-mode AD looks at what runs now; while a compiler traces, at what it traces."""
+    return bool(_C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0)
+
+
+# torch.compile calls it while it traces, which is inside the same transforms.
+is_mapped._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def lstm_states(
@@ -198,6 +203,11 @@ def _fake_forward(
     )
 
 
+def _fake_forward_of_torch(*arguments: Any) -> tuple[Tensor, ...]:
+    *results, tape = _fake_forward(*arguments)
+    return (*results, tape[..., :0].clone() if arguments[-1] else tape)
+
+
 def _fake_backward(
     d_output: Tensor | None,
     d_h_n: Tensor | None,
@@ -240,11 +250,15 @@ for _backend in BACKENDS:
     _OPS[_backend] = _op, _backward_op
     _library.impl(_name, derivatives.kernel(derivatives.Scan, _op, _backward_op), "Autograd")
     _library.impl(_name + "_backward", derivatives.kernel(derivatives.ScanBackward, _backward_op), "Autograd")
+    _fakes = (_fake_forward_of_torch if _backend == "torch" else _fake_forward, _fake_backward)
     for _qualified, _fake, _rule in (
-        (f"rnnfast::{_name}", _fake_forward, partial(batching.map_forward, _op)),
-        (f"rnnfast::{_name}_backward", _fake_backward, partial(batching.map_backward, _backward_op)),
+        (f"rnnfast::{_name}", _fakes[0], partial(batching.map_forward, _op)),
+        (f"rnnfast::{_name}_backward", _fakes[1], partial(batching.map_backward, _backward_op)),
     ):
         torch.library.register_fake(_qualified, _fake, lib=_library)
-        torch.library.register_vmap(_qualified, _rule, lib=_library)
+        if _backend != "torch":  # the rules rely on the tape
+            torch.library.register_vmap(_qualified, _rule, lib=_library)
 _library.impl("scan_reference", reference.forward, "CompositeExplicitAutograd")
 _library.impl("scan_reference_backward", reference.backward, "CompositeExplicitAutograd")
+_library.impl("scan_torch", torch_nn.forward, "CompositeExplicitAutograd")
+_library.impl("scan_torch_backward", torch_nn.backward, "CompositeExplicitAutograd")

@@ -106,7 +106,7 @@ class Backward {
   void run_item(const Item& item, const Local& local, Barrier& barrier) const {
     if (local.member == 0) init_carries(item);
     barrier.wait(local.members);
-    const Walk<O> walk(w_hh, states, gate_rows, item, local.member, local.members);
+    const Walk<O> walk(w_hh, states, gate_rows, item, s.steps + 1, local.member, local.members);
     for (int64_t step = s.steps - 1; step >= 0; --step) {
       for (int64_t i = 0; i < item.lane_end - item.lane; ++i)
         state_gradient(item, local, walk, walk.lane(step, i), step);

@@ -74,7 +74,7 @@ class Forward {
   void run_item(const Item& item, const Local& local, Barrier& barrier) const {
     if (local.member == 0) init_states(item);
     barrier.wait(local.members);
-    const Walk<O> walk(packed.w_hh, packed.gates, s.state, item, local.member, local.members);
+    const Walk<O> walk(packed.w_hh, packed.gates, s.state, item, s.steps, local.member, local.members);
     const int64_t chunk = chunk_steps();
     for (int64_t step = 0; step < s.steps; ++step) {
       if (step % chunk == 0 && !table)

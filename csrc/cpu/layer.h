@@ -183,11 +183,12 @@ RNNFAST_INLINE Item item_of(const ScanShape& s, const Split& split, int64_t i) {
 }
 
 // How one member of a team walks through the weights of a scan: its panels of every lane of the item, one step from the
-// first to the last and the next one back, so that the weights last used, which are near, are used first again.
+// first to the last and the next one back, so that the weights last used, which are near, are used first again. The first
+// step turns round as well: it may be the next of a stream.
 template <class O>
 class Walk {
  public:
-  Walk(const O* weights, const Panels& of, int64_t depth, const Item& item, int member, int members)
+  Walk(const O* weights, const Panels& of, int64_t depth, const Item& item, int64_t steps, int member, int members)
       : base_(weights),
         panels_(of),
         k_(depth),
@@ -195,27 +196,33 @@ class Walk {
         count_(of.count() * (member + 1) / members - first_),
         lane_(item.lane),
         lanes_(item.lane_end - item.lane),
-        near_(near_bytes() / max64(1, of.vectors * units<O>(depth) * VECTOR_BYTES)) {}
+        near_(near_bytes() / max64(1, of.vectors * units<O>(depth) * VECTOR_BYTES)),
+        walked_(steps_walked()) {
+    steps_walked() += steps;
+  }
   int64_t count() const { return count_; }
-  int64_t lane(int64_t step, int64_t i) const { return lane_ + (step & 1 ? lanes_ - 1 - i : i); }
-  int64_t panel(int64_t step, int64_t i) const { return first_ + (step & 1 ? count_ - 1 - i : i); }
+  int64_t lane(int64_t step, int64_t i) const { return lane_ + (back(step) ? lanes_ - 1 - i : i); }
+  int64_t panel(int64_t step, int64_t i) const { return first_ + (back(step) ? count_ - 1 - i : i); }
   const O* weights(int64_t lane, int64_t p) const {
     return base_ + lane * packed_size<O>(panels_, k_) + panel_offset<O>(panels_, p, k_);
   }
   // What tile `tile` of `tiles` of the step's i-th panel fetches: weights of the next panel, if those are no longer near and
   // another tile of this panel leaves time for it.
   Ahead ahead(int64_t step, int64_t i, int64_t lane, int64_t tile, int64_t tiles) const {
-    const int64_t walked = (step & 1 ? lane_ + lanes_ - 1 - lane : lane - lane_) * count_ + i + 1;
-    if (walked < near_ || tiles == 1 || i + 1 == count_) return {};
+    const int64_t passed = (back(step) ? lane_ + lanes_ - 1 - lane : lane - lane_) * count_ + i + 1;
+    if (passed < near_ || tiles == 1 || i + 1 == count_) return {};
     const int64_t next = panel(step, i + 1);
     return share_of_panel<O>(weights(lane, next), panels_.width(next), k_, tile, tiles);
   }
 
  private:
+  bool back(int64_t step) const { return (walked_ + step) & 1; }
+
   const O* base_;
   const Panels& panels_;
   int64_t k_, first_, count_, lane_, lanes_;
-  int64_t near_;  // panels that stay near
+  int64_t near_;    // panels that stay near
+  int64_t walked_;  // steps this thread walked before
 };
 
 // Rows of an item that are alive at step t.

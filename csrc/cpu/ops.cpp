@@ -99,6 +99,13 @@ struct PackedHeader {
 };
 static_assert(sizeof(PackedHeader) <= PackedHeader::BYTES);
 
+// Large ones begin with a huge page: what lies in one spreads evenly over a core's second-level cache.
+char* packed_base(const Tensor& packed) {
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(packed.const_data_ptr());
+  const bool large = packed.numel() >= int64_t(HUGE_PAGE);
+  return reinterpret_cast<char*>(large ? (begin + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE : begin);
+}
+
 }  // namespace
 
 int available_threads() { return usable_threads(int(torch::stable::get_num_threads())); }
@@ -156,10 +163,11 @@ Tensor scan_cpu_pack(Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTens
   ForwardArgs args{header.layer, nullptr,    data(w_ih), data(w_hh), data(b_ih), data(b_hh), data(w_hr),
                    nullptr,      nullptr,    nullptr,    nullptr,    nullptr,    nullptr,    nullptr};
   const Kernels& kernels = choose_kernels(header.layer.dtype);
-  const int64_t bytes = int64_t(PackedHeader::BYTES + kernels.pack(args));
-  Tensor packed = torch::stable::new_empty(w_hh, {bytes}, ScalarType::Byte);
-  char* base = static_cast<char*>(packed.mutable_data_ptr());
-  wish_huge_pages(base, size_t(bytes));
+  const size_t bytes = PackedHeader::BYTES + kernels.pack(args);
+  const size_t room = bytes < HUGE_PAGE / 4 ? bytes : (bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE + HUGE_PAGE;
+  Tensor packed = torch::stable::new_empty(w_hh, {int64_t(room)}, ScalarType::Byte);
+  wish_huge_pages(packed.mutable_data_ptr(), room);
+  char* base = packed_base(packed);
   std::memcpy(base, &header, sizeof header);
   args.packed = base + PackedHeader::BYTES;
   kernels.pack(args);
@@ -168,7 +176,7 @@ Tensor scan_cpu_pack(Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTens
 
 PackedWeights unpack(const Tensor& packed) {
   PackedHeader header{};
-  char* base = static_cast<char*>(const_cast<void*>(packed.const_data_ptr()));
+  char* base = packed_base(packed);
   if (packed.numel() >= int64_t(PackedHeader::BYTES)) std::memcpy(&header, base, sizeof header);
   STD_TORCH_CHECK(header.magic == PackedHeader::MAGIC, "these are not weights that scan_cpu_pack has packed");
   return {header.layer, base + PackedHeader::BYTES};

@@ -30,8 +30,6 @@ const int fork_handler = pthread_atfork(
       kept_mutex.unlock();
     });
 
-constexpr size_t HUGE_PAGE = size_t(2) << 20;
-
 void pause_cpu() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
@@ -82,6 +80,11 @@ void Barrier::wait(int members) {
   sleepers_.fetch_add(1);
   while (phase_.load() == phase) sleep_while(phase_, phase);
   sleepers_.fetch_sub(1);
+}
+
+int64_t& steps_walked() {
+  static thread_local int64_t steps = 0;
+  return steps;
 }
 
 int64_t near_bytes() {

@@ -24,11 +24,15 @@ class Barrier {
   std::atomic<uint32_t> sleepers_{0};
 };
 
+// Steps that the calling thread has walked in all its scans.
+int64_t& steps_walked();
+
 // Bytes of weights that stay in a core's second-level cache from step to step, beside all else that passes through it.
 int64_t near_bytes();
 
 // Asks for huge pages where a block spans some: a first touch of small pages costs more than computing what goes there.
 void wish_huge_pages(void* data, size_t bytes);
+constexpr size_t HUGE_PAGE = size_t(2) << 20;
 
 // A 64-byte aligned block, kept for the next call rather than returned to the system at once.
 class Scratch {

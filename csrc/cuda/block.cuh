@@ -1,6 +1,7 @@
-// An exchange hands the operand of a step from the threads that computed it to all warps of all blocks of the team:
+// An exchange hands the operand of a step from the threads that computed it to all warps of all blocks of the team (where
+// sums are exchanged in its place, see cluster.cuh, of the block):
 //
-//   start(step)          once, after both buffers of the operand have been filled
+//   start()              once, after both buffers of the operand have been filled
 //   wait(step)           the operand of `step` is complete, here(step) points to it
 //   send(step, row, k, value)   stores a value of the operand of `step`; whole warps call it
 //   sent(step)           this thread has sent all of its values
@@ -20,6 +21,8 @@ class BlockExchange {
   char* shared_;
 
  public:
+  static constexpr Exchange kKind = Exchange::block;
+
   RNNFAST_DEVICE BlockExchange(const ScanParams& p, char* shared) : layout_(p.layout), shared_(shared) {}
 
   RNNFAST_DEVICE char* here(int step) {
@@ -31,6 +34,37 @@ class BlockExchange {
     reinterpret_cast<Operand*>(here(step) + row * layout_.stride)[k] = value;
   }
   RNNFAST_DEVICE void sent(int) {}
+  RNNFAST_DEVICE void finish() {}
+};
+
+// The sums of a product on their way to the threads that own a row and a unit:
+//
+//   start()                            once
+//   put(step, split, row, column, sum) a sum of the product, from the warp that has it
+//   wait(step)                         all sums of the step are there
+//   of(step, row, column)              a sum, of all parts
+//   finish()                           before the block ends
+//
+// The block's own product, whose depth may be split over warps.
+template <class Sum>
+class BlockSums {
+  const Layout& layout_;
+  Sum* sums_;  // (splits, rows, columns)
+
+ public:
+  RNNFAST_DEVICE BlockSums(const ScanParams& p, char* shared)
+      : layout_(p.layout), sums_(reinterpret_cast<Sum*>(shared + p.layout.sums_at)) {}
+
+  RNNFAST_DEVICE void start() {}
+  RNNFAST_DEVICE void put(int, int split, int row, int column, Sum sum) {
+    sums_[(split * layout_.rows + row) * layout_.columns + column] = sum;
+  }
+  RNNFAST_DEVICE void wait(int) { hw::block_barrier(); }
+  RNNFAST_DEVICE Sum of(int, int row, int column) const {
+    Sum sum = 0;
+    for (int s = 0; s < layout_.splits; ++s) sum += sums_[(s * layout_.rows + row) * layout_.columns + column];
+    return sum;
+  }
   RNNFAST_DEVICE void finish() {}
 };
 

@@ -1,8 +1,8 @@
-// The exchange within a thread-block cluster: every block stores its values straight into the shared memory of all its
-// peers (st.async), and a buffer's mbarrier completes when a step's bytes have all arrived.
+// The exchanges within a thread-block cluster: values are stored straight into the shared memory of peers (st.async), and a
+// buffer's mbarrier completes when a step's bytes have all arrived.
 //
 // Two buffers are enough: a block sends step t + 1 only after it has received step t from all peers, and a peer sends
-// step t only after its product has read step t - 1, whose buffer step t + 1 overwrites.
+// step t only after it has read step t - 1, whose buffer step t + 1 overwrites.
 #pragma once
 
 #include "layout.h"
@@ -10,40 +10,56 @@
 
 namespace rnnfast::cuda {
 
-template <class Operand>
-class ClusterExchange {
-  const Layout& layout_;
-  char* shared_;
-
-  RNNFAST_DEVICE uint64_t* barrier(int step) {
-    return reinterpret_cast<uint64_t*>(shared_ + layout_.barrier_at) + (step & 1);
-  }
-
-  RNNFAST_DEVICE void send_word(int step, char* place, uint32_t word) {
-    for (int peer = 0; peer < layout_.blocks; ++peer) hw::remote_store(place, barrier(step), peer, word);
-  }
+// The mbarriers of the two buffers.
+class Arrivals {
+  uint64_t* barriers_;
 
  public:
-  RNNFAST_DEVICE ClusterExchange(const ScanParams& p, char* shared) : layout_(p.layout), shared_(shared) {}
+  RNNFAST_DEVICE Arrivals(const Layout& l, char* shared) : barriers_(reinterpret_cast<uint64_t*>(shared + l.barrier_at)) {}
 
-  RNNFAST_DEVICE char* here(int step) {
-    return shared_ + layout_.operand_at + (step & 1) * layout_.rows * layout_.stride;
-  }
+  RNNFAST_DEVICE uint64_t* of(int step) { return barriers_ + (step & 1); }
 
   RNNFAST_DEVICE void start() {
     if (hw::thread() == 0) {
-      hw::mbarrier_init(barrier(0), 1);
-      hw::mbarrier_init(barrier(1), 1);
+      hw::mbarrier_init(of(0), 1);
+      hw::mbarrier_init(of(1), 1);
       hw::mbarrier_publish();
     }
     hw::cluster_barrier();
   }
 
   // Bytes may arrive before they are expected: the phase stays open for thread 0's own arrival.
+  RNNFAST_DEVICE void wait(int step, int bytes) {
+    if (hw::thread() == 0) hw::mbarrier_expect(of(step), bytes);
+    hw::mbarrier_wait(of(step), (step - 1) >> 1 & 1);
+  }
+};
+
+// All blocks gather the operand: each stores its values at all its peers.
+template <class Operand>
+class ClusterExchange {
+  const Layout& layout_;
+  char* shared_;
+  Arrivals arrivals_;
+
+  RNNFAST_DEVICE void send_word(int step, char* place, uint32_t word) {
+    for (int peer = 0; peer < layout_.blocks; ++peer) hw::remote_store(place, arrivals_.of(step), peer, word);
+  }
+
+ public:
+  static constexpr Exchange kKind = Exchange::cluster;
+
+  RNNFAST_DEVICE ClusterExchange(const ScanParams& p, char* shared)
+      : layout_(p.layout), shared_(shared), arrivals_(p.layout, shared) {}
+
+  RNNFAST_DEVICE char* here(int step) {
+    return shared_ + layout_.operand_at + (step & 1) * layout_.rows * layout_.stride;
+  }
+
+  RNNFAST_DEVICE void start() { arrivals_.start(); }
+
   RNNFAST_DEVICE void wait(int step) {
-    if (hw::thread() == 0)
-      hw::mbarrier_expect(barrier(step), layout_.blocks * layout_.rows * layout_.slice * int{sizeof(Operand)});
-    hw::mbarrier_wait(barrier(step), (step - 1) >> 1 & 1);
+    arrivals_.wait(step, layout_.blocks * layout_.rows * layout_.slice * int{sizeof(Operand)});
   }
 
   RNNFAST_DEVICE void send(int step, int row, int k, Operand value) {
@@ -61,6 +77,50 @@ class ClusterExchange {
   RNNFAST_DEVICE void sent(int) {}
 
   // A block's shared memory must outlive its peers' stores.
+  RNNFAST_DEVICE void finish() { hw::cluster_barrier(); }
+};
+
+// The sums are scattered: each is a part of the sum of one unit, and is stored at the block that owns the unit, which adds the
+// parts up in the order of the blocks. A sum leaves from the lane that has it, without a stop in its own shared memory.
+template <class Sum>
+class ClusterSums {
+  const Layout& layout_;
+  Sum* sums_;  // two of (blocks * splits, rows, units)
+  Arrivals arrivals_;
+  float owners_a_column_;
+
+  RNNFAST_DEVICE int parts() const { return layout_.blocks * layout_.splits; }
+  RNNFAST_DEVICE Sum* part(int step, int index, int row, int unit) const {
+    return sums_ + (((step & 1) * parts() + index) * layout_.rows + row) * layout_.units + unit;
+  }
+
+ public:
+  RNNFAST_DEVICE ClusterSums(const ScanParams& p, char* shared)
+      : layout_(p.layout),
+        sums_(reinterpret_cast<Sum*>(shared + p.layout.sums_at)),
+        arrivals_(p.layout, shared),
+        owners_a_column_(1.0f / p.layout.units) {}
+
+  RNNFAST_DEVICE void start() { arrivals_.start(); }
+
+  RNNFAST_DEVICE void put(int step, int split, int row, int column, Sum sum) {
+    // column / units, without the instructions of an integer division: the half is more than all roundings below 2^20.
+    const int owner = static_cast<int>((column + 0.5f) * owners_a_column_);
+    Sum* place = part(step, hw::block_x() * layout_.splits + split, row, column - owner * layout_.units);
+    hw::remote_store(place, arrivals_.of(step), owner, bits<uint32_t>(sum));
+  }
+
+  RNNFAST_DEVICE void wait(int step) {
+    arrivals_.wait(step, parts() * layout_.rows * layout_.units * int{sizeof(Sum)});
+  }
+
+  RNNFAST_DEVICE Sum of(int step, int row, int unit) const {
+    Sum sum = 0;
+#pragma unroll 4
+    for (int i = 0; i < parts(); ++i) sum += *part(step, i, row, unit);
+    return sum;
+  }
+
   RNNFAST_DEVICE void finish() { hw::cluster_barrier(); }
 };
 

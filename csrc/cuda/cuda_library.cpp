@@ -124,7 +124,8 @@ void run(ScanParams& p, const Tensor& h_0, const std::string& cell_name, const s
   const Cell cell = parse_cell(cell_name);
   const Numbers numbers = parse_numbers(numbers_name);
   const auto kernel = static_cast<Kernel>(team.at(0));
-  p.layout = make_layout(gate_count(cell), p.hidden, numbers, backward, static_cast<int>(team.at(1)),
+  p.layout = make_layout(gate_count(cell), p.hidden, numbers,
+                         pass_of(kernel, {cell, p.hidden, p.batch, p.lanes, numbers, backward}), static_cast<int>(team.at(1)),
                          static_cast<int>(team.at(2)), static_cast<int>(team.at(3)));
   const Layout& l = p.layout;
   if (const char* reason = flaw(l, numbers)) STD_TORCH_CHECK(false, "no scan can be run so: ", reason);

@@ -27,6 +27,8 @@ class GridExchange {
   RNNFAST_DEVICE uint32_t* flag(int block) const { return p_.flags + team() * layout_.blocks + block; }
 
  public:
+  static constexpr Exchange kKind = Exchange::grid;
+
   RNNFAST_DEVICE GridExchange(const ScanParams& p, char* shared) : p_(p), layout_(p.layout), shared_(shared) {}
 
   RNNFAST_DEVICE char* here(int step) {

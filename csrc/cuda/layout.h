@@ -1,9 +1,9 @@
 // How a scan's work and weights are laid out over a team of blocks. Host code plans with it, kernels read it.
 //
 // A team of `blocks` blocks computes one lane for `rows` rows of the batch. Each block owns `units` hidden units with all
-// their gates. A step is a product of the `operand` (the hidden state forward, the gate gradients backward: `depth`
-// values a row, gathered from all blocks) with the block's weights (`columns` of them), which stay in registers and shared
-// memory from the first step to the last, and then the cell's math for each pair of a row and a unit.
+// their gates. A step is a product of the `operand` (`depth` values a row) with the block's weights (`columns` of them),
+// which stay in registers and shared memory from the first step to the last, and then the cell's math for each pair of a row
+// and a unit. What the team's blocks exchange is the operand, or the sums, as `Pass` tells.
 //
 // The product's columns are dealt to warps in groups, and its depth in chunks: of 256 bytes on plain arithmetic, where the 32
 // lanes of a warp split the depth and each holds 8 bytes a column, of 64 bytes on tensor cores, two mma deep.
@@ -19,10 +19,27 @@ namespace rnnfast::cuda {
 enum class Numbers { float32, tf32, bfloat16, float16, float64 };
 enum class Exchange { block, cluster, grid };
 
+// What the operand is, and what a block multiplies it with.
+enum class Pass {
+  forward,           // the hidden state of all units, gathered; with w_hh's columns of all units, for the block's gates
+  backward_gather,   // the gate gradients of all units, gathered; with w_hh's rows of all gates, for the block's units
+  backward_scatter,  // the gate gradients of the block's own units; with w_hh's rows of those, for all units: these sums
+                     // are sent to the units' owners, each of which adds up those of all blocks
+};
+
 constexpr bool tensor_cores(Numbers n) { return n == Numbers::tf32 || n == Numbers::bfloat16 || n == Numbers::float16; }
 constexpr int sum_bytes(Numbers n) { return n == Numbers::float64 ? 8 : 4; }
 constexpr int operand_bytes(Numbers n) {
   return n == Numbers::float64 ? 8 : n == Numbers::bfloat16 || n == Numbers::float16 ? 2 : 4;
+}
+
+// The backward of a cluster exchanges what is fewer bytes for each row and unit: gate gradients, or a sum. On plain
+// arithmetic the product outweighs the exchange, and the block's own gate gradients fill its chunks of the depth less well;
+// there sums must be less than a third. (A team of the grid has a sum from each of many more blocks to add up.)
+constexpr Pass pass_of(Exchange exchange, int gates, int operand_size, int sum_size, bool mma, bool backward) {
+  if (!backward) return Pass::forward;
+  const bool fewer = (mma ? 1 : 3) * sum_size < gates * operand_size;
+  return exchange == Exchange::cluster && fewer ? Pass::backward_scatter : Pass::backward_gather;
 }
 
 constexpr int kMaxWarps = 16;
@@ -39,30 +56,30 @@ constexpr int pairs_per_thread(bool mma) { return mma ? 2 : 1; }
 
 struct Layout {
   int blocks, units, rows, warps;
-  int slice, depth;                   // operand values a row: of one block, of all blocks and rounded up to chunks
+  int slice, depth;                   // operand values a row: of one block; of the product, rounded up to chunks
   int columns, groups, group_warps;   // group_warps warps take different groups
   int chunks, splits;                 // `splits` warps take different chunks of the same groups
   int groups_per_warp, chunks_per_warp;
   int stride;                         // bytes from one row of the operand to the next
   int slots;                          // chunks that a warp keeps in shared memory
-  int scratch_at, operand_at, barrier_at, shared_bytes;
+  int sums_at, operand_at, barrier_at, shared_bytes;
 };
 
 inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 inline int round_up(int a, int b) { return ceil_div(a, b) * b; }
 
-inline Layout make_layout(int gates, int hidden, Numbers numbers, bool backward, int blocks, int rows, int warps) {
+inline Layout make_layout(int gates, int hidden, Numbers numbers, Pass pass, int blocks, int rows, int warps) {
   const bool mma = tensor_cores(numbers);
   Layout l{};
   l.blocks = blocks;
   l.rows = rows;
   l.warps = warps;
   l.units = round_up(ceil_div(hidden, blocks), group_columns(mma));
-  l.slice = (backward ? gates : 1) * l.units;
+  l.slice = (pass == Pass::forward ? 1 : gates) * l.units;
   const int chunk = chunk_bytes(mma) / operand_bytes(numbers);
-  l.depth = round_up(blocks * l.slice, chunk);
+  l.depth = round_up((pass == Pass::backward_scatter ? 1 : blocks) * l.slice, chunk);
   l.chunks = l.depth / chunk;
-  l.columns = (backward ? 1 : gates) * l.units;
+  l.columns = (pass == Pass::forward ? gates : pass == Pass::backward_gather ? 1 : blocks) * l.units;
   l.groups = l.columns / group_columns(mma);
   l.splits = std::max(1, std::min(l.chunks, warps / l.groups));
   l.group_warps = warps / l.splits;
@@ -70,9 +87,11 @@ inline Layout make_layout(int gates, int hidden, Numbers numbers, bool backward,
   l.chunks_per_warp = ceil_div(l.chunks, l.splits);
   // Eight lanes, over two rows, then read 128 bytes that lie in different banks.
   l.stride = round_up(l.depth * operand_bytes(numbers), 128) + 64;
-  l.slots = l.groups_per_warp * l.chunks_per_warp - std::min(register_chunks(mma, sum_bytes(numbers)), l.chunks_per_warp);
-  l.scratch_at = warps * l.slots * chunk_words(mma) * 128;
-  l.operand_at = l.scratch_at + round_up(l.splits * rows * l.columns * sum_bytes(numbers), 128);
+  l.slots = std::max(0, l.groups_per_warp * l.chunks_per_warp - register_chunks(mma, sum_bytes(numbers)));
+  l.sums_at = warps * l.slots * chunk_words(mma) * 128;
+  // Sums that come from peers have two buffers: a peer may be a step ahead.
+  const int sums = (pass == Pass::backward_scatter ? 2 : 1) * l.splits * rows * l.columns * sum_bytes(numbers);
+  l.operand_at = l.sums_at + round_up(sums, 128);
   l.barrier_at = l.operand_at + 2 * rows * l.stride;
   l.shared_bytes = l.barrier_at + 16;
   return l;

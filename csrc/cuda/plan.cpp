@@ -37,7 +37,12 @@ double step_time(const Problem& p, const DeviceLimits& d, Kernel kernel, const L
   const double weights_read = 1.0 * l.warps * l.slots * chunk_words(mma) * 128 * row_tiles;
   const double operand_read = 1.0 * l.groups * l.rows * l.depth * operand_bytes(p.numbers);
   const double product = std::max(arithmetic, (weights_read + operand_read) / kSharedBytes) / kClock;
-  const double arriving = kernel == Kernel::block ? 0 : 1.0 * l.rows * l.depth * operand_bytes(p.numbers) / kExchangeBytes / kClock;
+  const double sums_bytes = 1.0 * l.splits * l.rows * l.columns * sum_bytes(p.numbers);
+  const double operand = 1.0 * l.rows * l.depth * operand_bytes(p.numbers);
+  const double exchanged = kernel == Kernel::block                          ? 0
+                           : pass_of(kernel, p) == Pass::backward_scatter ? sums_bytes
+                                                                          : operand;
+  const double arriving = (exchanged / kExchangeBytes + sums_bytes / kSharedBytes) / kClock;
   const double exchange =
       kernel == Kernel::block ? kBlockExchange : kernel == Kernel::cluster ? kClusterExchange : kGridExchange;
   const int at_once = kernel == Kernel::cluster ? clusters_at_once(d, l.blocks) : d.multiprocessors / l.blocks;
@@ -55,7 +60,7 @@ double steps_time(const Problem& p, const DeviceLimits& d) {
 
 Layout check_layout(const Problem& p, const DeviceLimits& d, Kernel kernel, int blocks, int rows, int warps,
                     std::string& why_not) {
-  const Layout l = make_layout(gate_count(p.cell), p.hidden, p.numbers, p.backward, blocks, rows, warps);
+  const Layout l = make_layout(gate_count(p.cell), p.hidden, p.numbers, pass_of(kernel, p), blocks, rows, warps);
   const int all_teams = teams(p, rows) * p.lanes;
   why_not.clear();
   if (const char* reason = flaw(l, p.numbers))

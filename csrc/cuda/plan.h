@@ -24,6 +24,14 @@ struct Problem {
 
 enum class Kernel { block, cluster, grid, steps };
 
+// What the scan of a problem exchanges on this kernel, which is not Kernel::steps.
+inline Pass pass_of(Kernel kernel, const Problem& p) {
+  const Exchange exchange =
+      kernel == Kernel::block ? Exchange::block : kernel == Kernel::cluster ? Exchange::cluster : Exchange::grid;
+  return pass_of(exchange, gate_count(p.cell), operand_bytes(p.numbers), sum_bytes(p.numbers), tensor_cores(p.numbers),
+                 p.backward);
+}
+
 struct Plan {
   Kernel kernel;
   int blocks, rows, warps;  // of a team; 0 for Kernel::steps

@@ -1,5 +1,5 @@
-// The product of a step, operand (rows, depth) times weights (depth, columns), with the weights resident: the first chunks
-// of a warp's first group in registers, the others in shared memory. Sums go to scratch (splits, rows, columns).
+// The product of a step, operand (rows, depth) times weights (depth, columns), with the weights resident: the first of a
+// warp's chunks, group by group, in registers, the others in shared memory. Each sum goes to put(split, row, column, sum).
 // A row's sums do not depend on the rows beside it.
 #pragma once
 
@@ -24,11 +24,15 @@ struct WeightRun {
   RNNFAST_DEVICE auto operator[](int i) const -> decltype(hw::widen(*first)) { return i < count ? hw::widen(first[i]) : 0; }
 };
 
-// Where a chunk of a warp lies in its shared memory, those in registers not counted.
-RNNFAST_DEVICE int slot_of(const Layout& l, int in_registers, int group, int chunk) {
-  const int kept = in_registers < l.chunks_per_warp ? in_registers : l.chunks_per_warp;
-  return group * l.chunks_per_warp + chunk - kept;
-}
+// Counted over all its groups, a warp's chunks are in registers first and in shared memory from there on. The m-th of that
+// count is, for the warp's i-th group, the chunk `before + m * splits` of the depth: below 0 if it is of a group before this
+// one, and at least l.chunks if it is of a later one.
+struct GroupChunks {
+  int first, before;
+  RNNFAST_DEVICE GroupChunks(const Layout& l, const WarpShare& share, int i)
+      : first(i * l.chunks_per_warp), before(share.split - first * l.splits) {}
+  RNNFAST_DEVICE int first_after(int in_registers) const { return first < in_registers ? in_registers : first; }
+};
 
 // Sums COUNT values over the warp in a fixed tree; lane l ends up with the sum of value l * COUNT / 32 in v[0].
 template <int COUNT, int OFFSET, class Sum>
@@ -70,9 +74,9 @@ class PlainProduct {
     for (int e = 0; e < kVector; ++e) sum += a.at[e] * b.at[e];
   }
 
-  template <int ROWS>
-  RNNFAST_DEVICE void tile(const Layout& l, const WarpShare& share, int group, int row, const char* operand,
-                           Sum* scratch) {
+  template <int ROWS, class Put>
+  RNNFAST_DEVICE void tile(const Layout& l, const WarpShare& share, int group, int row, const char* operand, Put put) {
+    const GroupChunks of_group(l, share, group);
     Sum sums[ROWS * kColumns] = {};
     Vector x[ROWS];
     const auto read = [&](int chunk) {
@@ -80,24 +84,24 @@ class PlainProduct {
       for (int r = 0; r < ROWS; ++r)
         x[r] = *reinterpret_cast<const Vector*>(operand + (row + r) * l.stride + chunk * 256 + hw::lane() * 8);
     };
-    if (group == 0) {
+    if (of_group.first < kRegisterChunks) {
 #pragma unroll
-      for (int j = 0; j < kRegisterChunks; ++j) {
-        const int chunk = share.split + j * l.splits;
-        if (chunk < l.chunks) {
+      for (int m = 0; m < kRegisterChunks; ++m) {
+        const int chunk = of_group.before + m * l.splits;
+        if (static_cast<unsigned>(chunk) < static_cast<unsigned>(l.chunks)) {
           read(chunk);
 #pragma unroll
           for (int c = 0; c < kColumns; ++c)
 #pragma unroll
-            for (int r = 0; r < ROWS; ++r) multiply_add(sums[r * kColumns + c], weights_[j][c], x[r]);
+            for (int r = 0; r < ROWS; ++r) multiply_add(sums[r * kColumns + c], weights_[m][c], x[r]);
         }
       }
     }
-    for (int j = group == 0 ? kRegisterChunks : 0; j < l.chunks_per_warp; ++j) {
-      const int chunk = share.split + j * l.splits;
-      if (chunk >= l.chunks) break;
+    const int first_shared = of_group.first_after(kRegisterChunks);
+    const Vector* weights = slot(first_shared - kRegisterChunks);
+#pragma unroll 1
+    for (int chunk = of_group.before + first_shared * l.splits; chunk < l.chunks; chunk += l.splits, weights += kColumns * 32) {
       read(chunk);
-      const Vector* weights = slot(slot_of(l, kRegisterChunks, group, j));
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
         const Vector w = weights[c * 32];
@@ -109,8 +113,7 @@ class PlainProduct {
     constexpr int kCopies = 32 / (ROWS * kColumns);  // lanes that hold the same sum
     const int index = hw::lane() / kCopies;
     const int first_column = (share.first_group + group * l.group_warps) * kColumns;
-    if (hw::lane() % kCopies == 0)
-      scratch[(share.split * l.rows + row + index / kColumns) * l.columns + first_column + index % kColumns] = sums[0];
+    if (hw::lane() % kCopies == 0) put(share.split, row + index / kColumns, first_column + index % kColumns, sums[0]);
   }
 
  public:
@@ -127,29 +130,32 @@ class PlainProduct {
       return w;
     };
 #pragma unroll
-    for (int j = 0; j < kRegisterChunks; ++j) {
-      const int chunk = share.split + j * l.splits;
-      const bool used = share.first_group < l.groups && chunk < l.chunks;
+    for (int i = 0; i < kRegisterChunks; ++i) {
+      const int group = share.first_group + i / l.chunks_per_warp * l.group_warps;
+      const int chunk = share.split + i % l.chunks_per_warp * l.splits;
+      const bool used = group < l.groups && chunk < l.chunks;
 #pragma unroll
-      for (int c = 0; c < kColumns; ++c) weights_[j][c] = used ? read(share.first_group, chunk, c) : Vector{};
+      for (int c = 0; c < kColumns; ++c) weights_[i][c] = used ? read(group, chunk, c) : Vector{};
     }
     for (int i = 0; i < l.groups_per_warp; ++i) {
+      const GroupChunks of_group(l, share, i);
       const int group = share.first_group + i * l.group_warps;
-      for (int j = i == 0 ? kRegisterChunks : 0; j < l.chunks_per_warp && group < l.groups; ++j) {
-        const int chunk = share.split + j * l.splits;
+      for (int m = of_group.first_after(kRegisterChunks); group < l.groups; ++m) {
+        const int chunk = of_group.before + m * l.splits;
         if (chunk >= l.chunks) break;
-        for (int c = 0; c < kColumns; ++c) slot(slot_of(l, kRegisterChunks, i, j))[c * 32] = read(group, chunk, c);
+        for (int c = 0; c < kColumns; ++c) slot(m - kRegisterChunks)[c * 32] = read(group, chunk, c);
       }
     }
   }
 
-  RNNFAST_DEVICE void multiply(const Layout& l, const char* operand, Sum* scratch) {
+  template <class Put>
+  RNNFAST_DEVICE void multiply(const Layout& l, const char* operand, Put put) {
     const WarpShare share(l);
     for (int i = 0; i < l.groups_per_warp; ++i) {
       if (share.first_group + i * l.group_warps >= l.groups) break;
       int row = 0;
-      for (; row + kRowTile <= l.rows; row += kRowTile) tile<kRowTile>(l, share, i, row, operand, scratch);
-      for (; row < l.rows; ++row) tile<1>(l, share, i, row, operand, scratch);
+      for (; row + kRowTile <= l.rows; row += kRowTile) tile<kRowTile>(l, share, i, row, operand, put);
+      for (; row < l.rows; ++row) tile<1>(l, share, i, row, operand, put);
     }
   }
 };
@@ -194,18 +200,20 @@ class TensorCoreProduct {
                        {upper.word[2], lower.word[2], upper.word[3], lower.word[3]}}};
     };
 #pragma unroll
-    for (int j = 0; j < kRegisterChunks; ++j) {
-      const int chunk = share.split + j * l.splits;
-      const bool used = share.first_group < l.groups && chunk < l.chunks;
-      weights_[j] = used ? read(share.first_group, chunk) : Fragment{};
+    for (int i = 0; i < kRegisterChunks; ++i) {
+      const int group = share.first_group + i / l.chunks_per_warp * l.group_warps;
+      const int chunk = share.split + i % l.chunks_per_warp * l.splits;
+      const bool used = group < l.groups && chunk < l.chunks;
+      weights_[i] = used ? read(group, chunk) : Fragment{};
     }
     for (int i = 0; i < l.groups_per_warp; ++i) {
+      const GroupChunks of_group(l, share, i);
       const int group = share.first_group + i * l.group_warps;
-      for (int j = i == 0 ? kRegisterChunks : 0; j < l.chunks_per_warp && group < l.groups; ++j) {
-        const int chunk = share.split + j * l.splits;
+      for (int m = of_group.first_after(kRegisterChunks); group < l.groups; ++m) {
+        const int chunk = of_group.before + m * l.splits;
         if (chunk >= l.chunks) break;
         const Fragment w = read(group, chunk);
-        hw::Vec16* place = slot(slot_of(l, kRegisterChunks, i, j));
+        hw::Vec16* place = slot(m - kRegisterChunks);
 #pragma unroll
         for (int half = 0; half < 2; ++half)
           place[half * 32] = {{w.word[half][0], w.word[half][1], w.word[half][2], w.word[half][3]}};
@@ -213,28 +221,29 @@ class TensorCoreProduct {
     }
   }
 
-  RNNFAST_DEVICE void multiply(const Layout& l, const char* operand, float* scratch) {
+  template <class Put>
+  RNNFAST_DEVICE void multiply(const Layout& l, const char* operand, Put put) {
     const WarpShare share(l);
     hw::warp_barrier();
     const int lane = hw::lane();
     for (int i = 0; i < l.groups_per_warp; ++i) {
+      const GroupChunks of_group(l, share, i);
       const int group = share.first_group + i * l.group_warps;
       if (group >= l.groups) break;
       for (int row = 0; row < l.rows; row += kMmaRows) {
         float sums[2][4] = {};
         const char* from = operand + (row + lane / 4) * l.stride + lane % 4 * 16;
-        if (i == 0) {
+        if (of_group.first < kRegisterChunks) {
 #pragma unroll
-          for (int j = 0; j < kRegisterChunks; ++j) {
-            const int chunk = share.split + j * l.splits;
-            if (chunk < l.chunks)
-              multiply_add(sums, weights_[j].word, hw::load_vector(from + chunk * 64));
+          for (int m = 0; m < kRegisterChunks; ++m) {
+            const int chunk = of_group.before + m * l.splits;
+            if (static_cast<unsigned>(chunk) < static_cast<unsigned>(l.chunks))
+              multiply_add(sums, weights_[m].word, hw::load_vector(from + chunk * 64));
           }
         }
-        for (int j = i == 0 ? kRegisterChunks : 0; j < l.chunks_per_warp; ++j) {
-          const int chunk = share.split + j * l.splits;
-          if (chunk >= l.chunks) break;
-          const hw::Vec16* place = slot(slot_of(l, kRegisterChunks, i, j));
+        const int first_shared = of_group.first_after(kRegisterChunks);
+        const hw::Vec16* place = slot(first_shared - kRegisterChunks);
+        for (int chunk = of_group.before + first_shared * l.splits; chunk < l.chunks; chunk += l.splits, place += 64) {
           const hw::Vec16 w0 = hw::load_vector(place), w1 = hw::load_vector(place + 32);
           const uint32_t w[2][4] = {{w0.word[0], w0.word[1], w0.word[2], w0.word[3]},
                                     {w1.word[0], w1.word[1], w1.word[2], w1.word[3]}};
@@ -243,7 +252,7 @@ class TensorCoreProduct {
 #pragma unroll
         for (int s = 0; s < 4; ++s) {
           const int column = group * 16 + lane / 4 + s / 2 * 8, r = row + lane % 4 * 2 + s % 2;
-          scratch[(share.split * l.rows + r) * l.columns + column] = sums[0][s] + sums[1][s];
+          put(share.split, r, column, sums[0][s] + sums[1][s]);
         }
       }
     }

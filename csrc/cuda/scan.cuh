@@ -1,6 +1,8 @@
 // The scan, forward and backward, over any exchange (block, cluster, grid) and any arithmetic: one launch walks all steps.
 #pragma once
 
+#include <type_traits>
+
 #include "block.cuh"
 #include "cell.cuh"
 #include "cluster.cuh"
@@ -35,13 +37,6 @@ struct Share {
   }
 };
 
-template <class Sum>
-RNNFAST_DEVICE Sum sum_splits(const Layout& l, const Sum* scratch, int row, int column) {
-  Sum sum = 0;
-  for (int s = 0; s < l.splits; ++s) sum += scratch[(s * l.rows + row) * l.columns + column];
-  return sum;
-}
-
 template <class X>
 RNNFAST_DEVICE void clear_operands(const Layout& l, X& exchange) {
   auto* words = reinterpret_cast<hw::Vec16*>(exchange.here(0));
@@ -60,7 +55,7 @@ RNNFAST_DEVICE void scan_forward(const ScanParams& p) {
   const Walk walk(p, hw::block_z());
   const Team team(l);
   X<typename M::Operand> exchange(p, shared);
-  Sum* scratch = reinterpret_cast<Sum*>(shared + l.scratch_at);
+  BlockSums<Sum> sums(p, shared);
 
   Product<M> product;
   const Stored* w_hh = static_cast<const Stored*>(p.w_hh) + int64_t{walk.lane} * kGates * p.hidden * p.hidden;
@@ -96,8 +91,9 @@ RNNFAST_DEVICE void scan_forward(const ScanParams& p) {
       if (share.real) next[j].fetch(walk, step + 1, share.at);
     }
     if (step > 0) exchange.wait(step);
-    product.multiply(l, exchange.here(step), scratch);
-    hw::block_barrier();
+    product.multiply(l, exchange.here(step),
+                     [&](int split, int row, int column, Sum sum) { sums.put(step, split, row, column, sum); });
+    sums.wait(step);
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) {
       const Share<kPairs> share(p, team, j);
@@ -105,7 +101,7 @@ RNNFAST_DEVICE void scan_forward(const ScanParams& p) {
       if (pairs[j].row >= 0) {
         Sum gh[kGates];
 #pragma unroll
-        for (int g = 0; g < kGates; ++g) gh[g] = sum_splits(l, scratch, share.row, g * l.units + share.unit);
+        for (int g = 0; g < kGates; ++g) gh[g] = sums.of(step, share.row, g * l.units + share.unit);
         pairs[j].step(walk, share.at, gh);
       }
       if (step + 1 < p.steps)
@@ -127,25 +123,31 @@ RNNFAST_DEVICE void scan_forward(const ScanParams& p) {
 
 // The walk in reverse. At step i the operand is the gradient of the recurrent products of step i - 1 (in this order); a row
 // that is not there keeps its gradient. The last turn takes no step: it brings the gradient of the initial state.
+// Where the cluster's blocks exchange sums, the operand is the block's own.
 template <class M, Kind KIND, template <class> class X>
 RNNFAST_DEVICE void scan_backward(const ScanParams& p) {
   using Stored = typename M::Stored;
   using Sum = typename M::Sum;
+  using Operand = typename M::Operand;
   constexpr int kGates = gates_of(KIND), kPairs = pairs_per_thread(M::kTensorCores);
+  constexpr bool kScatter =
+      pass_of(X<Operand>::kKind, kGates, sizeof(Operand), sizeof(Sum), M::kTensorCores, true) == Pass::backward_scatter;
   const Layout& l = p.layout;
   char* shared = hw::shared_memory();
   const Walk walk(p, hw::block_z());
   const Team team(l);
-  X<typename M::Operand> exchange(p, shared);
-  Sum* scratch = reinterpret_cast<Sum*>(shared + l.scratch_at);
+  std::conditional_t<kScatter, BlockExchange<Operand>, X<Operand>> exchange(p, shared);
+  std::conditional_t<kScatter, ClusterSums<Sum>, BlockSums<Sum>> sums(p, shared);
 
   Product<M> product;
   const Stored* w_hh = static_cast<const Stored*>(p.w_hh) + int64_t{walk.lane} * kGates * p.hidden * p.hidden;
+  const int first_unit = kScatter ? 0 : team.rank * l.units;  // of the columns
+  const int first_block = kScatter ? team.rank : 0, blocks = kScatter ? 1 : l.blocks;  // of the operand
   // A lane's vector lies within one gate of one block: a block's units are a multiple of its length.
   product.load(l, shared, [&](int column, int k) -> WeightRun<Stored> {
-    const int unit = team.rank * l.units + column, from = k / l.slice * l.units + k % l.units;
+    const int unit = first_unit + column, from = (first_block + k / l.slice) * l.units + k % l.units;
     const int gate = k % l.slice / l.units;
-    if (unit >= p.hidden || k >= l.blocks * l.slice) return {nullptr, 0};
+    if (unit >= p.hidden || k >= blocks * l.slice) return {nullptr, 0};
     return {w_hh + (int64_t{unit} * kGates + gate) * p.hidden + from, p.hidden - from};
   });
   clear_operands(l, exchange);
@@ -157,6 +159,7 @@ RNNFAST_DEVICE void scan_backward(const ScanParams& p) {
     if (share.real) pairs[j].start(walk, share.at);
   }
   exchange.start();
+  sums.start();
 
   for (int step = 0; step <= p.steps; ++step) {
 #pragma unroll
@@ -166,20 +169,22 @@ RNNFAST_DEVICE void scan_backward(const ScanParams& p) {
     }
     if (step > 0) {
       exchange.wait(step);
-      product.multiply(l, exchange.here(step), scratch);
-      hw::block_barrier();
+      product.multiply(l, exchange.here(step),
+                       [&](int split, int row, int column, Sum sum) { sums.put(step, split, row, column, sum); });
+      sums.wait(step);
     }
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) {
       const Share<kPairs> share(p, team, j);
       if (!share.owned) continue;
-      if (step > 0) pairs[j].d_h += sum_splits(l, scratch, share.row, share.unit);
+      if (step > 0) pairs[j].d_h += sums.of(step, share.row, share.unit);
       Sum d_gates[kGates] = {};
       if (pairs[j].row >= 0) pairs[j].step(walk, share.at, d_gates);
       if (step < p.steps) {
 #pragma unroll
         for (int g = 0; g < kGates; ++g)
-          exchange.send(step + 1, share.row, team.rank * l.slice + g * l.units + share.unit, M::operand(d_gates[g]));
+          exchange.send(step + 1, share.row, (team.rank - first_block) * l.slice + g * l.units + share.unit,
+                        M::operand(d_gates[g]));
       }
     }
     if (step < p.steps) exchange.sent(step + 1);
@@ -191,6 +196,7 @@ RNNFAST_DEVICE void scan_backward(const ScanParams& p) {
     if (share.real) pairs[j].finish(walk, share.at);
   }
   exchange.finish();
+  sums.finish();
 }
 
 template <class M, Kind KIND, template <class> class X, bool BACKWARD>

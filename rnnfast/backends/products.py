@@ -1,4 +1,4 @@
-"""What is parallel in time around a GPU's scan: the input's part of the gates, and the weights' gradients.
+"""What GPU scans share around their kernels: the rows of steps, the input's part of the gates, the weights' gradients.
 
 D lanes, N rows, B rows of the first step, I inputs, H hidden units, G gates. All of it is torch's GEMMs and gathers,
 and every sum has a fixed order.
@@ -13,6 +13,25 @@ from torch import Tensor
 def copy_to(device: torch.device, on_host: Tensor) -> Tensor:
     """Copies without making the host wait for the device."""
     return on_host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else on_host
+
+
+def numbers(dtype: torch.dtype) -> str:
+    """What scans of this dtype compute in: the dtype's name, or tf32 where torch's own GEMMs may use that."""
+    if dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+        return "tf32"
+    return str(dtype).removeprefix("torch.")
+
+
+def on_device_of(tensor: Tensor) -> torch.cuda.device:
+    """Makes a tensor's GPU the current one; nothing for a tensor on the CPU."""
+    return torch.cuda.device(tensor.device if tensor.is_cuda else -1)
+
+
+def steps_of(rows: int, h_0: Tensor, batch_sizes: Tensor | None) -> tuple[int, Tensor | None]:
+    """How many steps there are and, on the device, the first row of each where their sizes differ."""
+    if batch_sizes is None:
+        return rows // h_0.shape[1], None
+    return len(batch_sizes), copy_to(h_0.device, first_rows(batch_sizes))
 
 
 def first_rows(batch_sizes: Tensor) -> Tensor:

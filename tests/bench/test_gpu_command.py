@@ -1,17 +1,19 @@
-"""`make gpu`, as far as it goes without a GPU: what it makes of parts that fail, hang or miss their goals."""
+"""`make gpu`, as far as it goes without a GPU: what it makes of what fails, hangs, crashes or misses its goal."""
 
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_parts
+from benchmarks.gpu_report import readable
 
 CIRCUMSTANCES = {"card": "NVIDIA H200", "driver": "580.65", "torch": "2.11.0", "commit": "0123456789abcdef"}
 
@@ -34,61 +36,176 @@ CIRCUMSTANCES = {"card": "NVIDIA H200", "driver": "580.65", "torch": "2.11.0", "
 def test_which_algorithm_cudnn_uses(
     cell: str, hidden: int, batch: int, numbers: str, training: bool, algorithm: str
 ) -> None:
-    assert gpu.cudnn_algorithm(cell, hidden, batch, numbers, 128, training) == algorithm
+    assert gpu_parts.cudnn_algorithm(cell, hidden, batch, numbers, 128, training) == algorithm
 
 
 def test_the_command_of_a_machine_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(sys, "argv", ["benchmarks.gpu"])
-    monkeypatch.setattr(gpu.cuda, "why_not", lambda: "no CUDA device is visible to PyTorch")
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
     assert gpu.main() == 1
-    captured = capsys.readouterr()
-    assert captured.err == "this needs the cuda backend: no CUDA device is visible to PyTorch\n"
+    assert capsys.readouterr().err == "this needs a GPU, and PyTorch sees none here\n"
 
 
-def test_what_was_measured_before_a_failure_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def rows(deadline: float) -> Iterator[dict[str, Any]]:
-        yield {"right": True}
+# A process that works through tasks
+
+
+def task(name: str, result: Any) -> gpu.Task:
+    def measure() -> Any:
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    return {"of": name}, measure
+
+
+def test_tasks_that_fail_cost_no_others(tmp_path: Path) -> None:
+    tasks = [task("a", {"us": 1}), task("b", RuntimeError("no such size")), task("c", {"us": 3})]
+    gpu.work_through(tasks, time.perf_counter() + 60, 60, tmp_path / "rows.json")
+    assert json.loads((tmp_path / "rows.json").read_text()) == [
+        {"of": "a", "us": 1},
+        {"of": "b", "failure": "RuntimeError: no such size"},
+        {"of": "c", "us": 3},
+    ]
+    assert signal.alarm(0) == 0
+    gpu.work_through(tasks, time.perf_counter(), 60, tmp_path / "rows.json")
+    assert json.loads((tmp_path / "rows.json").read_text()) == [{"left_out": 3}]
+
+
+def test_a_task_that_breaks_the_device_ends_its_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def dead() -> None:
         raise RuntimeError("CUDA error: unspecified launch failure")
 
-    monkeypatch.setattr(gpu.cuda, "load", lambda: None)
-    monkeypatch.setitem(gpu.PARTS, "grid", (rows, 1.0))
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu.torch.cuda, "synchronize", dead)
+    tasks = [task("a", {"us": 1}), task("b", RuntimeError("CUDA error")), task("c", {"us": 3})]
     with pytest.raises(RuntimeError, match="launch failure"):
-        gpu.run_part("grid", 1.0, tmp_path / "part.json")
-    assert json.loads((tmp_path / "part.json").read_text()) == [{"right": True}]
+        gpu.work_through(tasks, time.perf_counter() + 60, 60, tmp_path / "rows.json")
+    signal.alarm(0)
+    assert [row["of"] for row in json.loads((tmp_path / "rows.json").read_text())] == ["a", "b"]
 
 
-@pytest.mark.parametrize(
-    ("program", "failure"),
-    [
-        ("raise SystemExit('a kernel has failed')", "a kernel has failed"),
-        ("import time; time.sleep(60)", "stopped after 5 s"),
-    ],
-)
-def test_a_part_that_fails_or_hangs_costs_no_other(monkeypatch: pytest.MonkeyPatch, program: str, failure: str) -> None:
-    original = gpu._run
+# The process that starts it
 
-    def run(command: list[str], deadline: float) -> Any:
-        output = Path(command[command.index("--output") + 1])
-        write = f"import pathlib; pathlib.Path({str(output)!r}).write_text('[{{\"right\": true}}]'); "
-        return original([sys.executable, "-c", write + program], deadline)
+CHILD = """
+import json, os, pathlib, signal, sys, time
+given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+rows = []
+for what in BEHAVIOUR[int(given["--skip"]):]:
+    if what == "crash": os.kill(os.getpid(), signal.SIGSEGV)
+    if what == "hang": os.kill(os.getpid(), signal.SIGALRM)
+    if what == "sleep": time.sleep(60)
+    if what == "never": sys.exit("cannot start")
+    rows.append({"failure": "CUDA error"} if what == "broken" else {"us": what})
+    pathlib.Path(given["--output"]).write_text(json.dumps(rows))
+    if what == "broken": sys.exit("device lost")
+"""
 
-    monkeypatch.setattr(gpu, "_run", run)
-    monkeypatch.setattr(gpu, "GRACE_SECONDS", 0)
+
+def run_tasks(monkeypatch: pytest.MonkeyPatch, behaviour: list[Any], seconds: float) -> tuple[Any, list[Any]]:
+    saved: list[Any] = []
+    program = CHILD.replace("BEHAVIOUR", repr(behaviour))
+    monkeypatch.setattr(gpu, "_own", lambda *arguments: [sys.executable, "-c", program, *arguments])
+    part = gpu.Part(1.0, tasks=lambda: [task(f"task {i}", {}) for i in range(len(behaviour))], limit=7)
+    monkeypatch.setitem(gpu.PARTS, "goals", part)
+    result = gpu.run_tasks("goals", time.perf_counter() + seconds, lambda rows: saved.append(list(rows)))
+    return result, saved
+
+
+def test_it_goes_on_behind_what_a_process_did_not_survive(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, saved = run_tasks(monkeypatch, [1, "crash", 2, "broken", "hang", 3], 60)
+    assert [row.get("us") for row in rows] == [1, None, 2, None, None, 3]
+    assert rows[1] == {"of": "task 1", "failure": "it ended with status -11"}
+    assert rows[3] == {"failure": "CUDA error"}
+    assert rows[4] == {"of": "task 4", "failure": "it took more than 7 s"}
+    assert [len(r) for r in saved] == [2, 4, 5]
+    assert gpu.has_failed(rows)
+
+
+def test_it_gives_up_a_process_that_cannot_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, _ = run_tasks(monkeypatch, ["never"] * 9, 60)
+    assert rows == [{"of": f"task {i}", "failure": "cannot start"} for i in range(3)]
+
+
+def test_what_was_measured_when_the_time_is_over_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "GRACE_SECONDS", 1)
     start = time.perf_counter()
-    result = gpu._part("grid", start)
+    rows, saved = run_tasks(monkeypatch, [1, 2, "sleep", 3], 6.5)
     assert time.perf_counter() - start < 30
-    assert result[0] == {"right": True}
-    assert result[1]["failure"].splitlines()[-1] == failure
-    assert gpu.has_failed(result)
-    assert gpu._rows({"grid": result}, "grid") == [{"right": True}]
+    assert rows == [{"us": 1}, {"us": 2}, {"left_out": 2, "stopped_in": {"of": "task 2"}}]
+    assert [{"us": 1}, {"us": 2}] in saved  # while it ran
+    assert not gpu.has_failed(rows)
 
 
-def test_a_part_of_this_process_that_raises_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(deadline: float) -> None:
+def test_tuning_goes_on_behind_a_point_that_hangs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    card = gpu.table.Identity("NVIDIA H200", "580.65", "2.11.0", {"cuda": "abc", "triton": "def"})
+    monkeypatch.setattr(gpu.table, "identity", lambda device: card)
+    monkeypatch.setattr(gpu.table, "path_of", lambda identity: tmp_path / "table.json")
+    monkeypatch.setattr(gpu, "circumstances", lambda: {"time": "now"})
+    monkeypatch.setattr(gpu.torch.cuda, "current_device", lambda: 0)
+    statuses = iter([-signal.SIGALRM, 1, -signal.SIGALRM, 0])
+    monkeypatch.setattr(gpu, "_run", lambda *_, **__: subprocess.CompletedProcess([], next(statuses), "a line\n", ""))
+    report = gpu.run_tune(time.perf_counter() + 60, lambda result: None)
+    first, second = list(gpu.tuning._grid())[:2]
+    assert [(p["cell"], p["numbers"], p["hidden"], p["batch"]) for p in report["table"]["points"]] == [first, second]
+    assert report["passed"] is False
+    assert set(report["wrong"].values().__iter__().__next__().values()) == {"it did not end"}
+
+
+TESTS = """
+import os, signal, pytest
+pytestmark = pytest.mark.gpu
+def test_right(): pass
+def test_wrong(): assert 1 == 2
+def test_crash(): os.kill(os.getpid(), signal.SIGSEGV)
+@pytest.mark.skip
+def test_left_out(): pass
+def test_last(): pass
+"""
+
+
+def test_tests_go_on_behind_one_that_crashes(tmp_path: Path) -> None:
+    (tmp_path / "test_some.py").write_text(TESTS)
+    saved: list[Any] = []
+    report = gpu.run_tests(str(tmp_path), time.perf_counter() + 100, saved.append)
+    assert report["passed"] is False
+    assert report["summary"] == "1 did not end, 1 failed, 2 passed, 1 skipped"
+    outcomes = {test.split("::")[1]: text for test, text in report["wrong"].items()}
+    assert outcomes.keys() == {"test_wrong", "test_crash"}
+    assert "assert 1 == 2" in outcomes["test_wrong"]
+    assert len(saved) >= 2
+
+
+# All parts
+
+
+def test_every_part_is_kept_and_one_that_raises_costs_no_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def broken(deadline: float, save: gpu.Save) -> None:
+        save({"summary": "begun"})
         raise OSError("pytest is not installed")
 
-    monkeypatch.setitem(gpu.PARTS, "tests", (broken, 1.0))
-    assert gpu._part("tests", 0.0) == {"failure": "OSError: pytest is not installed"}
+    def build(deadline: float, save: gpu.Save) -> dict[str, Any]:
+        return {"failure": "nvcc was not found"}
+
+    parts = {
+        "build": gpu.Part(0.1, run=build, backend=""),
+        "tests": gpu.Part(0.2, run=broken),
+        "triton_tests": gpu.Part(0.3, run=broken, backend="triton"),
+        "sanitizer": gpu.Part(1.0, run=lambda deadline, save: {"passed": True}, backend="triton"),
+    }
+    monkeypatch.setattr(gpu, "PARTS", parts)
+    monkeypatch.setattr(gpu, "circumstances", lambda: dict(CIRCUMSTANCES))
+    path = tmp_path / "results" / "gpu.json"
+    assert gpu.run_parts(1.0, None, path) == 1
+    assert json.loads(path.read_text()) == {
+        **CIRCUMSTANCES,
+        "build": {"failure": "nvcc was not found"},
+        "tests": {"failure": "the CUDA kernels did not compile"},
+        "triton_tests": {"failure": "OSError: pytest is not installed"},
+        "sanitizer": {"passed": True},
+    }
+    assert gpu._readable({}).startswith("no table: KeyError")
+    assert "triton_tests: FAILED  OSError: pytest is not installed" in path.with_suffix(".txt").read_text()
+    assert gpu.run_parts(1.0, ["sanitizer"], path) == 1  # the build failed
 
 
 def test_the_table_tells_what_missed_its_goal() -> None:
@@ -96,21 +213,24 @@ def test_the_table_tells_what_missed_its_goal() -> None:
     grid = {"cell": "lstm", "hidden": 512, "batch": 32, "steps": 35, "numbers": "float32", "right": True}
     report = {
         **CIRCUMSTANCES,
-        "tests": {"passed": True, "summary": ["...", "253 passed"]},
+        "build": {"seconds": 40.0},
+        "tests": {"passed": True, "summary": "253 passed"},
         "sanitizer": {"passed": None, "summary": "compute-sanitizer is not installed"},
         "tune": {"failure": "no table was made", "said": []},
-        "calibration": {
-            "exchange_us": {"cluster of 2, float32": 0.4, "cluster of 16, float32": "the device runs no such cluster"},
-            "cudnn_us": {"STANDARD": {"layer": "lstm 512 float32", "forward": 9.5, "both": 30.0}},
-        },
+        "calibration": [
+            {"of": "cluster of 2, float32", "us": {"forward": 0.4, "backward": 0.5}},
+            {"of": "cluster of 16, float32", "not_run": "the device runs no such cluster"},
+            {"of": "cuDNN STANDARD", "us": {"forward": 9.5, "both": 30.0}, "layer": "lstm 512 float32, B=32"},
+        ],
         "goals": [
             {
                 "cell": "lstm",
                 "numbers": "tf32",
+                "right": True,
                 "us_a_step": {"forward": 0.9, "backward": 2.0},
                 "goals": {"forward": 1.0, "backward": 1.6},
             },
-            {"failure": "stopped after 9 s"},
+            {"cell": "lstm", "numbers": "float32", "failure": "it took more than 20 s"},
         ],
         "pipeline": [
             {
@@ -123,31 +243,45 @@ def test_the_table_tells_what_missed_its_goal() -> None:
             }
         ],
         "grid": [
-            {**grid, "plans": [["cluster", 8, 4, 16]] * 2, "forward": {**times, "of_goal": 1.2}, "both": times},
+            {**grid, "kernel": "cluster", "forward": {**times, "of_goal": 1.2}, "both": times},
             {**grid, "right": False, "failure": "output is off by 1.0e-01"},
             {"left_out": 12},
         ],
+        "triton": "3.6.0",
+        "triton_grid": [{**grid, "kernel": "gates", "forward": {"ratio": 0.5}, "both": {"ratio": 0.7}}],
     }
-    text = gpu.readable(report)
+    text = readable(report)
     for line in (
         "NVIDIA H200, driver 580.65, torch 2.11.0, commit 0123456789",
+        "build: done",
         "tests: passed  253 passed",
         "sanitizer: not run  compute-sanitizer is not installed",
         "tune: FAILED  no table was made",
+        "us a step of cluster of 2, float32: forward 0.40, backward 0.50",
         "not run: cluster of 16, float32, the device runs no such cluster",
-        "9.50 us a step: cuDNN STANDARD (lstm 512 float32, B=32)",
+        "us a step of cuDNN STANDARD (lstm 512 float32, B=32): forward 9.50, both 30.00",
         "lstm 512 B=32 tf32: forward 0.90 us (goal 1.00), backward 2.00 us (goal 1.60)",
+        "FAILED: lstm float32 it took more than 20 s",
         "1,000,000 tokens/s      120,000 characters/s  tokens_per_s is 50% of its goal",
-        "forward   3.00x of cuDNN  both   3.00x of cuDNN (below its goal)",
-        "WRONG: output is off by 1.0e-01",
-        "12 sizes were left out for lack of time",
+        "cluster   forward   3.00x of cuDNN  both   3.00x of cuDNN (below its goal)",
+        "output is off by 1.0e-01",
+        "12 measurements were left out for lack of time",
+        "gates     forward   0.50x of cuDNN  both   0.70x of cuDNN",
     ):
         assert line in text
     assert [name for name in gpu.PARTS if name in report and gpu.has_failed(report[name])] == ["goals", "tune", "grid"]
 
 
 def test_the_parts_fit_into_the_time() -> None:
-    shares = [share for _, share in gpu.PARTS.values()]
+    shares = [part.until for part in gpu.PARTS.values()]
     assert shares == sorted(shares)
-    # Each may run over by its grace, and the whole ends within ten minutes all the same.
-    assert 9 * 60 * shares[-1] + gpu.GRACE_SECONDS < 600
+    # A part may run over by its grace and the time that the driver takes to let go of it, and the whole ends within ten
+    # minutes all the same.
+    assert 9 * 60 * shares[-1] + 2 * gpu.GRACE_SECONDS < 600
+    assert all((part.run is None) == (part.limit > 0) for part in gpu.PARTS.values())
+
+
+def test_the_tasks_are_named() -> None:
+    for part in gpu.PARTS.values():
+        labels = [json.dumps(label) for label, _ in part.tasks()]
+        assert len(set(labels)) == len(labels)

@@ -15,10 +15,10 @@ pytestmark = pytest.mark.skipif(build.nvcc() is None, reason="needs nvcc, the CU
 
 REPRESENTATIVE = [("float32_cluster", "90a"), ("bfloat16_grid", "80")]
 ALL = [(stem, architecture) for stem in instances() for architecture in build.DEFAULT_ARCHITECTURES]
-# 512 threads a block leave each 128 registers. What spills (stores and loads together) goes to the L1 cache: the grid
-# scan's few words are let pass, and more in float64, which no goal is set for.
+# 512 threads a block leave each 128 registers. What spills (stores and loads together) goes to the L1 cache: that is
+# let pass in float64, which no goal is set for.
 REGISTERS = 128
-SPILLED_BYTES = {"float32": 80, "tf32": 32, "bfloat16": 64, "float16": 64, "float64": 512, "steps": 0}
+SPILLED_BYTES = {"float64": 512}
 
 
 @pytest.mark.parametrize(("stem", "architecture"), ALL if os.environ.get("RNNFAST_COMPILE_ALL") else REPRESENTATIVE)
@@ -27,4 +27,4 @@ def test_compiles_within_the_budget(stem, architecture):
     assert len(kernels) == (24 if stem == "steps" else 6)
     for kernel in kernels:
         assert kernel.registers <= REGISTERS, kernel
-        assert kernel.spilled_bytes <= SPILLED_BYTES[stem.split("_")[0]], kernel
+        assert kernel.spilled_bytes <= SPILLED_BYTES.get(stem.split("_")[0], 0), kernel

@@ -46,13 +46,6 @@ def _layer(numbers: str, cell: str = "lstm", **shape: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("numbers", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("cell", CELLS)
-def test_as_planned(cell, shape, numbers):
-    check_against_truth(launch.forward, launch.backward, _layer(numbers, cell, **SHAPES[shape]), numbers)
-
-
-@pytest.mark.parametrize("numbers", DTYPES)
 @pytest.mark.parametrize("plan", TEAMS, ids=lambda p: f"{p.kernel}-{p.blocks}")
 def test_every_team(monkeypatch, plan, numbers):
     problem = ("gru", 100, 20, 2, numbers)
@@ -140,9 +133,29 @@ def test_tuning_finds_it_right(cell, numbers):
     assert point.teams.keys() == {"forward", "backward"}
 
 
+@pytest.mark.parametrize("token_ids", [False, True])
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_a_compiled_layer_on_cudnn(name, token_ids):
+    layer = getattr(rnnfast, name)(24, 32, bidirectional=True, backend="torch").cuda()
+    input = torch.randint(24, (7, 3), device="cuda") if token_ids else torch.randn(7, 3, 24, device="cuda")
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    results = []
+    for call in (layer, compiled):
+        output, _ = call(input)
+        results.append((output, *torch.autograd.grad(output.square().sum(), list(layer.parameters()))))
+    torch.testing.assert_close(*reversed(results), rtol=1e-4, atol=1e-4)
+
+
 def test_layers_and_the_backend_table():
     layer = rnnfast.LSTM(32, 256, backend="cuda").cuda()
     output, _ = layer(torch.randn(7, 3, 32, device="cuda"))
     output.sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
     assert "cuda" in {status.name for status in rnnfast.backends() if status.available}
+
+
+@pytest.mark.parametrize("numbers", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("cell", CELLS)
+def test_as_planned(cell, shape, numbers):
+    check_against_truth(launch.forward, launch.backward, _layer(numbers, cell, **SHAPES[shape]), numbers)

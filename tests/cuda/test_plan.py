@@ -62,19 +62,30 @@ def test_small_layers_stay_in_a_block(plan):
         assert plan(card, cell, 32, 32, "float32").kernel == "block"
 
 
+@pytest.mark.parametrize("card", ["H200", "H100 PCIe"])
 @pytest.mark.parametrize(
     ("cell", "numbers", "backward"),
     [
         ("lstm", "bfloat16", False),
         ("lstm", "bfloat16", True),
-        ("lstm", "tf32", False),  # backward its operand, four gates, leaves no room for the weights of a cluster
+        ("lstm", "tf32", False),
+        ("lstm", "tf32", True),
+        ("lstm", "float32", True),
         ("rnn_tanh", "float32", False),
         ("rnn_tanh", "float32", True),
     ],
 )
-def test_the_goals_sizes_run_in_clusters_on_an_h200(plan, cell, numbers, backward):
+def test_the_goals_sizes_run_in_clusters_on_hopper(plan, card, cell, numbers, backward):
     """Hidden size 512 and 32 rows."""
-    assert plan("H200", cell, 512, 32, numbers, backward).kernel == "cluster"
+    assert plan(card, cell, 512, 32, numbers, backward).kernel == "cluster"
+
+
+def test_sums_take_less_room_than_the_operand_of_all_units(emulated):
+    """The LSTM's backward scatters sums in a cluster and gathers across the grid; both on 16 blocks, of 512 units."""
+    check = getattr(torch.ops, EMULATED).check
+    problem = ("lstm", 512, 8, 1, "tf32", True, CARDS["H200"])
+    assert check(*problem, Plan("cluster", 16, 8, 16).team) == ""
+    assert "shared memory" in check(*problem, Plan("grid", 16, 8, 16).team)
 
 
 def test_without_clusters_the_whole_chip_is_used(plan):

@@ -48,15 +48,19 @@ def test_matches_the_reference(schedule, monkeypatch, cell, kernel, numbers, sha
     [
         ("rnn_tanh", "float32", 200, 1, Plan("block", 1, 1, 7)),  # 25 column groups; a fourth chunk
         ("rnn_relu", "float32", 65, 9, Plan("cluster", 2, 9, 13)),  # a split depth; row tiles of 4, 4 and 1
-        ("lstm", "float32", 65, 2, Plan("cluster", 4, 2, 2)),  # a last block with one unit; backward ten chunks deep
+        ("lstm", "float32", 65, 2, Plan("cluster", 4, 2, 2)),  # a last block of one unit; 1.5 groups in registers
         ("gru", "float32", 40, 5, Plan("grid", 5, 4, 16)),  # a block to each group; two teams
         ("lstm", "float64", 33, 2, Plan("grid", 2, 2, 3)),
         ("gru", "float64", 33, 2, Plan("block", 1, 2, 3)),
         ("rnn_tanh", "bfloat16", 100, 3, Plan("block", 1, 8, 14)),  # seven column groups, over two splits
-        ("lstm", "bfloat16", 80, 17, Plan("cluster", 2, 16, 12)),  # two row tiles and teams; backward eleven chunks
+        ("lstm", "bfloat16", 80, 17, Plan("cluster", 2, 16, 12)),  # two row tiles and teams
         ("gru", "float16", 49, 3, Plan("cluster", 4, 8, 5)),  # the depth split over warps, some left over
         ("lstm", "tf32", 40, 9, Plan("grid", 3, 8, 2)),
         ("gru", "tf32", 65, 2, Plan("cluster", 2, 8, 6)),
+        # Backward in these the cluster's blocks exchange sums.
+        ("lstm", "float32", 40, 5, Plan("cluster", 2, 5, 13)),  # parts from both splits of the depth; a warp left over
+        ("lstm", "tf32", 100, 2, Plan("cluster", 4, 8, 4)),  # one group in registers, one in shared memory
+        ("gru", "bfloat16", 33, 9, Plan("cluster", 4, 16, 4)),  # all groups in registers; a last block with one unit
     ],
 )  # fmt: skip
 def test_tile_edges(schedule, monkeypatch, cell, numbers, hidden, batch, plan):

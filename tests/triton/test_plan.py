@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from rnnfast.backends.triton import launch, plan
+from rnnfast.backends import products
+from rnnfast.backends.triton import plan
 from rnnfast.backends.triton.plan import H100, Card, candidates
 from rnnfast.cells import CELLS
 
@@ -62,11 +63,11 @@ def test_a_measurement_decides(monkeypatch):
 
 
 def test_numbers():
-    assert launch.numbers(torch.float32) == "float32"
-    assert launch.numbers(torch.bfloat16) == "bfloat16"
+    assert products.numbers(torch.float32) == "float32"
+    assert products.numbers(torch.bfloat16) == "bfloat16"
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
-        assert launch.numbers(torch.float32) == "tf32"
-        assert launch.numbers(torch.float16) == "float16"
+        assert products.numbers(torch.float32) == "tf32"
+        assert products.numbers(torch.float16) == "float16"
     finally:
         torch.backends.cuda.matmul.allow_tf32 = False

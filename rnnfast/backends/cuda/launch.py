@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rnnfast import table
 from rnnfast.backends import products
+from rnnfast.backends.products import numbers, on_device_of, steps_of
 from rnnfast.cells import CELLS
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -82,13 +83,6 @@ def _parse(plans: list[int]) -> list[Plan]:
     return [Plan(KERNELS[plans[i]], *plans[i + 1 : i + width]) for i in range(0, len(plans), width)]
 
 
-def numbers(dtype: torch.dtype) -> str:
-    """How scans of this dtype compute: the dtype's name, or tf32 where torch's own GEMMs may use that."""
-    if dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32:
-        return "tf32"
-    return str(dtype).removeprefix("torch.")
-
-
 @cache
 def _plan(
     cell: str,
@@ -144,12 +138,12 @@ def forward(
         return output, h_0.clone(), h_0.new_empty(0) if c_0 is None else c_0.clone(), tape
 
     gx, ids = products.gate_inputs(input, w_ih, b_ih)
-    steps, offsets = _walk(rows, batch, batch_sizes, h_0.device)
+    steps, offsets = steps_of(rows, h_0, batch_sizes)
     saved = tape if tape.numel() else None
     how = plan(h_0, cell, backward=False)
     common = (cell, numbers(h_0.dtype), bidirectional, steps)
     c_n: Tensor | None
-    with _on_device_of(h_0):
+    with on_device_of(h_0):
         if how.kernel != "steps":
             h_n = torch.empty_like(h_0)
             c_n = None if c_0 is None else torch.empty_like(c_0)
@@ -197,11 +191,11 @@ def backward(
         d_h_0 = torch.zeros_like(h_0) if d_h_n is None else d_h_n.clone()
         d_c_0 = None if c_0 is None else torch.zeros_like(c_0) if d_c_n is None else d_c_n.clone()
     else:
-        steps, offsets = _walk(rows, batch, batch_sizes, h_0.device)
+        steps, offsets = steps_of(rows, h_0, batch_sizes)
         saved = tape if tape.numel() else None
         how = plan(h_0, cell, backward=True)
         common = (cell, numbers(h_0.dtype), bidirectional, steps)
-        with _on_device_of(h_0):
+        with on_device_of(h_0):
             if how.kernel != "steps":
                 d_h_0 = torch.empty_like(h_0)
                 d_c_0 = None if c_0 is None else torch.empty_like(c_0)
@@ -243,16 +237,6 @@ def _require_supported(dtype: torch.dtype, w_hr: Tensor | None) -> None:
     reason = unsupported(dtype, w_hr is not None)
     if reason is not None:
         raise NotImplementedError(f"the cuda backend {reason}; choose another backend")
-
-
-def _walk(rows: int, batch: int, batch_sizes: Tensor | None, device: torch.device) -> tuple[int, Tensor | None]:
-    if batch_sizes is None:
-        return rows // batch, None
-    return len(batch_sizes), products.copy_to(device, products.first_rows(batch_sizes))
-
-
-def _on_device_of(tensor: Tensor) -> torch.cuda.device:
-    return torch.cuda.device(tensor.device if tensor.is_cuda else -1)
 
 
 def _state(tensor: Tensor) -> Tensor:

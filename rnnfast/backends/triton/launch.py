@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from functools import cache
 from typing import Any
 
@@ -11,6 +10,7 @@ import triton
 from torch import Tensor
 
 from rnnfast.backends import products
+from rnnfast.backends.products import numbers, on_device_of, steps_of
 from rnnfast.backends.triton import block, cells, loop, step
 from rnnfast.backends.triton.plan import H100, Card, Plan, Walk, plan, programs, unsupported
 from rnnfast.cells import CELLS
@@ -117,17 +117,8 @@ def _require_supported(dtype: torch.dtype, w_hr: Tensor | None) -> None:
 
 def _walk(h_0: Tensor, rows: int, batch_sizes: Tensor | None, bidirectional: bool) -> Walk:
     lanes, batch, hidden = h_0.shape
-    if batch_sizes is None:
-        return Walk(rows // batch, batch, lanes, rows, hidden, int(bidirectional), None)
-    offsets = products.copy_to(h_0.device, products.first_rows(batch_sizes))
-    return Walk(len(batch_sizes), batch, lanes, rows, hidden, int(bidirectional), offsets)
-
-
-def numbers(dtype: torch.dtype) -> str:
-    """What products of this dtype are computed in: its name, or tf32 where torch's own GEMMs may use that."""
-    if dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32:
-        return "tf32"
-    return str(dtype).removeprefix("torch.")
+    steps, offsets = steps_of(rows, h_0, batch_sizes)
+    return Walk(steps, batch, lanes, rows, hidden, int(bidirectional), offsets)
 
 
 def _plan(cell: str, h_0: Tensor) -> Plan:
@@ -163,7 +154,7 @@ def scan_forward(
     c_n: Tensor | None,
 ) -> None:
     """Fills output, tape, h_n and c_n; gx and ids are those of `products.gate_inputs`."""
-    with _on_device_of(h_0):
+    with on_device_of(h_0):
         if how.kernel == "gates":
             loop.forward(cell, how, walk, gx, ids, w_hh, b_hh, h_0, c_0, output, tape, h_n, c_n)
             return
@@ -198,7 +189,7 @@ def scan_backward(
     d_c_0: Tensor | None,
 ) -> None:
     """Fills d_gx (N, D*G*H), d_g_last (N, D*H), d_h_0 and d_c_0."""
-    with _on_device_of(h_0):
+    with on_device_of(h_0):
         if how.kernel == "gates":
             written = (d_gx, d_g_last, d_h_0, d_c_0)
             loop.backward(cell, how, walk, d_output, d_h_n, d_c_n, w_hh, h_0, c_0, output, tape, *written)
@@ -215,10 +206,6 @@ def scan_backward(
             _launch_steps(step.scan_backward, h_0.device, how, walk, walk.steps + 1, (*tensors, *states), constants)
 
 
-def _on_device_of(tensor: Tensor) -> Any:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
 def _pad_units(w_hh: Tensor, how: Plan) -> Tensor:
     """Returns w_hh as (D, G, padded, padded), with zeros around; itself where nothing is to be padded."""
     hidden = w_hh.shape[2]
@@ -229,12 +216,9 @@ def _pad_units(w_hh: Tensor, how: Plan) -> Tensor:
 
 def _constants(cell: str, dtype: torch.dtype, how: Plan) -> dict[str, Any]:
     return {
-        "GATES": CELLS[cell].gates,
-        "TAPE": CELLS[cell].tape,
         "PRECISION": "tf32" if numbers(dtype) == "tf32" else "ieee",
-        "num_warps": how.warps,
         "num_stages": how.stages,
-        **how.tiles,
+        **how.constants(cell),
     }
 
 

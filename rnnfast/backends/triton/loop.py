@@ -158,10 +158,7 @@ class Loop:
         self._grid = (triton.cdiv(scan.batch, scan.how.rows), triton.cdiv(scan.hidden, scan.how.units), scan.lanes)
         self._constants = {
             "CELL": (cells.FORWARD if scan.forward else cells.BACKWARD)[scan.cell],
-            "GATES": cell.gates,
-            "TAPE": cell.tape,
-            "num_warps": scan.how.warps,
-            **scan.how.tiles,
+            **scan.how.constants(scan.cell),
             **dict(scan.flags),
         }
 

@@ -49,15 +49,15 @@ class Plan(NamedTuple):
     depth: int = 0
     stages: int = 1
 
-    @property
-    def tiles(self) -> dict[str, int | bool]:
-        """The constants that these tiles are to their kernel."""
-        tiles: dict[str, int | bool] = {"ROWS": self.rows, "UNITS": self.units}
+    def constants(self, cell: str) -> dict[str, int | bool]:
+        """What the kernel is compiled for: the cell's sizes, these tiles, and the warps."""
+        sizes = {"GATES": CELLS[cell].gates, "TAPE": CELLS[cell].tape, "ROWS": self.rows, "UNITS": self.units}
+        constants: dict[str, int | bool] = {**sizes, "num_warps": self.warps}
         if self.kernel in ("registers", "shared"):
-            return {**tiles, "DOT": self.kernel == "shared"}
+            return {**constants, "DOT": self.kernel == "shared"}
         if self.kernel in ("resident", "step"):
-            return {**tiles, "DEPTH": self.depth, "RESIDENT": self.kernel == "resident"}
-        return tiles
+            return {**constants, "DEPTH": self.depth, "RESIDENT": self.kernel == "resident"}
+        return constants
 
     def padded(self, hidden: int) -> int:
         """How many units the kernel expects in w_hh."""

@@ -1,0 +1,164 @@
+"""torch.nn's own path: cuDNN (or MIOpen) on a GPU, oneDNN or ATen on a CPU.
+
+Eager code calls it as torch.nn's layers do, by `layers`. A compiler would unroll that step by step, so a graph holds it
+as one operator, `rnnfast::scan_torch`. What cuDNN keeps for its backward only cuDNN knows the size of; the operator's
+tape is therefore empty, and its backward runs the forward once more.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import _C, Tensor
+
+Lane = Sequence["Tensor | None"]  # w_ih, w_hh, b_ih, b_hh, w_hr
+
+
+def layers(
+    cell: str,
+    input: Tensor,
+    h_0: Tensor,
+    c_0: Tensor | None,
+    weights: Sequence[Lane],
+    batch_sizes: Tensor | None,
+    bidirectional: bool,
+    dropout: float = 0.0,
+    training: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Layers x directions, as `rnnfast.functional` takes and returns them."""
+    directions = 2 if bidirectional else 1
+    if batch_sizes is not None and not len(input):  # cuDNN takes no empty batch
+        output = h_0.new_zeros(0, directions * h_0.shape[2])
+        return output, h_0.clone(), h_0.new_empty(0) if c_0 is None else c_0.clone()
+    if not input.is_floating_point():
+        input, first = _floating(input, [lane[0] for lane in weights[:directions]], h_0.dtype)
+        lanes = [(w_ih, *lane[1:]) for w_ih, lane in zip(first, weights, strict=False)]
+        weights = [*lanes, *weights[directions:]]
+    flat_weights = [parameter for lane in weights for parameter in lane if parameter is not None]
+    # cuDNN has a backward only for what it ran in training mode; without dropout that is the same.
+    dropout, training = float(dropout if training else 0.0), training or torch.is_grad_enabled()
+    options = (flat_weights, weights[0][2] is not None, len(weights) // directions, dropout, training, bidirectional)
+    hx = h_0 if c_0 is None else (h_0, c_0)
+    function = getattr(torch._VF, cell)
+    if batch_sizes is None:
+        output, h_n, *c_n = function(input, hx, *options, False)
+    else:
+        output, h_n, *c_n = function(input, batch_sizes, hx, *options)
+    return output, h_n, c_n[0] if c_n else h_n.new_empty(0)
+
+
+def _floating(ids: Tensor, w_ih: list[Any], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """Rows, and the weights they are to be multiplied with, whose products are the columns of w_ih that ids look up.
+
+    One-hot rows, where they are no larger than the products; else the products themselves, and the identity.
+    """
+    inputs, products = w_ih[0].shape[1], sum(len(w) for w in w_ih)
+    if inputs <= products:
+        return F.one_hot(ids.long(), inputs).to(dtype), w_ih
+    identity = torch.eye(products, dtype=dtype, device=ids.device)
+    return F.embedding(ids.long(), torch.cat(w_ih).t()), list(identity.split([len(w) for w in w_ih]))
+
+
+def forward(
+    input: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    h_0: Tensor,
+    c_0: Tensor | None,
+    batch_sizes: Tensor | None,
+    cell: str,
+    bidirectional: bool,
+    save_tape: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Implements `rnnfast::scan_torch`; shapes are those of `rnnfast.scan.scan`, and the tape's (D, N, 0)."""
+    tape = h_0.new_empty((h_0.shape[0], len(input), 0) if save_tape else (0,))
+    if len(input) == 0:
+        c_n = h_0.new_empty(0) if c_0 is None else c_0.clone()
+        return h_0.new_empty(0, h_0.shape[0] * h_0.shape[2]), h_0.clone(), c_n, tape
+    layer = (input, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0)
+    return (*_scan(layer, batch_sizes, cell, bidirectional), tape)
+
+
+def backward(
+    d_output: Tensor | None,
+    d_h_n: Tensor | None,
+    d_c_n: Tensor | None,
+    input: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    h_0: Tensor,
+    c_0: Tensor | None,
+    batch_sizes: Tensor | None,
+    cell: str,
+    bidirectional: bool,
+    output: Tensor,
+    tape: Tensor,
+    need_input: bool,
+    need_weights: bool,
+) -> tuple[Tensor, ...]:
+    """Implements `rnnfast::scan_torch_backward`: what is absent or not needed is returned empty."""
+    layer = (input, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0)
+    needed = (need_input and input.is_floating_point(), *[need_weights] * 5, True, True)
+    with _recording():
+        leaves = [
+            t if t is None or not need else t.detach().requires_grad_() for t, need in zip(layer, needed, strict=True)
+        ]
+        wanted = [t for t, need in zip(leaves, needed, strict=True) if t is not None and need]
+        final: Any = (output, leaves[6], leaves[7])  # of no steps
+        results = _scan(leaves, batch_sizes, cell, bidirectional) if len(input) else final
+        given = [(r, d) for r, d in zip(results, (d_output, d_h_n, d_c_n), strict=True) if d is not None]
+        given = [(r, d) for r, d in given if r.requires_grad]
+        gradients = iter(
+            torch.autograd.grad([r for r, _ in given], wanted, [d for _, d in given], materialize_grads=True)
+        )
+    found = (next(gradients) if t is not None and need else None for t, need in zip(leaves, needed, strict=True))
+    # Results of an operator share no memory, with one another or with what it is given.
+    return tuple(h_0.new_empty(0) if g is None else g.clone() for g in found)
+
+
+def _scan(
+    layer: Sequence[Any], batch_sizes: Tensor | None, cell: str, bidirectional: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The lanes, a pair of directions or a single one at a time."""
+    input, *weights, h_0, c_0 = layer
+    if batch_sizes is None:
+        input = input.unflatten(0, (-1, h_0.shape[1]))
+    directions, parts = 2 if bidirectional else 1, []
+    with _quiet():
+        for first in range(0, len(h_0), directions):
+            lanes = slice(first, first + directions)
+            of_lanes = [[None if w is None else w[lane] for w in weights] for lane in range(*lanes.indices(len(h_0)))]
+            c = None if c_0 is None else c_0[lanes]
+            parts.append(layers(cell, input, h_0[lanes], c, of_lanes, batch_sizes, bidirectional))
+    outputs, h_n, c_n = zip(*parts, strict=True)
+    output = torch.cat(outputs, -1)
+    return output.flatten(0, -2), torch.cat(h_n), torch.cat(c_n)
+
+
+@contextmanager
+def _recording() -> Iterator[None]:
+    """Has autograd record what runs here. An operator's implementation runs below autograd, out of its sight."""
+    excluded = _C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor", "ADInplaceOrView"):
+        excluded = excluded.remove(getattr(_C.DispatchKey, key))
+    with _C._ForceDispatchKeyGuard(_C._dispatch_tls_local_include_set(), excluded), torch.enable_grad():
+        yield
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without cuDNN's hint to call flatten_parameters(): an operator is given parameters as they come."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")
+        yield
