@@ -48,8 +48,8 @@ class _DropInCell(nn.RNNCellBase):
         """
         token_ids = not (input.is_floating_point() or input.is_complex() or input.dtype == torch.bool)
         weight = self.weight_hh
-        request = dispatch.Request(self._cell(), weight.device.type, weight.dtype, token_ids, False)
-        backend = dispatch.choose(request, self.backend).backend
+        kind = self._cell()
+        backend = dispatch.choose_name(self.backend, None, kind, weight.device.type, weight.dtype, token_ids, False)
         if backend == "torch" and not token_ids:
             return super().forward(input, hx)
 
@@ -58,8 +58,10 @@ class _DropInCell(nn.RNNCellBase):
             if token_ids:
                 raise ValueError(f"{name}: Expected token ids to be 0D or 1D, got {input.dim()}D instead")
             raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
-        is_lstm = request.cell == "lstm"
-        states: list[Tensor] = [] if hx is None else list(hx) if is_lstm else [hx]
+        is_lstm = kind == "lstm"
+        if hx is not None and not is_lstm and not isinstance(hx, Tensor):
+            raise RuntimeError(f"the state of a {name} is one tensor h, got a {type(hx).__name__}")
+        states: list[Tensor] = [] if hx is None else list(functional._pair(hx)) if is_lstm else [hx]
         for index, state in enumerate(states):
             if state.dim() not in (1, 2):
                 what = f"hx[{index}]" if is_lstm else "hidden"
@@ -71,13 +73,13 @@ class _DropInCell(nn.RNNCellBase):
         self._check_sizes(input, states, token_ids)
         weights = functional.Weights(self.weight_ih, weight, self.bias_ih, self.bias_hh)
         h_0, c_0 = states[0].unsqueeze(0), states[1].unsqueeze(0) if is_lstm else None
-        if torch.is_autocast_enabled(weight.device.type):
+        if dispatch.autocast_dtype(weight.device.type) is not None:
             input = input if token_ids else input.to(weight.dtype)
             h_0, c_0 = h_0.to(weight.dtype), None if c_0 is None else c_0.to(weight.dtype)
             with torch.autocast(weight.device.type, enabled=False):
-                h, _, c_n = functional.step(request.cell, input, h_0, c_0, [weights], backend=backend)
+                h, _, c_n = functional.step(kind, input, h_0, c_0, [weights], backend=backend)
         else:
-            h, _, c_n = functional.step(request.cell, input, h_0, c_0, [weights], backend=backend)
+            h, _, c_n = functional.step(kind, input, h_0, c_0, [weights], backend=backend)
         if not is_lstm:
             return h.squeeze(0) if dims == 1 else h
         # No view, though it has the memory of c_n, which nobody else holds: a view could not be detached in place.

@@ -263,6 +263,13 @@ def check_name(name: str) -> None:
         raise ValueError(f"unknown rnnfast backend '{name}'; choose from {', '.join([AUTO, *_BACKENDS])}")
 
 
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The type that autocast computes in on this kind of device; None where it is off, or unknown as on "meta"."""
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return None
+
+
 class BackendStatus(NamedTuple):
     """A row of `backends()`."""
 
@@ -324,7 +331,13 @@ def explain(layer: Any, input: Tensor | PackedSequence) -> Choice:
     Args:
         layer: an `rnnfast.RNN`, `LSTM` or `GRU`, a cell, or a `Stack` in the mode it is in.
         input: what the layer would be called with: a floating tensor, token ids, or a PackedSequence.
+
+    Raises:
+        TypeError: it is not one of ours, so nothing chooses for it.
     """
+    if not hasattr(layer, "backend"):
+        name = type(layer).__name__
+        raise TypeError(f"explain takes an rnnfast layer, cell or Stack, got a {name}; rnnfast.accelerate makes them")
     data = input if isinstance(input, torch.Tensor) else input.data
     if hasattr(layer, "request"):
         choice = choose(layer.request(data), layer.backend)
@@ -336,7 +349,7 @@ def explain(layer: Any, input: Tensor | PackedSequence) -> Choice:
         cell, weight, projected = layer.mode.lower(), layer.weight_hh_l0, layer.proj_size > 0
     size = _size_of_input(cell, layer, input, weight)
     request = Request(cell, weight.device.type, weight.dtype, not data.is_floating_point(), projected, size=size)
-    choice = choose(request, getattr(layer, "backend", AUTO))
+    choice = choose(request, layer.backend)
     return choice._replace(elsewhere=_elsewhere(choice, request))
 
 

@@ -7,6 +7,7 @@ of a PackedSequence.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +80,8 @@ def lstm(
     Arguments, shapes and errors are those of `rnn`, but for `hx` = (h_0 (L*D, B, P), c_0 (L*D, B, H)). Returns output
     (T, B, D*P) and (h_n, c_n).
     """
-    output, h_n, c_n = _stack("lstm", input, *hx, weights, batch_sizes, bidirectional, dropout, training, backend)
+    h_0, c_0 = _pair(hx)
+    output, h_n, c_n = _stack("lstm", input, h_0, c_0, weights, batch_sizes, bidirectional, dropout, training, backend)
     return output, (h_n, c_n)
 
 
@@ -114,9 +116,9 @@ def _stack(
     training: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    first, token_ids = weights[0], not input.is_floating_point()
     directions = 2 if bidirectional else 1
     _check(cell, input, h_0, c_0, weights, batch_sizes, directions)
+    first, token_ids = weights[0], not input.is_floating_point()
     steps = input.shape[0] if batch_sizes is None else batch_sizes.shape[0]
     chosen = _choose(backend, cell, first, token_ids, h_0.shape[1] * directions, steps, (input, h_0, c_0, *first))
     if chosen == "torch" and not torch.compiler.is_compiling():
@@ -198,8 +200,9 @@ def states(
     Arguments and errors are those of `lstm`; there is no dropout. Where a gradient can reach an argument and is
     enabled, it runs on the cpu backend or the reference, which give c gradients; else on any scan, whose tape holds c.
     """
-    w_hh, token_ids, directions = weights[0].w_hh, not input.is_floating_point(), 2 if bidirectional else 1
-    _check("lstm", input, *hx, weights, batch_sizes, directions)
+    directions = 2 if bidirectional else 1
+    _check("lstm", input, *_pair(hx), weights, batch_sizes, directions)
+    w_hh, token_ids = weights[0].w_hh, not input.is_floating_point()
     tensors = [input, *hx, *(parameter for lane in weights for parameter in lane if parameter is not None)]
     differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     extensions = (dispatch.CELL_STATE_GRADIENTS,) if differentiable else (dispatch.CELL_STATES,)
@@ -255,17 +258,23 @@ def _check(
     directions: int,
 ) -> None:
     """Raises the one clear error that a mistaken call deserves, before any kernel reads a wrong address."""
+    _check_weights(cell, weights, directions)
     w_ih, w_hh, *_ = weights[0]
+    if input.device != w_hh.device:
+        raise RuntimeError(f"input is on {input.device}, the weights are on {w_hh.device}; move one of them")
     token_ids = not input.is_floating_point()
     if token_ids and (input.is_complex() or input.dtype == torch.bool):
         raise RuntimeError(f"input must be floating, or integer token ids, got {input.dtype}")
     dims = 3 - token_ids - (batch_sizes is not None)
     if input.dim() != dims:
         raise RuntimeError(f"{'token ids' if token_ids else 'input'} must have {dims} dimensions, got {input.dim()}")
-    if input.shape[0] == 0:
+    if batch_sizes is not None:
+        is_tensor = isinstance(batch_sizes, Tensor)
+        if not is_tensor or (batch_sizes.dtype, batch_sizes.device.type) != (torch.int64, "cpu"):
+            given = f"{batch_sizes.dtype} on {batch_sizes.device}" if is_tensor else f"a {type(batch_sizes).__name__}"
+            raise RuntimeError(f"batch_sizes must be an int64 tensor on the CPU, as in PackedSequence, got {given}")
+    if (input if batch_sizes is None else batch_sizes).shape[0] == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    if len(weights) % directions:
-        raise ValueError(f"weights must hold one entry a layer and direction, got {len(weights)}, an odd number")
     batch = input.shape[1] if batch_sizes is None else h_0.shape[1]
     # A compiler does not know what batch_sizes holds; the operator looks when it runs.
     if batch_sizes is not None and not torch.compiler.is_compiling():
@@ -276,17 +285,52 @@ def _check(
         raise RuntimeError(f"the state of a {cell} is {takes}, got {'a pair' if c_0 is not None else 'one tensor'}")
     if c_0 is not None:
         _check_state("c_0", c_0, w_hh, (len(weights), batch, w_hh.shape[0] // CELLS[cell].gates))
-    if input.device != w_hh.device:
-        raise RuntimeError(f"input is on {input.device}, the weights are on {w_hh.device}; move one of them")
     if not token_ids:
         if input.dtype != w_ih.dtype:
             raise RuntimeError(f"input has dtype {input.dtype}, the weights have {w_ih.dtype}; convert one of them")
         if input.shape[-1] != w_ih.shape[1]:
             raise RuntimeError(f"input has {input.shape[-1]} features, w_ih takes {w_ih.shape[1]}")
-    elif input.device.type == "cpu" and input.numel() and not is_transformed():
+    elif input.device.type == "cpu" and not is_transformed() and input.numel():
         low, high = (int(bound) for bound in input.aminmax())
         if low < 0 or high >= w_ih.shape[1]:
             raise IndexError(f"token ids must be in [0, {w_ih.shape[1]}), got {low if low < 0 else high}")
+
+
+def _pair(hx: Any) -> tuple[Tensor, Tensor]:
+    """The state of an LSTM as it must be given."""
+    if not isinstance(hx, tuple | list) or len(hx) != 2:
+        given = f"{len(hx)} of them" if isinstance(hx, tuple | list) else f"a {type(hx).__name__}"
+        raise RuntimeError(f"the state of an LSTM is a pair of tensors (h_0, c_0), got {given}")
+    return hx[0], hx[1]
+
+
+def _check_weights(cell: str, weights: Sequence[Weights], directions: int) -> None:
+    if not weights or len(weights) % directions:
+        raise ValueError(f"weights must hold one entry a layer and direction, got {len(weights)}")
+    if not all(isinstance(lane, Weights) for lane in weights):
+        raise TypeError("weights must be a list of rnnfast.functional.Weights, one a layer and direction")
+    (rows, state), inputs = weights[0].w_hh.shape, weights[0].w_ih.shape[-1]
+    hidden, dtype, device = rows // CELLS[cell].gates, weights[0].w_hh.dtype, weights[0].w_hh.device
+    projected, biased = weights[0].w_hr is not None, weights[0].b_ih is not None
+    if hidden * CELLS[cell].gates != rows or (state != hidden and not projected):
+        raise RuntimeError(f"w_hh of a {cell} must have shape ({CELLS[cell].gates} H, H), got {(rows, state)}")
+    for index, lane in enumerate(weights):
+        shapes = (
+            (rows, inputs if index < directions else directions * state),
+            (rows, state),
+            (rows,) if biased else None,
+            (rows,) if biased else None,
+            (state, hidden) if projected else None,
+        )
+        for name, weight, shape in zip(Weights._fields, lane, shapes, strict=True):
+            if (weight is None) != (shape is None) or (weight is not None and weight.shape != shape):
+                given = None if weight is None else tuple(weight.shape)
+                raise RuntimeError(f"{name} of weights[{index}] must have shape {shape}, got {given}")
+            if weight is not None and (weight.dtype != dtype or weight.device != device):
+                raise RuntimeError(
+                    f"{name} of weights[{index}] is {weight.dtype} on {weight.device}, w_hh of the first is {dtype} on "
+                    f"{device}; convert one of them"
+                )
 
 
 def _check_state(name: str, state: Tensor, w_hh: Tensor, shape: tuple[int, int, int]) -> None:

@@ -73,6 +73,9 @@ class _DropIn(nn.RNNBase):
         cuts = lengths is not None or reset is not None
         if reset_to is not None and reset is None:
             raise ValueError("reset_to is the state that reset= returns to: give reset= as well")
+        for state in (hx, reset_to):
+            if state is not None:
+                self._check_state_form(state)
         if isinstance(input, PackedSequence):
             if cuts:
                 raise ValueError(
@@ -86,6 +89,8 @@ class _DropIn(nn.RNNBase):
                 state, unsorted_indices
             )
 
+        if not isinstance(input, Tensor):
+            raise TypeError(f"input must be a tensor or a PackedSequence, got {type(input).__name__}")
         feature_dims = 1 if input.is_floating_point() or input.is_complex() else 0
         dims = input.dim() - feature_dims
         if dims not in (1, 2):
@@ -158,13 +163,13 @@ class _DropIn(nn.RNNBase):
         dtype = weights[0].w_hh.dtype
         if data.is_floating_point() or data.is_complex():
             self.check_input(data, batch_sizes)
-        batch = int(batch_sizes[0]) if batch_sizes is not None else data.shape[1]
         if hx is None:
-            hx = self._zero_state(batch, dtype, data.device)
-        else:
-            self._check_state_size(hx, batch)
-        if torch.is_autocast_enabled(data.device.type):
-            dtype = torch.get_autocast_dtype(data.device.type)
+            hx = self._zero_state(_batch(data, batch_sizes), dtype, data.device)
+        elif batch_sizes is None or not torch.compiler.is_compiling():
+            # A compiler does not know what batch_sizes holds; the operator looks when it runs.
+            self._check_state_size(hx, _batch(data, batch_sizes))
+        if (autocast := dispatch.autocast_dtype(data.device.type)) is not None:
+            dtype = autocast
             data = _cast(data, dtype)
             hx = _map_state(hx, lambda state: _cast(state, dtype))
             weights = [functional.Weights(*(_cast(parameter, dtype) for parameter in lane)) for lane in weights]
@@ -190,11 +195,7 @@ class _DropIn(nn.RNNBase):
         self._check_state_size(hx, batch)
         self._check_state_size(reset_to, batch)
         initial = _map_state(hx, functools.partial(segments.initial, bidirectional=self.bidirectional), reset_to)
-        if segments.columns.numel():
-            rows, state = self._run(segments.gather(input), initial, segments.batch_sizes)
-        else:  # every sequence is empty
-            features = self._state_sizes(batch)[0][2] * (2 if self.bidirectional else 1)
-            rows, state = torch.zeros(0, features, dtype=dtype, device=input.device), initial
+        rows, state = self._run(segments.gather(input), initial, segments.batch_sizes)
         final = _map_state(state, functools.partial(segments.final, bidirectional=self.bidirectional), hx)
         return segments.scatter(rows), final
 
@@ -231,6 +232,10 @@ class _DropIn(nn.RNNBase):
     def _check_state_size(self, hx: Any, batch: int) -> None:
         self.check_hidden_size(hx, self._state_sizes(batch)[0])
 
+    def _check_state_form(self, hx: Any) -> None:
+        if not isinstance(hx, Tensor):
+            raise RuntimeError(f"the state of a {type(self).__name__} is one tensor h_0, got a {type(hx).__name__}")
+
     def _check_state_dims(self, hx: Any, batched: bool, input_dims: int) -> None:
         dims = 3 if batched else 2
         if hx.dim() != dims:
@@ -241,6 +246,10 @@ class _DropIn(nn.RNNBase):
 
 
 compiling.let_dynamo_trace(_DropIn)
+
+
+def _batch(data: Tensor, batch_sizes: Tensor | None) -> Any:
+    return data.shape[1] if batch_sizes is None else batch_sizes[0].item()
 
 
 def _cast(tensor: Any, dtype: torch.dtype) -> Any:
@@ -318,7 +327,6 @@ class LSTM(_DropIn, nn.LSTM):
         sequences.check_reset_shape(reset, input, 2)
         if self.batch_first:
             input, reset = input.transpose(0, 1), None if reset is None else reset.transpose(0, 1)
-        self._update_flat_weights()
         weights, (steps, batch) = self._lane_weights(), input.shape[:2]
         if hx is None:
             hx = self._zero_state(batch, weights[0].w_hh.dtype, input.device)
@@ -330,11 +338,8 @@ class LSTM(_DropIn, nn.LSTM):
             segments = sequences.cut(steps, batch, lengths, reset, input.device)
             self._check_state_size(hx, batch)
             begin = _map_state(hx, lambda part: segments.initial(part, torch.zeros_like(part), self.bidirectional))
-            if segments.columns.numel():
-                options["batch_sizes"] = segments.batch_sizes
-                rows = functional.states(segments.gather(input), begin, weights, **options)
-            else:  # every sequence is empty
-                rows = tuple(part.transpose(0, 1) for part in begin)
+            options["batch_sizes"] = segments.batch_sizes
+            rows = functional.states(segments.gather(input), begin, weights, **options)
             padded = [segments.scatter(part.flatten(1)).unflatten(2, part.shape[1:]) for part in rows]
         h, c = (part.transpose(1, 2) for part in padded)
         return h, c
@@ -349,6 +354,9 @@ class LSTM(_DropIn, nn.LSTM):
     def _check_state_size(self, hx: tuple[Tensor, Tensor], batch: int) -> None:
         for index, size in enumerate(self._state_sizes(batch)):
             self.check_hidden_size(hx[index], size, f"Expected hidden[{index}] size {{}}, got {{}}")
+
+    def _check_state_form(self, hx: Any) -> None:
+        functional._pair(hx)
 
     def _check_state_dims(self, hx: tuple[Tensor, Tensor], batched: bool, input_dims: int) -> None:
         dims = 3 if batched else 2

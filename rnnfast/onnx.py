@@ -3,7 +3,7 @@
     torch.onnx.export(model, (x,), "model.onnx", custom_translation_table=rnnfast.onnx.translation_table())
 
 It needs `pip install 'rnnfast[onnx]'`. ONNX's operators have no projections and no batch_sizes, so models with
-`proj_size` or PackedSequence input are refused.
+`proj_size`, PackedSequence input, lengths or resets are refused.
 """
 
 from __future__ import annotations
@@ -74,7 +74,11 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         nothing = op.CastLike(op.ConstantOfShape(op.Constant(value_ints=[0])), h_0)
         return output, h_n, c_n if cell == "lstm" else nothing, nothing
 
-    return {getattr(torch.ops.rnnfast, f"scan_{backend}").default: scan for backend in BACKENDS}
+    def cut(lengths: Any, reset: Any, steps: Any, batch: Any, device: Any) -> Any:
+        raise RuntimeError("lengths= and reset= cannot be exported to ONNX; export the model for padded input")
+
+    table: dict[Any, Any] = {getattr(torch.ops.rnnfast, f"scan_{backend}").default: scan for backend in BACKENDS}
+    return table | {torch.ops.rnnfast.cut.default: cut}
 
 
 def _reorder(op: Any, weight: Any, cell: str) -> Any:

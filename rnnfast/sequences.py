@@ -9,37 +9,36 @@ them make for more parallel rows and fewer steps.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import _C, Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 
 class Segments(NamedTuple):
     """Where the rows and states of a padded batch (T, B) lie in its ragged batch of S segments; made by `cut`.
 
-    The longest segment comes first. C of the B columns hold a sequence; an empty one has no segment. All but
-    `batch_sizes` are int64 on the device of the batch:
+    The longest segment comes first; an empty column has none. All but `batch_sizes` are int64 on the device of the
+    batch:
 
     shape: (T, B).
     rows: (N,), for each ragged row its place t*B + b in the padded batch.
-    batch_sizes: (longest,) int64 on the CPU, non-increasing: the segments that have a k-th step.
+    batch_sizes: (longest,) int64 on the CPU, non-increasing: the segments that have a k-th step; [0] if there is none.
     columns: (S,), the column each segment was cut from.
-    filled: (C,), the columns that are not empty; first and last: (C,), the segments they begin and end with.
-    entering: the columns whose state enters their first segment, those that are not reset before their first step;
-    entered: their first segments.
+    sources: (2, S), for forward lanes and for backward ones: where each segment's initial state lies among the columns'
+        states, 0 to B - 1, followed by those they are reset to, B to 2B - 1.
+    ends: (2, B), for forward lanes and for backward ones: where each column's final state lies among the segments',
+        0 to S - 1, followed by the columns' initial ones, which an empty column keeps.
     """
 
     shape: tuple[int, int]
     rows: Tensor
     batch_sizes: Tensor
     columns: Tensor
-    filled: Tensor
-    first: Tensor
-    last: Tensor
-    entering: Tensor
-    entered: Tensor
+    sources: Tensor
+    ends: Tensor
 
     def gather(self, input: Tensor) -> Tensor:
         """(T, B, I) or (T, B) to ragged rows (N, I) or (N,). What lies in the padding is never read."""
@@ -60,21 +59,21 @@ class Segments(NamedTuple):
         """
         if reset_to.dtype != state.dtype:
             raise RuntimeError(f"reset_to has dtype {reset_to.dtype}, the state has {state.dtype}; convert one of them")
-        result = reset_to.index_select(1, self.columns)
-        if not bidirectional:
-            return result.index_copy(1, self.entered, state.index_select(1, self.entering))
-        forward = result[0::2].index_copy(1, self.entered, state[0::2].index_select(1, self.entering))
-        backward = result[1::2].index_copy(1, self.last, state[1::2].index_select(1, self.filled))
-        return torch.stack((forward, backward), 1).flatten(0, 1)
+        if reset_to.device != state.device:
+            raise RuntimeError(f"reset_to is on {reset_to.device}, the state is on {state.device}; move one of them")
+        return _select(state, reset_to, self.sources, bidirectional)
 
     def final(self, state: Tensor, initial: Tensor, bidirectional: bool) -> Tensor:
         """The columns' final states (L*D, B, P), from the segments' (L*D, S, P); of an empty column its initial one."""
-        initial = initial.to(state.dtype)
-        if not bidirectional:
-            return initial.index_copy(1, self.filled, state.index_select(1, self.last))
-        forward = initial[0::2].index_copy(1, self.filled, state[0::2].index_select(1, self.last))
-        backward = initial[1::2].index_copy(1, self.filled, state[1::2].index_select(1, self.first))
-        return torch.stack((forward, backward), 1).flatten(0, 1)
+        return _select(state, initial.to(state.dtype), self.ends, bidirectional)
+
+
+def _select(states: Tensor, others: Tensor, index: Tensor, bidirectional: bool) -> Tensor:
+    """From `states` (L*D, ., P) followed by `others`, those at the index of each lane's direction."""
+    both = torch.cat((states, others), 1)
+    if not bidirectional:
+        return both.index_select(1, index[0])
+    return torch.stack((both[0::2].index_select(1, index[0]), both[1::2].index_select(1, index[1])), 1).flatten(0, 1)
 
 
 def cut(
@@ -96,26 +95,40 @@ def cut(
 
     Raises:
         ValueError, TypeError: lengths or resets of the wrong shape, type or range.
+        RuntimeError: T is 0.
     """
-    ends = _check_lengths(steps, batch, lengths)
-    starts = (
-        torch.zeros(batch, steps, dtype=torch.bool) if reset is None else _check_reset(steps, batch, reset).t().cpu()
-    )
-    enters = ~starts[:, :1].squeeze(1)
-    starts = torch.cat((torch.ones(batch, 1, dtype=torch.bool), starts[:, 1:]), 1)
+    if steps == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    lengths = _check_lengths(steps, batch, lengths)
+    if reset is not None:
+        _check_reset(steps, batch, reset)
+    device = torch.device(device)
+    make_plan = _traced_plan if torch.compiler.is_compiling() else _plan
+    return Segments((steps, batch), *make_plan(lengths, reset, steps, batch, device))
+
+
+def _plan(lengths: Tensor, reset: Tensor | None, steps: int, batch: int, device: torch.device) -> tuple[Tensor, ...]:
+    """The tensors of `Segments`, in its order."""
+    if any(isinstance(tensor, Tensor) and _C._functorch.is_batchedtensor(tensor) for tensor in (lengths, reset)):
+        raise RuntimeError("vmap cannot map over lengths or reset: all members must share them, as one plan serves all")
+    lengths = lengths.to("cpu", torch.int64)
+    if batch and (int(lengths.min()) < 0 or int(lengths.max()) > steps):
+        raise ValueError(f"lengths must be in [0, {steps}], the steps of the input, got {lengths.tolist()}")
+    resets = lengths.new_zeros(batch, steps, dtype=torch.bool) if reset is None else reset.t().cpu()
+    starts = torch.cat((resets.new_ones(batch, 1), resets[:, 1:]), 1)
 
     # The valid rows, column after column; a start among them begins a segment.
-    valid = torch.arange(steps) < ends.unsqueeze(1)
+    valid = _count(steps) < lengths.unsqueeze(1)
     column, step = valid.nonzero(as_tuple=True)
     begins = starts[valid]
     begin = begins.nonzero().squeeze(1)
     segment = begins.cumsum(0) - 1
-    within = torch.arange(column.numel()) - begin[segment]
+    within = _count(column.numel()) - begin[segment]
 
-    sizes = torch.diff(begin, append=torch.tensor([column.numel()]))
+    sizes = torch.diff(begin, append=begin.new_tensor([column.numel()]))
     order = sizes.argsort(descending=True, stable=True)
     rank = _inverse(order)
-    batch_sizes = torch.bincount(within)
+    batch_sizes = torch.bincount(within, minlength=1)
     place = (batch_sizes.cumsum(0) - batch_sizes)[within] + rank[segment]
     rows = (step * batch + column)[_inverse(place)]
 
@@ -123,55 +136,121 @@ def cut(
     filled, count = columns.unique_consecutive(return_counts=True)
     last = count.cumsum(0) - 1
     first = last - count + 1
-    enters = enters[filled]
-    tensors = (rows, columns[order], filled, rank[first], rank[last], filled[enters], rank[first[enters]])
-    rows, columns, filled, first, last, entering, entered = (tensor.to(device) for tensor in tensors)
-    return Segments((steps, batch), rows, batch_sizes, columns, filled, first, last, entering, entered)
+    # The segments that a lane enters a column by take the column's state, unless it is reset before the first step.
+    forward, backward = columns + batch, columns + batch
+    forward[first] = filled + batch * resets[filled, 0]
+    backward[last] = filled
+    sources = torch.stack((forward, backward))[:, order]
+    ends = _count(batch).repeat(2, 1) + len(columns)
+    ends[:, filled] = torch.stack((rank[last], rank[first]))
+    plan = [tensor.to(device) for tensor in (rows, columns[order], sources, ends)]
+    return plan[0], batch_sizes, *plan[1:]
+
+
+# ---- the plan in a graph: one operator, whose results have sizes that are known beforehand ---------------------------
+
+
+def _traced_plan(
+    lengths: Tensor, reset: Tensor | None, steps: int, batch: int, device: torch.device
+) -> tuple[Tensor, ...]:
+    """`_plan` as a compiler sees it: what is used of the operator's results has sizes that come with its values."""
+    padded = torch.ops.rnnfast.cut.default(lengths, reset, steps, batch, device)
+    rows, batch_sizes, columns, sources, ends, counts = padded
+    used, longest, segments = (count.item() for count in counts.unbind())
+    for count, least, bound in ((used, 0, rows), (longest, 1, batch_sizes), (segments, 0, columns)):
+        torch._check(count >= least)
+        torch._check(count <= bound.shape[0])
+    return rows[:used], batch_sizes[:longest], columns[:segments], sources[:, :segments], ends
+
+
+def _padded_plan(
+    lengths: Tensor, reset: Tensor | None, steps: int, batch: int, device: torch.device
+) -> tuple[Tensor, ...]:
+    """The operator: `_plan` with zeros behind it, and (3,) int64 on the CPU, how much of it is used."""
+    rows, batch_sizes, columns, sources, ends = _plan(lengths, reset, steps, batch, device)
+    counts = torch.tensor([len(rows), len(batch_sizes), len(columns)], device="cpu")
+    most = batch if reset is None else steps * batch
+    padded = (
+        F.pad(tensor, (0, size - tensor.shape[-1]))
+        for tensor, size in ((rows, steps * batch), (batch_sizes, steps), (columns, most), (sources, most))
+    )
+    return *padded, ends, counts
+
+
+def _fake_padded_plan(
+    lengths: Tensor, reset: Tensor | None, steps: int, batch: int, device: torch.device
+) -> tuple[Tensor, ...]:
+    def empty(*size: int, where: torch.device | str = device) -> Tensor:
+        return torch.empty(size, dtype=torch.int64, device=where)
+
+    most = batch if reset is None else steps * batch
+    rows, batch_sizes = empty(steps * batch), empty(steps, where="cpu")
+    return rows, batch_sizes, empty(most), empty(2, most), empty(2, batch), empty(3, where="cpu")
+
+
+_library = torch.library.Library("rnnfast", "FRAGMENT")
+_library.define(
+    "cut(Tensor lengths, Tensor? reset, SymInt steps, SymInt batch, Device device) "
+    "-> (Tensor rows, Tensor batch_sizes, Tensor columns, Tensor sources, Tensor ends, Tensor counts)"
+)
+_library.impl("cut", _padded_plan, "CompositeExplicitAutograd")
+torch.library.register_fake("rnnfast::cut", _fake_padded_plan, lib=_library)
 
 
 def check_reset_shape(reset: Tensor | None, input: Tensor, steps_and_batch: int) -> None:
-    """Raises ValueError unless a mask has the first dimensions of the input it came with."""
-    if reset is not None and reset.shape != input.shape[:steps_and_batch]:
+    """Raises TypeError or ValueError unless a mask is one and has the first dimensions of the input it came with."""
+    if reset is None:
+        return
+    _check_reset_type(reset)
+    if reset.shape != input.shape[:steps_and_batch]:
         expected, given = tuple(input.shape[:steps_and_batch]), tuple(reset.shape)
         raise ValueError(f"reset must have the input's shape without features, {expected}, got {given}")
 
 
 def of_packed(packed: PackedSequence) -> Segments:
     """The plan of a PackedSequence, whose data are its ragged rows: a segment for each sequence."""
-    batch_sizes, device = packed.batch_sizes, packed.data.device
-    steps, batch = len(batch_sizes), int(batch_sizes[0])
-    everything = torch.arange(batch, device=device)
-    columns = everything if packed.sorted_indices is None else packed.sorted_indices
-    segments = _inverse(columns)
-    step = torch.repeat_interleave(torch.arange(steps), batch_sizes)
-    segment = torch.arange(len(step)) - (batch_sizes.cumsum(0) - batch_sizes)[step]
-    rows = step.to(device) * batch + columns[segment.to(device)]
-    return Segments((steps, batch), rows, batch_sizes, columns, everything, segments, segments, everything, segments)
+    data, batch_sizes, columns, _ = packed
+    if columns is None:
+        columns = _count(batch_sizes[0].item(), data.device)
+    steps, batch = batch_sizes.numel(), columns.numel()
+    step = torch.repeat_interleave(_count(steps), batch_sizes, output_size=data.shape[0])
+    segment = _count(data.shape[0]) - (batch_sizes.cumsum(0) - batch_sizes)[step]
+    rows = step.to(data.device) * batch + columns[segment.to(data.device)]
+    ends = _inverse(columns)
+    return Segments((steps, batch), rows, batch_sizes, columns, columns.expand(2, -1), ends.expand(2, -1))
 
 
 def _inverse(permutation: Tensor) -> Tensor:
-    return torch.empty_like(permutation).scatter_(
-        0, permutation, torch.arange(permutation.numel(), device=permutation.device)
-    )
+    return torch.empty_like(permutation).scatter_(0, permutation, _count(permutation.numel(), permutation.device))
+
+
+def _count(number: Any, device: torch.device | str = "cpu") -> Tensor:
+    """0, 1, 2..., not on the default device, which may be another."""
+    return torch.arange(number, device=device)
 
 
 def _check_lengths(steps: int, batch: int, lengths: Tensor | Sequence[int] | None) -> Tensor:
     if lengths is None:
-        return torch.full((batch,), steps)
-    ends = torch.as_tensor(lengths)
-    if ends.numel() and (ends.is_floating_point() or ends.is_complex() or ends.dtype == torch.bool):
-        raise TypeError(f"lengths must be integers, got {ends.dtype}")
-    if ends.shape != (batch,):
-        raise ValueError(f"lengths must hold one length for each of the {batch} sequences, got {tuple(ends.shape)}")
-    ends = ends.to("cpu", torch.int64)
-    if batch and (int(ends.min()) < 0 or int(ends.max()) > steps):
-        raise ValueError(f"lengths must be in [0, {steps}], the steps of the input, got {ends.tolist()}")
-    return ends
+        return torch.full((batch,), steps, device="cpu")
+    if not isinstance(lengths, Tensor):
+        if not hasattr(lengths, "__len__"):
+            raise TypeError(f"lengths must be a tensor or a list, one for each sequence, got {lengths!r}")
+        lengths = torch.as_tensor(lengths, device="cpu") if len(lengths) else _count(0)
+    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+        raise TypeError(f"lengths must be integers, got {lengths.dtype}")
+    if lengths.shape != (batch,):
+        raise ValueError(f"lengths must hold one length for each of the {batch} sequences, got {tuple(lengths.shape)}")
+    return lengths
 
 
-def _check_reset(steps: int, batch: int, reset: Tensor) -> Tensor:
+def _check_reset_type(reset: Any) -> None:
+    if not isinstance(reset, Tensor):
+        raise TypeError(f"reset must be a bool tensor, got a {type(reset).__name__}; use torch.as_tensor")
     if reset.dtype != torch.bool:
         raise TypeError(f"reset must be a bool tensor, got {reset.dtype}; use reset.bool() if nonzero means a reset")
+
+
+def _check_reset(steps: int, batch: int, reset: Tensor) -> None:
+    _check_reset_type(reset)
     if reset.shape != (steps, batch):
         raise ValueError(f"reset must have the shape {(steps, batch)}, got {tuple(reset.shape)}")
-    return reset

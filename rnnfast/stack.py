@@ -15,6 +15,7 @@ from rnnfast import dispatch, functional, sequences
 from rnnfast.backends.reference import Extension, Norms
 from rnnfast.cells import CELLS
 from rnnfast.extended import scan_extended
+from rnnfast.layers import _map_state
 from rnnfast.regularisation import Masks, dropout_mask
 from rnnfast.scan import is_mapped
 
@@ -37,6 +38,8 @@ class Stack(nn.Module):
         input_size: I, features of the input, or number of token ids.
         hidden_sizes: the units of each layer, from the first to the last.
         bias, batch_first, bidirectional: as torch.nn's.
+        proj_size: P, to which an LSTM's h is projected in every layer (Sak et al. 2014); 0 for none. It goes with what
+            leaves the recurrence as it is.
         input_dropout: probability of zeroing a feature of a sequence's input, at all its steps (variational dropout,
             Gal & Ghahramani 2016).
         dropout: the same between layers.
@@ -69,6 +72,7 @@ class Stack(nn.Module):
         bias: bool = True,
         batch_first: bool = False,
         bidirectional: bool = False,
+        proj_size: int = 0,
         input_dropout: float = 0.0,
         dropout: float = 0.0,
         recurrent_dropout: float = 0.0,
@@ -83,8 +87,10 @@ class Stack(nn.Module):
     ) -> None:
         super().__init__()
         dispatch.check_name(backend)
+        if not isinstance(hidden_sizes, Sequence) or not all(isinstance(size, int) for size in hidden_sizes):
+            raise ValueError(f"hidden_sizes is a list of the units of each layer, got {hidden_sizes!r}")
         self.cell, self.input_size, self.hidden_sizes = cell, input_size, tuple(hidden_sizes)
-        self.bias, self.batch_first, self.bidirectional = bias, batch_first, bidirectional
+        self.bias, self.batch_first, self.bidirectional, self.proj_size = bias, batch_first, bidirectional, proj_size
         self.input_dropout, self.dropout, self.recurrent_dropout = input_dropout, dropout, recurrent_dropout
         self.weight_dropout, self.zoneout, self.layer_norm = weight_dropout, _pair(zoneout), layer_norm
         self.peepholes, self.connection, self.backend = peepholes, connection, backend
@@ -98,7 +104,7 @@ class Stack(nn.Module):
             shapes: dict[str, tuple[int, ...]] = {}
             for suffix in self._suffixes(layer):
                 shapes |= {name + suffix: shape for name, shape in self._lane_shapes(below, size).items()}
-            below = directions * size
+            below = directions * (proj_size or size)
             if connection == "highway" and layer > 0:
                 shapes |= {f"highway_weight_l{layer}": (below, below), f"highway_bias_l{layer}": (below,)}
             for name, shape in shapes.items():
@@ -107,9 +113,11 @@ class Stack(nn.Module):
 
     def _lane_shapes(self, below: int, size: int) -> dict[str, tuple[int, ...]]:
         rows = CELLS[self.cell].gates * size
-        shapes: dict[str, tuple[int, ...]] = {"weight_ih": (rows, below), "weight_hh": (rows, size)}
+        shapes: dict[str, tuple[int, ...]] = {"weight_ih": (rows, below), "weight_hh": (rows, self.proj_size or size)}
         if self.bias:
             shapes |= {"bias_ih": (rows,), "bias_hh": (rows,)}
+        if self.proj_size:
+            shapes["weight_hr"] = (self.proj_size, size)
         if self.layer_norm:
             shapes |= {"gain_ih": (rows,), "gain_hh": (rows,)}
             shapes |= {"gain_c": (size,), "bias_c": (size,)} if self.cell == "lstm" else {}
@@ -124,6 +132,12 @@ class Stack(nn.Module):
             raise ValueError(
                 f"input_size and every one of hidden_sizes must be positive, got {self.input_size}, {self.hidden_sizes}"
             )
+        if self.proj_size and (self.cell != "lstm" or not 0 < self.proj_size < min(self.hidden_sizes)):
+            raise ValueError(
+                f"proj_size is for lstm and below every one of hidden_sizes, got {self.proj_size} for {self.cell}"
+            )
+        if self.proj_size and (self.recurrent_dropout or any(self.zoneout) or self.layer_norm or self.peepholes):
+            raise ValueError("proj_size does not go with recurrent_dropout, zoneout, layer_norm or peepholes")
         for name in ("input_dropout", "dropout", "recurrent_dropout", "weight_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is a probability in [0, 1), got {getattr(self, name)}")
@@ -137,7 +151,7 @@ class Stack(nn.Module):
             raise ValueError(f"peepholes are for lstm, got {self.cell}")
         if self.connection not in (None, "residual", "highway"):
             raise ValueError(f"unknown connection '{self.connection}'; choose from None, 'residual', 'highway'")
-        if self.connection is not None and len(set(self.hidden_sizes)) > 1:
+        if self.connection is not None and not self.proj_size and len(set(self.hidden_sizes)) > 1:
             raise ValueError(f"a {self.connection} connection needs layers of one size, got {self.hidden_sizes}")
 
     def reset_parameters(self) -> None:
@@ -156,7 +170,8 @@ class Stack(nn.Module):
 
     def extra_repr(self) -> str:
         parts = [repr(self.cell), str(self.input_size), str(list(self.hidden_sizes))]
-        defaults: dict[str, Any] = {"bias": True, "batch_first": False, "bidirectional": False, "input_dropout": 0.0}
+        defaults: dict[str, Any] = {"bias": True, "batch_first": False, "bidirectional": False, "proj_size": 0}
+        defaults |= {"input_dropout": 0.0}
         defaults |= {"dropout": 0.0, "recurrent_dropout": 0.0, "weight_dropout": 0.0, "zoneout": (0.0, 0.0)}
         defaults |= {"layer_norm": False, "peepholes": False, "connection": None, "backend": dispatch.AUTO}
         options = {name: getattr(self, name) for name in defaults}
@@ -169,25 +184,28 @@ class Stack(nn.Module):
         *,
         lengths: Tensor | Sequence[int] | None = None,
         reset: Tensor | None = None,
+        reset_to: Sequence[State] | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[Any, tuple[State, ...]]:
         """Runs the layers over whole sequences.
 
-        T steps, B sequences, I = input_size, D = 2 if bidirectional else 1, H units of a layer:
+        T steps, B sequences, I = input_size, D = 2 if bidirectional else 1, H units of a layer, P = proj_size or H:
 
         Args:
-            input: (T, B, I), or (B, T, I) with batch_first, of the weights' dtype; or integer token ids, which stand
-                for one-hot vectors, without I; or a PackedSequence of either.
-            hx: for each layer its initial state h (D, B, H), for an LSTM (h, c). Zeros if None.
+            input: (T, B, I), or (B, T, I) with batch_first, or (T, I) unbatched, of the weights' dtype; or integer
+                token ids, which stand for one-hot vectors, without I; or a PackedSequence of either.
+            hx: for each layer its initial state h (D, B, P), for an LSTM (h, c) with c (D, B, H); without B if
+                unbatched. Zeros if None.
             lengths: (B,) integers in [0, T], in any order and on any device, or a list: the steps of each sequence, as
                 in `rnnfast.LSTM`.
-            reset: bool, of the input's shape without I: True where the state returns to zeros before that step. The
-                masks of a sequence stay what they are.
+            reset: bool, of the input's shape without I: True where the state is reset before that step. The masks of a
+                sequence stay what they are.
+            reset_to: what the state is reset to, in hx's form, with B columns or one for all. Zeros if None.
             generator: what all masks of this call are drawn from. Equal seeds give equal masks, whether the batch is
                 padded, has lengths or is packed. torch's default generator if None.
 
         Returns:
-            output, of the shape of the input with D*H features of the last layer or a PackedSequence, and the final
+            output, of the shape of the input with D*P features of the last layer or a PackedSequence, and the final
             state in hx's form.
 
         Raises:
@@ -196,10 +214,11 @@ class Stack(nn.Module):
             IndexError: a token id outside [0, I).
         """
         packed = input if isinstance(input, PackedSequence) else None
-        data = input if packed is None else packed.data
-        if self.input_dropout > 0 and self.training and not data.is_floating_point():
-            raise ValueError("input_dropout drops features of floating input; give the stack embedded token ids")
-        segments = None
+        if packed is None and not isinstance(input, Tensor):
+            raise TypeError(f"input must be a tensor or a PackedSequence, got {type(input).__name__}")
+        data, batched, segments = input if packed is None else packed.data, True, None
+        if reset_to is not None and reset is None:
+            raise ValueError("reset_to is the state that reset= returns to: give reset= as well")
         if packed is not None:
             if lengths is not None or reset is not None:
                 raise ValueError(
@@ -208,44 +227,83 @@ class Stack(nn.Module):
             segments = sequences.of_packed(packed)
             steps, batch = segments.shape
         else:
-            dims = 3 if data.is_floating_point() else 2
-            if data.dim() != dims:
-                raise ValueError(
-                    f"Stack: expected {dims}D batched input, got {data.dim()}D; an unbatched one is (T, 1, I)"
-                )
-            sequences.check_reset_shape(reset, data, 2)
-            if self.batch_first:
+            dims = data.dim() - (1 if data.is_floating_point() else 0)
+            if dims not in (1, 2):
+                kind = "input to be 2D or 3D" if data.is_floating_point() else "token ids to be 1D or 2D"
+                raise ValueError(f"Stack: Expected {kind}, got {data.dim()}D instead")
+            batched = dims == 2
+            sequences.check_reset_shape(reset, data, dims)
+            if not batched:
+                if lengths is not None:
+                    raise ValueError(
+                        "lengths= is for a batch of sequences; of an unbatched one pass the steps there are"
+                    )
+                data, reset = data.unsqueeze(1), None if reset is None else reset.unsqueeze(1)
+            elif self.batch_first:
                 data, reset = data.transpose(0, 1), None if reset is None else reset.transpose(0, 1)
             steps, batch = data.shape[:2]
             if lengths is not None or reset is not None:
                 segments = sequences.cut(steps, batch, lengths, reset, data.device)
                 data = segments.gather(data)
-        states = self._initial(hx, batch, data.device)
-        if segments is None or segments.columns.numel():
-            output, final = self._run(data, states, Masks((steps, batch), segments, generator))
-        else:  # every sequence is empty
-            output = states[-1][0].new_zeros(0, len(states[-1][0]) * self.hidden_sizes[-1])
-            final = tuple(state if self.cell == "lstm" else state[0] for state in states)
+        states = self._states("hx", hx, batch, data.device, batched)
+        resets = None if reset_to is None else self._states("reset_to", reset_to, batch, data.device, batched)
+        output, final = self._run(data, states, resets, Masks((steps, batch), segments, generator))
         if packed is not None:
-            return packed._replace(data=output), final
+            return PackedSequence(output, *packed[1:]), final
         output = output if segments is None else segments.scatter(output)
+        if not batched:
+            return output.squeeze(1), _map_state(final, lambda part: part.squeeze(1))
         return output.transpose(0, 1) if self.batch_first else output, final
+
+    def step(
+        self, input: Tensor, hx: Sequence[State] | None = None, *, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, tuple[State, ...]]:
+        """Runs one time step of a stream: what a call over a sequence of one step does.
+
+        In evaluation mode, feeding the state back gives on the cpu backend the bits of one call over the whole
+        sequence, but for highway connections. In training every step draws masks of its own.
+
+        Args:
+            input: (B, I) of the weights' dtype, or (B,) integer token ids.
+            hx: the state the last step returned: for each layer h (1, B, P), for an LSTM (h, c) with c (1, B, H). Zeros
+                if None.
+            generator: as in `forward`.
+
+        Returns:
+            output (B, P) of the last layer, and the state for the next step.
+
+        Raises:
+            RuntimeError: the stack is bidirectional, so that its first output needs the last input.
+            Further errors are those of `forward`.
+        """
+        if self.bidirectional:
+            raise RuntimeError("a bidirectional stack reads the whole sequence at once: it has no step")
+        if input.dim() != (2 if input.is_floating_point() else 1):
+            raise RuntimeError(f"a step takes (B, {self.input_size}) input or (B,) token ids, got {tuple(input.shape)}")
+        states = self._states("hx", hx, len(input), input.device)
+        output, final = self._run(input.unsqueeze(0), states, None, Masks((1, len(input)), None, generator))
+        return output.squeeze(0), final
 
     def request(self, input: Tensor) -> dispatch.Request:
         """What decides which backend can run these layers, in the mode they are in, on such input."""
         there = (self.training and self.recurrent_dropout > 0, any(self.zoneout), self.layer_norm, self.peepholes)
         extensions = tuple(name for name, is_there in zip(dispatch.EXTENDED_RECURRENCE, there, strict=True) if is_there)
         weight, token_ids = self._parameter("weight_hh_l0"), not input.is_floating_point()
-        kind = self.cell, weight.device.type, weight.dtype, token_ids, False
+        kind = self.cell, weight.device.type, weight.dtype, token_ids, self.proj_size > 0
         return dispatch.Request(*kind, is_mapped(), extensions=extensions)
 
-    def _run(self, rows: Tensor, states: list[tuple[Tensor, ...]], masks: Masks) -> tuple[Tensor, tuple[State, ...]]:
+    def _run(
+        self, rows: Tensor, states: list[tuple[Tensor, ...]], resets: list[tuple[Tensor, ...]] | None, masks: Masks
+    ) -> tuple[Tensor, tuple[State, ...]]:
         """Rows (T, B, I), or ragged (N, I), through all layers."""
+        if self.input_dropout > 0 and self.training and not rows.is_floating_point():
+            raise ValueError("input_dropout drops features of floating input; give the stack embedded token ids")
         dtype, segments = self._parameter("weight_ih_l0").dtype, masks.segments
-        if torch.is_autocast_enabled(rows.device.type):
-            dtype = torch.get_autocast_dtype(rows.device.type)
+        if (autocast := dispatch.autocast_dtype(rows.device.type)) is not None:
+            dtype = autocast
             rows = rows.to(dtype) if rows.is_floating_point() else rows
-            states = [tuple(part.to(dtype) for part in state) for state in states]
+            states = _map_state(states, lambda part: part.to(dtype))
+            resets = _map_state(resets, lambda part: part.to(dtype))
         request = self.request(rows)._replace(dtype=dtype)
         extended = dispatch.choose_name(self.backend, None, *request) if request.extensions else None
         final: list[State] = []
@@ -255,7 +313,8 @@ class Stack(nn.Module):
                 rows = rows * masks.of_input(p, rows)
             begin = state
             if segments is not None:
-                begin = tuple(segments.initial(part, torch.zeros_like(part), self.bidirectional) for part in state)
+                to = [torch.zeros_like(part) for part in state] if resets is None else resets[layer]
+                begin = tuple(map(segments.initial, state, to, [self.bidirectional] * len(state)))
             rows, *ends = self._run_layer(layer, rows, begin, masks, dtype, extended)
             if segments is not None:
                 ends = [segments.final(end, part, self.bidirectional) for end, part in zip(ends, state, strict=False)]
@@ -304,6 +363,8 @@ class Stack(nn.Module):
     def _weights(self, suffix: str, dtype: torch.dtype, generator: torch.Generator | None) -> functional.Weights:
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh") if self.bias else ("weight_ih", "weight_hh")
         weights = functional.Weights(*(self._parameter(name + suffix).to(dtype) for name in names))
+        if self.proj_size:
+            weights = weights._replace(w_hr=self._parameter("weight_hr" + suffix).to(dtype))
         if not self.training or self.weight_dropout == 0:
             return weights
         mask = dropout_mask(self.weight_dropout, weights.w_hh.shape, weights.w_hh, generator)
@@ -319,24 +380,34 @@ class Stack(nn.Module):
         parameter: Tensor = getattr(self, name)
         return parameter
 
-    def _initial(self, hx: Sequence[State] | None, batch: int, device: torch.device) -> list[tuple[Tensor, ...]]:
-        """For each layer (h,) or (h, c), of the right shapes."""
-        directions, parts = 2 if self.bidirectional else 1, 2 if self.cell == "lstm" else 1
-        shapes = [(directions, batch, size) for size in self.hidden_sizes]
-        if hx is None:
-            dtype = self._parameter("weight_ih_l0").dtype
-            return [tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(parts)) for shape in shapes]
-        if not isinstance(hx, tuple | list) or len(hx) != len(shapes):
-            raise ValueError(f"hx must hold one state for each of the {len(shapes)} layers")
+    def _states(
+        self, name: str, given: Sequence[State] | None, batch: int, device: torch.device, batched: bool = True
+    ) -> list[tuple[Tensor, ...]]:
+        """For each layer (h,) or (h, c), of the shapes that `forward` tells, of what a caller gives as `name`."""
+        directions, is_lstm = 2 if self.bidirectional else 1, self.cell == "lstm"
+        sizes = [(self.proj_size or size, size)[: 1 + is_lstm] for size in self.hidden_sizes]
+        if given is None:
+            options: Any = {"dtype": self._parameter("weight_ih_l0").dtype, "device": device}
+            return [tuple(torch.zeros(directions, batch, size, **options) for size in parts) for parts in sizes]
+        if not isinstance(given, tuple | list) or len(given) != len(sizes):
+            raise ValueError(f"{name} must hold one state for each of the {len(sizes)} layers")
         states = []
-        for layer, (state, shape) in enumerate(zip(hx, shapes, strict=True)):
-            given = tuple(state) if isinstance(state, tuple | list) else (state,)
-            if [tuple(part.shape) for part in given] != [shape] * parts:
-                form = f"(h, c), each {shape}" if parts == 2 else f"h {shape}"
-                raise RuntimeError(f"hx[{layer}] must be {form}, got {[tuple(part.shape) for part in given]}")
-            states.append(given)
+        for layer, (state, parts) in enumerate(zip(given, sizes, strict=True)):
+            pair = tuple(state) if isinstance(state, tuple | list) else (state,)
+            expected = [(directions, batch, size) if batched else (directions, size) for size in parts]
+            shapes = [tuple(part.shape) for part in pair]
+            one_for_all = name == "reset_to" and batched and shapes == [(directions, 1, size) for size in parts]
+            if shapes != expected and not one_for_all:
+                form = f"(h, c) of shapes {expected}" if is_lstm else f"h of shape {expected[0]}"
+                raise RuntimeError(f"{name}[{layer}] must be {form}, got {shapes}")
+            pair = pair if batched else tuple(part.unsqueeze(1) for part in pair)
+            states.append(tuple(part.expand(-1, batch, -1) for part in pair))
         return states
 
 
 def _pair(zoneout: float | tuple[float, float]) -> tuple[float, float]:
-    return (zoneout, zoneout) if isinstance(zoneout, float | int) else (float(zoneout[0]), float(zoneout[1]))
+    if isinstance(zoneout, float | int):
+        return zoneout, zoneout
+    if len(zoneout) != 2:
+        raise ValueError(f"zoneout is a number, or a pair for h and for c, got {zoneout}")
+    return float(zoneout[0]), float(zoneout[1])

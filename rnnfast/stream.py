@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from rnnfast.layers import _DropIn, _map_state
 from rnnfast.stack import Stack
 
+_ALONE = _DropIn, Stack  # what has a step of its own
+
 
 class Stream:
     """Keeps the states of a layer, or of every recurrent layer in a model, from one call to the next.
@@ -26,8 +28,7 @@ class Stream:
     keeps itself, are left to the model.
 
     Args:
-        module: an `rnnfast.RNN`, `LSTM` or `GRU`; or a `Stack`, or a model with recurrent layers in it, ours or
-            torch.nn's.
+        module: an `rnnfast.RNN`, `LSTM`, `GRU` or `Stack`; or a model with recurrent layers in it, ours or torch.nn's.
 
     Raises:
         RuntimeError: a layer is bidirectional, so that its first output needs the last input.
@@ -53,16 +54,16 @@ class Stream:
         """Feeds the next step or steps.
 
         Args:
-            args, kwargs: what the module takes. For a layer the input alone: a step, (B, I) or ids (B,), or a chunk of
-                T steps, (T, B, I) or ids (T, B), or with batch_first (B, T, ...).
+            args, kwargs: what the module takes. For a layer or a stack the input alone: a step, (B, I) or ids (B,), or
+                a chunk of T steps, (T, B, I) or ids (T, B), or with batch_first (B, T, ...).
 
         Returns:
-            For a layer, the output of the step (B, P) or of the chunk; for a model, what it returns.
+            For a layer or a stack, the output of the step (B, P) or of the chunk; for a model, what it returns.
 
         Raises:
             RuntimeError: a layer of the model ran twice in one call; and what the module raises.
         """
-        if isinstance(self.module, _DropIn):
+        if isinstance(self.module, _ALONE):
             return self._feed(self.module, *args, **kwargs)
         handles, ran = [], set()
 
@@ -94,7 +95,7 @@ class Stream:
             for handle in handles:
                 handle.remove()
 
-    def _feed(self, layer: _DropIn, input: Tensor) -> Tensor:
+    def _feed(self, layer: _DropIn | Stack, input: Tensor) -> Tensor:
         state, steps = self._states.get(""), input.dim() - (1 if input.is_floating_point() else 0)
         output, self._states[""] = layer.step(input, state) if steps == 1 else layer(input, state)
         return output
@@ -103,15 +104,17 @@ class Stream:
     def state(self) -> Any:
         """The state after the last call, to keep and to set again.
 
-        For a layer h (L, B, P), or (h, c) of an LSTM, or None before the first call; for a model a dict of such states
-        by the layers' names.
+        For a layer h (L, B, P), or (h, c) of an LSTM, for a stack one of each layer, None before the first call; for a
+        model a dict of such states by the layers' names.
         """
-        return self._states.get("") if isinstance(self.module, _DropIn) else dict(self._states)
+        return self._states.get("") if isinstance(self.module, _ALONE) else dict(self._states)
 
     @state.setter
     def state(self, state: Any) -> None:
-        if isinstance(self.module, _DropIn):
+        if isinstance(self.module, _ALONE):
             state = {} if state is None else {"": state}
+        if not isinstance(state, dict):
+            raise TypeError(f"the state of a model is a dict by its layers' names, got a {type(state).__name__}")
         unknown = set(state) - set(self._layers)
         if unknown:
             raise ValueError(f"the model has no recurrent layer {', '.join(sorted(unknown))}")

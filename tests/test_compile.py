@@ -38,6 +38,17 @@ class Model(nn.Module):
         return self.head(output), state
 
 
+class Ragged(nn.Module):
+    """A layer that is called with lengths and resets."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, input: Tensor, hx: Any, lengths: Tensor, reset: Tensor, reset_to: Any) -> Any:
+        return self.layer(input, hx, lengths=lengths, reset=reset, reset_to=reset_to)
+
+
 class Graphs:
     """A compiler that keeps the graphs it is given, and hands them to AOTAutograd."""
 
@@ -114,6 +125,69 @@ def test_packed_sequence_in_a_graph(backend: str) -> None:
     for sizes in ([3, 2, 1], [4, 4, 4, 1]):
         packed = PackedSequence(torch.randn(sum(sizes), 5), torch.tensor(sizes))
         torch.testing.assert_close(tree_leaves(compiled(packed)), tree_leaves(layer(packed)))
+        hx = torch.randn(2, sizes[0], 7), torch.randn(2, sizes[0], 7)
+        torch.testing.assert_close(tree_leaves(compiled(packed, hx)), tree_leaves(layer(packed, hx)))
+
+
+def ragged(layer: Any, steps: int, lengths: list[int], rate: float = 0.3) -> tuple[Any, ...]:
+    """Arguments of `Ragged`."""
+    batch, lanes = len(lengths), layer.num_layers * (1 + layer.bidirectional)
+    sizes = [layer.hidden_size] * (2 if layer.mode == "LSTM" else 1)
+    states = [tuple(torch.randn(lanes, b, size, requires_grad=True) for size in sizes) for b in (batch, 1)]
+    hx, reset_to = states if layer.mode == "LSTM" else [state for (state,) in states]
+    input = torch.randn(steps, batch, layer.input_size, requires_grad=True)
+    return input, hx, torch.tensor(lengths), torch.rand(steps, batch) < rate, reset_to
+
+
+# Among them every sequence empty, one row in all, resets everywhere and nowhere.
+LENGTHS = [(8, [2, 8, 4], 0.3), (9, [9, 0], 0.5), (9, [0, 0], 0.3), (3, [1, 0], 1.0), (7, [1, 7, 7, 3], 0.0)]
+
+
+@pytest.mark.parametrize(("name", "options"), [("LSTM", {"num_layers": 2}), ("GRU", {"bidirectional": True})])
+def test_lengths_and_resets_in_a_graph(name: str, options: Any, backend: str) -> None:
+    layer = getattr(rnnfast, name)(5, 7, backend=backend, **options)
+    model, graphs = Ragged(layer), Graphs()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=graphs)
+    for steps, lengths, rate in LENGTHS:
+        arguments = ragged(layer, steps, lengths, rate)
+        leaves = [*(t for t in tree_leaves(arguments) if t.requires_grad), *model.parameters()]
+        results = []
+        for function in (model, compiled):
+            outputs = tree_leaves(function(*arguments))
+            loss = sum(out.square().sum() for out in outputs)
+            gradients = torch.autograd.grad(loss, leaves, materialize_grads=True)
+            results.append([*outputs, *gradients])
+        torch.testing.assert_close(results[1], results[0])
+    assert graphs.operators() == ["rnnfast::cut"] + [f"rnnfast::scan_{backend}"] * layer.num_layers
+
+
+def test_lengths_in_a_graph_come_in_many_forms() -> None:
+    layer, ids = rnnfast.GRU(5, 7, batch_first=True), torch.randint(5, (3, 6))
+    ids[0, 2:] = -1  # padding
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for lengths in (torch.tensor([2, 6, 1]), torch.tensor([2, 5, 0], dtype=torch.uint8), [1, 2, 3]):
+        torch.testing.assert_close(compiled(ids, lengths=lengths), layer(ids, lengths=lengths), rtol=0, atol=0)
+    input, reset = torch.randn(6, 5), torch.rand(6) < 0.5  # unbatched
+    torch.testing.assert_close(compiled(input, reset=reset), layer(input, reset=reset), rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"lengths must be in \[0, 6\], the steps of the input, got \[7, 1, 1\]"):
+        compiled(ids, lengths=torch.tensor([7, 1, 1]))
+    with pytest.raises(torch._dynamo.exc.TorchDynamoException, match="lengths must be integers"):
+        compiled(ids, lengths=torch.ones(3))
+
+
+def test_the_plan_is_an_operator() -> None:
+    for reset in (None, torch.rand(6, 3) < 0.5):
+        arguments = (torch.tensor([2, 6, 1]), reset, 6, 3, torch.device("cpu"))
+        torch.library.opcheck(torch.ops.rnnfast.cut.default, arguments)
+
+
+def test_inductor_of_lengths() -> None:
+    model = Ragged(rnnfast.GRU(5, 7))
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    for steps, lengths, rate in LENGTHS[:3]:
+        arguments = ragged(model.layer, steps, lengths, rate)
+        expected = outputs_and_gradients(model, list(model.parameters()), arguments)
+        torch.testing.assert_close(outputs_and_gradients(compiled, list(model.parameters()), arguments), expected)
 
 
 def test_inductor() -> None:
@@ -134,6 +208,30 @@ def test_inference_and_step_and_autocast_in_a_graph() -> None:
         output = compiled(input)[0]
         assert output.dtype == torch.bfloat16
         torch.testing.assert_close(output, layer(input)[0])
+
+
+@pytest.mark.parametrize("name", ["RNNCell", "LSTMCell", "GRUCell"])
+def test_a_cell_in_a_loop_in_a_graph(name: str, backend: str) -> None:
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = getattr(rnnfast, name)(5, 7, backend=backend)
+
+        def forward(self, input: Tensor, state: Any = None) -> Any:
+            for x in input:
+                state = self.cell(x, state)
+            return state
+
+    model, graphs = Loop(), Graphs()
+    compiled, input = torch.compile(model, fullgraph=True, backend=graphs), torch.randn(3, 2, 5)
+    with torch.no_grad():
+        state = model(input)
+    for arguments in ((input,), (torch.randint(5, (3, 2)),), (input, state)):
+        expected = outputs_and_gradients(model, list(model.parameters()), arguments)
+        torch.testing.assert_close(outputs_and_gradients(compiled, list(model.parameters()), arguments), expected)
+    assert set(graphs.operators()) == {f"rnnfast::scan_{backend}"}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(compiled(input), model(input))
 
 
 def test_per_sample_gradients_in_a_graph(backend: str) -> None:
@@ -190,14 +288,47 @@ def test_export_with_dynamic_sizes(case: str, strict: bool, backend: str, tmp_pa
     torch.testing.assert_close(tree_leaves(loaded(*arguments)), tree_leaves(model(*arguments)))
 
 
-def test_aot_inductor(tmp_path: Any) -> None:
-    model = Model(rnnfast.LSTM(5, 7)).eval()
-    sizes = {0: Dim("steps", min=1, max=4096), 1: Dim("batch", min=1, max=4096)}
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_of_lengths_and_resets(strict: bool, backend: str) -> None:
+    model = Ragged(rnnfast.LSTM(5, 7, num_layers=2, backend=backend)).eval()
+    steps, batch = Dim("steps", min=1, max=4096), Dim("batch", min=1, max=4096)
+    sizes, states = {0: steps, 1: batch}, ({1: batch}, {1: batch})
+    dynamic = (sizes, states, {0: batch}, sizes, ({}, {}))
     with torch.no_grad():
-        program = export(model, (torch.randn(4, 3, 5),), dynamic_shapes=((sizes,),))
+        program = export(model, ragged(model.layer, 6, [2, 6, 3]), dynamic_shapes=dynamic, strict=strict)
+        for steps_, lengths, rate in LENGTHS:
+            arguments = ragged(model.layer, steps_, lengths, rate)
+            torch.testing.assert_close(tree_leaves(program.module()(*arguments)), tree_leaves(model(*arguments)))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_of_a_packed_sequence(strict: bool) -> None:
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = rnnfast.GRU(5, 7)
+
+        def forward(self, data: Tensor, batch_sizes: Tensor) -> Tensor:
+            output, _ = self.layer(PackedSequence(data, batch_sizes))
+            return output.data
+
+    model, sizes = Packed().eval(), ({0: Dim("rows", min=1, max=4096)}, {0: Dim("steps", min=1, max=4096)})
+    program = export(model, (torch.randn(6, 5), torch.tensor([3, 2, 1])), dynamic_shapes=sizes, strict=strict)
+    arguments = torch.randn(9, 5), torch.tensor([4, 4, 1])
+    torch.testing.assert_close(program.module()(*arguments), model(*arguments))
+
+
+def test_aot_inductor(tmp_path: Any) -> None:
+    model = Ragged(rnnfast.LSTM(5, 7)).eval()
+    steps, batch = Dim("steps", min=1, max=4096), Dim("batch", min=1, max=4096)
+    dynamic = ({0: steps, 1: batch}, ({1: batch}, {1: batch}), {0: batch}, {0: steps, 1: batch}, ({}, {}))
+    with torch.no_grad():
+        program = export(model, ragged(model.layer, 6, [2, 6, 3]), dynamic_shapes=dynamic)
         path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
-        compiled, input = torch._inductor.aoti_load_package(path), torch.randn(9, 6, 5)
-        torch.testing.assert_close(tree_leaves(compiled(input)), tree_leaves(model(input)))
+        compiled = torch._inductor.aoti_load_package(path)
+        for case in LENGTHS:
+            arguments = ragged(model.layer, *case)
+            torch.testing.assert_close(tree_leaves(compiled(*arguments)), tree_leaves(model(*arguments)))
 
 
 @pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))

@@ -161,6 +161,14 @@ def forward_mode(nn: Any) -> None:
     torch.testing.assert_close(tangent, near, rtol=0.05, atol=1e-3)
 
 
+@feature("`torch.vmap` over inputs and states", "one scan")
+def vmap(nn: Any) -> None:
+    layer, x, h = nn.GRU(3, 4), torch.randn(6, 5, 2, 3), torch.randn(6, 1, 2, 4)
+    with torch.no_grad():
+        outputs = torch.vmap(lambda x, h: layer(x, h)[0])(x, h)
+        torch.testing.assert_close(outputs[1], layer(x[1], h[1])[0])
+
+
 @feature("`torch.vmap` over weights: an ensemble", "one scan")
 def ensemble(nn: Any) -> None:
     layers, x = [nn.GRU(3, 4) for _ in range(3)], torch.randn(5, 2, 3)
@@ -194,12 +202,49 @@ def compiled(nn: Any) -> None:
     torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="eager")(x)[0], layer(x)[0])
 
 
+@feature("lengths and resets in a graph", "dynamic T, B and lengths")
+def compiled_lengths(nn: Any) -> None:
+    torch._dynamo.reset()
+    layer = nn.GRU(3, 4)
+    graph = torch.compile(layer, fullgraph=True, dynamic=True, backend="eager")
+    for steps, lengths in ((5, [2, 5]), (7, [0, 7, 1])):
+        x, mask = torch.randn(steps, len(lengths), 3), torch.rand(steps, len(lengths)) < 0.3
+        options = {"lengths": torch.tensor(lengths), "reset": mask}
+        torch.testing.assert_close(graph(x, **options), layer(x, **options))
+
+
+@feature("a cell in a graph")
+def compiled_cell(nn: Any) -> None:
+    torch._dynamo.reset()
+    cell, x = nn.LSTMCell(3, 4), torch.randn(2, 3)
+    torch.testing.assert_close(torch.compile(cell, fullgraph=True, backend="eager")(x), cell(x))
+
+
 @feature("`torch.export` with dynamic T and B")
 def exported(nn: Any) -> None:
     layer, sizes = nn.GRU(3, 4).eval(), {0: torch.export.Dim("steps", min=1), 1: torch.export.Dim("batch", min=1)}
     program = torch.export.export(layer, (torch.randn(5, 2, 3),), dynamic_shapes=(sizes,))
     x = torch.randn(9, 4, 3)
     torch.testing.assert_close(program.module()(x)[0], layer(x)[0])
+
+
+@feature("autocast and `GradScaler`", "on a CPU; torch.nn: RNN and LSTM, the GRU stays in float32")
+def autocast(nn: Any) -> None:
+    for kind in (nn.RNN, nn.LSTM, nn.GRU):
+        layer, x = kind(3, 8), torch.randn(5, 2, 3)
+        with torch.autocast("cpu", torch.bfloat16):
+            output = layer(x)[0]
+        assert output.dtype == torch.bfloat16
+        torch.amp.GradScaler("cpu").scale(output.float().sum()).backward()
+        assert layer.weight_hh_l0.grad.dtype == torch.float32
+
+
+@feature("input or state of another dtype is refused")
+def mixed_dtypes(nn: Any) -> None:
+    layer, x = nn.GRU(3, 8), torch.randn(5, 2, 3)
+    for arguments in ((x.double(),), (x, torch.zeros(1, 2, 8).double()), (x.bfloat16(),)):
+        with pytest.raises((RuntimeError, ValueError)):
+            layer(*arguments)
 
 
 @feature("a sequence's bits do not depend on the batch around it", "on a CPU")

@@ -47,13 +47,21 @@ def test_onnx_with_dynamic_sizes(name: str, bias: bool, tmp_path: Any) -> None:
     compare(program, model, (torch.randn(9, 6, 5),), tmp_path)
 
 
-def test_onnx_has_no_projection() -> None:
+def refusal(model: Any, arguments: Any, **options: Any) -> str:
+    """What the exporter's error is caused by."""
     with pytest.raises(torch.onnx.OnnxExporterError) as raised:
-        exported(Model(rnnfast.LSTM(5, 7, proj_size=3)), (torch.randn(4, 3, 5),))
-    error: BaseException | None = raised.value
-    while error is not None and error.__cause__ is not None:
+        exported(model, arguments, **options)
+    error: BaseException = raised.value
+    while error.__cause__ is not None:
         error = error.__cause__
-    assert "ONNX's LSTM has no projection" in str(error)
+    return str(error)
+
+
+def test_what_onnx_has_not_is_refused() -> None:
+    input = torch.randn(4, 3, 5)
+    assert "ONNX's LSTM has no projection" in refusal(Model(rnnfast.LSTM(5, 7, proj_size=3)), (input,))
+    lengths = {"lengths": torch.tensor([4, 1, 2])}
+    assert "export the model for padded input" in refusal(rnnfast.GRU(5, 7), (input,), kwargs=lengths)
 
 
 def compare(program: Any, model: Any, arguments: Any, folder: Any) -> None:

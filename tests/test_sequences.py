@@ -179,9 +179,10 @@ def test_lengths_of_any_integer_type_or_a_list(dtype: torch.dtype) -> None:
     torch.testing.assert_close(layer(input, lengths=torch.tensor(lengths, dtype=dtype)), expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference", "torch"])
 @pytest.mark.parametrize("name", LAYERS)
-def test_an_empty_sequence_keeps_its_state(name: str) -> None:
-    layer = make(name, num_layers=2)
+def test_an_empty_sequence_keeps_its_state(name: str, backend: str) -> None:
+    layer = make(name, num_layers=2, backend=backend)
     input, hx = torch.randn(STEPS, BATCH, INPUTS), state_of(layer)
     output, final = layer(input, hx, lengths=[3, 0, 9, 0])
     assert not output[:, [1, 3]].any()
@@ -354,6 +355,28 @@ def test_the_functional_form() -> None:
     torch.testing.assert_close(actual, layer(input, hx, lengths=lengths, reset=reset), rtol=0, atol=0)
 
 
+def test_the_default_device_does_not_matter() -> None:
+    layer, input = make("GRU"), torch.randn(STEPS, BATCH, INPUTS)
+    reset, lengths = torch.rand(STEPS, BATCH) < 0.3, [3, 9, 0, 5]
+    with torch.no_grad():
+        expected = layer(input, lengths=lengths, reset=reset)
+        with torch.device("meta"):
+            torch.testing.assert_close(layer(input, lengths=lengths, reset=reset), expected, rtol=0, atol=0)
+
+
+def test_vmap_maps_inputs_but_not_lengths() -> None:
+    layer, input = make("GRU"), torch.randn(2, STEPS, BATCH, INPUTS)
+    lengths, reset = torch.tensor([3, 9, 0, 5]), torch.rand(STEPS, BATCH) < 0.3
+
+    def call(input: Tensor, lengths: Tensor) -> Tensor:
+        return torch.as_tensor(layer(input, lengths=lengths, reset=reset)[0])
+
+    expected = torch.stack([call(one, lengths) for one in input])
+    torch.testing.assert_close(torch.vmap(call, (0, None))(input, lengths), expected)
+    with pytest.raises(RuntimeError, match="vmap cannot map over lengths or reset"):
+        torch.vmap(call)(input, lengths.expand(2, -1))
+
+
 def test_errors_are_clear() -> None:
     layer, input = make("GRU"), torch.randn(STEPS, BATCH, INPUTS)
     reset = torch.zeros(STEPS, BATCH, dtype=torch.bool)
@@ -374,6 +397,7 @@ def test_errors_are_clear() -> None:
         (ValueError, "a PackedSequence has lengths of its own", packed, {"lengths": [9, 5, 3, 1]}),
         (ValueError, "of an unbatched one pass the steps there are", input[:, 0], {"lengths": [3]}),
         (IndexError, "token ids must be in", torch.full((STEPS, BATCH), 7), {"lengths": [9, 5, 3, 1]}),
+        (RuntimeError, "Expected sequence length to be larger than 0", input[:0], {"lengths": [0] * BATCH}),
         (RuntimeError, "Expected 3, got 4", torch.randn(STEPS, BATCH, 4), {"lengths": [9, 5, 3, 1]}),
     ]
     for error, message, given, options in cases:

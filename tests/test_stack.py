@@ -431,7 +431,10 @@ def test_a_stack_streams(cell: str) -> None:
     torch.testing.assert_close(stream(input[:1])[:, 1], whole[:1, 1])
     stream.detach()
     alone = rnnfast.Stream(model.stack)
-    torch.testing.assert_close(torch.cat([alone(input[:2])[0], alone(input[2:])[0]]) * 2, whole)
+    torch.testing.assert_close(torch.cat([alone(input[:2]), alone(input[2])[None], alone(input[3:])]) * 2, whole)
+    torch.testing.assert_close(flat(alone.state), flat(model.stack(input)[1]))
+    alone.reset([1])
+    torch.testing.assert_close(alone(input[0])[1] * 2, whole[0, 1])
     with pytest.raises(RuntimeError, match="bidirectional"):
         rnnfast.Stream(make(cell, bidirectional=True))
 
@@ -455,6 +458,8 @@ def test_variational_dropout_of_any_sequence() -> None:
     [
         (("elman", 3, [4]), {}, "unknown cell"),
         (("lstm", 3, []), {}, "hidden_sizes must be positive"),
+        (("lstm", 3, 4), {}, "hidden_sizes is a list of the units of each layer, got 4"),
+        (("lstm", 3, [4]), {"zoneout": (0.1, 0.2, 0.3)}, "a pair for h and for c"),
         (("lstm", 3, [4]), {"dropout": 1.0}, r"dropout is a probability in \[0, 1\)"),
         (("lstm", 3, [4]), {"zoneout": 1.5}, "zoneout is a probability"),
         (("gru", 3, [4]), {"zoneout": (0.1, 0.1)}, "no cell state"),
@@ -463,6 +468,9 @@ def test_variational_dropout_of_any_sequence() -> None:
         (("gru", 3, [4, 5]), {"connection": "residual"}, "layers of one size"),
         (("gru", 3, [4, 4]), {"connection": "dense"}, "unknown connection"),
         (("gru", 3, [4]), {"backend": "gpu"}, "unknown rnnfast backend"),
+        (("gru", 3, [4]), {"proj_size": 2}, "proj_size is for lstm"),
+        (("lstm", 3, [8, 4]), {"proj_size": 4}, "below every one of hidden_sizes"),
+        (("lstm", 3, [8]), {"proj_size": 4, "zoneout": 0.1}, "does not go with"),
     ],
 )
 def test_mistaken_options(arguments: Any, options: Any, message: str) -> None:
@@ -474,10 +482,10 @@ def test_mistaken_calls() -> None:
     stack, input = make("lstm", [HIDDEN, 3], zoneout=0.1), input_of()
     with pytest.raises(ValueError, match="one state for each of the 2 layers"):
         stack(input, torch.zeros(1, BATCH, HIDDEN))
-    with pytest.raises(RuntimeError, match=r"hx\[1\] must be \(h, c\), each \(1, 3, 3\)"):
+    with pytest.raises(RuntimeError, match=r"hx\[1\] must be \(h, c\) of shapes \[\(1, 3, 3\), \(1, 3, 3\)\]"):
         stack(input, [(torch.zeros(1, BATCH, HIDDEN),) * 2] * 2)
-    with pytest.raises(ValueError, match="expected 3D batched input"):
-        stack(input[0])
+    with pytest.raises(ValueError, match="Expected input to be 2D or 3D, got 4D"):
+        stack(input[None])
     with pytest.raises(RuntimeError, match="h_0 has dtype"):
         stack(input, [tuple(part.float() for part in state) for state in stack(input)[1]])
     with pytest.raises(RuntimeError, match="input has dtype"):

@@ -174,9 +174,15 @@ _STEPS: dict[str, tuple[Step, StepBackward]] = {
 
 
 def _step_sizes(input: Tensor, h_0: Tensor, batch_sizes: Tensor | None) -> list[int]:
-    if batch_sizes is not None:
-        return [int(size) for size in batch_sizes.tolist()]
     batch = h_0.shape[1]
+    if batch_sizes is not None:
+        sizes = [int(size) for size in batch_sizes.tolist()]
+        if sizes[0] != batch or sizes != sorted(sizes, reverse=True) or sum(sizes) != input.shape[0]:
+            raise RuntimeError(
+                f"batch_sizes must start with the batch size of the states, {batch}, never rise, and add up to the "
+                f"{input.shape[0]} rows of the input, got {sizes if len(sizes) < 20 else [*sizes[:20], '...']}"
+            )
+        return sizes
     return [batch] * (input.shape[0] // batch if batch else 0)
 
 

@@ -32,6 +32,9 @@ def layers(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Layers x directions, as `rnnfast.functional` takes and returns them."""
     directions = 2 if bidirectional else 1
+    if batch_sizes is not None and not len(input):  # cuDNN takes no empty batch
+        output = h_0.new_zeros(0, directions * h_0.shape[2])
+        return output, h_0.clone(), h_0.new_empty(0) if c_0 is None else c_0.clone()
     if not input.is_floating_point():
         input, first = _floating(input, [lane[0] for lane in weights[:directions]], h_0.dtype)
         lanes = [(w_ih, *lane[1:]) for w_ih, lane in zip(first, weights, strict=False)]

@@ -1,0 +1,99 @@
+"""A mistaken call gets one clear error, from every door there is, before any kernel reads a wrong address."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence
+
+import rnnfast
+from rnnfast import functional
+from rnnfast.functional import Weights
+
+INPUT = torch.zeros(5, 2, 3)
+RESET = torch.zeros(5, 2, dtype=torch.bool)
+H, PAIR = torch.zeros(1, 2, 4), (torch.zeros(1, 2, 4), torch.zeros(1, 2, 4))
+LSTM, GRU = rnnfast.LSTM(3, 4), rnnfast.GRU(3, 4)
+W_IH, W_HH, B_IH, B_HH = (p.detach() for p in GRU.parameters())
+GOOD, SHORT = Weights(W_IH, W_HH, B_IH, B_HH), Weights(W_IH, W_HH, B_IH[:4], B_HH)
+CELL = rnnfast.GRUCell(3, 4)
+
+
+def gru(*weights: Any, input: torch.Tensor = INPUT, layers: int = 1, **options: Any) -> Any:
+    return functional.gru(input, torch.zeros(layers, 2, 4), list(weights), **options)
+
+
+def call_with(name: str, weight: torch.Tensor) -> Any:
+    layer = rnnfast.GRU(3, 4)
+    setattr(layer, name, nn.Parameter(weight))
+    return layer(INPUT)
+
+
+MISTAKES: list[tuple[type[Exception], str, Callable[[], Any]]] = [
+    # what is no tensor
+    (TypeError, "input must be a tensor or a PackedSequence, got list", lambda: GRU([1, 2])),
+    (TypeError, "input must be a tensor or a PackedSequence, got ndarray", lambda: GRU(INPUT.numpy())),
+    (TypeError, "input must be a tensor or a PackedSequence, got list", lambda: rnnfast.Stack("gru", 3, [4])([1])),
+    (TypeError, "reset must be a bool tensor, got a list", lambda: GRU(INPUT, reset=RESET.tolist())),
+    (TypeError, "lengths must be a tensor or a list, one for each", lambda: GRU(INPUT, lengths=3)),
+    # states of another form
+    (RuntimeError, "the state of an LSTM is a pair of tensors (h_0, c_0), got a Tensor", lambda: LSTM(INPUT, H)),
+    (RuntimeError, "(h_0, c_0), got 3 of them", lambda: LSTM(INPUT, (*PAIR, H))),
+    (RuntimeError, "(h_0, c_0), got a Tensor", lambda: LSTM(INPUT, reset=RESET, reset_to=H)),
+    (RuntimeError, "(h_0, c_0), got a Tensor", lambda: functional.lstm(INPUT, H, [Weights(*LSTM.parameters())])),
+    (RuntimeError, "(h_0, c_0), got a Tensor", lambda: rnnfast.LSTMCell(3, 4)(INPUT[0], H[0])),
+    (RuntimeError, "(h_0, c_0), got 3 of them", lambda: rnnfast.LSTMCell(3, 4)(INPUT[0], (H[0],) * 3)),
+    (RuntimeError, "the state of a GRU is one tensor h_0, got a tuple", lambda: GRU(INPUT, PAIR)),
+    (RuntimeError, "the state of a GRUCell is one tensor h, got a tuple", lambda: CELL(INPUT[0], PAIR)),
+    # weights of another form
+    (ValueError, "one entry a layer and direction, got 0", lambda: gru()),
+    (ValueError, "one entry a layer and direction, got 1", lambda: gru(GOOD, bidirectional=True)),
+    (TypeError, "weights must be a list of rnnfast.functional.Weights", lambda: gru((W_IH, W_HH))),
+    (RuntimeError, "w_hh of a gru must have shape (3 H, H), got (12, 3)", lambda: gru(Weights(W_IH, W_IH))),
+    (RuntimeError, "w_hh of a lstm must have shape (4 H, H)", lambda: functional.lstm(INPUT, PAIR, [GOOD])),
+    (RuntimeError, "b_hh of weights[0] must have shape (12,), got None", lambda: gru(Weights(W_IH, W_HH, B_IH))),
+    (RuntimeError, "b_ih of weights[0] must have shape (12,), got (4,)", lambda: gru(SHORT)),
+    (RuntimeError, "w_ih of weights[1] must have shape (12, 4), got (12, 3)", lambda: gru(GOOD, GOOD, layers=2)),
+    (RuntimeError, "w_ih of weights[0] must have shape (12, 3)", lambda: call_with("weight_ih_l0", W_IH[:6])),
+    (RuntimeError, "b_hh of weights[0] must have shape (12,)", lambda: call_with("bias_hh_l0", B_HH[:3])),
+    (RuntimeError, "b_hh of weights[0] is torch.float64 on cpu", lambda: call_with("bias_hh_l0", B_HH.double())),
+    (RuntimeError, "b_ih of weights[0] is torch.float32 on meta", lambda: call_with("bias_ih_l0", B_HH.to("meta"))),
+    # devices
+    (RuntimeError, "input is on meta, the weights are on cpu", lambda: GRU(INPUT.to("meta"))),
+    (RuntimeError, "h_0 is on meta, the weights are on cpu", lambda: GRU(INPUT, H.to("meta"))),
+    (RuntimeError, "reset_to is on meta, the state is on cpu", lambda: GRU(INPUT, reset=RESET, reset_to=H.to("meta"))),
+    # ragged batches
+    (RuntimeError, "batch_sizes must be an int64 tensor on the CPU, as in PackedSequence, got a list",
+     lambda: gru(GOOD, input=INPUT.flatten(0, 1), batch_sizes=[2] * 5)),
+    (RuntimeError, "got torch.int32 on cpu",
+     lambda: gru(GOOD, input=INPUT.flatten(0, 1), batch_sizes=torch.full((5,), 2, dtype=torch.int32))),
+    # the rest
+    (TypeError, "explain takes an rnnfast layer, cell or Stack, got a LSTM",
+     lambda: rnnfast.explain(nn.LSTM(3, 4), INPUT)),
+    (TypeError, "the state of a model is a dict by its layers' names, got a Tensor",
+     lambda: setattr(rnnfast.Stream(nn.Sequential(GRU)), "state", H)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("error", "message", "call"), MISTAKES)
+def test_mistakes(error: type[Exception], message: str, call: Callable[[], Any]) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        call()
+
+
+@pytest.mark.parametrize("sizes", [[2, 3, 1], [3, 2], [1, 1]])
+def test_packed_rows_that_do_not_fit(sizes: list[int], backend: str) -> None:
+    layer = rnnfast.GRU(3, 4, backend=backend)
+    with pytest.raises(RuntimeError, match="batch_sizes"):
+        layer(PackedSequence(torch.zeros(6, 3), torch.tensor(sizes)))
+
+
+def test_a_model_on_the_meta_device_has_shapes() -> None:
+    for layer in (rnnfast.RNN(3, 4), rnnfast.LSTM(3, 4, 2, bidirectional=True), rnnfast.Stack("gru", 3, [4, 5])):
+        expected = layer(INPUT)[0].shape
+        assert layer.to("meta")(INPUT.to("meta"))[0].shape == expected
