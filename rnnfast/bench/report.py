@@ -13,6 +13,7 @@ from rnnfast.bench.measure import Sample
 from rnnfast.lm.files import atomic_write, note
 
 OURS, TORCH = "rnnfast", "torch.nn"
+BEST = "the best peer"
 LIBRARIES = (TORCH, "onnxruntime", "jax")  # of these the best at each point is told
 
 
@@ -41,6 +42,12 @@ class Row:
     def ratio(self, name: str) -> float:
         """How many times better than `name` ours is."""
         return self.samples[name].median / self.samples[OURS].median
+
+    def ratio_at_peak(self, name: str) -> float | None:
+        """What `ratio` would be if ours ran at the FMA peak: nothing in float32 can be better."""
+        if self.flops is None or not self.peak or self.case.get("dtype") != "float32":
+            return None
+        return self.samples[name].median * self.peak * 1e9 / self.flops
 
     @property
     def peers(self) -> list[str]:
@@ -79,6 +86,7 @@ class Row:
             "unit": self.unit,
             "samples": {name: sample._asdict() for name, sample in self.samples.items()},
             "ratios": {name: self.ratio(name) for name in self.peers},
+            "ratios_at_fma_peak": {name: self.ratio_at_peak(name) for name in self.peers},
             "flops": self.flops,
             "fma_peak_gflops": self.peak,
             "share_of_fma_peak": self.share,
@@ -104,8 +112,18 @@ class Report:
         names = dict.fromkeys(name for row in self.rows for name in row.peers)
         series = {name: [(row, row.ratio(name)) for row in self.rows if name in row.samples] for name in names}
         if self.has_peers:
-            series["the best peer"] = [(row, row.ratio(row.best_peer)) for row in self.rows if row.best_peer]
+            series[BEST] = [(row, row.ratio(row.best_peer)) for row in self.rows if row.best_peer]
         return series
+
+    def series_at_peak(self) -> dict[str, list[tuple[Row, float]]]:
+        """`series`, if ours ran at the FMA peak."""
+        at_peak = {}
+        for name, points in self.series().items():
+            found = [(row, row.ratio_at_peak((row.best_peer or name) if name == BEST else name)) for row, _ in points]
+            limits = [(row, limit) for row, limit in found if limit is not None]
+            if len(limits) == len(points):
+                at_peak[name] = limits
+        return at_peak
 
     def table(self) -> str:
         """The rows as text."""
@@ -131,6 +149,7 @@ class Report:
     def summary(self) -> dict[str, dict[str, Any]]:
         """Geometric mean and worst point of every series of ratios, and of the shares of the FMA peak."""
         result = {f"ratio to {name}": _summary(points) for name, points in self.series().items()}
+        result |= {f"ratio to {name}, ours at the FMA peak": _summary(p) for name, p in self.series_at_peak().items()}
         shares = [(row, row.share) for row in self.rows if row.share is not None]
         if shares:
             result["share of FMA peak"] = _summary(shares)
