@@ -77,8 +77,7 @@ void generate(const ForwardArgs* layers, int64_t count, const HeadArgs& head_arg
         Forward<S, S> scan(layers[l], packed, split);
         scan.carve(carver);
         auto local = scan.carve_local(mine);
-        run_items(scan, layers[l].shape, split, local, thread, threads, team);
-        all.wait(threads);
+        run_items(scan, layers[l].shape, split, local, thread, threads, team);  // ends with all of its output written
       }
       head(head_args, thread, threads);
       all.wait(threads);
