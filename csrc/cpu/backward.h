@@ -53,6 +53,8 @@ template <class S, class O>
 class Backward {
   using T = typename Product<O>::T;
   static constexpr int V = LANES<O>;
+  // Units of k that all rows are multiplied with at a time: the weights of more would not stay near between their tiles.
+  static constexpr int64_t BLOCK = 1024;
 
   const BackwardArgs& x;
   const ScanShape& s;
@@ -88,7 +90,9 @@ class Backward {
   }
   Local carve_local(Carver& carver) const {
     const int64_t rows = split.items_per_lane ? ceil_div(s.batch, split.items_per_lane) : s.batch;
-    return {carver.take<const O*>(rows), carver.take<const T*>(rows), carver.take<T>(MAX_ROWS * MAX_VECTORS * V), 0, 1};
+    const int64_t blocks = max64(1, ceil_div(units<O>(gate_rows), BLOCK)), sums = blocks > 1 ? rows : 0;
+    return {carver.take<const O*>(rows * blocks), carver.take<const T*>(rows),
+            carver.take<T>(max64(sums, MAX_ROWS) * MAX_VECTORS * V), 0, 1};
   }
 
   void pack(int thread, int threads) const {
@@ -112,7 +116,7 @@ class Backward {
   void run_item(const Item& item, const Local& local, Barrier& barrier) const {
     if (local.member == 0) init_carries(item);
     barrier.wait(local.members);
-    const Walk<O> walk(w_hh, states, gate_rows, item, s.steps + 1, local.member, local.members);
+    const Walk<O> walk(w_hh, states, gate_rows, item, s.steps + 1, local.member, local.members, BLOCK);
     for (int64_t step = s.steps - 1; step >= 0; --step) {
       for (int64_t i = 0; i < item.lane_end - item.lane; ++i)
         state_gradient(item, local, walk, walk.lane(step, i), step);
@@ -164,30 +168,51 @@ class Backward {
     // Rows [0, followed) have a step after this one; the others end here, and get the gradient of the final state.
     const int64_t after = s.reversed(lane) ? t - 1 : t + 1;
     const int64_t followed = after < 0 || after >= s.steps ? 0 : min64(rows, alive(s, item, after));
-    for (int64_t r = 0; r < followed; ++r) local.a[r] = d.gates_h(lane, s.offset_at(after) + item.first + r);
+    for (int64_t r = 0; r < followed; ++r) operands(local, walk, followed, r, d.gates_h(lane, s.offset_at(after) + item.first + r));
     for (int64_t i = 0; i < walk.count(); ++i) {
       const int64_t p = walk.panel(step, i);
       const int width = states.width(p);
-      const auto tiles = [&](int64_t from, int64_t n, bool ends) {
-        for_tiles(n, width, [&](int64_t row, int count, int64_t tile, int64_t of) {
-          row += from;
-          for (int r = 0; r < count; ++r) {
-            local.start[r] = local.tile + r * width * V;
-            start_gradient({lane, first_row + row + r, item.first + row + r, t}, p, width, ends,
-                           local.tile + r * width * V);
-          }
-          if (!ends) multiply(local, walk.weights(lane, p), width, count, local.a + row, walk.ahead(step, i, lane, tile, of));
-          for (int r = 0; r < count; ++r)
-            finish_gradient({lane, first_row + row + r, item.first + row + r, t}, p, width, local.tile + r * width * V);
-        });
+      const auto start = [&](int64_t row, int count, bool ends, T* sums) {
+        for (int r = 0; r < count; ++r)
+          start_gradient({lane, first_row + row + r, item.first + row + r, t}, p, width, ends, sums + r * width * V);
       };
-      tiles(0, followed, false);
-      tiles(followed, rows - followed, true);
+      const auto finish = [&](int64_t row, int count, const T* sums) {
+        for (int r = 0; r < count; ++r)
+          finish_gradient({lane, first_row + row + r, item.first + row + r, t}, p, width, sums + r * width * V);
+      };
+      add_product(local, walk, lane, step, i, followed,
+                  [&](int64_t row, int count, T* sums) { start(row, count, false, sums); }, finish);
+      for_tiles(rows - followed, width, [&](int64_t row, int count, int64_t, int64_t) {
+        start(followed + row, count, true, local.tile);
+        finish(followed + row, count, local.tile);
+      });
     }
   }
 
-  void multiply(const Local& local, const O* w, int width, int count, const O* const* a, Ahead ahead) const {
-    tile_function<O>(count, width)(units<O>(gate_rows), a, w, local.start, 0, nullptr, local.tile, width * V, ahead);
+  // Row r of d_gates_h, as every block of the walk's panels multiplies it.
+  void operands(const Local& local, const Walk<O>& walk, int64_t rows, int64_t r, const O* gates) const {
+    for (int64_t block = 0; block < walk.blocks(); ++block)
+      local.a[block * rows + r] = gates + walk.block_start(block) * Product<O>::depth;
+  }
+
+  // Adds the products of rows [0, rows) and the step's i-th panel to what start(first row, count, sums) writes, and hands them
+  // to finish(first row, count, sums).
+  template <class Start, class Finish>
+  void add_product(const Local& local, const Walk<O>& walk, int64_t lane, int64_t step, int64_t i, int64_t rows, Start start,
+                   Finish finish) const {
+    const int64_t p = walk.panel(step, i), blocks = walk.blocks();
+    const int width = states.width(p);
+    for (int64_t block = 0; block < blocks; ++block) {
+      const O* w = walk.weights(lane, p) + walk.block_start(block) * width * V * Product<O>::depth;
+      for_tiles(rows, width, [&](int64_t row, int count, int64_t tile, int64_t of) {
+        T* sums = local.tile + (blocks > 1 ? row * width * V : 0);
+        if (block == 0) start(row, count, sums);
+        for (int r = 0; r < count; ++r) local.start[r] = sums + r * width * V;
+        tile_function<O>(count, width)(walk.block_units(block), local.a + block * rows + row, w, local.start, 0, nullptr, sums,
+                                       width * V, walk.ahead(step, i, lane, block, tile, of));
+        if (block + 1 == blocks) finish(row, count, sums);
+      });
+    }
   }
 
   void start_gradient(const Place& place, int64_t p, int width, bool ends, T* sums) const {
@@ -286,28 +311,27 @@ class Backward {
     const int64_t rows = item.end - item.first;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t b = item.first + r, t = s.reversed(lane) ? last_step(s, b) : 0;
-      local.a[r] = d.gates_h(lane, s.offset_at(t) + b);
+      operands(local, walk, rows, r, d.gates_h(lane, s.offset_at(t) + b));
     }
     for (int64_t i = 0; i < walk.count(); ++i) {
       const int64_t p = walk.panel(-1, i);
       const int width = states.width(p);
-      for_tiles(rows, width, [&](int64_t row, int count, int64_t tile, int64_t of) {
-        for (int r = 0; r < count; ++r) {
-          T* sums = local.tile + r * width * V;
-          local.start[r] = sums;
-          for (int c = 0; c < width; ++c) {
-            const int64_t j = (p * states.vectors + c) * V;
-            store(sums + c * V, carry_h ? load(carry_row(carry_h, lane, item.first + row + r) + j) : Vec<T>{});
-          }
-        }
-        multiply(local, walk.weights(lane, p), width, count, local.a + row, walk.ahead(-1, i, lane, tile, of));
+      const auto start = [&](int64_t row, int count, T* sums) {
         for (int r = 0; r < count; ++r)
           for (int c = 0; c < width; ++c) {
             const int64_t j = (p * states.vectors + c) * V;
-            store(at<S>(x.d_h_0, (lane * s.batch + item.first + row + r) * s.state + j),
-                  load(local.tile + (r * width + c) * V), int(min64(V, s.state - j)));
+            store(sums + (r * width + c) * V, carry_h ? load(carry_row(carry_h, lane, item.first + row + r) + j) : Vec<T>{});
           }
-      });
+      };
+      const auto finish = [&](int64_t row, int count, const T* sums) {
+        for (int r = 0; r < count; ++r)
+          for (int c = 0; c < width; ++c) {
+            const int64_t j = (p * states.vectors + c) * V;
+            store(at<S>(x.d_h_0, (lane * s.batch + item.first + row + r) * s.state + j), load(sums + (r * width + c) * V),
+                  int(min64(V, s.state - j)));
+          }
+      };
+      add_product(local, walk, lane, -1, i, rows, start, finish);
     }
   }
 };

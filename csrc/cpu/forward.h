@@ -214,7 +214,7 @@ class Forward {
       for_tiles(rows, width, [&](int64_t row, int count, int64_t tile, int64_t tiles) {
         tile_function<O>(count, width)(units<O>(s.state), local.a + row, walk.weights(lane, p), local.start + row,
                                        p * panels.vectors * V, last, local.tile, width * V,
-                                       walk.ahead(step, i, lane, tile, tiles));
+                                       walk.ahead(step, i, lane, 0, tile, tiles));
         for (int r = 0; r < count; ++r) {
           const Place place{lane, first_row + row + r, item.first + row + r, step, t};
           const T* sums = local.tile + r * width * V;

@@ -188,7 +188,8 @@ RNNFAST_INLINE Item item_of(const ScanShape& s, const Split& split, int64_t i) {
 template <class O>
 class Walk {
  public:
-  Walk(const O* weights, const Panels& of, int64_t depth, const Item& item, int64_t steps, int member, int members)
+  Walk(const O* weights, const Panels& of, int64_t depth, const Item& item, int64_t steps, int member, int members,
+       int64_t block = INT64_MAX)
       : base_(weights),
         panels_(of),
         k_(depth),
@@ -196,7 +197,8 @@ class Walk {
         count_(of.count() * (member + 1) / members - first_),
         lane_(item.lane),
         lanes_(item.lane_end - item.lane),
-        near_(near_bytes() / max64(1, of.vectors * units<O>(depth) * VECTOR_BYTES)),
+        block_(max64(1, min64(block, units<O>(depth)))),
+        near_(near_bytes() / (max64(1, of.vectors) * block_ * VECTOR_BYTES)),
         walked_(steps_walked()) {
     steps_walked() += steps;
   }
@@ -206,13 +208,20 @@ class Walk {
   const O* weights(int64_t lane, int64_t p) const {
     return base_ + lane * packed_size<O>(panels_, k_) + panel_offset<O>(panels_, p, k_);
   }
-  // What tile `tile` of `tiles` of the step's i-th panel fetches: weights of the next panel, if those are no longer near and
-  // another tile of this panel leaves time for it.
-  Ahead ahead(int64_t step, int64_t i, int64_t lane, int64_t tile, int64_t tiles) const {
-    const int64_t passed = (back(step) ? lane_ + lanes_ - 1 - lane : lane - lane_) * count_ + i + 1;
-    if (passed < near_ || tiles == 1 || i + 1 == count_) return {};
-    const int64_t next = panel(step, i + 1);
-    return share_of_panel<O>(weights(lane, next), panels_.width(next), k_, tile, tiles);
+  // Blocks of k that a panel is multiplied in, one after the other for all rows, and where they begin.
+  int64_t blocks() const { return ceil_div(units<O>(k_), block_); }
+  int64_t block_start(int64_t block) const { return block * block_; }
+  int64_t block_units(int64_t block) const { return min64(block_, units<O>(k_) - block * block_); }
+
+  // What tile `tile` of `tiles` of a block of the step's i-th panel fetches: weights of the next block, if those are no longer
+  // near and another tile of this one leaves time for it.
+  Ahead ahead(int64_t step, int64_t i, int64_t lane, int64_t block, int64_t tile, int64_t tiles) const {
+    const int64_t panels_before = (back(step) ? lane_ + lanes_ - 1 - lane : lane - lane_) * count_ + i;
+    const bool last = block + 1 == blocks();
+    if (panels_before * blocks() + block + 1 < near_ || tiles == 1 || (last && i + 1 == count_)) return {};
+    const int64_t p = panel(step, last ? i + 1 : i), next = last ? 0 : block + 1, depth = Product<O>::depth;
+    return share_of_panel<O>(weights(lane, p) + block_start(next) * panels_.width(p) * LANES<O> * depth, panels_.width(p),
+                             block_units(next) * depth, tile, tiles);
   }
 
  private:
@@ -221,7 +230,8 @@ class Walk {
   const O* base_;
   const Panels& panels_;
   int64_t k_, first_, count_, lane_, lanes_;
-  int64_t near_;    // panels that stay near
+  int64_t block_;   // units of k
+  int64_t near_;    // blocks that stay near
   int64_t walked_;  // steps this thread walked before
 };
 

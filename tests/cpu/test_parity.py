@@ -60,6 +60,13 @@ def test_parity(case: Case, dtype: torch.dtype) -> None:
     check(case, dtype)
 
 
+@pytest.mark.parametrize("dtype", FLOOR, ids=str)
+@pytest.mark.parametrize("ragged", [False, True], ids=["padded", "ragged"])
+def test_more_gates_than_a_block_of_the_backward_product(ragged: bool, dtype: torch.dtype) -> None:
+    check(Case("lstm", 2, 3, 9, 5, 520, 0, False, ragged, True), dtype)
+    check(Case("gru", 1, 3, 13, 5, 700, 0, True, ragged, True), dtype)
+
+
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16", "amx"])
 def test_parity_of_each_instruction_set(isa: str) -> None:
     done = subprocess.run(
