@@ -17,9 +17,9 @@ COMPILER = native._compiler()
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler was found")
 
 
-def compile_program(folder: Path, sanitizer: str, *sources: str) -> Path:
+def compile_program(folder: Path, sanitizer: str, *sources: str, defines: str = "") -> Path:
     program = folder / "program"
-    flags = "-std=c++17 -O1 -g -fopenmp -ffp-contract=off -Wno-psabi -fno-sanitize-recover=all"
+    flags = f"-std=c++17 -O1 -g -fopenmp -ffp-contract=off -Wno-psabi -fno-sanitize-recover=all {defines}"
     command = [COMPILER, *flags.split(), f"-fsanitize={sanitizer}", *sources, "-o", str(program)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if "cannot find -l" in done.stderr or "cannot find lib" in done.stderr:
@@ -42,14 +42,20 @@ def test_barrier_under_thread_sanitizer(tmp_path: Path) -> None:
 
 @pytest.mark.skipif("RNNFAST_SANITIZE" not in os.environ, reason="takes minutes; set RNNFAST_SANITIZE=1 to run it")
 def test_kernels_under_address_sanitizer(tmp_path: Path) -> None:
-    objects = []
-    for isa, flags in native._INSTRUCTION_SETS.items():
+    objects, instruction_sets, defines = [], dict(native._INSTRUCTION_SETS), ""
+    if "amx" in instruction_sets:
+        assert COMPILER is not None
+        if native._accepts(COMPILER, instruction_sets["amx"]):
+            defines = "-DRNNFAST_AMX"
+        else:
+            del instruction_sets["amx"]
+    for isa, flags in instruction_sets.items():
         objects.append(str(tmp_path / f"{isa}.o"))
         flags = f"-std=c++17 -O1 -g -ffp-contract=off -Wno-psabi -fno-sanitize-recover=all -DRNNFAST_ISA={isa} {flags}"
         sanitizer = "-fsanitize=address,undefined"
         command = [COMPILER, *flags.split(), sanitizer, "-c", str(CSRC / "kernels.cpp"), "-o", objects[-1]]
         subprocess.run(command, check=True)
     sources = [str(HERE / "sanitize.cpp"), str(CSRC / "threads.cpp"), str(CSRC / "choose.cpp"), *objects]
-    program = compile_program(tmp_path, "address,undefined", *sources)
-    for isa in native._INSTRUCTION_SETS:
+    program = compile_program(tmp_path, "address,undefined", *sources, defines=defines)
+    for isa in instruction_sets:
         run_program(program, RNNFAST_CPU_ISA=isa)
