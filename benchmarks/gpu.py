@@ -192,7 +192,7 @@ def work_through(tasks: list[Task], deadline: float, limit: int, output: Path) -
         signal.alarm(limit)
         try:
             rows.append({**label, **measure()})
-        except Exception as error:
+        except Exception as error:  # a measurement that fails is a row that says so, and costs no other
             rows.append({**label, "failure": f"{type(error).__name__}: {error}"[:2000]})
         _replace(output, json.dumps(rows))
         if "failure" in rows[-1] and torch.cuda.is_available():

@@ -168,7 +168,8 @@ class Backward {
     // Rows [0, followed) have a step after this one; the others end here, and get the gradient of the final state.
     const int64_t after = s.reversed(lane) ? t - 1 : t + 1;
     const int64_t followed = after < 0 || after >= s.steps ? 0 : min64(rows, alive(s, item, after));
-    for (int64_t r = 0; r < followed; ++r) operands(local, walk, followed, r, d.gates_h(lane, s.offset_at(after) + item.first + r));
+    for (int64_t r = 0; r < followed; ++r)
+      operands(local, walk, followed, r, d.gates_h(lane, s.offset_at(after) + item.first + r));
     for (int64_t i = 0; i < walk.count(); ++i) {
       const int64_t p = walk.panel(step, i);
       const int width = states.width(p);

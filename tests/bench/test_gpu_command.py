@@ -148,7 +148,7 @@ def test_tuning_goes_on_behind_a_point_that_hangs(monkeypatch: pytest.MonkeyPatc
     first, second = list(gpu.tuning._grid())[:2]
     assert [(p["cell"], p["numbers"], p["hidden"], p["batch"]) for p in report["table"]["points"]] == [first, second]
     assert report["passed"] is False
-    assert set(report["wrong"].values().__iter__().__next__().values()) == {"it did not end"}
+    assert set(next(iter(report["wrong"].values())).values()) == {"it did not end"}
 
 
 TESTS = """
