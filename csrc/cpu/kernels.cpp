@@ -95,6 +95,26 @@ size_t pack(const ForwardArgs& x) {
   return packed.bytes;
 }
 
+// A backward scan, and behind it the tasks of the gradients that are parallel in time, which threads take as they come free.
+// `locals`: own_bytes for each thread.
+template <class Scan, class Weights, class Task>
+void scan_then_tasks(const Scan& scan, const Weights& weights, const ScanShape& s, const Split& split, char* locals,
+                     size_t own_bytes, int64_t tasks, Task run) {
+  std::atomic<int64_t> next{0};
+  Barrier all, team;
+  parallel(split.threads, [&](int thread, int threads) {
+    char* mine = locals + own_bytes * thread;
+    scan.pack(thread, threads);
+    weights.pack(thread, threads);
+    all.wait(threads);
+    Carver scan_memory(mine);
+    auto local = scan.carve_local(scan_memory);
+    run_items(scan, s, split, local, thread, threads, team);
+    all.wait(threads);
+    for (int64_t task; (task = next.fetch_add(1)) < tasks;) run(task, mine);
+  });
+}
+
 template <class S, class O>
 void backward(const BackwardArgs& x, int available) {
   const ScanShape& s = x.shape;
@@ -114,20 +134,8 @@ void backward(const BackwardArgs& x, int available) {
   gradients.carve(carver);
   scan.carve(carver);
   weights.carve(carver);
-  const int64_t tasks = weights.tasks();
-  std::atomic<int64_t> next{0};
-  Barrier all, team;
-  parallel(split.threads, [&](int thread, int threads) {
-    char* mine = memory.data() + shared.used() + own_bytes * thread;
-    scan.pack(thread, threads);
-    weights.pack(thread, threads);
-    all.wait(threads);
-    Carver scan_memory(mine);
-    auto local = scan.carve_local(scan_memory);
-    run_items(scan, s, split, local, thread, threads, team);
-    all.wait(threads);
-    for (int64_t task; (task = next.fetch_add(1)) < tasks;) weights.run(task, mine);
-  });
+  scan_then_tasks(scan, weights, s, split, memory.data() + shared.used(), own_bytes, weights.tasks(),
+                  [&](int64_t task, char* mine) { weights.run(task, mine); });
 }
 
 template <class S, class O>
@@ -185,27 +193,16 @@ void extended_backward(const ExtendedBackwardArgs& x, int available) {
   Carver carver(memory.data());
   scan.carve(carver);
   weights.carve(carver);
-  std::atomic<int64_t> next{0};
-  Barrier all, team;
-  parallel(split.threads, [&](int thread, int threads) {
-    char* mine = memory.data() + shared.used() + own_bytes * thread;
-    scan.pack(thread, threads);
-    weights.pack(thread, threads);
-    all.wait(threads);
-    Carver scan_memory(mine);
-    auto local = scan.carve_local(scan_memory);
-    run_items(scan, s, split, local, thread, threads, team);
-    all.wait(threads);
-    const int64_t of_products = weights.tasks(), of_shifts = of_products + shifts.tasks();
-    for (int64_t task; (task = next.fetch_add(1)) < of_shifts + scan.tasks();) {
-      if (task < of_products)
-        weights.run(task, mine);
-      else if (task < of_shifts)
-        shifts.run(task - of_products, mine);
-      else
-        scan.run(task - of_shifts, mine);
-    }
-  });
+  const int64_t of_products = weights.tasks(), of_shifts = of_products + shifts.tasks();
+  scan_then_tasks(scan, weights, s, split, memory.data() + shared.used(), own_bytes, of_shifts + scan.tasks(),
+                  [&](int64_t task, char* mine) {
+                    if (task < of_products)
+                      weights.run(task, mine);
+                    else if (task < of_shifts)
+                      shifts.run(task - of_products, mine);
+                    else
+                      scan.run(task - of_shifts, mine);
+                  });
 }
 
 template <class F32_, class F64_, class BF16_, class... Args>
