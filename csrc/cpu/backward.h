@@ -173,16 +173,27 @@ class Backward {
     for (int64_t i = 0; i < walk.count(); ++i) {
       const int64_t p = walk.panel(step, i);
       const int width = states.width(p);
+      const int64_t column = p * states.vectors * V;
       const auto start = [&](int64_t row, int count, bool ends, T* sums) {
         for (int r = 0; r < count; ++r)
           start_gradient({lane, first_row + row + r, item.first + row + r, t}, p, width, ends, sums + r * width * V);
       };
+      // Where nothing but d_output is added, and there are whole vectors of it, the product starts from it.
+      const bool direct = sizeof(S) == sizeof(T) && x.d_output && !carry_h && column + width * V <= s.state;
       const auto finish = [&](int64_t row, int count, const T* sums) {
         for (int r = 0; r < count; ++r)
           finish_gradient({lane, first_row + row + r, item.first + row + r, t}, p, width, sums + r * width * V);
       };
       add_product(local, walk, lane, step, i, followed,
-                  [&](int64_t row, int count, T* sums) { start(row, count, false, sums); }, finish);
+                  [&](int64_t row, int count, T* sums) {
+                    if (direct)
+                      for (int r = 0; r < count; ++r)
+                        local.start[r] = at<T>(x.d_output, ((first_row + row + r) * s.lanes + lane) * s.state + column);
+                    else
+                      start(row, count, false, sums);
+                    return direct;
+                  },
+                  finish);
       for_tiles(rows - followed, width, [&](int64_t row, int count, int64_t, int64_t) {
         start(followed + row, count, true, local.tile);
         finish(followed + row, count, local.tile);
@@ -196,8 +207,8 @@ class Backward {
       local.a[block * rows + r] = gates + walk.block_start(block) * Product<O>::depth;
   }
 
-  // Adds the products of rows [0, rows) and the step's i-th panel to what start(first row, count, sums) writes, and hands them
-  // to finish(first row, count, sums).
+  // Adds the products of rows [0, rows) and the step's i-th panel to what start(first row, count, sums) writes to sums, or
+  // points to with local.start if it returns true, and hands them to finish(first row, count, sums).
   template <class Start, class Finish>
   void add_product(const Local& local, const Walk<O>& walk, int64_t lane, int64_t step, int64_t i, int64_t rows, Start start,
                    Finish finish) const {
@@ -207,8 +218,8 @@ class Backward {
       const O* w = walk.weights(lane, p) + walk.block_start(block) * width * V * Product<O>::depth;
       for_tiles(rows, width, [&](int64_t row, int count, int64_t tile, int64_t of) {
         T* sums = local.tile + (blocks > 1 ? row * width * V : 0);
-        if (block == 0) start(row, count, sums);
-        for (int r = 0; r < count; ++r) local.start[r] = sums + r * width * V;
+        if (block > 0 || !start(row, count, sums))
+          for (int r = 0; r < count; ++r) local.start[r] = sums + r * width * V;
         tile_function<O>(count, width)(walk.block_units(block), local.a + block * rows + row, w, local.start, 0, nullptr, sums,
                                        width * V, walk.ahead(step, i, lane, block, tile, of));
         if (block + 1 == blocks) finish(row, count, sums);
@@ -231,6 +242,7 @@ class Backward {
   }
 
   void finish_gradient(const Place& place, int64_t p, int width, const T* sums) const {
+    if (s.gates() == 1) return rnn_gradients(place, p, width, sums);
     for (int c = 0; c < width; ++c) {
       const int64_t j = (p * states.vectors + c) * V;
       if (s.has_projection)
@@ -269,12 +281,6 @@ class Backward {
     const S* tape = at<S>(x.tape, (place.lane * s.rows + place.row) * tape_count(s.cell) * H + j);
     const int64_t before = row_before(s, place.lane, place.t, place.b);
     switch (s.cell) {
-      case Cell::rnn_tanh:
-      case Cell::rnn_relu: {
-        const Vec<T> h = load(at<S>(x.output, (place.row * s.lanes + place.lane) * H + j), n);
-        store(gates, s.cell == Cell::rnn_tanh ? rnn_tanh_backward(h, d_h) : rnn_relu_backward(h, d_h), n);
-        break;
-      }
       case Cell::lstm: {
         const S* c_before = before >= 0 ? at<S>(x.tape, (place.lane * s.rows + before) * 5 * H + 4 * H + j)
                                         : at<S>(x.c_0, (place.lane * s.batch + place.b) * H + j);
@@ -304,8 +310,25 @@ class Backward {
         store(gates + 3 * H, n_h, n);
         break;
       }
+      default: break;  // rnn_gradients
     }
-    if (Product<O>::depth > 1 && j + V >= H) gates[d.width - j] = O{};  // the other half of a last, odd, pair
+    end_row(gates - j, j);
+  }
+  void end_row(O* gates, int64_t j) const {
+    if (Product<O>::depth > 1 && j + V >= s.hidden) gates[d.width] = O{};  // the other half of a last, odd, pair
+  }
+
+  // From the gradients d_h of the units of a panel to those of their gates.
+  void rnn_gradients(const Place& place, int64_t p, int width, const T* d_h) const {
+    O* gates = d.gates + (place.lane * s.rows + place.row) * d.stride;
+    const S* h = at<S>(x.output, (place.row * s.lanes + place.lane) * s.hidden);
+    for (int c = 0; c < width; ++c, d_h += V) {
+      const int64_t j = (p * states.vectors + c) * V;
+      const int n = int(min64(V, s.hidden - j));
+      const Vec<T> h_j = load(h + j, n), d_j = load(d_h);
+      store(gates + j, s.cell == Cell::rnn_tanh ? rnn_tanh_backward(h_j, d_j) : rnn_relu_backward(h_j, d_j), n);
+      end_row(gates, j);
+    }
   }
 
   void initial_gradient(const Item& item, const Local& local, const Walk<O>& walk, int64_t lane) const {
@@ -323,6 +346,7 @@ class Backward {
             const int64_t j = (p * states.vectors + c) * V;
             store(sums + (r * width + c) * V, carry_h ? load(carry_row(carry_h, lane, item.first + row + r) + j) : Vec<T>{});
           }
+        return false;
       };
       const auto finish = [&](int64_t row, int count, const T* sums) {
         for (int r = 0; r < count; ++r)

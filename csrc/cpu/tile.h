@@ -211,6 +211,15 @@ RNNFAST_INLINE typename Product<O>::Unit units_across(const S* const* rows, int6
   }
 }
 
+// The numbers of each unit added up.
+template <class O>
+RNNFAST_INLINE Vec<typename Product<O>::T> across_sum(typename Product<O>::Unit unit) {
+  if constexpr (Product<O>::depth == 1)
+    return unit;
+  else
+    return (F32)((U32)unit << 16) + (F32)((U32)unit & 0xffff0000);
+}
+
 // Transposes a square of lanes.
 #if defined(__GNUC__) && !defined(__clang__)
 template <class V>
@@ -279,9 +288,9 @@ void pack_rows(O* panel, int width, Row row, int64_t k, int64_t first, int64_t c
 }
 
 // The transpose of rows row(0..k) as operand a: column first + m becomes out[m * stride + 0..k), padded with zeros to
-// whole vectors of units; `columns` of them.
+// whole vectors of units; `columns` of them. Adds each column to its sum, where there are sums, of whole vectors.
 template <class O, class Row>
-void pack_transposed(O* out, int64_t stride, Row row, int64_t k, int64_t first, int64_t columns) {
+void pack_transposed(O* out, int64_t stride, Row row, int64_t k, int64_t first, int64_t columns, typename Product<O>::T* sums) {
   using Unit = typename Product<O>::Unit;
   constexpr int V = LANES<O>, depth = Product<O>::depth;
   for (int64_t u = 0; u < units<O>(k); u += V) {
@@ -292,6 +301,11 @@ void pack_transposed(O* out, int64_t stride, Row row, int64_t k, int64_t first, 
         const int64_t at = (u + i) * depth;
         decltype(row(0)) rows[2] = {at < k ? row(at) : nullptr, depth == 2 && at + 1 < k ? row(at + 1) : nullptr};
         block[i] = rows[0] ? units_across<O>(rows, first + m, n) : Unit{};
+      }
+      if (sums) {
+        Vec<typename Product<O>::T> sum{};  // of the block, which rounds less than one long sum
+        for (const Unit& unit : block) sum += across_sum<O>(unit);
+        store(sums + m, load(sums + m) + sum);
       }
       transpose(block);
       for (int e = 0; e < n; ++e) std::memcpy(out + (m + e) * stride + u * depth, &block[e], sizeof(Unit));

@@ -53,7 +53,8 @@ class WeightGradients {
     kinds[2] = {x.d_w_ih && !s.ids ? s.lanes * blocks : 0, &WeightGradients::w_ih_gradient};
     kinds[3] = {x.d_w_ih && s.ids ? s.lanes * ceil_div(gate_rows, ID_COLUMNS) : 0, &WeightGradients::w_ids_gradient};
     kinds[4] = {x.d_w_hr ? s.lanes * ceil_div(s.state, block_rows) : 0, &WeightGradients::w_hr_gradient};
-    kinds[5] = {x.d_b_ih ? s.lanes * ceil_div(gate_rows, BIAS_COLUMNS) : 0, &WeightGradients::bias_gradient};
+    // The products of a weight's gradient add up those of the bias beside it.
+    kinds[5] = {x.d_b_ih && !x.d_w_hh ? s.lanes * ceil_div(gate_rows, BIAS_COLUMNS) : 0, &WeightGradients::bias_gradient};
   }
 
   void carve(Carver& carver) {
@@ -93,7 +94,7 @@ class WeightGradients {
  private:
   struct ProductBuffers {
     O *a, *w;
-    T* sums;
+    T *sums, *bias;
     int64_t a_stride, sums_stride;
     ProductBuffers(const WeightGradients& of, Carver& carver) {
       a_stride = round_up(K_BLOCK, V * Product<O>::depth);
@@ -101,24 +102,29 @@ class WeightGradients {
       a = carver.take<O>(of.block_rows * a_stride);
       w = carver.take<O>(K_BLOCK * sums_stride);
       sums = carver.take<T>(of.block_rows * sums_stride);
+      bias = carver.take<T>(of.block_rows + V);
     }
   };
 
-  // out[m, :] = sum over rows k of a(k)[column(m)] w(k)[:], for m in [first, end). column is contiguous but at `jump`.
+  // out[m, :] = sum over rows k of a(k)[column(m)] w(k)[:], for m in [first, end). column is contiguous but at `jump`. Where a
+  // bias is wanted, bias[m] and again[m] = sum of a(k)[column(m)].
   template <class A, class Column, class W>
   void product(const Panels& panels, int64_t columns, int64_t first, int64_t end, A a, Column column, int64_t jump, W w,
-               S* out, char* local) const {
+               S* out, S* bias, S* again, char* local) const {
     Carver carver(local);
     const ProductBuffers buffers(*this, carver);
     const int64_t m_rows = end - first;
+    T* const bias_sums = bias ? buffers.bias : nullptr;
+    if (bias) std::memset(bias_sums, 0, size_t(m_rows + V) * sizeof(T));
     std::memset(buffers.sums, 0, size_t(m_rows * buffers.sums_stride) * sizeof(T));
     for (int64_t k0 = 0; k0 < s.rows; k0 += K_BLOCK) {
       const int64_t k = min64(K_BLOCK, s.rows - k0);
       const auto a_row = [&](int64_t i) { return a(k0 + i); };
       const int64_t cut = max64(first, min64(jump, end));
-      if (first < cut) pack_transposed<O>(buffers.a, buffers.a_stride, a_row, k, column(first), cut - first);
+      if (first < cut) pack_transposed<O>(buffers.a, buffers.a_stride, a_row, k, column(first), cut - first, bias_sums);
       if (cut < end)
-        pack_transposed<O>(buffers.a + (cut - first) * buffers.a_stride, buffers.a_stride, a_row, k, column(cut), end - cut);
+        pack_transposed<O>(buffers.a + (cut - first) * buffers.a_stride, buffers.a_stride, a_row, k, column(cut), end - cut,
+                           bias ? bias_sums + (cut - first) : nullptr);
       using W_row = decltype(w(int64_t(0)));
       W_row w_rows[K_BLOCK];
       for (int64_t i = 0; i < k; ++i) w_rows[i] = w(k0 + i);
@@ -149,6 +155,12 @@ class WeightGradients {
       }
     }
     for (int64_t m = 0; m < m_rows; ++m) convert_row(out + m * columns, buffers.sums + m * buffers.sums_stride, columns);
+    if (bias) convert_row(bias, bias_sums, m_rows);
+    if (again) convert_row(again, bias_sums, m_rows);
+  }
+
+  S* bias_rows(void* d_bias, int64_t lane, int64_t first) const {
+    return d_bias ? at<S>(d_bias, lane * gate_rows + first) : nullptr;
   }
 
   void w_hh_gradient(int64_t task, char* local) const {
@@ -162,7 +174,7 @@ class WeightGradients {
     };
     product(states, s.state, first, min64(first + block_rows, gate_rows), [&](int64_t row) { return d.gates_h(lane, row); },
             [](int64_t m) { return m; }, gate_rows, state_before, at<S>(x.d_w_hh, (lane * gate_rows + first) * s.state),
-            local);
+            bias_rows(x.d_b_hh, lane, first), s.cell == Cell::gru ? nullptr : bias_rows(x.d_b_ih, lane, first), local);
   }
 
   void w_ih_gradient(int64_t task, char* local) const {
@@ -170,7 +182,8 @@ class WeightGradients {
     product(inputs, s.input, first, min64(first + block_rows, gate_rows), [&](int64_t row) { return d.gates_x(lane, row); },
             [&](int64_t m) { return d.column_x(m); }, d.permuted ? 2 * s.hidden : gate_rows,
             [&](int64_t row) { return at<S>(x.input, row * s.input); },
-            at<S>(x.d_w_ih, (lane * gate_rows + first) * s.input), local);
+            at<S>(x.d_w_ih, (lane * gate_rows + first) * s.input),
+            s.cell == Cell::gru ? bias_rows(x.d_b_ih, lane, first) : nullptr, nullptr, local);
   }
 
   void w_hr_gradient(int64_t task, char* local) const {
@@ -181,10 +194,10 @@ class WeightGradients {
             [&](int64_t row) {
               return static_cast<const O*>(d.unprojected + (lane * s.rows + row) * d.hidden_stride);
             },
-            at<S>(x.d_w_hr, (lane * s.state + first) * s.hidden), local);
+            at<S>(x.d_w_hr, (lane * s.state + first) * s.hidden), nullptr, nullptr, local);
   }
 
-  // A segment sum over ids, transposed on the way out.
+  // A segment sum over ids, transposed on the way out. A row has one id, so the sum over ids is the bias's.
   void w_ids_gradient(int64_t task, char* local) const {
     const int64_t blocks = ceil_div(gate_rows, ID_COLUMNS), lane = task / blocks, first = task % blocks * ID_COLUMNS;
     const int64_t n = min64(ID_COLUMNS, gate_rows - first);
@@ -194,7 +207,12 @@ class WeightGradients {
     for (int64_t row = 0; row < s.rows; ++row) add_columns(sums + ids[row] * ID_COLUMNS, lane, row, first, n);
     for (int64_t m = 0; m < n; ++m) {
       S* out = at<S>(x.d_w_ih, (lane * gate_rows + first + m) * s.input);
-      for (int64_t id = 0; id < s.input; ++id) store_one(out + id, sums[id * ID_COLUMNS + m]);
+      T sum{};
+      for (int64_t id = 0; id < s.input; ++id) {
+        store_one(out + id, sums[id * ID_COLUMNS + m]);
+        sum += sums[id * ID_COLUMNS + m];
+      }
+      if (s.cell == Cell::gru && x.d_b_ih && x.d_w_hh) store_one(at<S>(x.d_b_ih, lane * gate_rows + first + m), sum);
     }
   }
 
