@@ -1,0 +1,396 @@
+"""Calls of the cpu backend past torch's dispatcher and most Python around it, which take longer than a small scan.
+
+A layer's first call goes the general way and leaves a plan: what must not have changed for that call's checks of the
+weights to hold. Later calls that ask for nothing special (no compiler, no transform, plain tensors) follow it. Without
+gradients they are one call of a C function for all layers, with packed weights; in training each layer is one autograd
+function whose forward and backward are a call each. Their results have the bits of the general way.
+
+Whatever is unusual, mistakes included, is not done here: the functions return None, and the general way does it or says
+what is wrong.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import is_
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, is_autocast_enabled, is_grad_enabled
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C._autograd import _top_saved_tensors_default_hooks
+from torch._C._functorch import maybe_current_level
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
+
+from rnnfast import dispatch, scan
+from rnnfast.backends import native
+from rnnfast.cells import CELLS
+
+_DONE, _STALE = 0, 1  # of csrc/cpu/direct.h
+
+_base: Any = torch._C.TensorBase
+_version_of, _shape_of, _dtype_of = _base._version.__get__, _base.shape.__get__, _base.dtype.__get__
+_is_on_cpu, _requires_grad = _base.is_cpu.__get__, _base.requires_grad.__get__
+
+
+@dataclass(slots=True)
+class _Packed:
+    """A stack's weights packed for `native.infer`, good while they have these versions and addresses."""
+
+    versions: list[int]
+    addresses: list[int]
+    address: int  # of the first of `kept`
+    kept: tuple[Tensor, ...]
+
+
+@dataclass(slots=True)
+class _Layer:
+    """One layer of one direction, as the autograd function takes it."""
+
+    weights: scan.Weights
+    cell: str
+    dtype: torch.dtype
+    ids: bool
+    state_size: int
+    hidden_size: int
+    tape_size: int  # of a row
+    has_cell_state: bool
+    address: int  # of `kept`
+    kept: Tensor
+
+
+@dataclass(slots=True)
+class _Plan:
+    asked: str
+    names: tuple[str, ...]
+    weights: list[Tensor]
+    signature: tuple[list[Any], ...]
+    lanes: Sequence[scan.Weights]
+    cell: str
+    dtype: torch.dtype
+    input_size: int
+    state_size: int
+    hidden_size: int
+    directions: int
+    has_cell_state: bool
+    packed: dict[bool, _Packed]  # for token ids, and for floating input
+    layers: dict[bool, list[_Layer]]
+
+    def is_of(self, layer: Any) -> bool:
+        """The layer has the weights that it had."""
+        return all(map(is_, map(layer._parameters.get, self.names), self.weights))
+
+    def pack(self, ids: bool) -> _Packed:
+        """What calls without gradients need; the versions are read first, so that a write meanwhile is seen later."""
+        versions, addresses = list(map(_version_of, self.weights)), list(map(Tensor.data_ptr, self.weights))
+        layers = [self.lanes[first : first + self.directions] for first in range(0, len(self.lanes), self.directions)]
+        packed = [native.packed_weights(lanes, self.cell, ids and not index) for index, lanes in enumerate(layers)]
+        kept = torch.ops.rnnfast.direct_plan_cpu(packed, [weight.detach() for weight in self.weights])
+        self.packed[ids] = found = _Packed(versions, addresses, kept.data_ptr(), (kept, *packed))
+        return found
+
+    def describe(self, ids: bool) -> list[_Layer]:
+        """What calls with gradients need."""
+        cell, layers = CELLS[self.cell], []
+        for index, lane in enumerate(self.lanes):
+            w_ih, w_hh, w_hr = (w if w is None else w.detach().unsqueeze(0) for w in (*lane[:2], lane.w_hr))
+            first_ids = ids and not index
+            kept = torch.ops.rnnfast.direct_layer_cpu(w_ih, w_hh, w_hr, self.cell, first_ids)
+            sizes = self.state_size, self.hidden_size, cell.tape * self.hidden_size
+            form = lane, self.cell, self.dtype, first_ids, *sizes, cell.has_cell_state
+            layers.append(_Layer(*form, kept.data_ptr(), kept))
+        self.layers[ids] = layers
+        return layers
+
+
+_plans: dict[int, _Plan] = {}
+
+
+def run(layer: Any, input: Any, hx: Any) -> tuple[Tensor, Any] | None:
+    """Returns what `layer(input, hx)` does, or None where the general way must be taken.
+
+    Args:
+        layer: an RNN, LSTM or GRU.
+        input, hx: whatever `layer.forward` was given.
+    """
+    plan = _plan_of(layer)
+    if plan is None or type(input) is not Tensor:
+        return None
+    ids = input.dtype is torch.int64
+    dims = input.dim() + ids
+    transposed = dims == 3 and layer.batch_first
+    if transposed:
+        input = input.transpose(0, 1)
+    sizes = input.shape if ids else input.shape[:-1]  # (T, B), or (T,) if unbatched
+    if dims not in (2, 3) or 0 in sizes or (tensors := _contiguous(plan, ids, input, hx, sizes[1:])) is None:
+        return None
+    dropout = layer.dropout if layer.training and len(plan.lanes) > plan.directions else 0.0
+    if is_grad_enabled() and (
+        True in map(_requires_grad, plan.weights) or any(t is not None and t.requires_grad for t in tensors)
+    ):
+        result = _train(plan, ids, *tensors, sizes[1:], dropout)
+    else:
+        result = _infer(plan, ids, *tensors, sizes[0], sizes[1:], sizes) if dropout == 0 else None
+    return result if result is None or not transposed else (result[0].transpose(0, 1), result[1])
+
+
+def step(layer: Any, input: Tensor, hx: Any) -> tuple[Tensor, Any] | None:
+    """Returns what `layer.step(input, hx)` does, or None where the general way must be taken: always with gradients."""
+    plan = _plan_of(layer)
+    if plan is None or plan.directions == 2 or type(input) is not Tensor or is_grad_enabled():
+        return None
+    ids = input.dtype is torch.int64
+    sizes = input.shape if ids else input.shape[:-1]
+    if input.dim() + ids != 2 or 0 in sizes or (layer.training and layer.dropout > 0 and len(plan.lanes) > 1):
+        return None
+    tensors = _contiguous(plan, ids, input, hx, sizes)
+    return None if tensors is None else _infer(plan, ids, *tensors, 1, sizes, sizes)
+
+
+def prepare(layer: Any, input: Tensor) -> None:
+    """Leaves a plan for the calls to come, if there is none and the layer can have one.
+
+    It has just done a general call, which has checked its weights.
+    """
+    asked = dispatch.asked(layer.backend)
+    if asked not in (dispatch.AUTO, "cpu") or _is_observed():
+        return
+    plan = _plans.get(id(layer))
+    if plan is not None and plan.asked == asked and plan.is_of(layer) and plan.signature == _signature(plan.weights):
+        return
+    names = tuple(layer._flat_weights_names)
+    weights = [layer._parameters.get(name) for name in names]
+    if not all(type(w) in (Tensor, torch.nn.Parameter) and w.is_cpu and w.layout is torch.strided for w in weights):
+        return
+    if not all(w.is_contiguous() and not w.is_inference() and not w.is_neg() for w in weights):
+        return
+    lanes = layer._lane_weights()
+    if [id(w) for lane in lanes for w in lane if w is not None] != [*map(id, weights)]:
+        return
+    if dispatch.explain(layer, input).backend != "cpu":
+        return
+    if id(layer) not in _plans:
+        weakref.finalize(layer, _plans.pop, id(layer), None)
+    cell, directions = layer.mode.lower(), 2 if layer.bidirectional else 1
+    w_ih, w_hh, *_ = lanes[0]
+    sizes = w_ih.shape[1], w_hh.shape[1], w_hh.shape[0] // CELLS[cell].gates, directions, CELLS[cell].has_cell_state
+    _plans[id(layer)] = _Plan(asked, names, weights, _signature(weights), lanes, cell, w_hh.dtype, *sizes, {}, {})
+
+
+def _plan_of(layer: Any) -> _Plan | None:
+    plan = _plans.get(id(layer))
+    if plan is None or plan.asked != dispatch.asked(layer.backend) or not plan.is_of(layer) or _is_observed():
+        return None
+    return plan
+
+
+def _is_observed() -> bool:
+    """Whether something (autocast, a mode, a transform, a tracer) must see the operations themselves."""
+    return (
+        is_autocast_enabled("cpu")
+        or _len_torch_dispatch_stack() > 0
+        or _len_torch_function_stack() > 0
+        or maybe_current_level() is not None
+        or forward_ad._current_level >= 0
+        or _get_tracing_state() is not None
+    )
+
+
+def _is_plain(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """What lies at its address is what it holds, but for the order."""
+    return (
+        tensor.dtype is dtype
+        and tensor.is_cpu
+        and tensor.layout is torch.strided
+        and not tensor.is_neg()
+        and tensor.data_ptr() != 0
+    )
+
+
+def _signature(weights: list[Tensor]) -> tuple[list[Any], ...]:
+    """What the general way checks of the weights, and the autograd function relies on."""
+    return (
+        list(map(type, weights)),  # torch.utils.swap_tensors changes even that
+        list(map(_shape_of, weights)),
+        list(map(_dtype_of, weights)),
+        list(map(_is_on_cpu, weights)),
+        list(map(Tensor.is_contiguous, weights)),
+    )
+
+
+def _contiguous(
+    plan: _Plan, ids: bool, input: Tensor, hx: Any, batch: Sequence[int]
+) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
+    """Input, h_0 and c_0, contiguous, the states None if they are not given; or None where one is not as it should be."""
+    if not _is_plain(input, torch.int64 if ids else plan.dtype) or not (ids or input.shape[-1] == plan.input_size):
+        return None
+    if hx is None:
+        return input.contiguous(), None, None
+    h_0, c_0, layers = hx, None, len(plan.lanes)
+    if plan.has_cell_state:
+        if type(hx) not in (tuple, list) or len(hx) != 2:
+            return None
+        h_0, c_0 = hx
+        if type(c_0) is not Tensor or c_0.shape != (layers, *batch, plan.hidden_size) or not _is_plain(c_0, plan.dtype):
+            return None
+        c_0 = c_0.contiguous()
+    if type(h_0) is not Tensor or h_0.shape != (layers, *batch, plan.state_size) or not _is_plain(h_0, plan.dtype):
+        return None
+    return input.contiguous(), h_0.contiguous(), c_0
+
+
+def _infer(
+    plan: _Plan,
+    ids: bool,
+    input: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    steps: int,
+    batch: Sequence[int],
+    sizes: Sequence[int],
+) -> tuple[Tensor, Any] | None:
+    """All layers without gradients; `sizes` are those of the output, without its features."""
+    packed, weights, dtype = plan.packed.get(ids), plan.weights, plan.dtype
+    if (
+        packed is None
+        or list(map(_version_of, weights)) != packed.versions
+        or list(map(Tensor.data_ptr, weights)) != packed.addresses
+    ):
+        if plan.signature != _signature(weights):
+            return None
+        packed = plan.pack(ids)
+    # No mode is on, so this is memory of the CPU, whatever the default device.
+    output = torch.empty(*sizes, plan.state_size * plan.directions, dtype=dtype)
+    h_n = torch.empty(len(plan.lanes), *batch, plan.state_size, dtype=dtype)
+    c_n = torch.empty(len(plan.lanes), *batch, plan.hidden_size, dtype=dtype) if plan.has_cell_state else None
+    status = native.infer(
+        packed.address, steps, batch[0] if batch else 1, *_addresses(input, h_0, c_0, output, h_n, c_n)
+    )
+    if status == _STALE:
+        del plan.packed[ids]
+    if status != _DONE:
+        return None
+    return output, h_n if c_n is None else (h_n, c_n)
+
+
+def _train(
+    plan: _Plan,
+    ids: bool,
+    rows: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    batch: Sequence[int],
+    dropout: float,
+) -> tuple[Tensor, Any] | None:
+    """Layer after layer with gradients, of one direction."""
+    # Hooks on saved tensors see which there are: torch's checkpointing runs a call again and compares. That call may not
+    # be the general one the first time and this one the second.
+    if plan.directions == 2 or plan.signature != _signature(plan.weights) or _top_saved_tensors_default_hooks(True):
+        return None
+    layers = plan.layers.get(ids) or plan.describe(ids)
+    finals = []
+    for index, layer in enumerate(layers):
+        # One layer's state is not sliced: that is an operation to be differentiated.
+        h, c = (h_0, c_0) if len(layers) == 1 else (t if t is None else t[index : index + 1] for t in (h_0, c_0))
+        rows, *states = _Scan.apply(layer, batch, rows, h, c, *layer.weights)
+        if rows is None:
+            return None
+        finals.append(states)
+        if dropout > 0 and index + 1 < len(layers):
+            rows = F.dropout(rows, dropout)
+    h_n, *c_n = finals[0] if len(layers) == 1 else map(torch.cat, zip(*finals, strict=True))
+    return rows, (h_n, *c_n) if c_n else h_n
+
+
+class _Scan(_SingleLevelFunction):
+    """One layer of one direction: `derivatives.Scan` of the cpu backend, but a call each forward and backward.
+
+    apply(layer, (B,) or () if unbatched, input (T, B, I) or ids (T, B), h_0 and c_0 (1, B, P) or None for zeros, the
+    five of `scan.Weights`) returns output (T, B, P), h_n and, of an LSTM, c_n; or None, None where the kernel fails.
+    """
+
+    apply: Any
+
+    @staticmethod
+    def forward(
+        ctx: Any, layer: _Layer, batch: Sequence[int], input: Tensor, h_0: Any, c_0: Any, *weights: Tensor | None
+    ) -> Any:
+        steps, rows, dtype = input.shape[0], batch[0] if batch else 1, layer.dtype
+        output = torch.empty(steps, *batch, layer.state_size, dtype=dtype)
+        h_n = torch.empty(1, *batch, layer.state_size, dtype=dtype)
+        c_n = torch.empty(1, *batch, layer.hidden_size, dtype=dtype) if layer.has_cell_state else None
+        tape = torch.empty(1, steps * rows, layer.tape_size, dtype=dtype) if layer.tape_size else None
+        if native.forward(layer.address, steps, rows, *_addresses(input, h_0, c_0, *weights, output, h_n, c_n, tape)):
+            return None, None
+        ctx.layer, ctx.sizes = layer, (steps, rows)
+        ctx.save_for_backward(input, h_0, c_0, *weights, output, tape)
+        ctx.set_materialize_grads(False)
+        return (output, h_n) if c_n is None else (output, h_n, c_n)
+
+    @staticmethod
+    def backward(ctx: Any, d_output: Any, d_h_n: Any, d_c_n: Any = None) -> Any:
+        saved, needs, d_results = ctx.saved_tensors, ctx.needs_input_grad[2:], (d_output, d_h_n, d_c_n)
+        if d_output is None and d_h_n is None and d_c_n is None:
+            return (None,) * 10
+        need_weights = True in needs[3:]
+        # Without a graph of it, and nobody to look on.
+        if not (is_grad_enabled() or _is_observed()) and all(
+            d is None or (type(d) is Tensor and _is_plain(d, d.dtype)) for d in d_results
+        ):
+            wanted = (*needs[:3], *(need_weights and weight is not None for weight in saved[3:8]))
+            found = [torch.empty_like(t) if want else None for t, want in zip(saved, wanted, strict=False)]
+            given = [None if d is None else d.contiguous() for d in d_results]
+            if native.backward(ctx.layer.address, *ctx.sizes, *_addresses(*given, *saved, *found)) == _DONE:
+                return (None, None, *(d if need else None for d, need in zip(found, needs, strict=True)))
+        return (None, None, *_through_the_operator(ctx.layer, ctx.sizes, d_results, saved, needs, need_weights))
+
+
+def _through_the_operator(
+    layer: _Layer,
+    sizes: tuple[int, int],
+    d_results: Sequence[Tensor | None],
+    saved: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    need_weights: bool,
+) -> list[Tensor | None]:
+    """What `_Scan.backward` returns, by the operator, which has derivatives and a rule for vmap."""
+    input, h_0, c_0, *weights, output, tape = saved
+    assert input is not None
+    assert output is not None
+    steps, batch = sizes
+
+    def rows(tensor: Tensor | None) -> Any:
+        return None if tensor is None else tensor.reshape(steps * batch, layer.state_size)
+
+    def state(tensor: Tensor | None, size: int) -> Any:
+        return None if tensor is None else tensor.reshape(1, batch, size).contiguous()
+
+    states = [output.new_zeros(1, batch, layer.state_size) if h_0 is None else state(h_0, layer.state_size), None]
+    if layer.has_cell_state:
+        states[1] = output.new_zeros(1, batch, layer.hidden_size) if c_0 is None else state(c_0, layer.hidden_size)
+    d_input, *d_weights = scan._FORMULAS["cpu"].backward_op(
+        rows(d_results[0]),
+        state(d_results[1], layer.state_size),
+        state(d_results[2], layer.hidden_size),
+        input.reshape(steps * batch, *input.shape[:0] if layer.ids else input.shape[-1:]),
+        *(None if weight is None else weight.unsqueeze(0) for weight in weights),
+        *states,
+        None,
+        layer.cell,
+        False,
+        rows(output),
+        output.new_empty(1, steps * batch, 0) if tape is None else tape,
+        needs[0],
+        need_weights,
+    )
+    *d_weights, d_h_0, d_c_0 = d_weights
+    gradients = zip((d_input, d_h_0, d_c_0, *d_weights), (input, h_0, c_0, *weights), needs, strict=True)
+    return [d.reshape(t.shape) if need and t is not None else None for d, t, need in gradients]
+
+
+def _addresses(*tensors: Tensor | None) -> list[int | None]:
+    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
