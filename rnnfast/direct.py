@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import is_
+from struct import Struct
 from typing import Any
 
 import torch
@@ -30,11 +31,13 @@ from rnnfast import dispatch, scan
 from rnnfast.backends import native
 from rnnfast.cells import CELLS
 
-_DONE, _STALE = 0, 1  # of csrc/cpu/direct.h
+# Of csrc/cpu/direct.h: what its functions return, and the structures they take.
+_DONE, _STALE = 0, 1
+_infer_call, _forward_call, _backward_call = (Struct(f"{fields}q").pack for fields in (9, 15, 24))
 
 _base: Any = torch._C.TensorBase
 _version_of, _shape_of, _dtype_of = _base._version.__get__, _base.shape.__get__, _base.dtype.__get__
-_is_on_cpu, _requires_grad = _base.is_cpu.__get__, _base.requires_grad.__get__
+_is_on_cpu, _requires_grad, _address_of = _base.is_cpu.__get__, _base.requires_grad.__get__, _base.data_ptr
 
 
 @dataclass(slots=True)
@@ -52,6 +55,7 @@ class _Layer:
     """One layer of one direction, as the autograd function takes it."""
 
     weights: scan.Weights
+    has_weight: tuple[bool, ...]
     cell: str
     dtype: torch.dtype
     ids: bool
@@ -65,6 +69,8 @@ class _Layer:
 
 @dataclass(slots=True)
 class _Plan:
+    """What a layer's calls have in common. Dictionaries have an entry for token ids, and one for floating input."""
+
     asked: str
     names: tuple[str, ...]
     weights: list[Tensor]
@@ -77,7 +83,7 @@ class _Plan:
     hidden_size: int
     directions: int
     has_cell_state: bool
-    packed: dict[bool, _Packed]  # for token ids, and for floating input
+    packed: dict[bool, _Packed]
     layers: dict[bool, list[_Layer]]
 
     def is_of(self, layer: Any) -> bool:
@@ -86,7 +92,7 @@ class _Plan:
 
     def pack(self, ids: bool) -> _Packed:
         """What calls without gradients need; the versions are read first, so that a write meanwhile is seen later."""
-        versions, addresses = list(map(_version_of, self.weights)), list(map(Tensor.data_ptr, self.weights))
+        versions, addresses = list(map(_version_of, self.weights)), list(map(_address_of, self.weights))
         layers = [self.lanes[first : first + self.directions] for first in range(0, len(self.lanes), self.directions)]
         packed = [native.packed_weights(lanes, self.cell, ids and not index) for index, lanes in enumerate(layers)]
         kept = torch.ops.rnnfast.direct_plan_cpu(packed, [weight.detach() for weight in self.weights])
@@ -100,9 +106,9 @@ class _Plan:
             w_ih, w_hh, w_hr = (w if w is None else w.detach().unsqueeze(0) for w in (*lane[:2], lane.w_hr))
             first_ids = ids and not index
             kept = torch.ops.rnnfast.direct_layer_cpu(w_ih, w_hh, w_hr, self.cell, first_ids)
+            form = lane, tuple(w is not None for w in lane), self.cell, self.dtype, first_ids
             sizes = self.state_size, self.hidden_size, cell.tape * self.hidden_size
-            form = lane, self.cell, self.dtype, first_ids, *sizes, cell.has_cell_state
-            layers.append(_Layer(*form, kept.data_ptr(), kept))
+            layers.append(_Layer(*form, *sizes, cell.has_cell_state, kept.data_ptr(), kept))
         self.layers[ids] = layers
         return layers
 
@@ -125,30 +131,33 @@ def run(layer: Any, input: Any, hx: Any) -> tuple[Tensor, Any] | None:
     transposed = dims == 3 and layer.batch_first
     if transposed:
         input = input.transpose(0, 1)
-    sizes = input.shape if ids else input.shape[:-1]  # (T, B), or (T,) if unbatched
-    if dims not in (2, 3) or 0 in sizes or (tensors := _contiguous(plan, ids, input, hx, sizes[1:])) is None:
+    if dims not in (2, 3):
+        return None
+    steps, *batch = input.shape if ids else input.shape[:-1]  # batch: [B], or [] if unbatched
+    tensors = _contiguous(plan, ids, input, hx, batch)
+    if tensors is None:
         return None
     dropout = layer.dropout if layer.training and len(plan.lanes) > plan.directions else 0.0
     if is_grad_enabled() and (
         True in map(_requires_grad, plan.weights) or any(t is not None and t.requires_grad for t in tensors)
     ):
-        result = _train(plan, ids, *tensors, sizes[1:], dropout)
+        result = _train(plan, ids, *tensors, steps, batch, dropout)
     else:
-        result = _infer(plan, ids, *tensors, sizes[0], sizes[1:], sizes) if dropout == 0 else None
+        result = _infer(plan, ids, *tensors, steps, batch, (steps, *batch)) if dropout == 0 else None
     return result if result is None or not transposed else (result[0].transpose(0, 1), result[1])
 
 
-def step(layer: Any, input: Tensor, hx: Any) -> tuple[Tensor, Any] | None:
+def step(layer: Any, input: Any, hx: Any) -> tuple[Tensor, Any] | None:
     """Returns what `layer.step(input, hx)` does, or None where the general way must be taken: always with gradients."""
     plan = _plan_of(layer)
     if plan is None or plan.directions == 2 or type(input) is not Tensor or is_grad_enabled():
         return None
     ids = input.dtype is torch.int64
-    sizes = input.shape if ids else input.shape[:-1]
-    if input.dim() + ids != 2 or 0 in sizes or (layer.training and layer.dropout > 0 and len(plan.lanes) > 1):
+    if input.dim() + ids != 2 or (layer.training and layer.dropout > 0 and len(plan.lanes) > 1):
         return None
-    tensors = _contiguous(plan, ids, input, hx, sizes)
-    return None if tensors is None else _infer(plan, ids, *tensors, 1, sizes, sizes)
+    batch = input.shape[:1]
+    tensors = _contiguous(plan, ids, input, hx, batch)
+    return None if tensors is None else _infer(plan, ids, *tensors, 1, batch, batch)
 
 
 def prepare(layer: Any, input: Tensor) -> None:
@@ -181,6 +190,9 @@ def prepare(layer: Any, input: Tensor) -> None:
     _plans[id(layer)] = _Plan(asked, names, weights, _signature(weights), lanes, cell, w_hh.dtype, *sizes, {}, {})
 
 
+# ---- may it be done here? ------------------------------------------------------------------------------------------
+
+
 def _plan_of(layer: Any) -> _Plan | None:
     plan = _plans.get(id(layer))
     if plan is None or plan.asked != dispatch.asked(layer.backend) or not plan.is_of(layer) or _is_observed():
@@ -200,21 +212,10 @@ def _is_observed() -> bool:
     )
 
 
-def _is_plain(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """What lies at its address is what it holds, but for the order."""
-    return (
-        tensor.dtype is dtype
-        and tensor.is_cpu
-        and tensor.layout is torch.strided
-        and not tensor.is_neg()
-        and tensor.data_ptr() != 0
-    )
-
-
 def _signature(weights: list[Tensor]) -> tuple[list[Any], ...]:
-    """What the general way checks of the weights, and the autograd function relies on."""
+    """What the general way checks of the weights. Writing to `.data` and torch.utils.swap_tensors change any of it."""
     return (
-        list(map(type, weights)),  # torch.utils.swap_tensors changes even that
+        list(map(type, weights)),
         list(map(_shape_of, weights)),
         list(map(_dtype_of, weights)),
         list(map(_is_on_cpu, weights)),
@@ -222,25 +223,40 @@ def _signature(weights: list[Tensor]) -> tuple[list[Any], ...]:
     )
 
 
+def _is_plain(tensor: Any, dtype: torch.dtype) -> bool:
+    """Its elements lie in memory as they are, if perhaps in another order, and there are some."""
+    return (
+        type(tensor) is Tensor
+        and tensor.dtype is dtype
+        and tensor.is_cpu
+        and tensor.layout is torch.strided
+        and not tensor.is_neg()
+        and tensor.data_ptr() != 0
+    )
+
+
 def _contiguous(
     plan: _Plan, ids: bool, input: Tensor, hx: Any, batch: Sequence[int]
 ) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
-    """Input, h_0 and c_0, contiguous, the states None if they are not given; or None where one is not as it should be."""
+    """Input, h_0 and c_0 as the kernels read them, absent states None; or None where one is not as it should be."""
     if not _is_plain(input, torch.int64 if ids else plan.dtype) or not (ids or input.shape[-1] == plan.input_size):
         return None
     if hx is None:
         return input.contiguous(), None, None
-    h_0, c_0, layers = hx, None, len(plan.lanes)
+    h_0, c_0 = hx, None
     if plan.has_cell_state:
         if type(hx) not in (tuple, list) or len(hx) != 2:
             return None
         h_0, c_0 = hx
-        if type(c_0) is not Tensor or c_0.shape != (layers, *batch, plan.hidden_size) or not _is_plain(c_0, plan.dtype):
+        if not _is_plain(c_0, plan.dtype) or c_0.shape != (len(plan.lanes), *batch, plan.hidden_size):
             return None
         c_0 = c_0.contiguous()
-    if type(h_0) is not Tensor or h_0.shape != (layers, *batch, plan.state_size) or not _is_plain(h_0, plan.dtype):
+    if not _is_plain(h_0, plan.dtype) or h_0.shape != (len(plan.lanes), *batch, plan.state_size):
         return None
     return input.contiguous(), h_0.contiguous(), c_0
+
+
+# ---- without gradients ---------------------------------------------------------------------------------------------
 
 
 def _infer(
@@ -253,12 +269,12 @@ def _infer(
     batch: Sequence[int],
     sizes: Sequence[int],
 ) -> tuple[Tensor, Any] | None:
-    """All layers without gradients; `sizes` are those of the output, without its features."""
+    """All layers; `sizes` are those of the output, without its features."""
     packed, weights, dtype = plan.packed.get(ids), plan.weights, plan.dtype
     if (
         packed is None
         or list(map(_version_of, weights)) != packed.versions
-        or list(map(Tensor.data_ptr, weights)) != packed.addresses
+        or list(map(_address_of, weights)) != packed.addresses
     ):
         if plan.signature != _signature(weights):
             return None
@@ -267,14 +283,20 @@ def _infer(
     output = torch.empty(*sizes, plan.state_size * plan.directions, dtype=dtype)
     h_n = torch.empty(len(plan.lanes), *batch, plan.state_size, dtype=dtype)
     c_n = torch.empty(len(plan.lanes), *batch, plan.hidden_size, dtype=dtype) if plan.has_cell_state else None
-    status = native.infer(
-        packed.address, steps, batch[0] if batch else 1, *_addresses(input, h_0, c_0, output, h_n, c_n)
-    )
+    addresses = _addresses((input, h_0, c_0, output, h_n, c_n))
+    status = native.infer(_infer_call(packed.address, steps, batch[0] if batch else 1, *addresses))
     if status == _STALE:
         del plan.packed[ids]
     if status != _DONE:
         return None
     return output, h_n if c_n is None else (h_n, c_n)
+
+
+def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+# ---- with gradients ------------------------------------------------------------------------------------------------
 
 
 def _train(
@@ -283,12 +305,13 @@ def _train(
     rows: Tensor,
     h_0: Tensor | None,
     c_0: Tensor | None,
+    steps: int,
     batch: Sequence[int],
     dropout: float,
 ) -> tuple[Tensor, Any] | None:
-    """Layer after layer with gradients, of one direction."""
-    # Hooks on saved tensors see which there are: torch's checkpointing runs a call again and compares. That call may not
-    # be the general one the first time and this one the second.
+    """Layer after layer, of one direction."""
+    # Hooks on saved tensors see which there are: torch's checkpointing runs a call again and compares. The second call
+    # would come here where the first has gone the general way.
     if plan.directions == 2 or plan.signature != _signature(plan.weights) or _top_saved_tensors_default_hooks(True):
         return None
     layers = plan.layers.get(ids) or plan.describe(ids)
@@ -296,7 +319,7 @@ def _train(
     for index, layer in enumerate(layers):
         # One layer's state is not sliced: that is an operation to be differentiated.
         h, c = (h_0, c_0) if len(layers) == 1 else (t if t is None else t[index : index + 1] for t in (h_0, c_0))
-        rows, *states = _Scan.apply(layer, batch, rows, h, c, *layer.weights)
+        rows, *states = _Scan.apply(layer, steps, batch, rows, h, c, *layer.weights)
         if rows is None:
             return None
         finals.append(states)
@@ -306,10 +329,13 @@ def _train(
     return rows, (h_n, *c_n) if c_n else h_n
 
 
+_NO_WEIGHT = (False,) * 5
+
+
 class _Scan(_SingleLevelFunction):
     """One layer of one direction: `derivatives.Scan` of the cpu backend, but a call each forward and backward.
 
-    apply(layer, (B,) or () if unbatched, input (T, B, I) or ids (T, B), h_0 and c_0 (1, B, P) or None for zeros, the
+    apply(layer, T, [B] or [] if unbatched, input (T, B, I) or ids (T, B), h_0 and c_0 (1, B, P) or None for zeros, the
     five of `scan.Weights`) returns output (T, B, P), h_n and, of an LSTM, c_n; or None, None where the kernel fails.
     """
 
@@ -317,80 +343,80 @@ class _Scan(_SingleLevelFunction):
 
     @staticmethod
     def forward(
-        ctx: Any, layer: _Layer, batch: Sequence[int], input: Tensor, h_0: Any, c_0: Any, *weights: Tensor | None
+        ctx: Any,
+        layer: _Layer,
+        steps: int,
+        batch: Sequence[int],
+        input: Tensor,
+        h_0: Tensor | None,
+        c_0: Tensor | None,
+        *weights: Tensor | None,
     ) -> Any:
-        steps, rows, dtype = input.shape[0], batch[0] if batch else 1, layer.dtype
+        rows, dtype = batch[0] if batch else 1, layer.dtype
         output = torch.empty(steps, *batch, layer.state_size, dtype=dtype)
+        tape = torch.empty(1, steps * rows, layer.tape_size, dtype=dtype) if layer.tape_size else None
         h_n = torch.empty(1, *batch, layer.state_size, dtype=dtype)
         c_n = torch.empty(1, *batch, layer.hidden_size, dtype=dtype) if layer.has_cell_state else None
-        tape = torch.empty(1, steps * rows, layer.tape_size, dtype=dtype) if layer.tape_size else None
-        if native.forward(layer.address, steps, rows, *_addresses(input, h_0, c_0, *weights, output, h_n, c_n, tape)):
+        kept = (input, h_0, c_0, *weights, output, tape)
+        if native.forward(_forward_call(layer.address, steps, rows, *_addresses((*kept, h_n, c_n)))) != _DONE:
             return None, None
         ctx.layer, ctx.sizes = layer, (steps, rows)
-        ctx.save_for_backward(input, h_0, c_0, *weights, output, tape)
+        ctx.save_for_backward(*kept)
         ctx.set_materialize_grads(False)
         return (output, h_n) if c_n is None else (output, h_n, c_n)
 
     @staticmethod
-    def backward(ctx: Any, d_output: Any, d_h_n: Any, d_c_n: Any = None) -> Any:
-        saved, needs, d_results = ctx.saved_tensors, ctx.needs_input_grad[2:], (d_output, d_h_n, d_c_n)
+    def backward(ctx: Any, d_output: Tensor | None, d_h_n: Tensor | None, d_c_n: Tensor | None = None) -> Any:
         if d_output is None and d_h_n is None and d_c_n is None:
-            return (None,) * 10
+            return (None,) * 11
+        layer, kept, needs, given = ctx.layer, ctx.saved_tensors, ctx.needs_input_grad[3:], (d_output, d_h_n, d_c_n)
         need_weights = True in needs[3:]
-        # Without a graph of it, and nobody to look on.
-        if not (is_grad_enabled() or _is_observed()) and all(
-            d is None or (type(d) is Tensor and _is_plain(d, d.dtype)) for d in d_results
-        ):
-            wanted = (*needs[:3], *(need_weights and weight is not None for weight in saved[3:8]))
-            found = [torch.empty_like(t) if want else None for t, want in zip(saved, wanted, strict=False)]
-            given = [None if d is None else d.contiguous() for d in d_results]
-            if native.backward(ctx.layer.address, *ctx.sizes, *_addresses(*given, *saved, *found)) == _DONE:
-                return (None, None, *(d if need else None for d, need in zip(found, needs, strict=True)))
-        return (None, None, *_through_the_operator(ctx.layer, ctx.sizes, d_results, saved, needs, need_weights))
+        # Not where it is itself to be differentiated, or somebody looks on.
+        if not is_grad_enabled() and not _is_observed() and all(d is None or _is_plain(d, layer.dtype) for d in given):
+            d_results = [d if d is None else d.contiguous() for d in given]
+            wanted = needs[:3] + (layer.has_weight if need_weights else _NO_WEIGHT)
+            found = [torch.empty_like(tensor) if want else None for tensor, want in zip(kept, wanted, strict=False)]
+            addresses = _addresses((*d_results, *kept, *found))
+            if native.backward(_backward_call(layer.address, *ctx.sizes, *addresses)) == _DONE:
+                return (None, None, None, *found)
+        return (None, None, None, *_through_the_operator(ctx, given, kept, needs, need_weights))
 
 
 def _through_the_operator(
-    layer: _Layer,
-    sizes: tuple[int, int],
+    ctx: Any,
     d_results: Sequence[Tensor | None],
-    saved: Sequence[Tensor | None],
+    kept: Sequence[Tensor | None],
     needs: Sequence[bool],
     need_weights: bool,
 ) -> list[Tensor | None]:
-    """What `_Scan.backward` returns, by the operator, which has derivatives and a rule for vmap."""
-    input, h_0, c_0, *weights, output, tape = saved
+    """What `_Scan.backward` returns, from the operator, which has derivatives and a rule for vmap."""
+    input, h_0, c_0, *weights, output, tape = kept
     assert input is not None
     assert output is not None
-    steps, batch = sizes
+    layer, (steps, batch) = ctx.layer, ctx.sizes
 
-    def rows(tensor: Tensor | None) -> Any:
-        return None if tensor is None else tensor.reshape(steps * batch, layer.state_size)
+    def rows(tensor: Tensor | None, *size: int) -> Any:
+        return None if tensor is None else tensor.reshape(steps * batch, *size).contiguous()
 
     def state(tensor: Tensor | None, size: int) -> Any:
         return None if tensor is None else tensor.reshape(1, batch, size).contiguous()
 
-    states = [output.new_zeros(1, batch, layer.state_size) if h_0 is None else state(h_0, layer.state_size), None]
-    if layer.has_cell_state:
-        states[1] = output.new_zeros(1, batch, layer.hidden_size) if c_0 is None else state(c_0, layer.hidden_size)
-    d_input, *d_weights = scan._FORMULAS["cpu"].backward_op(
-        rows(d_results[0]),
+    zeros = [output.new_zeros(1, batch, size) for size in (layer.state_size, layer.hidden_size)]
+    d_input, *d_weights, d_h_0, d_c_0 = scan._FORMULAS["cpu"].backward_op(
+        rows(d_results[0], layer.state_size),
         state(d_results[1], layer.state_size),
         state(d_results[2], layer.hidden_size),
-        input.reshape(steps * batch, *input.shape[:0] if layer.ids else input.shape[-1:]),
+        rows(input, *(() if layer.ids else input.shape[-1:])),
         *(None if weight is None else weight.unsqueeze(0) for weight in weights),
-        *states,
+        zeros[0] if h_0 is None else state(h_0, layer.state_size),
+        None if not layer.has_cell_state else zeros[1] if c_0 is None else state(c_0, layer.hidden_size),
         None,
         layer.cell,
         False,
-        rows(output),
+        rows(output, layer.state_size),
         output.new_empty(1, steps * batch, 0) if tape is None else tape,
         needs[0],
         need_weights,
     )
-    *d_weights, d_h_0, d_c_0 = d_weights
-    gradients = zip((d_input, d_h_0, d_c_0, *d_weights), (input, h_0, c_0, *weights), needs, strict=True)
-    return [d.reshape(t.shape) if need and t is not None else None for d, t, need in gradients]
-
-
-def _addresses(*tensors: Tensor | None) -> list[int | None]:
-    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    gradients = zip((d_input, d_h_0, d_c_0, *d_weights), kept, needs, strict=False)
+    return [d.reshape(tensor.shape) if need and tensor is not None else None for d, tensor, need in gradients]

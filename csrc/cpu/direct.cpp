@@ -123,33 +123,33 @@ Tensor direct_layer_cpu(Tensor w_ih, Tensor w_hh, OptionalTensor w_hr, std::stri
 
 using namespace rnnfast;
 
-int rnnfast_infer_cpu(const void* data, int64_t steps, int64_t batch, const void* input, const void* h_0, const void* c_0,
-                      void* output, void* h_n, void* c_n) {
-  const Plan& plan = *static_cast<const Plan*>(data);
+int rnnfast_infer_cpu(const DirectInfer* call) {
+  const DirectInfer& c = *call;
+  const Plan& plan = *static_cast<const Plan*>(c.plan);
   for (int64_t i = 0; i < plan.samples; ++i)
     if (!plan.sample()[i].is_as_it_was()) return DIRECT_STALE;
   return guarded([&] {
-    const ScanShape first = shape_of_call(plan.layer()[0].layer, steps, batch);
-    if (!ids_fit(first, input)) return DIRECT_FAILED;
+    const ScanShape first = shape_of_call(plan.layer()[0].layer, c.steps, c.batch);
+    if (!ids_fit(first, c.input)) return DIRECT_FAILED;
     const Kernels& kernels = choose_kernels(first.dtype);
     const int threads = available_threads();
     const Bytes bytes(first);
-    const StandIns zeros(first, !h_0);
+    const StandIns zeros(first, !c.h_0);
     // What a layer that is not the last puts out; the next one reads it while it writes the other half.
     const size_t half = aligned(bytes.output);
     const Scratch between(half * size_t(plan.layers > 2 ? 2 : plan.layers - 1));
-    wish_huge_pages_if_large(output, bytes.output);
+    wish_huge_pages_if_large(c.output, bytes.output);
     for (int64_t l = 0; l < plan.layers; ++l) {
       ForwardArgs x{};
-      x.shape = shape_of_call(plan.layer()[l].layer, steps, batch);
+      x.shape = shape_of_call(plan.layer()[l].layer, c.steps, c.batch);
       x.packed = plan.layer()[l].panels;
-      x.input = l == 0 ? input : between.data() + size_t(l - 1) % 2 * half;
-      x.output = l + 1 < plan.layers ? between.data() + size_t(l) % 2 * half : output;
-      x.h_0 = h_0 ? static_cast<const char*>(h_0) + size_t(l) * bytes.state : zeros.state();
-      x.h_n = static_cast<char*>(h_n) + l * bytes.state;
-      if (c_n) {
-        x.c_0 = c_0 ? static_cast<const char*>(c_0) + l * bytes.cell : zeros.cell();
-        x.c_n = static_cast<char*>(c_n) + l * bytes.cell;
+      x.input = l == 0 ? c.input : between.data() + size_t(l - 1) % 2 * half;
+      x.output = l + 1 < plan.layers ? between.data() + size_t(l) % 2 * half : c.output;
+      x.h_0 = c.h_0 ? static_cast<const char*>(c.h_0) + size_t(l) * bytes.state : zeros.state();
+      x.h_n = static_cast<char*>(c.h_n) + size_t(l) * bytes.state;
+      if (c.c_n) {
+        x.c_0 = c.c_0 ? static_cast<const char*>(c.c_0) + size_t(l) * bytes.cell : zeros.cell();
+        x.c_n = static_cast<char*>(c.c_n) + size_t(l) * bytes.cell;
       }
       kernels.forward(x, threads);
     }
@@ -157,37 +157,64 @@ int rnnfast_infer_cpu(const void* data, int64_t steps, int64_t batch, const void
   });
 }
 
-int rnnfast_forward_cpu(const void* layer, int64_t steps, int64_t batch, const void* input, const void* h_0, const void* c_0,
-                        const void* w_ih, const void* w_hh, const void* b_ih, const void* b_hh, const void* w_hr,
-                        void* output, void* h_n, void* c_n, void* tape) {
+int rnnfast_forward_cpu(const DirectForward* call) {
+  const DirectForward& c = *call;
   return guarded([&] {
-    const ScanShape s = shape_of_call(*static_cast<const ScanShape*>(layer), steps, batch);
-    if (!ids_fit(s, input)) return DIRECT_FAILED;
+    const ScanShape s = shape_of_call(*c.layer, c.steps, c.batch);
+    if (!ids_fit(s, c.input)) return DIRECT_FAILED;
     const Bytes bytes(s);
-    const StandIns zeros(s, !h_0);
-    wish_huge_pages_if_large(output, bytes.output);
-    wish_huge_pages_if_large(tape, bytes.output / s.state * s.hidden * tape_count(s.cell));
-    const ForwardArgs x{s, input, w_ih, w_hh, b_ih, b_hh, w_hr, h_0 ? h_0 : zeros.state(), c_0 || !c_n ? c_0 : zeros.cell(),
-                        output, h_n, c_n, tape, nullptr};
+    const StandIns zeros(s, !c.h_0);
+    wish_huge_pages_if_large(c.output, bytes.output);
+    wish_huge_pages_if_large(c.tape, bytes.output / size_t(s.state) * size_t(s.hidden * tape_count(s.cell)));
+    const ForwardArgs x{s,
+                        c.input,
+                        c.w_ih,
+                        c.w_hh,
+                        c.b_ih,
+                        c.b_hh,
+                        c.w_hr,
+                        c.h_0 ? c.h_0 : zeros.state(),
+                        c.c_0 || !c.c_n ? c.c_0 : zeros.cell(),
+                        c.output,
+                        c.h_n,
+                        c.c_n,
+                        c.tape,
+                        nullptr};
     choose_kernels(s.dtype).forward(x, available_threads());
     return DIRECT_DONE;
   });
 }
 
-int rnnfast_backward_cpu(const void* layer, int64_t steps, int64_t batch, const void* d_output, const void* d_h_n,
-                         const void* d_c_n, const void* input, const void* h_0, const void* c_0, const void* w_ih,
-                         const void* w_hh, const void* b_ih, const void* b_hh, const void* w_hr, const void* output,
-                         const void* tape, void* d_input, void* d_h_0, void* d_c_0, void* d_w_ih, void* d_w_hh, void* d_b_ih,
-                         void* d_b_hh, void* d_w_hr) {
+int rnnfast_backward_cpu(const DirectBackward* call) {
+  const DirectBackward& c = *call;
   return guarded([&] {
-    const ScanShape s = shape_of_call(*static_cast<const ScanShape*>(layer), steps, batch);
+    const ScanShape s = shape_of_call(*c.layer, c.steps, c.batch);
     const bool lstm = s.cell == Cell::lstm;
-    const StandIns zeros(s, !h_0), unwanted(s, !d_h_0 || (lstm && !d_c_0));
-    wish_huge_pages_if_large(d_input, Bytes(s).output / s.state * s.input);
-    const BackwardArgs x{s,       d_output, d_h_n, d_c_n, input, w_ih, w_hh, b_ih, b_hh, w_hr,
-                         h_0 ? h_0 : zeros.state(), c_0 || !lstm ? c_0 : zeros.cell(), output, tape,
-                         d_input, d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_w_hr,
-                         d_h_0 ? d_h_0 : unwanted.state(), d_c_0 || !lstm ? d_c_0 : unwanted.cell(), nullptr};
+    const StandIns zeros(s, !c.h_0), unwanted(s, !c.d_h_0 || (lstm && !c.d_c_0));
+    wish_huge_pages_if_large(c.d_input, Bytes(s).output / size_t(s.state) * size_t(s.input));
+    const BackwardArgs x{s,
+                         c.d_output,
+                         c.d_h_n,
+                         c.d_c_n,
+                         c.input,
+                         c.w_ih,
+                         c.w_hh,
+                         c.b_ih,
+                         c.b_hh,
+                         c.w_hr,
+                         c.h_0 ? c.h_0 : zeros.state(),
+                         c.c_0 || !lstm ? c.c_0 : zeros.cell(),
+                         c.output,
+                         c.tape,
+                         c.d_input,
+                         c.d_w_ih,
+                         c.d_w_hh,
+                         c.d_b_ih,
+                         c.d_b_hh,
+                         c.d_w_hr,
+                         c.d_h_0 ? c.d_h_0 : unwanted.state(),
+                         c.d_c_0 || !lstm ? c.d_c_0 : unwanted.cell(),
+                         nullptr};
     choose_kernels(s.dtype).backward(x, available_threads());
     return DIRECT_DONE;
   });

@@ -22,23 +22,36 @@ enum DirectStatus : int {
   DIRECT_FAILED = 2,  // for the operator to find out why: a token id outside the vocabulary, no memory
 };
 
+// What a call is given: 64-bit fields alone, which Python packs into bytes, quicker than arguments one by one. A pointer is 0
+// where there is no tensor. States of 0 are zeros, gradients of 0 are not wanted.
+
+// T steps of B rows through L layers of D directions, without gradients. input (T, B, I) or (T, B) int64 ids, output
+// (T, B, D*P), h_0 and h_n (L*D, B, P), c_0 and c_n (L*D, B, H).
+struct DirectInfer {
+  const void* plan;
+  int64_t steps, batch;
+  const void *input, *h_0, *c_0;
+  void *output, *h_n, *c_n;
+};
+
+// One layer of one direction, and its derivative: the arguments of scan_cpu and scan_cpu_backward.
+struct DirectForward {
+  const ScanShape* layer;
+  int64_t steps, batch;
+  const void *input, *h_0, *c_0, *w_ih, *w_hh, *b_ih, *b_hh, *w_hr;
+  void *output, *tape, *h_n, *c_n;
+};
+struct DirectBackward {
+  const ScanShape* layer;
+  int64_t steps, batch;
+  const void *d_output, *d_h_n, *d_c_n;
+  const void *input, *h_0, *c_0, *w_ih, *w_hh, *b_ih, *b_hh, *w_hr, *output, *tape;
+  void *d_input, *d_h_0, *d_c_0, *d_w_ih, *d_w_hh, *d_b_ih, *d_b_hh, *d_w_hr;
+};
+
 }  // namespace rnnfast
 
 #define RNNFAST_DIRECT extern "C" __attribute__((visibility("default"))) int
-
-// T steps of B rows through L layers of D directions, without gradients. input (T, B, I) or (T, B) int64 ids, output
-// (T, B, D*P), h_0 and h_n (L*D, B, P), c_0 and c_n (L*D, B, H) or null. States of null are zeros. Writes nothing unless it
-// returns DIRECT_DONE.
-RNNFAST_DIRECT rnnfast_infer_cpu(const void* plan, int64_t steps, int64_t batch, const void* input, const void* h_0,
-                                 const void* c_0, void* output, void* h_n, void* c_n);
-
-// One layer of one direction, and its derivative: the arguments of scan_cpu and scan_cpu_backward. States of null are zeros,
-// gradients that are null are not wanted.
-RNNFAST_DIRECT rnnfast_forward_cpu(const void* layer, int64_t steps, int64_t batch, const void* input, const void* h_0,
-                                   const void* c_0, const void* w_ih, const void* w_hh, const void* b_ih, const void* b_hh,
-                                   const void* w_hr, void* output, void* h_n, void* c_n, void* tape);
-RNNFAST_DIRECT rnnfast_backward_cpu(const void* layer, int64_t steps, int64_t batch, const void* d_output,
-                                    const void* d_h_n, const void* d_c_n, const void* input, const void* h_0,
-                                    const void* c_0, const void* w_ih, const void* w_hh, const void* b_ih, const void* b_hh,
-                                    const void* w_hr, const void* output, const void* tape, void* d_input, void* d_h_0,
-                                    void* d_c_0, void* d_w_ih, void* d_w_hh, void* d_b_ih, void* d_b_hh, void* d_w_hr);
+RNNFAST_DIRECT rnnfast_infer_cpu(const rnnfast::DirectInfer* call);
+RNNFAST_DIRECT rnnfast_forward_cpu(const rnnfast::DirectForward* call);
+RNNFAST_DIRECT rnnfast_backward_cpu(const rnnfast::DirectBackward* call);

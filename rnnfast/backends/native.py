@@ -51,12 +51,9 @@ _SCHEMAS = (
     " int token, int length, Tensor? uniforms, float temperature, int? top_k, float? top_p)"
     " -> (Tensor ids, Tensor h_n, Tensor c_n)",
 )
-# How many pointers the functions of csrc/cpu/direct.h take behind a plan or layer, the steps and the batch.
-_DIRECT = {"infer": 6, "forward": 12, "backward": 21}
-
 _lock = threading.Lock()
 _library: Any = None
-# The C functions of csrc/cpu/direct.h, once the library is loaded.
+# The C functions of csrc/cpu/direct.h, once the library is loaded. Each takes the bytes of a structure.
 infer: Any = None
 forward: Any = None
 backward: Any = None
@@ -89,9 +86,11 @@ def load() -> None:
             for schema in _SCHEMAS:
                 _library.define(schema)
             functions = ctypes.CDLL(str(path))
-            infer, forward, backward = (getattr(functions, f"rnnfast_{name}_cpu") for name in _DIRECT)
-            for function, pointers in zip((infer, forward, backward), _DIRECT.values(), strict=True):
-                function.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, *[ctypes.c_void_p] * pointers]
+            infer, forward, backward = (
+                getattr(functions, f"rnnfast_{name}_cpu") for name in ("infer", "forward", "backward")
+            )
+            for function in (infer, forward, backward):
+                function.argtypes = [ctypes.c_char_p]
         except (OSError, RuntimeError) as error:
             _failure = f"the native library failed to compile or load: {error}"
             raise RuntimeError(_failure) from error
