@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, is_autocast_enabled, is_grad_enabled
-from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C import _get_tracing_state, _has_storage, _len_torch_dispatch_stack, _len_torch_function_stack
 from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch._C._functorch import maybe_current_level
 from torch.autograd import forward_ad
@@ -173,7 +173,8 @@ def prepare(layer: Any, input: Tensor) -> None:
         return
     names = tuple(layer._flat_weights_names)
     weights = [layer._parameters.get(name) for name in names]
-    if not all(type(w) in (Tensor, torch.nn.Parameter) and w.is_cpu and w.layout is torch.strided for w in weights):
+    # torch.func.functional_call puts other tensors there for a while, perhaps with a graph, which must not be kept.
+    if not all(type(w) is torch.nn.Parameter and w.is_cpu and w.layout is torch.strided for w in weights):
         return
     if not all(w.is_contiguous() and not w.is_inference() and not w.is_neg() for w in weights):
         return
@@ -215,8 +216,8 @@ def _is_observed() -> bool:
 def _signature(weights: list[Tensor]) -> tuple[list[Any], ...]:
     """What the general way checks of the weights. Writing to `.data` and torch.utils.swap_tensors change any of it."""
     return (
-        list(map(type, weights)),
         list(map(_shape_of, weights)),
+        list(map(type, weights)),
         list(map(_dtype_of, weights)),
         list(map(_is_on_cpu, weights)),
         list(map(Tensor.is_contiguous, weights)),
@@ -231,6 +232,7 @@ def _is_plain(tensor: Any, dtype: torch.dtype) -> bool:
         and tensor.is_cpu
         and tensor.layout is torch.strided
         and not tensor.is_neg()
+        and _has_storage(tensor)  # as those of torch's older vmap have not, which is_grads_batched= uses
         and tensor.data_ptr() != 0
     )
 
@@ -271,6 +273,9 @@ def _infer(
 ) -> tuple[Tensor, Any] | None:
     """All layers; `sizes` are those of the output, without its features."""
     packed, weights, dtype = plan.packed.get(ids), plan.weights, plan.dtype
+    # Addresses tell of what type the weights are, but not of a view of them that was put in their place.
+    if list(map(_shape_of, weights)) != plan.signature[0] or not all(map(Tensor.is_contiguous, weights)):
+        return None
     if (
         packed is None
         or list(map(_version_of, weights)) != packed.versions

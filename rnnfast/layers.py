@@ -153,7 +153,7 @@ class _DropIn(nn.RNNBase):
             raise RuntimeError(f"a step takes (B, {self.input_size}) input or (B,) token ids, got {tuple(input.shape)}")
         if hx is None:
             hx = self._zero_state(input.shape[0], weights[0].w_hh.dtype, input.device)
-        h_0, c_0 = hx if isinstance(hx, tuple) else (hx, None)
+        h_0, c_0 = hx if isinstance(hx, tuple | list) else (hx, None)
         output, h_n, c_n = functional.step(
             self.mode.lower(),
             input,

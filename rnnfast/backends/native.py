@@ -155,6 +155,7 @@ def packed_weights(lanes: Sequence[Sequence[Any]], cell: str, ids: bool, extende
         found is not None
         and found.stamp == tuple([(tensor._version, tensor.data_ptr()) for tensor in tensors])
         and found.sampled == [sample.tobytes() for sample in found.samples]
+        and all(tensor.is_contiguous() for tensor in tensors)  # and not now a transpose of the same memory
     ):
         return found.weights
     return _pack(lanes, cell, ids, extended, key, tensors)
