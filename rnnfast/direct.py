@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, is_autocast_enabled, is_grad_enabled
-from torch._C import _get_tracing_state, _has_storage, _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
 from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch._C._functorch import maybe_current_level
 from torch.autograd import forward_ad
@@ -44,8 +44,7 @@ _is_on_cpu, _requires_grad, _address_of = _base.is_cpu.__get__, _base.requires_g
 class _Packed:
     """A stack's weights packed for `native.infer`, good while they have these versions and addresses."""
 
-    versions: list[int]
-    addresses: list[int]
+    stamp: list[int]
     address: int  # of the first of `kept`
     kept: tuple[Tensor, ...]
 
@@ -85,18 +84,15 @@ class _Plan:
     has_cell_state: bool
     packed: dict[bool, _Packed]
     layers: dict[bool, list[_Layer]]
-
-    def is_of(self, layer: Any) -> bool:
-        """The layer has the weights that it had."""
-        return all(map(is_, map(layer._parameters.get, self.names), self.weights))
+    outputs: dict[tuple[int, ...], Tensor]  # of steps, for (B,): one to make others like it, quicker than by its sizes
 
     def pack(self, ids: bool) -> _Packed:
         """What calls without gradients need; the versions are read first, so that a write meanwhile is seen later."""
-        versions, addresses = list(map(_version_of, self.weights)), list(map(_address_of, self.weights))
+        stamp = [*map(_version_of, self.weights), *map(_address_of, self.weights)]
         layers = [self.lanes[first : first + self.directions] for first in range(0, len(self.lanes), self.directions)]
         packed = [native.packed_weights(lanes, self.cell, ids and not index) for index, lanes in enumerate(layers)]
         kept = torch.ops.rnnfast.direct_plan_cpu(packed, [weight.detach() for weight in self.weights])
-        self.packed[ids] = found = _Packed(versions, addresses, kept.data_ptr(), (kept, *packed))
+        self.packed[ids] = found = _Packed(stamp, kept.data_ptr(), (kept, *packed))
         return found
 
     def describe(self, ids: bool) -> list[_Layer]:
@@ -133,8 +129,9 @@ def run(layer: Any, input: Any, hx: Any) -> tuple[Tensor, Any] | None:
         input = input.transpose(0, 1)
     if dims not in (2, 3):
         return None
-    steps, *batch = input.shape if ids else input.shape[:-1]  # batch: [B], or [] if unbatched
-    tensors = _contiguous(plan, ids, input, hx, batch)
+    shape = input.shape
+    steps, batch = shape[0], shape[1 : dims - 1]  # batch: (B,), or () if unbatched
+    tensors = _contiguous(plan, ids, input, shape, hx, batch)
     if tensors is None:
         return None
     dropout = layer.dropout if layer.training and len(plan.lanes) > plan.directions else 0.0
@@ -142,8 +139,14 @@ def run(layer: Any, input: Any, hx: Any) -> tuple[Tensor, Any] | None:
         True in map(_requires_grad, plan.weights) or any(t is not None and t.requires_grad for t in tensors)
     ):
         result = _train(plan, ids, *tensors, steps, batch, dropout)
+    elif dropout > 0:
+        return None
+    # A view of a weight put in its place by `.data` has its address and version. (A step does not look so closely.)
+    elif list(map(_shape_of, plan.weights)) != plan.signature[0] or not all(map(Tensor.is_contiguous, plan.weights)):
+        return None
     else:
-        result = _infer(plan, ids, *tensors, steps, batch, (steps, *batch)) if dropout == 0 else None
+        output = torch.empty(steps, *batch, plan.state_size * plan.directions, dtype=plan.dtype)
+        result = _infer(plan, ids, *tensors, steps, batch, output)
     return result if result is None or not transposed else (result[0].transpose(0, 1), result[1])
 
 
@@ -153,11 +156,17 @@ def step(layer: Any, input: Any, hx: Any) -> tuple[Tensor, Any] | None:
     if plan is None or plan.directions == 2 or type(input) is not Tensor or is_grad_enabled():
         return None
     ids = input.dtype is torch.int64
-    if input.dim() + ids != 2 or (layer.training and layer.dropout > 0 and len(plan.lanes) > 1):
+    shape = input.shape
+    if len(shape) + ids != 2 or (layer.training and layer.dropout > 0 and len(plan.lanes) > 1):
         return None
-    batch = input.shape[:1]
-    tensors = _contiguous(plan, ids, input, hx, batch)
-    return None if tensors is None else _infer(plan, ids, *tensors, 1, batch, batch)
+    batch = (shape[0],)
+    tensors = _contiguous(plan, ids, input, shape, hx, batch)
+    if tensors is None:
+        return None
+    like = plan.outputs.get(batch)
+    if like is None:
+        like = plan.outputs[batch] = torch.empty(*batch, plan.state_size, dtype=plan.dtype)
+    return _infer(plan, ids, *tensors, 1, batch, torch.empty_like(like))
 
 
 def prepare(layer: Any, input: Tensor) -> None:
@@ -169,7 +178,7 @@ def prepare(layer: Any, input: Tensor) -> None:
     if asked not in (dispatch.AUTO, "cpu") or _is_observed():
         return
     plan = _plans.get(id(layer))
-    if plan is not None and plan.asked == asked and plan.is_of(layer) and plan.signature == _signature(plan.weights):
+    if plan is not None and plan is _plan_of(layer) and plan.signature == _signature(plan.weights):
         return
     names = tuple(layer._flat_weights_names)
     weights = [layer._parameters.get(name) for name in names]
@@ -188,21 +197,30 @@ def prepare(layer: Any, input: Tensor) -> None:
     cell, directions = layer.mode.lower(), 2 if layer.bidirectional else 1
     w_ih, w_hh, *_ = lanes[0]
     sizes = w_ih.shape[1], w_hh.shape[1], w_hh.shape[0] // CELLS[cell].gates, directions, CELLS[cell].has_cell_state
-    _plans[id(layer)] = _Plan(asked, names, weights, _signature(weights), lanes, cell, w_hh.dtype, *sizes, {}, {})
+    _plans[id(layer)] = _Plan(asked, names, weights, _signature(weights), lanes, cell, w_hh.dtype, *sizes, {}, {}, {})
 
 
 # ---- may it be done here? ------------------------------------------------------------------------------------------
 
 
 def _plan_of(layer: Any) -> _Plan | None:
+    """The layer's plan, if the call may follow it: the layer has the weights that it had, and nobody looks on."""
     plan = _plans.get(id(layer))
-    if plan is None or plan.asked != dispatch.asked(layer.backend) or not plan.is_of(layer) or _is_observed():
+    if (
+        plan is None
+        or plan.asked != dispatch.asked(layer.backend)
+        or not all(map(is_, map(layer._parameters.get, plan.names), plan.weights))
+        or _is_observed()
+    ):
         return None
     return plan
 
 
 def _is_observed() -> bool:
-    """Whether something (autocast, a mode, a transform, a tracer) must see the operations themselves."""
+    """Whether something (autocast, a mode, a transform, a tracer) must see the operations themselves.
+
+    Where nothing does, a new tensor is memory of the CPU, whatever the default device.
+    """
     return (
         is_autocast_enabled("cpu")
         or _len_torch_dispatch_stack() > 0
@@ -226,34 +244,34 @@ def _signature(weights: list[Tensor]) -> tuple[list[Any], ...]:
 
 def _is_plain(tensor: Any, dtype: torch.dtype) -> bool:
     """Its elements lie in memory as they are, if perhaps in another order, and there are some."""
-    return (
-        type(tensor) is Tensor
-        and tensor.dtype is dtype
-        and tensor.is_cpu
-        and tensor.layout is torch.strided
-        and not tensor.is_neg()
-        and _has_storage(tensor)  # as those of torch's older vmap have not, which is_grads_batched= uses
-        and tensor.data_ptr() != 0
-    )
+    if type(tensor) is not Tensor or tensor.dtype is not dtype or not tensor.is_cpu or tensor.is_neg():
+        return False
+    try:
+        return tensor.data_ptr() != 0
+    except (
+        RuntimeError
+    ):  # it has no memory: a sparse tensor, or one of torch's older vmap, which is_grads_batched= uses
+        return False
 
 
 def _contiguous(
-    plan: _Plan, ids: bool, input: Tensor, hx: Any, batch: Sequence[int]
+    plan: _Plan, ids: bool, input: Tensor, shape: torch.Size, hx: Any, batch: Sequence[int]
 ) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
     """Input, h_0 and c_0 as the kernels read them, absent states None; or None where one is not as it should be."""
-    if not _is_plain(input, torch.int64 if ids else plan.dtype) or not (ids or input.shape[-1] == plan.input_size):
+    dtype = plan.dtype
+    if not _is_plain(input, torch.int64 if ids else dtype) or not (ids or shape[-1] == plan.input_size):
         return None
     if hx is None:
         return input.contiguous(), None, None
     h_0, c_0 = hx, None
     if plan.has_cell_state:
-        if type(hx) not in (tuple, list) or len(hx) != 2:
+        if not isinstance(hx, tuple | list) or len(hx) != 2:
             return None
         h_0, c_0 = hx
-        if not _is_plain(c_0, plan.dtype) or c_0.shape != (len(plan.lanes), *batch, plan.hidden_size):
+        if not _is_plain(c_0, dtype) or c_0.shape != (len(plan.lanes), *batch, plan.hidden_size):
             return None
         c_0 = c_0.contiguous()
-    if not _is_plain(h_0, plan.dtype) or h_0.shape != (len(plan.lanes), *batch, plan.state_size):
+    if not _is_plain(h_0, dtype) or h_0.shape != (len(plan.lanes), *batch, plan.state_size):
         return None
     return input.contiguous(), h_0.contiguous(), c_0
 
@@ -269,36 +287,38 @@ def _infer(
     c_0: Tensor | None,
     steps: int,
     batch: Sequence[int],
-    sizes: Sequence[int],
+    output: Tensor,
 ) -> tuple[Tensor, Any] | None:
-    """All layers; `sizes` are those of the output, without its features."""
+    """All layers, into `output`."""
     packed, weights, dtype = plan.packed.get(ids), plan.weights, plan.dtype
-    # Addresses tell of what type the weights are, but not of a view of them that was put in their place.
-    if list(map(_shape_of, weights)) != plan.signature[0] or not all(map(Tensor.is_contiguous, weights)):
-        return None
-    if (
-        packed is None
-        or list(map(_version_of, weights)) != packed.versions
-        or list(map(_address_of, weights)) != packed.addresses
-    ):
+    if packed is None or [*map(_version_of, weights), *map(_address_of, weights)] != packed.stamp:
         if plan.signature != _signature(weights):
             return None
         packed = plan.pack(ids)
-    # No mode is on, so this is memory of the CPU, whatever the default device.
-    output = torch.empty(*sizes, plan.state_size * plan.directions, dtype=dtype)
-    h_n = torch.empty(len(plan.lanes), *batch, plan.state_size, dtype=dtype)
-    c_n = torch.empty(len(plan.lanes), *batch, plan.hidden_size, dtype=dtype) if plan.has_cell_state else None
-    addresses = _addresses((input, h_0, c_0, output, h_n, c_n))
-    status = native.infer(_infer_call(packed.address, steps, batch[0] if batch else 1, *addresses))
+    c_n = None
+    if h_0 is None:
+        h_n = torch.empty(len(plan.lanes), *batch, plan.state_size, dtype=dtype)
+        if plan.has_cell_state:
+            c_n = torch.empty(len(plan.lanes), *batch, plan.hidden_size, dtype=dtype)
+    else:  # quicker than by their sizes
+        h_n, c_n = torch.empty_like(h_0), None if c_0 is None else torch.empty_like(c_0)
+    call = _infer_call(
+        packed.address,
+        steps,
+        batch[0] if batch else 1,
+        input.data_ptr(),
+        0 if h_0 is None else h_0.data_ptr(),
+        0 if c_0 is None else c_0.data_ptr(),
+        output.data_ptr(),
+        h_n.data_ptr(),
+        0 if c_n is None else c_n.data_ptr(),
+    )
+    status = native.infer(call)
+    if status == _DONE:
+        return output, h_n if c_n is None else (h_n, c_n)
     if status == _STALE:
         del plan.packed[ids]
-    if status != _DONE:
-        return None
-    return output, h_n if c_n is None else (h_n, c_n)
-
-
-def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    return None
 
 
 # ---- with gradients ------------------------------------------------------------------------------------------------
@@ -332,6 +352,10 @@ def _train(
             rows = F.dropout(rows, dropout)
     h_n, *c_n = finals[0] if len(layers) == 1 else map(torch.cat, zip(*finals, strict=True))
     return rows, (h_n, *c_n) if c_n else h_n
+
+
+def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 _NO_WEIGHT = (False,) * 5

@@ -4,6 +4,7 @@
 
 #include <cstring>
 #include <exception>
+#include <optional>
 
 #include "kernels.h"
 #include "tensors.h"
@@ -72,15 +73,17 @@ size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
 // Zeros in the place of both states, or of their gradients, where a caller leaves any out.
 class StandIns {
  public:
-  StandIns(const ScanShape& s, bool needed) : begin_(aligned(Bytes(s).state)), memory_(needed ? begin_ + Bytes(s).cell : 0) {
-    if (needed) std::memset(memory_.data(), 0, begin_ + Bytes(s).cell);
+  StandIns(const ScanShape& s, bool needed) : begin_(aligned(Bytes(s).state)) {
+    if (!needed) return;
+    memory_.emplace(begin_ + Bytes(s).cell);
+    std::memset(memory_->data(), 0, begin_ + Bytes(s).cell);
   }
-  char* state() const { return memory_.data(); }
-  char* cell() const { return memory_.data() + begin_; }
+  char* state() const { return memory_->data(); }
+  char* cell() const { return memory_->data() + begin_; }
 
  private:
   size_t begin_;  // of the cell state
-  Scratch memory_;
+  std::optional<Scratch> memory_;
 };
 
 template <class F>
@@ -137,14 +140,15 @@ int rnnfast_infer_cpu(const DirectInfer* call) {
     const StandIns zeros(first, !c.h_0);
     // What a layer that is not the last puts out; the next one reads it while it writes the other half.
     const size_t half = aligned(bytes.output);
-    const Scratch between(half * size_t(plan.layers > 2 ? 2 : plan.layers - 1));
+    std::optional<Scratch> between;
+    if (plan.layers > 1) between.emplace(half * (plan.layers > 2 ? 2 : 1));
     wish_huge_pages_if_large(c.output, bytes.output);
     for (int64_t l = 0; l < plan.layers; ++l) {
       ForwardArgs x{};
       x.shape = shape_of_call(plan.layer()[l].layer, c.steps, c.batch);
       x.packed = plan.layer()[l].panels;
-      x.input = l == 0 ? c.input : between.data() + size_t(l - 1) % 2 * half;
-      x.output = l + 1 < plan.layers ? between.data() + size_t(l) % 2 * half : c.output;
+      x.input = l == 0 ? c.input : between->data() + size_t(l - 1) % 2 * half;
+      x.output = l + 1 < plan.layers ? between->data() + size_t(l) % 2 * half : c.output;
       x.h_0 = c.h_0 ? static_cast<const char*>(c.h_0) + size_t(l) * bytes.state : zeros.state();
       x.h_n = static_cast<char*>(c.h_n) + size_t(l) * bytes.state;
       if (c.c_n) {
