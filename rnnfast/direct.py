@@ -86,6 +86,13 @@ class _Plan:
     layers: dict[bool, list[_Layer]]
     outputs: dict[tuple[int, ...], Tensor]  # of steps, for (B,): one to make others like it, quicker than by its sizes
 
+    def has_shapes(self) -> bool:
+        """No weight is a view of what it was, as `.data` can make it: the address and the version are the same then.
+
+        A step, which is half as long, does not look so closely.
+        """
+        return list(map(_shape_of, self.weights)) == self.signature[0] and all(map(Tensor.is_contiguous, self.weights))
+
     def pack(self, ids: bool) -> _Packed:
         """What calls without gradients need; the versions are read first, so that a write meanwhile is seen later."""
         stamp = [*map(_version_of, self.weights), *map(_address_of, self.weights)]
@@ -139,10 +146,7 @@ def run(layer: Any, input: Any, hx: Any) -> tuple[Tensor, Any] | None:
         True in map(_requires_grad, plan.weights) or any(t is not None and t.requires_grad for t in tensors)
     ):
         result = _train(plan, ids, *tensors, steps, batch, dropout)
-    elif dropout > 0:
-        return None
-    # A view of a weight put in its place by `.data` has its address and version. (A step does not look so closely.)
-    elif list(map(_shape_of, plan.weights)) != plan.signature[0] or not all(map(Tensor.is_contiguous, plan.weights)):
+    elif dropout > 0 or not plan.has_shapes():
         return None
     else:
         output = torch.empty(steps, *batch, plan.state_size * plan.directions, dtype=plan.dtype)
