@@ -1,10 +1,10 @@
 // Registers the implementations; schemas, fakes and autograd are in rnnfast/scan.py.
 #include <torch/csrc/stable/library.h>
 
+#include "cpu/direct.h"
 #include "cpu/generate.h"
 #include "cpu/ops.h"
 #include "cpu/peak.h"
-#include "cpu/step.h"
 
 STABLE_TORCH_LIBRARY_IMPL(rnnfast, CPU, m) {
   m.impl("scan_cpu", TORCH_BOX(&rnnfast::scan_cpu));
@@ -15,7 +15,8 @@ STABLE_TORCH_LIBRARY_IMPL(rnnfast, CPU, m) {
   m.impl("scan_extended_cpu_backward", TORCH_BOX(&rnnfast::scan_extended_cpu_backward));
   m.impl("scan_cpu_pack", TORCH_BOX(&rnnfast::scan_cpu_pack));
   m.impl("scan_cpu_packed", TORCH_BOX(&rnnfast::scan_cpu_packed));
-  m.impl("step_plan_cpu", TORCH_BOX(&rnnfast::step_plan_cpu));
+  m.impl("direct_plan_cpu", TORCH_BOX(&rnnfast::direct_plan_cpu));
+  m.impl("direct_layer_cpu", TORCH_BOX(&rnnfast::direct_layer_cpu));
   m.impl("generate_cpu", TORCH_BOX(&rnnfast::generate_cpu));
 }
 

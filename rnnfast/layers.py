@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnfast import compiling, dispatch, functional, sequences
-from rnnfast.backends import step as direct_step
+from rnnfast import compiling, direct, dispatch, functional, sequences
 from rnnfast.scan import is_transformed
 from rnnfast.sequences import Segments
 
@@ -71,6 +70,9 @@ class _DropIn(nn.RNNBase):
             IndexError: a token id outside [0, I).
         """
         cuts = lengths is not None or reset is not None
+        may_be_direct = not (cuts or reset_to is not None or torch.compiler.is_compiling())
+        if may_be_direct and (result := direct.run(self, input, hx)) is not None:
+            return result
         if reset_to is not None and reset is None:
             raise ValueError("reset_to is the state that reset= returns to: give reset= as well")
         for state in (hx, reset_to):
@@ -118,6 +120,8 @@ class _DropIn(nn.RNNBase):
             output, state = self._run_segments(input, hx, segments, reset_to)
         else:
             output, state = self._run(input, hx, None)
+        if may_be_direct:
+            direct.prepare(self, input)
         if not batched:
             return output.squeeze(1), _map_state(state, lambda state: state.squeeze(1))
         return output.transpose(0, 1) if self.batch_first else output, state
@@ -139,9 +143,8 @@ class _DropIn(nn.RNNBase):
             RuntimeError: the layer is bidirectional, so that its first output needs the last input.
             Further errors are those of `forward`.
         """
-        asked, dropout = dispatch.asked(self.backend), self.dropout if self.training else 0.0
-        direct = hx is not None and not torch.compiler.is_compiling() and (dropout == 0 or self.num_layers == 1)
-        if direct and (result := direct_step.run(self, input, hx, asked)) is not None:
+        may_be_direct = hx is not None and not torch.compiler.is_compiling()
+        if may_be_direct and (result := direct.step(self, input, hx)) is not None:
             return result
         if self.bidirectional:
             raise RuntimeError("a bidirectional layer reads the whole sequence at once: it has no step")
@@ -150,11 +153,18 @@ class _DropIn(nn.RNNBase):
             raise RuntimeError(f"a step takes (B, {self.input_size}) input or (B,) token ids, got {tuple(input.shape)}")
         if hx is None:
             hx = self._zero_state(input.shape[0], weights[0].w_hh.dtype, input.device)
-        h_0, c_0 = hx if isinstance(hx, tuple) else (hx, None)
-        cell = self.mode.lower()
-        output, h_n, c_n = functional.step(cell, input, h_0, c_0, weights, dropout=dropout, backend=self.backend)
-        if direct and dispatch.explain(self, input).backend == "cpu":
-            direct_step.prepare(self, weights, cell, not input.is_floating_point(), asked)
+        h_0, c_0 = hx if isinstance(hx, tuple | list) else (hx, None)
+        output, h_n, c_n = functional.step(
+            self.mode.lower(),
+            input,
+            h_0,
+            c_0,
+            weights,
+            dropout=self.dropout if self.training else 0.0,
+            backend=self.backend,
+        )
+        if may_be_direct:
+            direct.prepare(self, input)
         return output, (h_n if c_0 is None else (h_n, c_n))
 
     def _run(self, data: Tensor, hx: Any, batch_sizes: Tensor | None) -> tuple[Tensor, Any]:

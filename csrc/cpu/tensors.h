@@ -18,10 +18,12 @@ using OptionalTensor = std::optional<Tensor>;
 using torch::headeronly::ScalarType;
 using Sizes = std::vector<int64_t>;
 
+inline void wish_huge_pages_if_large(void* data, size_t bytes) {
+  if (bytes >= size_t(4) << 20) wish_huge_pages(data, bytes);
+}
 inline Tensor empty(const Tensor& like, const Sizes& sizes) {
   Tensor tensor = torch::stable::new_empty(like, sizes);
-  const size_t bytes = size_t(tensor.numel()) * tensor.element_size();
-  if (bytes >= size_t(4) << 20) wish_huge_pages(tensor.mutable_data_ptr(), bytes);
+  wish_huge_pages_if_large(tensor.numel() ? tensor.mutable_data_ptr() : nullptr, size_t(tensor.numel()) * tensor.element_size());
   return tensor;
 }
 inline const void* data(const Tensor& tensor) { return tensor.const_data_ptr(); }

@@ -45,15 +45,18 @@ _SCHEMAS = (
     "scan_extended_cpu_pack(Tensor w_ih, Tensor w_hh, str cell, bool ids) -> Tensor",
     "scan_cpu_packed(Tensor input, Tensor packed, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, bool bidirectional)"
     " -> (Tensor output, Tensor h_n, Tensor c_n)",
-    "step_plan_cpu(Tensor[] packed, Tensor[] weights) -> Tensor",
+    "direct_plan_cpu(Tensor[] packed, Tensor[] weights) -> Tensor",
+    "direct_layer_cpu(Tensor w_ih, Tensor w_hh, Tensor? w_hr, str cell, bool ids) -> Tensor",
     "generate_cpu(Tensor[] packed, Tensor? embedding, Tensor head_weight, Tensor? head_bias, Tensor h_0, Tensor? c_0,"
     " int token, int length, Tensor? uniforms, float temperature, int? top_k, float? top_p)"
     " -> (Tensor ids, Tensor h_n, Tensor c_n)",
 )
-
 _lock = threading.Lock()
 _library: Any = None
-step_function: Any = None  # the C function of csrc/cpu/step.h, once the library is loaded
+# The C functions of csrc/cpu/direct.h, once the library is loaded. Each takes the bytes of a structure.
+infer: Any = None
+forward: Any = None
+backward: Any = None
 _packed: dict[tuple[Any, ...], _Packed] = {}
 _loaded = False
 _failure: str | None = None
@@ -65,7 +68,7 @@ def load() -> None:
     Raises:
         RuntimeError: there is no library and it cannot be compiled; the message says why.
     """
-    global _loaded, _failure, _library, step_function
+    global _loaded, _failure, _library, infer, forward, backward
     if _loaded:
         return
     with _lock:
@@ -82,8 +85,12 @@ def load() -> None:
             _library = torch.library.Library("rnnfast", "FRAGMENT")
             for schema in _SCHEMAS:
                 _library.define(schema)
-            step_function = ctypes.CDLL(str(path)).rnnfast_step_cpu
-            step_function.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int64]
+            functions = ctypes.CDLL(str(path))
+            infer, forward, backward = (
+                getattr(functions, f"rnnfast_{name}_cpu") for name in ("infer", "forward", "backward")
+            )
+            for function in (infer, forward, backward):
+                function.argtypes = [ctypes.c_char_p]
         except (OSError, RuntimeError) as error:
             _failure = f"the native library failed to compile or load: {error}"
             raise RuntimeError(_failure) from error
@@ -148,6 +155,7 @@ def packed_weights(lanes: Sequence[Sequence[Any]], cell: str, ids: bool, extende
         found is not None
         and found.stamp == tuple([(tensor._version, tensor.data_ptr()) for tensor in tensors])
         and found.sampled == [sample.tobytes() for sample in found.samples]
+        and all(tensor.is_contiguous() for tensor in tensors)  # and not now a transpose of the same memory
     ):
         return found.weights
     return _pack(lanes, cell, ids, extended, key, tensors)

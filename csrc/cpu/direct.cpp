@@ -1,0 +1,225 @@
+#include "direct.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <cstring>
+#include <exception>
+#include <optional>
+
+#include "kernels.h"
+#include "tensors.h"
+#include "threads.h"
+
+namespace rnnfast {
+namespace {
+
+constexpr int64_t SAMPLES = 16;
+
+// Some elements from all over a weight, to see a write that torch's version counter does not count.
+struct Sample {
+  const char* data;
+  int64_t elements, stride;  // in bytes
+  int64_t element_size;
+  char held[SAMPLES * 8];
+
+  bool is_as_it_was() const {
+    char now[sizeof held];
+    read(now);
+    return std::memcmp(now, held, size_t(elements * element_size)) == 0;
+  }
+  void read(char* to) const {
+    for (int64_t i = 0; i < elements; ++i) std::memcpy(to + i * element_size, data + i * stride, size_t(element_size));
+  }
+};
+
+// Followed in memory by the layers and the samples.
+struct Plan {
+  int64_t layers, samples;
+  const PackedWeights* layer() const { return reinterpret_cast<const PackedWeights*>(this + 1); }
+  const Sample* sample() const { return reinterpret_cast<const Sample*>(layer() + layers); }
+};
+
+// The layer in a call of T steps of B rows.
+ScanShape shape_of_call(const ScanShape& layer, int64_t steps, int64_t batch) {
+  ScanShape s = layer;
+  s.steps = steps;
+  s.batch = batch;
+  s.rows = steps * batch;
+  s.bidirectional = s.lanes == 2;
+  return s;
+}
+
+bool ids_fit(const ScanShape& s, const void* input) {
+  if (!s.ids) return true;
+  const int64_t* ids = static_cast<const int64_t*>(input);
+  for (int64_t row = 0; row < s.rows; ++row)
+    if (ids[row] < 0 || ids[row] >= s.input) return false;
+  return true;
+}
+
+// Bytes of both states of a layer, and of all its output.
+struct Bytes {
+  size_t state, cell, output;
+  explicit Bytes(const ScanShape& s) {
+    const size_t element = s.dtype == DType::float64 ? 8 : s.dtype == DType::float32 ? 4 : 2;
+    state = size_t(s.lanes * s.batch * s.state) * element;
+    cell = size_t(s.lanes * s.batch * s.hidden) * element;
+    output = size_t(s.rows * s.lanes * s.state) * element;
+  }
+};
+
+size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// Zeros in the place of both states, or of their gradients, where a caller leaves any out.
+class StandIns {
+ public:
+  StandIns(const ScanShape& s, bool needed) : begin_(aligned(Bytes(s).state)) {
+    if (!needed) return;
+    memory_.emplace(begin_ + Bytes(s).cell);
+    std::memset(memory_->data(), 0, begin_ + Bytes(s).cell);
+  }
+  char* state() const { return memory_->data(); }
+  char* cell() const { return memory_->data() + begin_; }
+
+ private:
+  size_t begin_;  // of the cell state
+  std::optional<Scratch> memory_;
+};
+
+template <class F>
+int guarded(F run) {
+  try {
+    return run();
+  } catch (const std::exception&) {
+    return DIRECT_FAILED;
+  }
+}
+
+}  // namespace
+
+Tensor direct_plan_cpu(std::vector<Tensor> packed, std::vector<Tensor> weights) {
+  const size_t bytes = sizeof(Plan) + packed.size() * sizeof(PackedWeights) + weights.size() * sizeof(Sample);
+  Tensor kept = torch::stable::new_empty(packed.at(0), {int64_t(bytes)});
+  Plan* plan = static_cast<Plan*>(kept.mutable_data_ptr());
+  *plan = {int64_t(packed.size()), int64_t(weights.size())};
+  PackedWeights* layer = const_cast<PackedWeights*>(plan->layer());
+  for (const Tensor& each : packed) *layer++ = unpack(each);
+  Sample* sample = const_cast<Sample*>(plan->sample());
+  for (const Tensor& weight : weights) {
+    const int64_t elements = weight.numel(), size = weight.element_size();
+    const int64_t apart = elements > SAMPLES ? elements / SAMPLES : 1;
+    *sample = {static_cast<const char*>(weight.const_data_ptr()), elements < SAMPLES ? elements : SAMPLES, apart * size, size, {}};
+    sample->read(sample->held);
+    ++sample;
+  }
+  return kept;
+}
+
+Tensor direct_layer_cpu(Tensor w_ih, Tensor w_hh, OptionalTensor w_hr, std::string cell, bool ids) {
+  const ScanShape layer = layer_shape(w_ih, w_hh, w_hr, cell, ids);
+  Tensor kept = torch::stable::new_empty(w_hh, {int64_t(sizeof layer)}, ScalarType::Byte);
+  std::memcpy(kept.mutable_data_ptr(), &layer, sizeof layer);
+  return kept;
+}
+
+}  // namespace rnnfast
+
+using namespace rnnfast;
+
+int rnnfast_infer_cpu(const DirectInfer* call) {
+  const DirectInfer& c = *call;
+  const Plan& plan = *static_cast<const Plan*>(c.plan);
+  for (int64_t i = 0; i < plan.samples; ++i)
+    if (!plan.sample()[i].is_as_it_was()) return DIRECT_STALE;
+  return guarded([&] {
+    const ScanShape first = shape_of_call(plan.layer()[0].layer, c.steps, c.batch);
+    if (!ids_fit(first, c.input)) return DIRECT_FAILED;
+    const Kernels& kernels = choose_kernels(first.dtype);
+    const int threads = available_threads();
+    const Bytes bytes(first);
+    const StandIns zeros(first, !c.h_0);
+    // What a layer that is not the last puts out; the next one reads it while it writes the other half.
+    const size_t half = aligned(bytes.output);
+    std::optional<Scratch> between;
+    if (plan.layers > 1) between.emplace(half * (plan.layers > 2 ? 2 : 1));
+    wish_huge_pages_if_large(c.output, bytes.output);
+    for (int64_t l = 0; l < plan.layers; ++l) {
+      ForwardArgs x{};
+      x.shape = shape_of_call(plan.layer()[l].layer, c.steps, c.batch);
+      x.packed = plan.layer()[l].panels;
+      x.input = l == 0 ? c.input : between->data() + size_t(l - 1) % 2 * half;
+      x.output = l + 1 < plan.layers ? between->data() + size_t(l) % 2 * half : c.output;
+      x.h_0 = c.h_0 ? static_cast<const char*>(c.h_0) + size_t(l) * bytes.state : zeros.state();
+      x.h_n = static_cast<char*>(c.h_n) + size_t(l) * bytes.state;
+      if (c.c_n) {
+        x.c_0 = c.c_0 ? static_cast<const char*>(c.c_0) + size_t(l) * bytes.cell : zeros.cell();
+        x.c_n = static_cast<char*>(c.c_n) + size_t(l) * bytes.cell;
+      }
+      kernels.forward(x, threads);
+    }
+    return DIRECT_DONE;
+  });
+}
+
+int rnnfast_forward_cpu(const DirectForward* call) {
+  const DirectForward& c = *call;
+  return guarded([&] {
+    const ScanShape s = shape_of_call(*c.layer, c.steps, c.batch);
+    if (!ids_fit(s, c.input)) return DIRECT_FAILED;
+    const Bytes bytes(s);
+    const StandIns zeros(s, !c.h_0);
+    wish_huge_pages_if_large(c.output, bytes.output);
+    wish_huge_pages_if_large(c.tape, bytes.output / size_t(s.state) * size_t(s.hidden * tape_count(s.cell)));
+    const ForwardArgs x{s,
+                        c.input,
+                        c.w_ih,
+                        c.w_hh,
+                        c.b_ih,
+                        c.b_hh,
+                        c.w_hr,
+                        c.h_0 ? c.h_0 : zeros.state(),
+                        c.c_0 || !c.c_n ? c.c_0 : zeros.cell(),
+                        c.output,
+                        c.h_n,
+                        c.c_n,
+                        c.tape,
+                        nullptr};
+    choose_kernels(s.dtype).forward(x, available_threads());
+    return DIRECT_DONE;
+  });
+}
+
+int rnnfast_backward_cpu(const DirectBackward* call) {
+  const DirectBackward& c = *call;
+  return guarded([&] {
+    const ScanShape s = shape_of_call(*c.layer, c.steps, c.batch);
+    const bool lstm = s.cell == Cell::lstm;
+    const StandIns zeros(s, !c.h_0), unwanted(s, !c.d_h_0 || (lstm && !c.d_c_0));
+    wish_huge_pages_if_large(c.d_input, Bytes(s).output / size_t(s.state) * size_t(s.input));
+    const BackwardArgs x{s,
+                         c.d_output,
+                         c.d_h_n,
+                         c.d_c_n,
+                         c.input,
+                         c.w_ih,
+                         c.w_hh,
+                         c.b_ih,
+                         c.b_hh,
+                         c.w_hr,
+                         c.h_0 ? c.h_0 : zeros.state(),
+                         c.c_0 || !lstm ? c.c_0 : zeros.cell(),
+                         c.output,
+                         c.tape,
+                         c.d_input,
+                         c.d_w_ih,
+                         c.d_w_hh,
+                         c.d_b_ih,
+                         c.d_b_hh,
+                         c.d_w_hr,
+                         c.d_h_0 ? c.d_h_0 : unwanted.state(),
+                         c.d_c_0 || !lstm ? c.d_c_0 : unwanted.cell(),
+                         nullptr};
+    choose_kernels(s.dtype).backward(x, available_threads());
+    return DIRECT_DONE;
+  });
+}

@@ -1,0 +1,57 @@
+// Calls by address from rnnfast/direct.py: past the operators, whose way through the dispatcher takes longer than a small
+// scan. There are no tensors here; what is contiguous, of the right dtype and of the right size is for Python to see to.
+#pragma once
+
+#include <vector>
+
+#include "ops.h"
+
+namespace rnnfast {
+
+// Kept by Python as tensors of bytes. Their schemas are in rnnfast/backends/native.py.
+//
+// What calls without gradients need: the packed weights of every layer, which must outlive it, and a sample of every weight
+// they were packed from.
+Tensor direct_plan_cpu(std::vector<Tensor> packed, std::vector<Tensor> weights);
+// What calls with gradients need: the ScanShape of one layer.
+Tensor direct_layer_cpu(Tensor w_ih, Tensor w_hh, OptionalTensor w_hr, std::string cell, bool ids);
+
+enum DirectStatus : int {
+  DIRECT_DONE = 0,
+  DIRECT_STALE = 1,   // a weight's sample is not what it was: to be packed anew
+  DIRECT_FAILED = 2,  // for the operator to find out why: a token id outside the vocabulary, no memory
+};
+
+// What a call is given: 64-bit fields alone, which Python packs into bytes, quicker than arguments one by one. A pointer is 0
+// where there is no tensor. States of 0 are zeros, gradients of 0 are not wanted.
+
+// T steps of B rows through L layers of D directions, without gradients. input (T, B, I) or (T, B) int64 ids, output
+// (T, B, D*P), h_0 and h_n (L*D, B, P), c_0 and c_n (L*D, B, H).
+struct DirectInfer {
+  const void* plan;
+  int64_t steps, batch;
+  const void *input, *h_0, *c_0;
+  void *output, *h_n, *c_n;
+};
+
+// One layer of one direction, and its derivative: the arguments of scan_cpu and scan_cpu_backward.
+struct DirectForward {
+  const ScanShape* layer;
+  int64_t steps, batch;
+  const void *input, *h_0, *c_0, *w_ih, *w_hh, *b_ih, *b_hh, *w_hr;
+  void *output, *tape, *h_n, *c_n;
+};
+struct DirectBackward {
+  const ScanShape* layer;
+  int64_t steps, batch;
+  const void *d_output, *d_h_n, *d_c_n;
+  const void *input, *h_0, *c_0, *w_ih, *w_hh, *b_ih, *b_hh, *w_hr, *output, *tape;
+  void *d_input, *d_h_0, *d_c_0, *d_w_ih, *d_w_hh, *d_b_ih, *d_b_hh, *d_w_hr;
+};
+
+}  // namespace rnnfast
+
+#define RNNFAST_DIRECT extern "C" __attribute__((visibility("default"))) int
+RNNFAST_DIRECT rnnfast_infer_cpu(const rnnfast::DirectInfer* call);
+RNNFAST_DIRECT rnnfast_forward_cpu(const rnnfast::DirectForward* call);
+RNNFAST_DIRECT rnnfast_backward_cpu(const rnnfast::DirectBackward* call);

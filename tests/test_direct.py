@@ -1,0 +1,412 @@
+"""Steps and sequences without gradients that go past torch's dispatcher: they run where they may, and miss nothing."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.utils import parametrizations, prune
+
+import rnnfast
+from rnnfast.backends import native
+
+
+@pytest.fixture
+def direct_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The status of every direct call so far."""
+    native.load()
+    function, calls = native.infer, []
+
+    def counted(*args: Any) -> int:
+        calls.append(function(*args))
+        return calls[-1]
+
+    monkeypatch.setattr(native, "infer", counted)
+    with torch.no_grad():
+        yield calls
+
+
+def warmed_up(layer: Any, input: torch.Tensor) -> Any:
+    """The state after the general steps that make the plan for the direct ones."""
+    state = None
+    for _ in range(2):
+        _, state = layer.step(input, state)
+    return state
+
+
+def general_step(layer: Any, input: torch.Tensor, state: Any) -> Any:
+    return copy.deepcopy(layer).step(input, state)  # a copy has no plan
+
+
+@pytest.mark.parametrize("token_ids", [False, True])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("RNN", {"nonlinearity": "relu"}),
+        ("RNN", {"dtype": torch.bfloat16}),
+        ("LSTM", {"num_layers": 3}),
+        ("LSTM", {"num_layers": 2, "proj_size": 7, "bias": False}),
+        ("GRU", {"dtype": torch.float64, "num_layers": 2, "dropout": 0.5}),
+    ],
+)
+def test_it_runs_and_has_the_general_steps_bits(
+    name: str, options: dict[str, Any], token_ids: bool, direct_calls: list[int]
+) -> None:
+    layer = getattr(rnnfast, name)(5, 33, **options).eval()
+    dtype = options.get("dtype", torch.float32)
+    input = torch.tensor([1, 4]) if token_ids else torch.randn(2, 5, dtype=dtype)
+    state = warmed_up(layer, input)
+    assert not direct_calls
+    result = layer.step(input, state)
+    assert direct_calls == [0]
+    torch.testing.assert_close(result, general_step(layer, input, state), rtol=0, atol=0)
+    output, after = result
+    states = after if isinstance(after, tuple) else (after,)
+    assert len({part.data_ptr() for part in (output, *states)}) == 1 + len(states)
+    assert not any(part._is_view() for part in (output, *states))
+    smaller = [part[:, :1].contiguous() for part in states]
+    smaller_state = tuple(smaller) if isinstance(after, tuple) else smaller[0]
+    torch.testing.assert_close(
+        layer.step(input[:1], smaller_state), general_step(layer, input[:1], smaller_state), rtol=0, atol=0
+    )
+    assert direct_calls == [0, 0]
+
+
+@pytest.mark.parametrize("way", ["in place", "data", "copy_data", "replaced", "load_state_dict", "double", "share"])
+def test_changed_weights_are_seen(way: str, direct_calls: list[int]) -> None:
+    layer, other = rnnfast.LSTM(5, 16), rnnfast.LSTM(5, 16)
+    input = torch.randn(2, 5)
+    state = warmed_up(layer, input)
+    weight = layer.weight_hh_l0
+    if way == "in place":
+        weight.mul_(0.5)
+    elif way == "data":
+        weight.data = weight.data * 0.5
+    elif way == "copy_data":
+        weight.data.mul_(0.5)
+    elif way == "replaced":
+        layer.weight_hh_l0 = torch.nn.Parameter(weight * 0.5)
+    elif way == "load_state_dict":
+        layer.load_state_dict(other.state_dict())
+    elif way == "double":
+        layer.double()
+        input, state = input.double(), tuple(part.double() for part in state)
+    else:
+        layer.weight_hh_l0 = other.weight_hh_l0
+    torch.testing.assert_close(layer.step(input, state), general_step(layer, input, state), rtol=0, atol=0)
+    layer.step(input, state)
+    assert direct_calls[-1:] == [0]
+
+
+def test_what_must_be_seen_goes_the_general_way(direct_calls: list[int]) -> None:
+    layer, input = rnnfast.GRU(5, 16), torch.randn(2, 5)
+    state = warmed_up(layer, input)
+    with torch.enable_grad():
+        output, _ = layer.step(input, state)
+    assert output.requires_grad
+    with rnnfast.use_backend("reference"):
+        layer.step(input, state)
+    layer.backend = "reference"
+    layer.step(input, state)
+    layer.backend = "auto"
+    replaced = {"weight_hh_l0": torch.zeros(48, 16)}
+    torch.func.functional_call(_Stepper(layer), {f"layer.{k}": v for k, v in replaced.items()}, (input, state))
+    torch.vmap(lambda x: layer.step(x, state)[0])(torch.stack([input, input]))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(input, torch.ones_like(input))
+        assert torch.autograd.forward_ad.unpack_dual(layer.step(dual, state)[0]).tangent is not None
+    assert not direct_calls
+    layer.step(input.t().contiguous().t(), state)
+    layer.step(input, state.transpose(0, 2).contiguous().transpose(0, 2))
+    layer.step(input, state)
+    assert direct_calls == [0] * 3
+
+
+class _Stepper(torch.nn.Module):
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, input: torch.Tensor, state: Any) -> Any:
+        return self.layer.step(input, state)
+
+
+def test_dropout_between_layers_is_not_skipped(direct_calls: list[int]) -> None:
+    layer, input = rnnfast.GRU(5, 16, num_layers=2, dropout=0.9), torch.randn(2, 5)
+    state = warmed_up(layer, input)
+    layer.step(input, state)
+    layer(input[None])
+    assert not direct_calls
+    layer.eval()
+    layer.step(input, state)
+    layer(input[None])
+    assert direct_calls == [0, 0]
+
+
+def test_errors_are_those_of_the_general_step(direct_calls: list[int]) -> None:
+    layer, ids = rnnfast.GRU(3, 4), torch.tensor([0, 2])
+    state = warmed_up(layer, ids)
+    with pytest.raises(IndexError, match="token ids"):
+        layer.step(torch.tensor([0, 3]), state)
+    with pytest.raises(RuntimeError, match=r"h_0 must have shape \(1, 2, 4\)"):
+        layer.step(ids, state[:, :1].contiguous())
+    with pytest.raises(RuntimeError, match="dtype"):
+        layer.step(ids, state.double())
+    with pytest.raises(RuntimeError, match=r"a step takes \(B, 3\) input"):
+        layer.step(torch.randn(5, 2, 3), state)
+    with pytest.raises(RuntimeError, match=r"a step takes \(B, 3\) input"):
+        layer.step(torch.tensor(1), state)
+
+
+@pytest.mark.parametrize("name", ["GRU", "LSTM"])
+def test_a_state_of_another_cell_goes_the_general_way(name: str, direct_calls: list[int]) -> None:
+    layer, input = getattr(rnnfast, name)(3, 4), torch.randn(2, 3)
+    state = warmed_up(layer, input)
+    wrong = state[0] if name == "LSTM" else (state, state.clone())
+    with pytest.raises((RuntimeError, TypeError)):
+        layer.step(input, wrong)
+    assert not direct_calls
+
+
+def test_a_plan_goes_with_its_layer(direct_calls: list[int]) -> None:
+    from rnnfast import direct
+
+    layer = rnnfast.GRU(3, 4)
+    warmed_up(layer, torch.randn(2, 3))
+    key = id(layer)
+    assert key in direct._plans
+    del layer
+    assert key not in direct._plans
+
+
+# ---- whole sequences -----------------------------------------------------------------------------------------------
+
+
+def general(layer: Any, *args: Any) -> Any:
+    return copy.deepcopy(layer)(*args)  # a copy has no plan
+
+
+def state_for(layer: Any, *batch: int) -> Any:
+    lanes, dtype = layer.num_layers * (2 if layer.bidirectional else 1), layer.weight_hh_l0.dtype
+    h_0 = torch.randn(lanes, *batch, layer.proj_size or layer.hidden_size, dtype=dtype)
+    return (h_0, torch.randn(lanes, *batch, layer.hidden_size, dtype=dtype)) if layer.mode == "LSTM" else h_0
+
+
+def parts(result: Any) -> list[torch.Tensor]:
+    output, state = result
+    return [output, *(state if isinstance(state, tuple) else (state,))]
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, check_stride=True)
+
+
+@pytest.mark.parametrize("token_ids", [False, True])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("RNN", {"nonlinearity": "relu"}),
+        ("RNN", {"dtype": torch.bfloat16, "num_layers": 2}),
+        ("LSTM", {"num_layers": 3}),
+        ("LSTM", {"num_layers": 2, "proj_size": 7, "bias": False, "bidirectional": True}),
+        ("GRU", {"dtype": torch.float64, "num_layers": 4, "bidirectional": True, "batch_first": True}),
+        ("GRU", {"batch_first": True}),
+    ],
+)
+def test_a_sequence_has_the_general_calls_bits(
+    name: str, options: dict[str, Any], token_ids: bool, direct_calls: list[int]
+) -> None:
+    layer = getattr(rnnfast, name)(5, 33, **options)
+    for sizes in ((9, 2), (9,), (1, 3)):
+        input = torch.randint(5, sizes) if token_ids else torch.randn(*sizes, 5).to(layer.weight_hh_l0.dtype)
+        batch = sizes[: len(sizes) - 1] if layer.batch_first else sizes[1:]
+        for state in (None, state_for(layer, *batch)):
+            layer(input, state)
+            direct_calls.clear()
+            result = layer(input, state)
+            assert direct_calls == [0]
+            assert_same(result, general(layer, input, state))
+            memory = [part.untyped_storage().data_ptr() for part in parts(result)]
+            assert len(set(memory)) == len(memory)
+        noncontiguous = input.transpose(0, -1).contiguous().transpose(0, -1)
+        assert_same(layer(noncontiguous), layer(input))
+
+
+def test_sequences_of_other_sizes_follow_one_plan(direct_calls: list[int]) -> None:
+    layer = rnnfast.LSTM(5, 16, num_layers=2)
+    layer(torch.randn(3, 2, 5))
+    state = None
+    for steps in (1, 40, 3):
+        input = torch.randn(steps, 7, 5)
+        expected = general(layer, input, state)
+        result = layer(input, state)
+        assert_same(result, expected)
+        state = list(result[1])  # torch.nn takes a list, too
+    layer(torch.randint(5, (4, 2)))
+    assert direct_calls == [0] * 4
+
+
+@pytest.mark.parametrize("way", ["in place", "data", "sliced", "written", "replaced", "double", "transposed"])
+def test_a_sequence_sees_changed_weights(way: str, direct_calls: list[int]) -> None:
+    layer, input = rnnfast.RNN(16, 16), torch.randn(4, 2, 16)
+    layer(input)
+    layer(input)
+    weight = layer.weight_hh_l0
+    if way == "in place":
+        weight.mul_(0.5)
+    elif way == "data":
+        weight.data = weight.data * 0.5
+    elif way == "sliced":  # at the same address
+        weight.data = weight.data[:8]
+    elif way == "written":
+        weight.data.mul_(0.5)
+    elif way == "replaced":
+        layer.weight_hh_l0 = torch.nn.Parameter(weight * 0.5)
+    elif way == "double":
+        layer.double()
+    else:
+        weight.data = weight.data.t()  # likewise
+    for each in (input, input.double()):
+        assert outcome(layer, each) == outcome(copy.deepcopy(layer), each)
+    if way not in ("sliced", "double", "transposed"):
+        layer(input)
+        assert direct_calls[-1:] == [0]
+
+
+def outcome(layer: Any, *args: Any) -> Any:
+    """The numbers that a call returns, or its error."""
+    try:
+        return [part.tolist() for part in parts(layer(*args))]
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        return type(error), str(error)
+
+
+MISTAKES: list[Any] = [
+    ([[1.0]],),
+    (torch.randn(3),),
+    (torch.randn(3, 2, 4),),
+    (torch.randn(3, 2, 2, 5),),
+    (torch.randn(0, 2, 5),),
+    (torch.randn(3, 2, 5).double(),),
+    (torch.randn(3, 2, 5, dtype=torch.complex64),),
+    (torch.ones(3, 2, dtype=torch.bool),),
+    (torch.tensor([[0, 5]]),),
+    (torch.tensor([[-1, 4]]),),
+    (torch.tensor(1),),
+    (torch.randn(3, 2, 5, device="meta"),),
+    (torch.randn(3, 2, 5), "state"),
+    (torch.randn(3, 2, 5), (torch.zeros(1, 2, 8),) * 3),
+    (torch.randn(3, 2, 5), (torch.zeros(1, 2, 8), torch.zeros(1, 2, 7))),
+    (torch.randn(3, 2, 5), (torch.zeros(1, 3, 8), torch.zeros(1, 2, 8))),
+    (torch.randn(3, 2, 5), torch.zeros(1, 2, 8)),
+    (torch.randn(3, 2, 5), torch.zeros(2, 8)),
+    (torch.randn(3, 2, 5), torch.zeros(1, 2, 8).double()),
+    (torch.randn(3, 2, 5), torch.zeros(1, 2, 8, device="meta")),
+    (torch.randn(3, 5), torch.zeros(1, 1, 8)),
+]
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_mistakes_have_the_errors_of_the_general_call(name: str, gradients: bool) -> None:
+    layer = getattr(rnnfast, name)(5, 8)
+    with torch.set_grad_enabled(gradients):
+        layer(torch.randn(3, 2, 5))
+        layer(torch.randint(5, (3, 2)))
+        failed = 0
+        for mistake in MISTAKES:
+            expected = outcome(copy.deepcopy(layer), *mistake)
+            failed += isinstance(expected, tuple)
+            assert outcome(layer, *mistake) == expected
+    assert failed >= len(MISTAKES) - 3  # each is a mistake for two of the cells at least
+    assert outcome(layer, torch.randn(0, 0, 5)) == outcome(copy.deepcopy(layer), torch.randn(0, 0, 5))
+
+
+def test_a_batch_of_nothing_goes_the_general_way(direct_calls: list[int]) -> None:
+    layer = rnnfast.GRU(5, 8)
+    layer(torch.randn(3, 2, 5))
+    assert_same(layer(torch.randn(3, 0, 5)), general(layer, torch.randn(3, 0, 5)))
+    assert not direct_calls
+
+
+def test_what_must_see_a_sequence_does(direct_calls: list[int]) -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    layer, input, seen = rnnfast.GRU(5, 16), torch.randn(4, 2, 5), list[str]()
+    layer(input)
+    with Names():
+        layer(input)
+    assert any("rnnfast" in name for name in seen)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(input)[0].dtype == torch.bfloat16
+    with torch.device("meta"):
+        layer(input)
+    with rnnfast.use_backend("reference"):
+        layer(input)
+    half = {"weight_hh_l0": layer.weight_hh_l0 * 0.5}
+    changed = torch.func.functional_call(layer, half, (input,))
+    mapped = torch.vmap(lambda x: layer(x)[0])(torch.stack([input, -input]))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(input, torch.ones_like(input))
+        assert torch.autograd.forward_ad.unpack_dual(layer(dual)[0]).tangent is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(layer, (input,), check_trace=False)
+    layer(input, lengths=[4, 2])
+    layer(torch.nn.utils.rnn.pack_padded_sequence(input, torch.tensor([4, 2])))
+    assert not direct_calls
+    torch.testing.assert_close(traced(-input)[0], layer(-input)[0])
+    torch.testing.assert_close(mapped[1], layer(-input)[0])
+    layer.weight_hh_l0.mul_(0.5)
+    torch.testing.assert_close(changed, layer(input))
+    assert direct_calls == [0] * 3
+
+
+def test_a_negative_view_is_read_as_what_it_holds(direct_calls: list[int]) -> None:
+    layer, input = rnnfast.GRU(5, 16), torch.randn(4, 2, 5)
+    state = layer(input)[1]
+    negative, negative_state = torch._neg_view(input), torch._neg_view(state)
+    assert negative.is_contiguous()
+    assert_same(layer(negative, negative_state), layer(-input, -state))
+    assert_same(layer.step(negative[0], state), layer.step(-input[0], state))
+    assert direct_calls == [0, 0]
+
+
+@pytest.mark.parametrize("way", ["pruned", "parametrized"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_weights_made_from_others_are_used(way: str, bias: bool, direct_calls: list[int]) -> None:
+    layer, input = rnnfast.RNN(5, 8, bias=bias), torch.randn(4, 2, 5)
+    layer(input)
+    state = layer(input)[1]
+    if way == "pruned":
+        prune.l1_unstructured(layer, "weight_hh_l0", amount=0.5)
+        layer.weight_hh_l0_orig.mul_(2)
+    else:
+        parametrizations.weight_norm(layer, "weight_hh_l0")
+        layer.parametrizations.weight_hh_l0.original0.mul_(2)
+    direct_calls.clear()
+    layer(input)
+    expected = torch.nn.RNN(5, 8, bias=bias)
+    expected.load_state_dict({name: getattr(layer, name) for name in expected.state_dict()})
+    torch.testing.assert_close(layer(input), expected(input))
+    torch.testing.assert_close(layer.step(input[0], state)[0], expected(input[:1], state)[0][0])
+    assert not direct_calls
+
+
+def test_hooks_are_called(direct_calls: list[int]) -> None:
+    layer, input, seen = rnnfast.GRU(5, 8), torch.randn(4, 2, 5), list[str]()
+    layer.register_forward_pre_hook(lambda *_: seen.append("before"))
+    layer.register_forward_hook(lambda *_: seen.append("after"))
+    layer(input)
+    layer(input)
+    assert seen == ["before", "after"] * 2
+    assert direct_calls == [0]

@@ -1,0 +1,282 @@
+"""Calls with gradients that go past torch's dispatcher: they have the general way's bits, and all of its features."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import rnnfast
+from rnnfast.backends import native
+
+
+@pytest.fixture
+def direct_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the direct calls that were done so far."""
+    native.load()
+    calls: list[str] = []
+    for name in ("forward", "backward", "infer"):
+        monkeypatch.setattr(native, name, _noted(name, getattr(native, name), calls))
+    return calls
+
+
+def _noted(name: str, function: Any, calls: list[str]) -> Any:
+    def noted(call: bytes) -> int:
+        status: int = function(call)
+        calls.extend([name] if status == 0 else [])
+        return status
+
+    return noted
+
+
+def states_for(layer: Any, *batch: int) -> tuple[Tensor, ...]:
+    dtype = layer.weight_hh_l0.dtype
+    sizes = [layer.proj_size or layer.hidden_size, *([layer.hidden_size] if layer.mode == "LSTM" else [])]
+    return tuple(torch.randn(layer.num_layers, *batch, size, dtype=dtype, requires_grad=True) for size in sizes)
+
+
+def results(layer: Any, input: Tensor, states: tuple[Tensor, ...], used: str = "all", **options: Any) -> list[Tensor]:
+    """Outputs and gradients of one call, with a loss of all outputs or of those that are used."""
+    torch.manual_seed(1)
+    output, state = layer(input, (states if len(states) == 2 else states[0]) if states else None)
+    outputs = [output, *(state if isinstance(state, tuple) else (state,))]
+    weighed = {"all": outputs, "output": outputs[:1], "state": outputs[1:], "last": outputs[-1:]}[used]
+    loss = sum((part.double().sin() * torch.randn(part.shape, dtype=torch.float64)).sum() for part in weighed)
+    leaves = [tensor for tensor in (*layer.parameters(), input, *states) if tensor.requires_grad]
+    return [*outputs, *torch.autograd.grad(loss, leaves, **options)]  # type: ignore[arg-type]
+
+
+def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("token_ids", [False, True])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("RNN", {}),
+        ("RNN", {"nonlinearity": "relu", "dtype": torch.bfloat16, "num_layers": 2, "bias": False}),
+        ("LSTM", {"batch_first": True}),
+        ("LSTM", {"num_layers": 2, "proj_size": 7, "bias": False}),
+        ("LSTM", {"proj_size": 3, "dtype": torch.float64}),
+        ("GRU", {"num_layers": 3, "batch_first": True, "dropout": 0.5}),
+        ("GRU", {"dtype": torch.bfloat16}),
+    ],
+)
+def test_it_has_the_general_calls_bits(
+    name: str, options: dict[str, Any], token_ids: bool, direct_calls: list[str]
+) -> None:
+    layer = getattr(rnnfast, name)(5, 17, **options)
+    for sizes in ((9, 2), (9,), (1, 3), (1, 1)):
+        input = torch.randint(5, sizes) if token_ids else torch.randn(*sizes, 5).to(layer.weight_hh_l0.dtype)
+        input.requires_grad_(not token_ids)
+        batch = sizes[: len(sizes) - 1] if layer.batch_first else sizes[1:]
+        for states in ((), states_for(layer, *batch)):
+            for used in ("all", "output", "last"):
+                results(layer, input, states)
+                direct_calls.clear()
+                found = results(layer, input, states, used)
+                assert direct_calls == [*["forward"] * layer.num_layers, *["backward"] * layer.num_layers]
+                expected = results(copy.deepcopy(layer), input, states, used)
+                assert_same(found, expected)
+                assert found[0].stride() == expected[0].stride()
+                memory = {tensor.untyped_storage().data_ptr() for tensor in found}
+                assert len(memory) == len(found)
+
+
+def test_what_needs_no_gradient_gets_none(direct_calls: list[str]) -> None:
+    layer, input, states = rnnfast.LSTM(5, 8), torch.randn(4, 2, 5), states_for(rnnfast.LSTM(5, 8), 2)
+    layer(input)
+    for frozen in (["weight_ih_l0"], ["bias_hh_l0", "weight_hh_l0"], [name for name, _ in layer.named_parameters()]):
+        for name, parameter in layer.named_parameters():
+            parameter.requires_grad_(name not in frozen)
+        for given in (input, input.clone().requires_grad_()):
+            assert_same(results(layer, given, states), results(copy.deepcopy(layer), given, states))
+    assert direct_calls == ["forward", "backward"] * 6
+    assert not layer(input)[0].requires_grad
+    assert direct_calls[-1] == "infer"
+
+
+def test_second_derivatives(direct_calls: list[str]) -> None:
+    for name in ("RNN", "LSTM", "GRU"):
+        layer = getattr(rnnfast, name)(2, 3, dtype=torch.float64)
+        input = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
+        layer(input)
+        leaves = (input, *states_for(layer, 2), *layer.parameters())
+
+        def call(input: Tensor, *tensors: Tensor, layer: Any = layer) -> tuple[Tensor, ...]:
+            output, state = layer(input, tensors[:2] if layer.mode == "LSTM" else tensors[0])
+            return (output, *state) if isinstance(state, tuple) else (output, state)
+
+        def call_without_state(input: Tensor, *_: Tensor, layer: Any = layer) -> Tensor:
+            output: Tensor = layer(input)[0]
+            return output
+
+        assert torch.autograd.gradcheck(call, leaves)
+        assert torch.autograd.gradgradcheck(call, leaves)
+        assert torch.autograd.gradgradcheck(call_without_state, (input, *layer.parameters()))
+    assert {"forward", "backward"} <= set(direct_calls)
+
+
+def test_a_batch_of_gradients(direct_calls: list[str]) -> None:
+    layer, input = rnnfast.GRU(5, 8), torch.randn(4, 2, 5, requires_grad=True)
+    layer(input)
+    output, _ = layer(input)
+    d_outputs = torch.randn(3, *output.shape)
+    leaves = [input, *layer.parameters()]
+    found = torch.autograd.grad(output, leaves, d_outputs, is_grads_batched=True, retain_graph=True)
+    assert "backward" not in direct_calls
+    for index, d_output in enumerate(d_outputs):
+        expected = torch.autograd.grad(output, leaves, d_output, retain_graph=True)
+        torch.testing.assert_close([gradient[index] for gradient in found], list(expected))
+    assert direct_calls == ["forward", *["backward"] * 3]
+
+
+def test_gradients_in_unusual_memory(direct_calls: list[str]) -> None:
+    layer, input = rnnfast.LSTM(5, 8), torch.randn(4, 2, 5)
+    layer(input)
+    output, _ = layer(input)
+    d_output = torch.randn(4, 2, 8)
+    parameters = list(layer.parameters())
+    expected = torch.autograd.grad(output, parameters, d_output, retain_graph=True)
+    for same in (d_output.mT.contiguous().mT, torch._neg_view(-d_output)):
+        assert_same(list(torch.autograd.grad(output, parameters, same, retain_graph=True)), list(expected))
+    ones = torch.autograd.grad(output.sum(), parameters, retain_graph=True)
+    assert_same(list(ones), list(torch.autograd.grad(output, parameters, torch.ones_like(output))))
+    with pytest.raises(RuntimeError, match="second time"):
+        output.sum().backward()
+
+
+def test_what_is_saved_may_not_change(direct_calls: list[str]) -> None:
+    layer, input = rnnfast.RNN(5, 8), torch.randn(4, 2, 5)
+    layer(input)
+    output, _ = layer(input)
+    with torch.no_grad():
+        layer.weight_hh_l0.mul_(0.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+    output, _ = layer(input)
+    output.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+    assert direct_calls == ["forward"] * 2
+
+
+@pytest.mark.parametrize("way", ["optimizer", "data", "sliced", "transposed", "double"])
+def test_changed_weights_are_seen(way: str, direct_calls: list[str]) -> None:
+    layer, input = rnnfast.RNN(8, 8), torch.randn(4, 2, 8)
+    layer(input)
+    layer(input)[0].sum().backward()
+    weight = layer.weight_hh_l0
+    if way == "optimizer":
+        torch.optim.SGD(layer.parameters(), lr=0.5).step()
+    elif way == "data":
+        weight.data = weight.data * 0.5
+    elif way == "sliced":
+        weight.data = weight.data[:4]
+    elif way == "transposed":
+        weight.data = weight.data.t()
+    else:
+        layer.double()
+        input = input.double()
+    fresh = rnnfast.RNN(8, 8)  # without a plan; a deep copy of a transpose is none
+    for name in list(fresh._parameters):
+        setattr(fresh, name, torch.nn.Parameter(getattr(layer, name).detach()))
+    if way == "sliced":
+        for each in (layer, fresh):
+            with pytest.raises(RuntimeError):
+                each(input)
+    else:
+        assert_same(results(layer, input, ()), results(fresh, input, ()))
+
+
+def test_checkpointing_before_and_behind_a_plan(direct_calls: list[str]) -> None:
+    layer, input = rnnfast.GRU(5, 8), torch.randn(4, 2, 5, requires_grad=True)
+    output, _ = checkpoint(layer, input, use_reentrant=False)  # the general way
+    layer(input)
+    assert direct_calls == ["forward"]
+    output.sum().backward()  # runs the layer again, and must find what the first run saved
+    found = [input.grad, *(parameter.grad for parameter in layer.parameters())]
+    expected = torch.autograd.grad(layer(input)[0].sum(), [input, *layer.parameters()])
+    assert_same(found, list(expected))  # type: ignore[arg-type]
+    output, _ = checkpoint(layer, input, use_reentrant=False)
+    assert_same(list(torch.autograd.grad(output.sum(), [input, *layer.parameters()])), list(expected))
+
+
+def test_hooks_of_all_kinds(direct_calls: list[str]) -> None:
+    layer, input, seen = rnnfast.GRU(5, 8), torch.randn(4, 2, 5, requires_grad=True), list[str]()
+    layer(input)
+    layer.register_forward_hook(lambda *_: seen.append("forward"))
+    layer.register_full_backward_hook(lambda *_: seen.append("backward"))
+    layer.weight_hh_l0.register_hook(lambda _: seen.append("weight"))
+    layer.weight_ih_l0.register_post_accumulate_grad_hook(lambda _: seen.append("accumulated"))
+    layer(input)[0].sum().backward()
+    assert sorted(seen) == ["accumulated", "backward", "forward", "weight"]
+    assert direct_calls == ["forward", "backward"]
+    with torch.autograd.graph.save_on_cpu():
+        output, _ = layer(input)
+    output.sum().backward()
+    assert direct_calls == ["forward", "backward"]
+
+
+def test_what_must_see_a_backward_call_does(direct_calls: list[str]) -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    layer, input, seen = rnnfast.GRU(5, 8), torch.randn(4, 2, 5), list[str]()
+    layer(input)
+    output, _ = layer(input)
+    with Names():
+        output.sum().backward()
+    assert any("scan_cpu_backward" in name for name in seen)
+    with Names():
+        layer(input)
+    assert direct_calls == ["forward"]
+    found = torch.func.grad(lambda x: layer(x)[0].sum())(input)
+    given = input.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(layer(given)[0].sum(), given)
+    torch.testing.assert_close(found, expected)
+
+
+def test_both_directions_go_the_general_way(direct_calls: list[str]) -> None:
+    layer, input = rnnfast.LSTM(5, 8, bidirectional=True), torch.randn(4, 2, 5)
+    layer(input)
+    layer(input)[0].sum().backward()
+    assert not direct_calls
+    with torch.no_grad():
+        layer(input)
+    assert direct_calls == ["infer"]
+
+
+def test_a_token_id_outside_the_vocabulary(direct_calls: list[str]) -> None:
+    layer = rnnfast.LSTM(5, 8, num_layers=2)
+    layer(torch.randint(5, (3, 2)))
+    layer(torch.randint(5, (3, 2)))
+    with pytest.raises(IndexError, match=r"token ids must be in \[0, 5\)"):
+        layer(torch.tensor([[1], [5]]))
+
+
+def test_training_in_several_threads(direct_calls: list[str]) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    layer, inputs = rnnfast.GRU(5, 8), [torch.randn(20, 2, 5, requires_grad=True) for _ in range(4)]
+    layer(inputs[0])
+    expected = [results(layer, input, (), "state") for input in inputs]
+
+    def work(index: int) -> bool:
+        output, _ = layer(inputs[index])
+        gradients = torch.autograd.grad(output.square().sum(), [inputs[index]])
+        with torch.no_grad():
+            return torch.equal(layer(inputs[index])[0], output) and bool(gradients[0].isfinite().all())
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, list(range(4)) * 10))
+    assert_same(results(layer, inputs[0], (), "state"), expected[0])
