@@ -101,6 +101,16 @@ def test_changed_weights_are_seen(way: str, direct_calls: list[int]) -> None:
     assert direct_calls[-1:] == [0]
 
 
+@pytest.mark.parametrize("name", ["weight_ih_l0", "bias_hh_l0"])  # the first and the last, which keep their places
+def test_a_pruned_weight_is_seen(name: str, direct_calls: list[int]) -> None:
+    layer, input = rnnfast.GRU(5, 16), torch.randn(2, 5)
+    state = warmed_up(layer, input)
+    torch.nn.utils.prune.l1_unstructured(layer, name, amount=0.5)
+    layer(input[None], state)  # the hook that prunes runs before a call
+    torch.testing.assert_close(layer.step(input, state), general_step(layer, input, state), rtol=0, atol=0)
+    assert not direct_calls
+
+
 def test_what_must_be_seen_goes_the_general_way(direct_calls: list[int]) -> None:
     layer, input = rnnfast.GRU(5, 16), torch.randn(2, 5)
     state = warmed_up(layer, input)

@@ -285,14 +285,19 @@ def backends(nn: Any) -> None:
     assert nn.backends()
 
 
-@feature("an existing model's layers swapped in place and back: `accelerate`, `restore`")
+@feature("an existing model's layers swapped in place, types and references kept, and back: `accelerate`, `restore`")
 def accelerate(nn: Any) -> None:
     model = torch_nn.Sequential(torch_nn.GRU(3, 8))
-    parameter = model[0].weight_hh_l0
+    parameter, x = model[0].weight_hh_l0, torch.randn(5, 2, 3)
+    expected = model(x)
     assert nn.accelerate(model).swapped
-    assert model[0].weight_hh_l0 is parameter
-    nn.restore(model)
     assert type(model[0]) is torch_nn.GRU
+    assert model[0].weight_hh_l0 is parameter
+    torch.testing.assert_close(model(x), expected)
+    assert nn.explain(model[0], x).backend in ("cpu", "torch")
+    nn.restore(model)
+    with pytest.raises(TypeError):
+        nn.explain(model[0], x)
 
 
 @feature("a size for each layer: `Stack`")

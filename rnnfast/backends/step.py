@@ -28,6 +28,7 @@ _version_of = torch._C.TensorBase._version.__get__  # type: ignore[attr-defined]
 class _Plan:
     address: int  # of `kept`
     asked: str
+    names: list[str]  # of all parameters; pruning the last would change nothing but its name
     weights: list[Tensor]
     versions: list[int]
     addresses: list[int]
@@ -68,6 +69,7 @@ def run(layer: Any, input: Tensor, hx: Any, asked: str) -> tuple[Tensor, Any] | 
         and input.shape == (batch, *plan.width)
         and h_0.shape == (plan.layers, batch, plan.state_size)
         and (_is_plain(c_0, dtype, (plan.layers, batch, plan.hidden_size)) if plan.has_cell_state else c_0 is None)
+        and list(layer._parameters) == plan.names
         and all(map(is_, layer._parameters.values(), weights))
         and list(map(_version_of, weights)) == plan.versions
         and list(map(Tensor.data_ptr, weights)) == plan.addresses
@@ -113,6 +115,7 @@ def prepare(layer: Any, lanes: list[Any], cell: str, ids: bool, asked: str) -> N
     _plans[id(layer)] = _Plan(
         kept.data_ptr(),
         asked,
+        list(layer._parameters),
         weights,
         [weight._version for weight in weights],
         [weight.data_ptr() for weight in weights],
