@@ -202,13 +202,14 @@ def states(
     """
     directions = 2 if bidirectional else 1
     _check("lstm", input, *_pair(hx), weights, batch_sizes, directions)
-    w_hh, token_ids = weights[0].w_hh, not input.is_floating_point()
+    w_hh, token_ids, mapped = weights[0].w_hh, not input.is_floating_point(), is_mapped()
     tensors = [input, *hx, *(parameter for lane in weights for parameter in lane if parameter is not None)]
-    differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    # A transform of torch.func may want gradients of tensors that say nothing of them.
+    differentiable = torch.is_grad_enabled() and (mapped or any(tensor.requires_grad for tensor in tensors))
     extensions = (dispatch.CELL_STATE_GRADIENTS,) if differentiable else (dispatch.CELL_STATES,)
     projected = weights[0].w_hr is not None
-    request = dispatch.Request("lstm", w_hh.device.type, w_hh.dtype, token_ids, projected, extensions=extensions)
-    chosen = dispatch.choose(request, backend).backend
+    request = ("lstm", w_hh.device.type, w_hh.dtype, token_ids, projected, mapped, None, extensions)
+    chosen = dispatch.choose_name(backend, None, *request)
     rows = input.long() if token_ids else input
     rows = rows if batch_sizes is not None else rows.flatten(0, 1)
     h: list[Tensor] = []
@@ -218,7 +219,7 @@ def states(
         stacked, h_0, c_0 = _stack_lanes(weights[lanes]), hx[0][lanes], hx[1][lanes]
         rows, cells = lstm_states(chosen, rows, stacked, h_0, c_0, batch_sizes, bidirectional)
         h += rows.chunk(directions, dim=1)
-        c += cells
+        c += cells.unbind()
     return torch.stack(h, 1), torch.stack(c, 1)
 
 

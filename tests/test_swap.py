@@ -215,6 +215,7 @@ def test_parameters_given_by_functional_call() -> None:
 
 
 def test_in_a_graph() -> None:
+    torch._dynamo.reset()
     model = Model()
     expected = gradients(model)
     rnnfast.accelerate(model)
