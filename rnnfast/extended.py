@@ -9,16 +9,16 @@ the reference's.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from rnnfast import derivatives
+from rnnfast import batching, derivatives
 from rnnfast.backends import reference
 from rnnfast.backends.reference import Extension, Norms
+from rnnfast.batching import ROWS, ROWS_OF_LANES, STATES
 from rnnfast.cells import CELLS
 from rnnfast.scan import Weights, _library, _stack_lanes, is_plain_inference, is_transformed
 
@@ -166,14 +166,22 @@ def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
     return tuple(_empty_or_like(h_0, tensor, need) for tensor, need in zip(layer, needed, strict=True))
 
 
-def _map_members(op: Any, info: Any, in_dims: Any, *arguments: Any) -> tuple[Any, Any]:
+_PLACES = (ROWS, *[None] * 4, STATES, STATES, *[None] * 5, STATES, ROWS_OF_LANES, ROWS_OF_LANES, *[None] * 5)
+_RESULT_PLACES = (ROWS, STATES, STATES, ROWS_OF_LANES)
+_BACKWARD_PLACES = (*_RESULT_PLACES[:3], *_PLACES, ROWS, ROWS_OF_LANES, None, None)
+_GRADIENT_PLACES = _PLACES[:_LEAVES]
+
+
+def _map_forward(info: Any, in_dims: Any, *arguments: Any) -> tuple[Any, Any]:
     """torch.vmap's rule: a scan for each member."""
-    members = []
-    for m in range(info.batch_size):
-        own = (a if dim is None else a.select(dim, m).contiguous() for a, dim in zip(arguments, in_dims, strict=True))
-        members.append(op(*own))
-    results = tuple(torch.stack(parts) for parts in zip(*members, strict=True))
-    return results, (0,) * len(results)
+    layer, save_tape = arguments[: len(_PLACES)], arguments[len(_PLACES)]
+    arguments = (*layer, save_tape or derivatives.needs_gradient(layer))
+    dims = in_dims[: len(arguments)]  # without those of packed weights, which only calls without a transform have
+    return batching.map_in_turn(_OP, (*_PLACES, None), _TENSORS - 1, _RESULT_PLACES, info, dims, *arguments)
+
+
+def _map_backward(*arguments: Any) -> tuple[Any, Any]:
+    return batching.map_in_turn(_BACKWARD_OP, _BACKWARD_PLACES, _TENSORS + 2, _GRADIENT_PLACES, *arguments)
 
 
 # `packed`, in calls without gradients: what scan_extended_cpu_pack has made of w_ih and w_hh.
@@ -188,10 +196,10 @@ _library.define(
 _OP = torch.ops.rnnfast.scan_extended_cpu.default
 _BACKWARD_OP = torch.ops.rnnfast.scan_extended_cpu_backward.default
 _FORMULA = derivatives.Formula(_OP, _BACKWARD_OP, definition, _TENSORS, _LEAVES, _WEIGHTS)
-for _name, _op, _function, _fake in (
-    ("scan_extended_cpu", _OP, derivatives.Scan, _fake_forward),
-    ("scan_extended_cpu_backward", _BACKWARD_OP, derivatives.ScanBackward, _fake_backward),
+for _name, _op, _function, _fake, _rule in (
+    ("scan_extended_cpu", _OP, derivatives.Scan, _fake_forward, _map_forward),
+    ("scan_extended_cpu_backward", _BACKWARD_OP, derivatives.ScanBackward, _fake_backward, _map_backward),
 ):
     _library.impl(_name, derivatives.kernel(_function, _FORMULA, _op), "Autograd")
     torch.library.register_fake(f"rnnfast::{_name}", _fake, lib=_library)
-    torch.library.register_vmap(f"rnnfast::{_name}", partial(_map_members, _op), lib=_library)
+    torch.library.register_vmap(f"rnnfast::{_name}", _rule, lib=_library)

@@ -17,6 +17,7 @@ from rnnfast import dispatch
 from rnnfast.backends import torch_nn
 from rnnfast.cells import CELLS
 from rnnfast.scan import Weights, _stack_lanes, is_mapped, is_transformed, lstm_states, scan_layer
+from rnnfast.sequences import is_known
 
 __all__ = ["Weights", "gru", "lstm", "rnn", "states", "step"]
 
@@ -277,8 +278,7 @@ def _check(
     if (input if batch_sizes is None else batch_sizes).shape[0] == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     batch = input.shape[1] if batch_sizes is None else h_0.shape[1]
-    # A compiler does not know what batch_sizes holds; the operator looks when it runs.
-    if batch_sizes is not None and not torch.compiler.is_compiling():
+    if batch_sizes is not None and is_known(batch_sizes):  # else the operator looks when it runs
         batch = int(batch_sizes[0])
     _check_state("h_0", h_0, w_hh, (len(weights), batch, w_hh.shape[1]))
     if (c_0 is not None) != CELLS[cell].has_cell_state:

@@ -261,8 +261,7 @@ def _run(layer: Any, data: Tensor, hx: Any, batch_sizes: Tensor | None) -> tuple
         layer.check_input(data, batch_sizes)
     if hx is None:
         hx = _zero_state(layer, _batch(data, batch_sizes), dtype, data.device)
-    elif batch_sizes is None or not torch.compiler.is_compiling():
-        # A compiler does not know what batch_sizes holds; the operator looks when it runs.
+    elif batch_sizes is None or sequences.is_known(batch_sizes):  # else the operator looks when it runs
         _check_state_size(layer, hx, _batch(data, batch_sizes))
     if (autocast := dispatch.autocast_dtype(data.device.type)) is not None:
         dtype = autocast

@@ -299,8 +299,8 @@ for _backend in (*BACKENDS, *(f"{name}_states" for name in STATES)):
     _library.impl(_name + "_backward", derivatives.kernel(derivatives.ScanBackward, _formula, _backward_op), "Autograd")
     _fake = _fake_forward_of_torch if _backend == "torch" else _fake_states if _has_states else _fake_forward
     for _qualified, _shapes, _rule in (
-        (f"rnnfast::{_name}", _fake, partial(batching.map_forward, _op)),
-        (f"rnnfast::{_name}_backward", _fake_backward, partial(batching.map_backward, _backward_op)),
+        (f"rnnfast::{_name}", _fake, partial(batching.map_forward, _op, _has_states)),
+        (f"rnnfast::{_name}_backward", _fake_backward, partial(batching.map_backward, _backward_op, _has_states)),
     ):
         torch.library.register_fake(_qualified, _shapes, lib=_library)
         if _backend != "torch":  # the rules rely on the tape

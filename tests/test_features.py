@@ -169,6 +169,14 @@ def vmap(nn: Any) -> None:
         torch.testing.assert_close(outputs[1], layer(x[1], h[1])[0])
 
 
+@feature("`torch.vmap` over lengths and resets", "one scan")
+def vmap_over_lengths(nn: Any) -> None:
+    layer, x, lengths, mask = nn.GRU(3, 4), torch.randn(6, 5, 2, 3), torch.randint(6, (6, 2)), torch.rand(6, 5, 2) < 0.3
+    with torch.no_grad():
+        outputs = torch.vmap(lambda x, n, m: layer(x, lengths=n, reset=m)[0])(x, lengths, mask)
+        torch.testing.assert_close(outputs[1], layer(x[1], lengths=lengths[1], reset=mask[1])[0])
+
+
 @feature("`torch.vmap` over weights: an ensemble", "one scan")
 def ensemble(nn: Any) -> None:
     layers, x = [nn.GRU(3, 4) for _ in range(3)], torch.randn(5, 2, 3)

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rnnfast.sequences import is_mapped
+
 # ---- extensions: what may change the recurrence of a lane ----------------------------------------------------------
 
 
@@ -176,6 +178,8 @@ _STEPS: dict[str, tuple[Step, StepBackward]] = {
 def _step_sizes(input: Tensor, h_0: Tensor, batch_sizes: Tensor | None) -> list[int]:
     batch = h_0.shape[1]
     if batch_sizes is not None:
+        if is_mapped(batch_sizes):
+            raise RuntimeError("forward-mode and second derivatives take no vmap over lengths, resets or batch_sizes")
         sizes = [int(size) for size in batch_sizes.tolist()]
         if sizes[0] != batch or sizes != sorted(sizes, reverse=True) or sum(sizes) != input.shape[0]:
             raise RuntimeError(
