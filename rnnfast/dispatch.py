@@ -350,7 +350,10 @@ def explain(layer: Any, input: Tensor | PackedSequence) -> Choice:
     size = _size_of_input(cell, layer, input, weight)
     request = Request(cell, weight.device.type, weight.dtype, not data.is_floating_point(), projected, size=size)
     choice = choose(request, layer.backend)
-    return choice._replace(elsewhere=_elsewhere(choice, request))
+    elsewhere = _elsewhere(choice, request)
+    if isinstance(layer, torch.nn.LSTM):
+        elsewhere += _states_elsewhere(choice, request)
+    return choice._replace(elsewhere=elsewhere)
 
 
 def cell_of(module: Any) -> str:
@@ -383,6 +386,16 @@ def _elsewhere(choice: Choice, request: Request) -> tuple[tuple[str, str], ...]:
         ("gradients under torch.compile", "torch, which runs forward once more"),
         ("torch.func and forward-mode AD", elsewhere),
     )
+
+
+def _states_elsewhere(choice: Choice, request: Request) -> tuple[tuple[str, str], ...]:
+    """Where `LSTM.states` runs if it does not run where the layer does."""
+    request = request._replace(size=None, extensions=(CELL_STATE_GRADIENTS,))
+    if choice.reason == _BY_NAME:
+        refusal = _BACKENDS[choice.backend].refusal(request)
+        return () if refusal is None else (("states() with gradients", f"refused: {refusal}"),)
+    backend = choose(request).backend
+    return () if backend == choice.backend else (("states() with gradients", backend),)
 
 
 def _size_of_input(cell: str, layer: Any, input: Tensor | PackedSequence, weight: Tensor) -> Size | None:
