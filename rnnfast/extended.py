@@ -22,18 +22,19 @@ from rnnfast.batching import ROWS, ROWS_OF_LANES, STATES
 from rnnfast.cells import CELLS
 from rnnfast.scan import Weights, _library, _stack_lanes, is_plain_inference, is_transformed
 
-# D lanes: the gains (D, G*H) but for gain_c (D, H), bias_c (D, H), peepholes (D, 3, H), recurrent_mask (D, B, H),
-# zoneout bool (D, N, H) or a share of the old state in the new one, 0 for none. The rest is the plain scan's, without
-# projections.
+# D lanes: the gains (D, G*H) but for gain_c (D, H), bias_c (D, H), peepholes (D, 3, H), recurrent_mask (D, B, P),
+# zoneout_h bool (D, N, P) and zoneout_c (D, N, H), or a share of the old state in the new one, 0 for none. The rest is
+# the plain scan's.
 _ARGUMENTS = (
-    "Tensor input, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor h_0, Tensor? c_0, Tensor? gain_ih, "
-    "Tensor? gain_hh, Tensor? gain_c, Tensor? bias_c, Tensor? peepholes, Tensor? recurrent_mask, Tensor? zoneout_h, "
-    "Tensor? zoneout_c, Tensor? batch_sizes, float share_h, float share_c, str cell, bool bidirectional"
+    "Tensor input, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, Tensor h_0, Tensor? c_0, "
+    "Tensor? gain_ih, Tensor? gain_hh, Tensor? gain_c, Tensor? bias_c, Tensor? peepholes, Tensor? recurrent_mask, "
+    "Tensor? zoneout_h, Tensor? zoneout_c, Tensor? batch_sizes, float share_h, float share_c, str cell, "
+    "bool bidirectional"
 )
-_LEAVES, _TENSORS, _WEIGHTS = 12, 16, (1, 2, 3, 4, 7, 8, 9, 10, 11)
+_LEAVES, _TENSORS, _WEIGHTS = 13, 17, (1, 2, 3, 4, 5, 8, 9, 10, 11, 12)
 _GRADIENTS = (
-    "Tensor d_input, Tensor d_w_ih, Tensor d_w_hh, Tensor d_b_ih, Tensor d_b_hh, Tensor d_h_0, Tensor d_c_0, "
-    "Tensor d_gain_ih, Tensor d_gain_hh, Tensor d_gain_c, Tensor d_bias_c, Tensor d_peepholes"
+    "Tensor d_input, Tensor d_w_ih, Tensor d_w_hh, Tensor d_b_ih, Tensor d_b_hh, Tensor d_w_hr, Tensor d_h_0, "
+    "Tensor d_c_0, Tensor d_gain_ih, Tensor d_gain_hh, Tensor d_gain_c, Tensor d_bias_c, Tensor d_peepholes"
 )
 
 
@@ -50,16 +51,13 @@ def scan_extended(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`rnnfast.scan.scan_layer` with an extension for each lane, all of one kind, on "cpu" or "reference".
 
-    The other arguments and the results are `scan_layer`'s. Projections are for the reference alone.
+    The other arguments and the results are `scan_layer`'s.
     """
-    w_ih, w_hh, b_ih, b_hh, w_hr = _stack_lanes(lanes)
     extended, shares = _stack_extensions(extensions)
-    tensors: tuple[Any, ...] = (input, w_ih, w_hh, b_ih, b_hh, h_0, c_0, *extended)
+    tensors: tuple[Any, ...] = (input, *_stack_lanes(lanes), h_0, c_0, *extended)
     if backend == "reference" or forward_ad._current_level >= 0:
-        layer = (*tensors, batch_sizes, *shares, cell, bidirectional, w_hr)
+        layer = (*tensors, batch_sizes, *shares, cell, bidirectional)
         return definition(*layer)
-    if w_hr is not None:
-        raise ValueError("the cpu backend has no extended recurrence with projections; the reference has")
     contiguous = [None if t is None else t.contiguous() for t in tensors]
     save_tape = derivatives.needs_gradient(tensors)
     arguments = (*contiguous, batch_sizes, *shares, cell, bidirectional, save_tape)
@@ -81,6 +79,7 @@ def definition(
     w_hh: Tensor,
     b_ih: Tensor | None,
     b_hh: Tensor | None,
+    w_hr: Tensor | None,
     h_0: Tensor,
     c_0: Tensor | None,
     gain_ih: Tensor | None,
@@ -96,7 +95,6 @@ def definition(
     share_c: float,
     cell: str,
     bidirectional: bool,
-    w_hr: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator's output, h_n and c_n on the reference, step by step in eager torch, for autograd to run through."""
 
@@ -144,10 +142,11 @@ def _empty_or_like(like: Tensor, tensor: Tensor | None, needed: bool = True) -> 
 
 
 def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
-    input, _, w_hh, _, _, h_0, c_0, gain_ih = arguments[:8]
+    input, _, w_hh, _, _, _, h_0, c_0, gain_ih = arguments[:9]
     *_, zoneout_h, zoneout_c, _, share_h, share_c, cell, _, save_tape = arguments
-    lanes, gate_rows, hidden = w_hh.shape
-    width, rows = CELLS[cell].tape * hidden, input.shape[0]
+    lanes, gate_rows, size = w_hh.shape
+    hidden, rows = gate_rows // CELLS[cell].gates, input.shape[0]
+    width = CELLS[cell].tape * hidden
     zones_h, zones_c = zoneout_h is not None or share_h != 0, zoneout_c is not None or share_c != 0
     # The tape of csrc/scan.h's ExtendedTape.
     if zones_c if cell == "lstm" else zones_h and gate_rows == hidden:
@@ -155,18 +154,18 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
     if gain_ih is not None:
         width += 2 * gate_rows
     tape = h_0.new_empty(lanes, rows, width) if save_tape else h_0.new_empty(0)
-    return h_0.new_empty(rows, lanes * hidden), torch.empty_like(h_0), _empty_or_like(h_0, c_0), tape
+    return h_0.new_empty(rows, lanes * size), torch.empty_like(h_0), _empty_or_like(h_0, c_0), tape
 
 
 def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
     layer, (need_input, need_weights) = arguments[3 : 3 + _LEAVES], arguments[-2:]
-    input, h_0 = layer[0], layer[5]
+    input, h_0 = layer[0], layer[6]
     needed = [need_weights if i in _WEIGHTS else True for i in range(_LEAVES)]
     needed[0] = need_input and input.is_floating_point()
     return tuple(_empty_or_like(h_0, tensor, need) for tensor, need in zip(layer, needed, strict=True))
 
 
-_PLACES = (ROWS, *[None] * 4, STATES, STATES, *[None] * 5, STATES, ROWS_OF_LANES, ROWS_OF_LANES, *[None] * 5)
+_PLACES = (ROWS, *[None] * 5, STATES, STATES, *[None] * 5, STATES, ROWS_OF_LANES, ROWS_OF_LANES, *[None] * 5)
 _RESULT_PLACES = (ROWS, STATES, STATES, ROWS_OF_LANES)
 _BACKWARD_PLACES = (*_RESULT_PLACES[:3], *_PLACES, ROWS, ROWS_OF_LANES, None, None)
 _GRADIENT_PLACES = _PLACES[:_LEAVES]

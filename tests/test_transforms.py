@@ -209,7 +209,7 @@ def test_vmap_over_lengths_of_states_and_token_ids(backend: str) -> None:
         assert_same(vmap(function, arguments[0])(*arguments[1:]), loop(function, *arguments))
 
 
-@pytest.mark.parametrize("options", [{}, {"layer_norm": True, "peepholes": True}])
+@pytest.mark.parametrize("options", [{}, {"layer_norm": True, "peepholes": True, "proj_size": 1}])
 def test_vmap_over_lengths_of_a_stack(options: Any) -> None:
     stack = rnnfast.Stack("lstm", 2, [3, 2], dtype=torch.float64, **options)
     lengths, input = torch.tensor([[2, 5], [0, 3], [4, 4]]), torch.randn(MEMBERS, 5, 2, 2, dtype=torch.float64)
