@@ -40,8 +40,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scan_extended_cpu(
     Tensor input, Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr,
     Tensor h_0, OptionalTensor c_0, OptionalTensor gain_ih, OptionalTensor gain_hh, OptionalTensor gain_c,
     OptionalTensor bias_c, OptionalTensor peepholes, OptionalTensor recurrent_mask, OptionalTensor zoneout_h,
-    OptionalTensor zoneout_c, OptionalTensor batch_sizes, double share_h, double share_c, std::string cell, bool bidirectional, bool save_tape,
-    OptionalTensor packed) {
+    OptionalTensor zoneout_c, OptionalTensor batch_sizes, double share_h, double share_c, std::string cell,
+    bool bidirectional, bool save_tape, OptionalTensor packed) {
   const Shape s(layer_shape(w_ih, w_hh, w_hr, cell, is_ids(input)), input, h_0, batch_sizes, bidirectional);
   const Extension e = extension(gain_ih, gain_hh, gain_c, bias_c, peepholes, recurrent_mask, zoneout_h, zoneout_c,
                                 share_h, share_c, cell);

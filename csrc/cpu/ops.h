@@ -40,8 +40,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scan_extended_cpu(
     Tensor input, Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr,
     Tensor h_0, OptionalTensor c_0, OptionalTensor gain_ih, OptionalTensor gain_hh, OptionalTensor gain_c,
     OptionalTensor bias_c, OptionalTensor peepholes, OptionalTensor recurrent_mask, OptionalTensor zoneout_h,
-    OptionalTensor zoneout_c, OptionalTensor batch_sizes, double share_h, double share_c, std::string cell, bool bidirectional, bool save_tape,
-    OptionalTensor packed);
+    OptionalTensor zoneout_c, OptionalTensor batch_sizes, double share_h, double share_c, std::string cell,
+    bool bidirectional, bool save_tape, OptionalTensor packed);
 Tensor scan_extended_cpu_pack(Tensor w_ih, Tensor w_hh, OptionalTensor w_hr, std::string cell, bool ids);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
