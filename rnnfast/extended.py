@@ -3,12 +3,14 @@ peepholes.
 
 `rnnfast::scan_extended_cpu` is to `definition`, the reference with an `Extension` for each lane, what
 `rnnfast::scan_cpu` is to the plain reference. Its second and higher derivatives and its forward-mode derivatives are
-the reference's.
+the reference's. In a graph the reference is an operator as well, `rnnfast::scan_extended_reference`, so that no
+compiler unrolls it; eager code has autograd run through it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,22 +57,36 @@ def scan_extended(
     """
     extended, shares = _stack_extensions(extensions)
     tensors: tuple[Any, ...] = (input, *_stack_lanes(lanes), h_0, c_0, *extended)
-    if backend == "reference" or forward_ad._current_level >= 0:
+    if forward_ad._current_level >= 0 or (backend == "reference" and not _is_graph()):
         layer = (*tensors, batch_sizes, *shares, cell, bidirectional)
         return definition(*layer)
     contiguous = [None if t is None else t.contiguous() for t in tensors]
     save_tape = derivatives.needs_gradient(tensors)
     arguments = (*contiguous, batch_sizes, *shares, cell, bidirectional, save_tape)
+    if backend == "reference":
+        output, h_n, c_n, _ = _FORMULAS[backend].op(*arguments)
+        return output, h_n, c_n
     if is_plain_inference(tensors):
         from rnnfast.backends import native
 
         packed = native.packed_weights(lanes, cell, not input.is_floating_point(), extended=True)
-        output, h_n, c_n, _ = _FORMULA.op(*arguments, packed)
+        output, h_n, c_n, _ = _FORMULAS[backend].op(*arguments, packed)
         return output, h_n, c_n
-    eager_training = save_tape and not is_transformed()
-    results = derivatives.Scan.apply(_FORMULA, *arguments) if eager_training else _FORMULA.op(*arguments)
-    output, h_n, c_n, _ = results
+    formula, eager_training = _FORMULAS[backend], save_tape and not is_transformed()
+    output, h_n, c_n, _ = derivatives.Scan.apply(formula, *arguments) if eager_training else formula.op(*arguments)
     return output, h_n, c_n
+
+
+def _is_graph() -> bool:
+    """A compiler or exporter looks, but for ONNX's, which has no such operator and takes the reference step by step."""
+    return torch.compiler.is_compiling() and not _is_for_onnx()
+
+
+def _is_for_onnx() -> bool:
+    return bool(torch.onnx.is_in_onnx_export())
+
+
+_is_for_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def definition(
@@ -171,34 +187,66 @@ _BACKWARD_PLACES = (*_RESULT_PLACES[:3], *_PLACES, ROWS, ROWS_OF_LANES, None, No
 _GRADIENT_PLACES = _PLACES[:_LEAVES]
 
 
-def _map_forward(info: Any, in_dims: Any, *arguments: Any) -> tuple[Any, Any]:
+def _map_forward(op: Any, info: Any, in_dims: Any, *arguments: Any) -> tuple[Any, Any]:
     """torch.vmap's rule: a scan for each member."""
     layer, save_tape = arguments[: len(_PLACES)], arguments[len(_PLACES)]
     arguments = (*layer, save_tape or derivatives.needs_gradient(layer))
     dims = in_dims[: len(arguments)]  # without those of packed weights, which only calls without a transform have
-    return batching.map_in_turn(_OP, (*_PLACES, None), _TENSORS - 1, _RESULT_PLACES, info, dims, *arguments)
+    return batching.map_in_turn(op, (*_PLACES, None), _TENSORS - 1, _RESULT_PLACES, info, dims, *arguments)
 
 
-def _map_backward(*arguments: Any) -> tuple[Any, Any]:
-    return batching.map_in_turn(_BACKWARD_OP, _BACKWARD_PLACES, _TENSORS + 2, _GRADIENT_PLACES, *arguments)
+def _map_backward(op: Any, *arguments: Any) -> tuple[Any, Any]:
+    return batching.map_in_turn(op, _BACKWARD_PLACES, _TENSORS + 2, _GRADIENT_PLACES, *arguments)
 
 
-# `packed`, in calls without gradients: what scan_extended_cpu_pack has made of w_ih and w_hh.
-_library.define(
-    f"scan_extended_cpu({_ARGUMENTS}, bool save_tape, Tensor? packed=None) -> "
-    "(Tensor output, Tensor h_n, Tensor c_n, Tensor tape)"
-)
-_library.define(
-    f"scan_extended_cpu_backward(Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, {_ARGUMENTS}, Tensor output, "
-    f"Tensor tape, bool need_input, bool need_weights) -> ({_GRADIENTS})"
-)
-_OP = torch.ops.rnnfast.scan_extended_cpu.default
-_BACKWARD_OP = torch.ops.rnnfast.scan_extended_cpu_backward.default
-_FORMULA = derivatives.Formula(_OP, _BACKWARD_OP, definition, _TENSORS, _LEAVES, _WEIGHTS)
-for _name, _op, _function, _fake, _rule in (
-    ("scan_extended_cpu", _OP, derivatives.Scan, _fake_forward, _map_forward),
-    ("scan_extended_cpu_backward", _BACKWARD_OP, derivatives.ScanBackward, _fake_backward, _map_backward),
+# ---- the reference as an operator: nothing is kept, so backward runs the definition once more -----------------------
+
+
+def _forward_of_reference(*arguments: Any) -> tuple[Tensor, ...]:
+    *layer, _save_tape = arguments
+    return *definition(*layer), arguments[1].new_empty(0)
+
+
+def _fake_forward_of_reference(*arguments: Any) -> tuple[Tensor, ...]:
+    *results, _tape = _fake_forward(*arguments)
+    return *results, arguments[1].new_empty(0)
+
+
+def _backward_of_reference(*arguments: Any) -> tuple[Tensor, ...]:
+    d_results, layer = arguments[:3], arguments[3 : 3 + _LEAVES]
+    *constants, _output, _tape, need_input, need_weights = arguments[3 + _LEAVES :]
+    needed = [need_weights if i in _WEIGHTS else i > 0 or need_input for i in range(_LEAVES)]
+    found = derivatives.gradients_below_autograd(
+        lambda *leaves: definition(*leaves, *constants), d_results, layer, needed
+    )
+    return tuple(layer[1].new_empty(0) if gradient is None else gradient for gradient in found)
+
+
+# ---- both operators --------------------------------------------------------------------------------------------------
+
+_FORMULAS: dict[str, derivatives.Formula] = {}
+for _backend, _fake, _kept in (
+    # `packed`, in calls without gradients: what scan_extended_cpu_pack has made of the weights.
+    ("cpu", _fake_forward, ", Tensor? packed=None"),
+    ("reference", _fake_forward_of_reference, ""),
 ):
-    _library.impl(_name, derivatives.kernel(_function, _FORMULA, _op), "Autograd")
+    _name = f"scan_extended_{_backend}"
+    _library.define(
+        f"{_name}({_ARGUMENTS}, bool save_tape{_kept}) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor tape)"
+    )
+    _library.define(
+        f"{_name}_backward(Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, {_ARGUMENTS}, Tensor output, Tensor tape, "
+        f"bool need_input, bool need_weights) -> ({_GRADIENTS})"
+    )
+    _op = getattr(torch.ops.rnnfast, _name).default
+    _backward_op = getattr(torch.ops.rnnfast, f"{_name}_backward").default
+    _formula = derivatives.Formula(_op, _backward_op, definition, _TENSORS, _LEAVES, _WEIGHTS)
+    _FORMULAS[_backend] = _formula
+    _library.impl(_name, derivatives.kernel(derivatives.Scan, _formula, _op), "Autograd")
+    _library.impl(f"{_name}_backward", derivatives.kernel(derivatives.ScanBackward, _formula, _backward_op), "Autograd")
     torch.library.register_fake(f"rnnfast::{_name}", _fake, lib=_library)
-    torch.library.register_vmap(f"rnnfast::{_name}", _rule, lib=_library)
+    torch.library.register_fake(f"rnnfast::{_name}_backward", _fake_backward, lib=_library)
+    torch.library.register_vmap(f"rnnfast::{_name}", partial(_map_forward, _op), lib=_library)
+    torch.library.register_vmap(f"rnnfast::{_name}_backward", partial(_map_backward, _backward_op), lib=_library)
+_library.impl("scan_extended_reference", _forward_of_reference, "CompositeExplicitAutograd")
+_library.impl("scan_extended_reference_backward", _backward_of_reference, "CompositeExplicitAutograd")

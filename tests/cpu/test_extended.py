@@ -80,7 +80,11 @@ def _run(backend: str, arguments: list[Any]) -> tuple[dict[str, Tensor], dict[st
         if arguments[i] is not None and arguments[i].is_floating_point():
             leaves[name] = arguments[i].detach().clone().requires_grad_()
     arguments = [leaves.get(name, value) for name, value in zip(LEAVES, arguments, strict=False)] + arguments[MASK:]
-    results = extended.definition(*arguments) if backend == "reference" else extended._OP(*arguments, True)
+    results = (
+        extended.definition(*arguments)
+        if backend == "reference"
+        else torch.ops.rnnfast.scan_extended_cpu.default(*arguments, True)
+    )
     outputs = {name: out for name, out in zip(OUTPUTS, results, strict=False) if out.numel()}
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out) for out in outputs.values()]
@@ -201,7 +205,7 @@ def test_runs_and_thread_counts_agree_bitwise(cell: str, option: str, dtype: tor
 def test_a_row_depends_neither_on_its_batch_nor_on_how_time_is_cut(cell: str, option: str) -> None:
     steps, batch, hidden = 7, 23, 67
     arguments = extend(Case(cell, 1, steps, batch, 5, hidden), option, torch.float32)
-    whole = extended._OP(*arguments, False)[:3]
+    whole = torch.ops.rnnfast.scan_extended_cpu.default(*arguments, False)[:3]
 
     def part(times: slice, rows: slice, states: Any) -> Any:
         def of_rows(tensor: Any, dim: int) -> Any:
@@ -219,7 +223,7 @@ def test_a_row_depends_neither_on_its_batch_nor_on_how_time_is_cut(cell: str, op
         some[6:8] = map(of_batch, states)
         some[MASK] = of_batch(arguments[MASK])
         some[MASK + 1 : MASK + 3] = [of_rows(tensor, 1) for tensor in arguments[MASK + 1 : MASK + 3]]
-        return extended._OP(*some, False)[:3]
+        return torch.ops.rnnfast.scan_extended_cpu.default(*some, False)[:3]
 
     for rows in (slice(0, 1), slice(3, 9)):
         output, h_n, c_n = part(slice(0, steps), rows, arguments[6:8])
@@ -247,10 +251,10 @@ def test_nan_in_one_row_stays_there(cell: str, option: str) -> None:
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_an_empty_batch(cell: str) -> None:
     arguments = extend(Case(cell, 2, 3, 0, 4, 5), "everything")
-    outputs = extended._OP(*arguments, True)
+    outputs = torch.ops.rnnfast.scan_extended_cpu.default(*arguments, True)
     assert [tuple(out.shape) for out in outputs[:2]] == [(0, 10), (2, 0, 5)]
     leaves = [tensor.requires_grad_() for tensor in arguments[1:5]]
-    results = extended._OP(*arguments, True)
+    results = torch.ops.rnnfast.scan_extended_cpu.default(*arguments, True)
     gradients = torch.autograd.grad(results[0].sum() + results[1].sum(), leaves)
     assert not any(gradient.any() for gradient in gradients)
 
@@ -265,7 +269,8 @@ def test_the_operator_is_what_torch_expects() -> None:
     for cell, option, projected in (("lstm", "everything", 3), ("gru", "expectation", 0), ("rnn_tanh", "zoneout", 0)):
         arguments = extend(Case(cell, 2, 3, 2, 4, 5, projected, ragged=True), option)
         arguments = [a.requires_grad_() if i in (0, 2, 6) else a for i, a in enumerate(arguments)]
-        torch.library.opcheck(extended._OP, (*arguments, True))
+        torch.library.opcheck(torch.ops.rnnfast.scan_extended_cpu.default, (*arguments, True))
+        torch.library.opcheck(torch.ops.rnnfast.scan_extended_reference.default, (*arguments, True))
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
@@ -275,7 +280,11 @@ def test_transforms_are_the_references(cell: str) -> None:
     def of(backend: str) -> Any:
         def function(input: Tensor, w_hh: Tensor, gain: Tensor) -> Tensor:
             some = [input, arguments[1], w_hh, *arguments[3:8], gain, *arguments[9:]]
-            results = extended.definition(*some) if backend == "reference" else extended._OP(*some, True)
+            results = (
+                extended.definition(*some)
+                if backend == "reference"
+                else torch.ops.rnnfast.scan_extended_cpu.default(*some, True)
+            )
             return results[0].sin().sum() + results[1].square().sum()
 
         return function
@@ -320,4 +329,4 @@ def test_inference_keeps_packed_weights_and_has_the_bits_of_training(cell: str, 
 def test_parts_that_do_not_belong_together() -> None:
     arguments = extend(Case("lstm"), "layer norm")
     with pytest.raises(RuntimeError, match="of an lstm gain_c and bias_c as well"):
-        extended._OP(*arguments[:10], None, None, *arguments[12:], False)
+        torch.ops.rnnfast.scan_extended_cpu.default(*arguments[:10], None, None, *arguments[12:], False)
