@@ -19,7 +19,7 @@ from rnnfast.cells import CELLS
 from rnnfast.scan import Weights, _stack_lanes, is_mapped, is_transformed, lstm_states, scan_layer
 from rnnfast.sequences import is_known
 
-__all__ = ["Weights", "gru", "lstm", "rnn", "states", "step"]
+__all__ = ["Weights", "gru", "lane_weights", "lstm", "rnn", "states", "step"]
 
 
 def rnn(
@@ -103,6 +103,27 @@ def gru(
     """
     output, h_n, _ = _stack("gru", input, h_0, None, weights, batch_sizes, bidirectional, dropout, training, backend)
     return output, h_n
+
+
+def lane_weights(layer: Any) -> list[Weights]:
+    """The parameters of an RNN, LSTM or GRU, torch.nn's or ours, as these functions take them."""
+    if is_transformed():
+        # Tensors of a transform or a compiler, which the module must not keep.
+        flat: Any = iter([getattr(layer, name) for name in layer._flat_weights_names])
+    else:
+        parameters, names_and_weights = (
+            layer._parameters,
+            zip(layer._flat_weights_names, layer._flat_weights, strict=True),
+        )
+        if not all(parameters.get(name) is weight for name, weight in names_and_weights):
+            layer._update_flat_weights()  # torch.nn's own way, which takes longer to find that nothing has changed
+        flat = iter(layer._flat_weights)
+    lanes = []
+    for _ in layer._all_weights:
+        w_ih, w_hh = next(flat), next(flat)
+        b_ih, b_hh = (next(flat), next(flat)) if layer.bias else (None, None)
+        lanes.append(Weights(w_ih, w_hh, b_ih, b_hh, next(flat) if layer.proj_size > 0 else None))
+    return lanes
 
 
 def _stack(

@@ -17,7 +17,6 @@ from torch.nn.utils.rnn import PackedSequence
 
 from rnnfast import dispatch, functional, sequences
 from rnnfast.backends import step as direct_step
-from rnnfast.scan import is_transformed
 from rnnfast.sequences import Segments
 
 
@@ -148,7 +147,7 @@ class _DropIn(nn.RNNBase):
             return result
         if self.bidirectional:
             raise RuntimeError("a bidirectional layer reads the whole sequence at once: it has no step")
-        weights = lane_weights(self)
+        weights = functional.lane_weights(self)
         if input.dim() != (2 if input.is_floating_point() else 1):
             raise RuntimeError(f"a step takes (B, {self.input_size}) input or (B,) token ids, got {tuple(input.shape)}")
         if hx is None:
@@ -211,7 +210,7 @@ class LSTM(_DropIn, nn.LSTM):
         sequences.check_reset_shape(reset, input, 2)
         if self.batch_first:
             input, reset = input.transpose(0, 1), None if reset is None else reset.transpose(0, 1)
-        weights, (steps, batch) = lane_weights(self), input.shape[:2]
+        weights, (steps, batch) = functional.lane_weights(self), input.shape[:2]
         if hx is None:
             hx = _zero_state(self, batch, weights[0].w_hh.dtype, input.device)
         options: Any = {"bidirectional": self.bidirectional, "backend": self.backend}
@@ -232,30 +231,9 @@ class LSTM(_DropIn, nn.LSTM):
 # ---- what the methods are made of: functions of a layer, be it ours or torch.nn's ------------------------------
 
 
-def lane_weights(layer: Any) -> list[functional.Weights]:
-    """The parameters of each layer and direction, in that order."""
-    if is_transformed():
-        # Tensors of a transform or a compiler, which the module must not keep.
-        flat: Any = iter([getattr(layer, name) for name in layer._flat_weights_names])
-    else:
-        parameters, names_and_weights = (
-            layer._parameters,
-            zip(layer._flat_weights_names, layer._flat_weights, strict=True),
-        )
-        if not all(parameters.get(name) is weight for name, weight in names_and_weights):
-            layer._update_flat_weights()  # torch.nn's own way, which takes longer to find that nothing has changed
-        flat = iter(layer._flat_weights)
-    lanes = []
-    for _ in layer._all_weights:
-        w_ih, w_hh = next(flat), next(flat)
-        b_ih, b_hh = (next(flat), next(flat)) if layer.bias else (None, None)
-        lanes.append(functional.Weights(w_ih, w_hh, b_ih, b_hh, next(flat) if layer.proj_size > 0 else None))
-    return lanes
-
-
 def _run(layer: Any, data: Tensor, hx: Any, batch_sizes: Tensor | None) -> tuple[Tensor, Any]:
     """Time-major data, (T, B, I) or (N, I), or ids without I, through all layers."""
-    weights = lane_weights(layer)
+    weights = functional.lane_weights(layer)
     dtype = weights[0].w_hh.dtype
     if data.is_floating_point() or data.is_complex():
         layer.check_input(data, batch_sizes)
@@ -291,7 +269,7 @@ _FUNCTIONS: dict[str, Callable[..., tuple[Tensor, Any]]] = {
 
 def _run_segments(layer: Any, input: Tensor, hx: Any, segments: Segments, reset_to: Any) -> tuple[Tensor, Any]:
     """Time-major padded input, (T, B, I) or ids (T, B), as one ragged batch of segments."""
-    batch, dtype, bidirectional = input.shape[1], lane_weights(layer)[0].w_hh.dtype, layer.bidirectional
+    batch, dtype, bidirectional = input.shape[1], functional.lane_weights(layer)[0].w_hh.dtype, layer.bidirectional
     if hx is None:
         hx = _zero_state(layer, batch, dtype, input.device)
     if reset_to is None:

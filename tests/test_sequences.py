@@ -15,7 +15,6 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rnnfast
-from rnnfast.layers import lane_weights
 
 LAYERS = ["RNN", "LSTM", "GRU"]
 STEPS, BATCH, INPUTS, HIDDEN = 9, 4, 3, 5
@@ -346,7 +345,7 @@ def test_lengths_and_resets_on_a_gpu(name: str) -> None:
 
 def test_the_functional_form() -> None:
     layer = make("GRU", num_layers=2)
-    weights = lane_weights(layer)
+    weights = rnnfast.functional.lane_weights(layer)
     input, hx = torch.randn(STEPS, BATCH, INPUTS), state_of(layer)
     lengths, reset = [3, 9, 0, 5], torch.rand(STEPS, BATCH) < 0.3
     segments = rnnfast.sequences.cut(STEPS, BATCH, lengths, reset)

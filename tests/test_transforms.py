@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 import rnnfast
 from rnnfast import functional, scan
 from rnnfast.backends import reference
-from rnnfast.layers import lane_weights
 
 Parameters = dict[str, Tensor]
 LAYERS = ["RNN", "LSTM", "GRU", "projected LSTM"]
@@ -247,7 +246,7 @@ def test_vmap_over_batch_sizes(backend: str) -> None:
 
 def scan_of(layer: Any, data: Tensor, sizes: Tensor) -> Tensor:
     h_0 = torch.zeros(1, 3, 3, dtype=torch.float64)
-    return scan.scan_layer(layer.backend, data, lane_weights(layer), h_0, None, sizes, "gru", False)[0]
+    return scan.scan_layer(layer.backend, data, functional.lane_weights(layer), h_0, None, sizes, "gru", False)[0]
 
 
 def penalty(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from rnnfast import dispatch, functional
-from rnnfast.layers import lane_weights
 from rnnfast.lm.files import UserError, note
 from rnnfast.lm.model import RNNLM, RNNLMScratch, State
 from rnnfast.lm.vocab import Vocab
@@ -111,7 +110,7 @@ def native_parts(model: nn.Module) -> NativeParts | None:
     """
     layers: list[Any]
     if type(model) is RNNLM:
-        layers, cell, backend = lane_weights(model.rnn), model.rnn.mode.lower(), model.rnn.backend
+        layers, cell, backend = functional.lane_weights(model.rnn), model.rnn.mode.lower(), model.rnn.backend
         embedding = None if model.embedding is None else model.embedding.weight
         head_weight, head_bias = model.head.weight, model.head.bias
     elif type(model) is RNNLMScratch:
