@@ -148,12 +148,14 @@ struct Split {
   int64_t items_per_lane, items;  // items_per_lane 0: one item of all lanes
 };
 
-// Costs are in cycles of one core: a tile of one row is bound by reading its weights, not by their products.
+// Costs are in cycles of one core: a tile of one row is bound by reading its weights, not by their products. Weights that are
+// far from every core are best read by one of them each.
 RNNFAST_INLINE Split split_work(const ScanShape& s, int64_t weight_vectors, int64_t step_panels, int available) {
-  constexpr int64_t BARRIER = 2000, PARALLEL_REGION = 15000;
+  constexpr int64_t BARRIER = 2000, PARALLEL_REGION = 15000, FAR_AWAY = 4;
   const auto step = [&](int64_t rows, int64_t vectors, int64_t lanes) {
-    const int64_t least = vectors * lanes * VECTOR_BYTES <= near_bytes() ? 2 : 12;
-    return lanes * vectors * max64(rows, least);
+    const int64_t bytes = vectors * lanes * VECTOR_BYTES;
+    const int64_t least = bytes <= near_bytes() ? 2 : 12, reading = bytes <= FAR_AWAY * near_bytes() ? 0 : 24;
+    return lanes * vectors * (max64(rows, least) + reading);
   };
   const int64_t lanes_each = ceil_div(s.lanes, available);
   const int64_t parts = s.lanes % available == 0 ? 1 : available;
@@ -161,8 +163,9 @@ RNNFAST_INLINE Split split_work(const ScanShape& s, int64_t weight_vectors, int6
   const int64_t alone = s.steps * step(s.batch, weight_vectors, s.lanes);
   const int64_t by_rows = s.steps * (parts == 1 ? step(s.batch, weight_vectors, lanes_each)
                                                 : step(rows_each, weight_vectors, s.lanes)) + PARALLEL_REGION;
+  // Threads that wait for each other every step go at the pace of whichever is the slower.
   const int64_t by_panels = s.steps * (step(s.batch, ceil_div(weight_vectors * ceil_div(step_panels, available), step_panels),
-                                            s.lanes) + BARRIER) + PARALLEL_REGION;
+                                            s.lanes) / 4 * 5 + BARRIER) + PARALLEL_REGION;
   constexpr int64_t ITEM_ROWS = 64;  // keeps an item's states near
   const auto items = [&](int64_t n_parts) {
     return n_parts * max64(1, ceil_div(ceil_div(s.batch, n_parts), ITEM_ROWS));
