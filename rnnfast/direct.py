@@ -252,9 +252,8 @@ def _is_plain(tensor: Any, dtype: torch.dtype) -> bool:
         return False
     try:
         return tensor.data_ptr() != 0
-    except (
-        RuntimeError
-    ):  # it has no memory: a sparse tensor, or one of torch's older vmap, which is_grads_batched= uses
+    except RuntimeError:
+        # A sparse tensor has no memory, nor has one of torch's older vmap, which is_grads_batched= uses.
         return False
 
 
