@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.utils import prune
 
 import rnnfast
 from rnnfast.backends import native
@@ -101,11 +102,13 @@ def test_changed_weights_are_seen(way: str, direct_calls: list[int]) -> None:
     assert direct_calls[-1:] == [0]
 
 
-@pytest.mark.parametrize("name", ["weight_ih_l0", "bias_hh_l0"])  # the first and the last, which keep their places
+@pytest.mark.parametrize(
+    "name", ["weight_ih_l0", "bias_hh_l0"]
+)  # pruned, the last keeps its place among the parameters
 def test_a_pruned_weight_is_seen(name: str, direct_calls: list[int]) -> None:
     layer, input = rnnfast.GRU(5, 16), torch.randn(2, 5)
     state = warmed_up(layer, input)
-    torch.nn.utils.prune.l1_unstructured(layer, name, amount=0.5)
+    prune.l1_unstructured(layer, name, amount=0.5)
     layer(input[None], state)  # the hook that prunes runs before a call
     torch.testing.assert_close(layer.step(input, state), general_step(layer, input, state), rtol=0, atol=0)
     assert not direct_calls
