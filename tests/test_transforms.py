@@ -340,6 +340,7 @@ def test_explain_tells_what_runs_elsewhere() -> None:
     assert half.elsewhere == (
         ("gradients under torch.compile", "torch, which runs forward once more"),
         ("torch.func and forward-mode AD", "reference"),
+        ("states() with gradients", "reference"),
     )
 
 
