@@ -8,6 +8,11 @@ rows of its own, and the gradient of the table is the gradient of the gates, row
 each member's weights where the members share them (per-sample gradients): one reverse scan over all rows, and the sums
 over rows a member at a time.
 
+Members whose sequences have lengths of their own (`batch_sizes` mapped) are one ragged batch, sorted anew. Their
+tensors have equal shapes, so those with less to do have rows and states at the end that nothing reads, zeros in
+results; the sum and the first of a member's batch_sizes tell how many are used. With weights of their own such members
+run one after the other.
+
 Members M, lanes D, rows N, rows of the first step B, inputs I, gates times hidden units GH, size of the state P: as in
 `rnnfast.scan`. The arguments of the rules are those of `torch.library.register_vmap` behind the operator.
 """
@@ -15,7 +20,7 @@ Members M, lanes D, rows N, rows of the first step B, inputs I, gates times hidd
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,19 +32,31 @@ from rnnfast.derivatives import needs_gradient
 Dims = Sequence["int | None"]
 Tensors = list[Any]  # of tensors, or None for those that the layer lacks
 
-# The dimension that rows, or the sequences of a batch, have in the tensors of a layer: input, weights, h_0, c_0.
-_LAYER_ROWS = (0, None, None, None, None, None, 1, 1)
+
+class Place(NamedTuple):
+    """Where a tensor has what members side by side have more of: rows, or states of sequences."""
+
+    dim: int
+    what: str
 
 
-def map_forward(op: Any, info: Any, in_dims: Dims, *arguments: Any) -> tuple[Any, Any]:
-    """The rule of a forward scan."""
+ROWS, ROWS_OF_LANES, STATES = Place(0, "rows"), Place(1, "rows"), Place(1, "states")
+_LAYER_PLACES = (ROWS, None, None, None, None, None, STATES, STATES)
+
+
+def map_forward(op: Any, every: bool, info: Any, in_dims: Dims, *arguments: Any) -> tuple[Any, Any]:
+    """The rule of a forward scan; `every` says that its second result is every c rather than the last h."""
     *layer, batch_sizes, cell, bidirectional, save_tape = arguments
     members, dims = info.batch_size, in_dims[:8]
-    _refuse_mapped_lengths(in_dims[8])
+    places = (ROWS, ROWS_OF_LANES if every else STATES, STATES, ROWS_OF_LANES)
     if _none_mapped(dims[1:6]):
-        layer = _fold(layer, dims, _LAYER_ROWS, members)
-        results = op(*layer, _times(batch_sizes, members), cell, bidirectional, save_tape or needs_gradient(layer))
-        return _unfold(results, (0, 1, 1, 1), members)
+        side = _side_by_side(members, layer, dims, _LAYER_PLACES, batch_sizes, in_dims[8])
+        layer = side.fold(layer, dims, _LAYER_PLACES)
+        results = op(*layer, side.batch_sizes, cell, bidirectional, save_tape or needs_gradient(layer))
+        return side.unfold(results, places)
+    if in_dims[8] is not None:
+        arguments = (*arguments[:-1], save_tape or needs_gradient(layer))
+        return map_in_turn(op, (*_LAYER_PLACES, None, None, None, None), 8, places, info, in_dims, *arguments)
 
     dtype, layer = layer[6].dtype, _members_first(layer, dims, members)
     if dims[0] is not None:
@@ -53,54 +70,61 @@ def map_forward(op: Any, info: Any, in_dims: Dims, *arguments: Any) -> tuple[Any
     return tuple(t.to(dtype) for t in results), (1, *(None if t.dim() == 1 else 0 for t in others))
 
 
-def map_backward(op: Any, info: Any, in_dims: Dims, *arguments: Any) -> tuple[Any, Any]:
-    """The rule of a backward scan."""
+def map_backward(op: Any, every: bool, info: Any, in_dims: Dims, *arguments: Any) -> tuple[Any, Any]:
+    """The rule of a backward scan; `every` says that its second argument is the gradient of every c."""
     *_, need_input, need_weights = arguments
     tensors, dims = [*arguments[:11], *arguments[14:16]], [*in_dims[:11], *in_dims[14:16]]
-    members = info.batch_size
-    _refuse_mapped_lengths(in_dims[11])
-    scan = (op, *arguments[11:14])
-    if not _none_mapped(dims[4:9]):
-        return _over_lanes(scan, tensors, dims, members, need_input, need_weights)
-    if not need_weights:
-        return _over_rows(scan, tensors, dims, members, need_input)
+    members, scan = info.batch_size, (op, *arguments[11:14])
+    places = (ROWS, ROWS_OF_LANES if every else STATES, STATES, *_LAYER_PLACES, ROWS, ROWS_OF_LANES)
     # A second derivative must see the products of each row, and a projection leaves no gradient of each row.
-    if _may_be_differentiated(tensors) or tensors[8] is not None:
+    in_lanes = need_weights and (_may_be_differentiated(tensors) or tensors[8] is not None)
+    if not in_lanes and _none_mapped(dims[4:9]):
+        side = _side_by_side(members, tensors, dims, places, arguments[11], in_dims[11])
+        over = _over_rows_and_weights if need_weights else _over_rows
+        return over(scan, side, side.fold(tensors, dims, places), tensors, dims, members, need_input)
+    if in_dims[11] is None:
         return _over_lanes(scan, tensors, dims, members, need_input, need_weights)
-    return _over_rows_and_weights(scan, tensors, dims, members, need_input)
+    of_arguments = (*places[:11], None, None, None, *places[11:], None, None)
+    return map_in_turn(op, of_arguments, 11, _LAYER_PLACES, info, in_dims, *arguments)
 
 
 # ---- the backward scan: tensors are the gradients of its results, the layer, output and tape -----------------------
 
 
-def _fold_backward(tensors: Tensors, dims: Dims, members: int) -> Tensors:
-    return _fold(tensors, dims, (0, 1, 1, *_LAYER_ROWS, 0, 1), members)
-
-
-def _over_rows(scan: Any, tensors: Tensors, dims: Dims, members: int, need_input: bool) -> tuple[Any, Any]:
+def _over_rows(
+    scan: Any, side: _SideBySide, folded: Tensors, tensors: Tensors, dims: Dims, members: int, need_input: bool
+) -> tuple[Any, Any]:
     """Shared weights without gradient."""
-    op, batch_sizes, cell, bidirectional = scan
-    *layer, output, tape = _fold_backward(tensors, dims, members)
-    results = op(*layer, _times(batch_sizes, members), cell, bidirectional, output, tape, need_input, False)
-    return _unfold(results, (0, *[None] * 5, 1, 1), members)
+    op, _, cell, bidirectional = scan
+    *layer, output, tape = folded
+    results = op(*layer, side.batch_sizes, cell, bidirectional, output, tape, need_input, False)
+    return side.unfold(results, _LAYER_PLACES)
 
 
-def _over_rows_and_weights(scan: Any, tensors: Tensors, dims: Dims, members: int, need_input: bool) -> tuple[Any, Any]:
+def _over_rows_and_weights(
+    scan: Any, side: _SideBySide, folded: Tensors, tensors: Tensors, dims: Dims, members: int, need_input: bool
+) -> tuple[Any, Any]:
     """Shared weights, of which each member has a gradient of its own."""
-    op, batch_sizes, cell, bidirectional = scan
-    dtype, tensors = tensors[-1].dtype, _widen(tensors)
-    input, w_ih, _, b_ih = _members_first(tensors[3:7], dims[3:7], members)
-    d_output, d_h_n, d_c_n, _, *weights, h_0, c_0, output, tape = _fold_backward(tensors, dims, members)
-    rows = len(output)
+    op, _, cell, bidirectional = scan
+    dtype = folded[-1].dtype
+    input, w_ih, _, b_ih = _members_first(_widen(tensors[3:7]), dims[3:7], members)
+    d_output, d_second, d_c_n, _, *weights, h_0, c_0, output, tape = _widen(folded)
+    rows, sizes = len(output), side.batch_sizes
     table = w_ih.new_empty((*w_ih.shape[1:3], rows))
-    sizes = _times(batch_sizes, members)
     layer = (torch.arange(rows, device=table.device), table, *weights[1:], h_0, c_0)
     _, d_table, *_, d_h_0, d_c_0 = op(
-        d_output, d_h_n, d_c_n, *layer, sizes, cell, bidirectional, output, tape, False, True
+        d_output, d_second, d_c_n, *layer, sizes, cell, bidirectional, output, tape, False, True
     )
-    d_gates = d_table.unflatten(2, (-1, members)).movedim(3, 0)
-    d_recurrent = reference.recurrent_gradient(cell, d_table.mT, tape).mT.unflatten(2, (-1, members)).movedim(3, 0)
-    before = reference.states_before(output, h_0, sizes, bidirectional).unflatten(1, (-1, members)).movedim(2, 0)
+
+    def of_members(rows_of_lanes: Tensor) -> Tensor:
+        """(D, N of all, K) to (M, D, K, N)."""
+        ((split,), (dim,)) = side.unfold((rows_of_lanes,), (ROWS_OF_LANES,))
+        result: Tensor = split.movedim(dim, 0).mT
+        return result
+
+    d_gates = of_members(d_table.mT)
+    d_recurrent = of_members(reference.recurrent_gradient(cell, d_table.mT, tape))
+    before = of_members(reference.states_before(output, h_0, sizes, bidirectional)).mT
     d_input, d_w_ih = _product_gradients(d_gates, input, w_ih, need_input, True)
     has_bias = b_ih is not None
     results = [
@@ -111,7 +135,7 @@ def _over_rows_and_weights(scan: Any, tensors: Tensors, dims: Dims, members: int
         d_recurrent.sum(3) if has_bias else _empty(output),
         _empty(output),
     ]
-    states, state_dims = _unfold((d_h_0, d_c_0), (1, 1), members)
+    states, state_dims = side.unfold((d_h_0, d_c_0), (STATES, STATES))
     return tuple(t.to(dtype) for t in (*results, *states)), (*_leading(results), *state_dims)
 
 
@@ -196,11 +220,6 @@ def _row_ids(rows: Tensor) -> Tensor:
 # ---- members, rows and lanes ---------------------------------------------------------------------------------------
 
 
-def _refuse_mapped_lengths(dim: int | None) -> None:
-    if dim is not None:
-        raise RuntimeError("vmap cannot map over batch_sizes: all members must have sequences of the same lengths")
-
-
 def _none_mapped(dims: Dims) -> bool:
     return all(dim is None for dim in dims)
 
@@ -210,38 +229,134 @@ def _may_be_differentiated(tensors: Tensors) -> bool:
     return needs_gradient(tensors) or len(_C._functorch.get_interpreter_stack() or ()) > 1
 
 
-def _times(batch_sizes: Tensor | None, members: int) -> Tensor | None:
-    return None if batch_sizes is None else batch_sizes * members
+class _SideBySide:
+    """Members as one batch: each row, and each state, of the first, the second... with its like, in one dimension."""
+
+    def __init__(self, members: int, batch_sizes: Tensor | None) -> None:
+        self._members = members
+        self.batch_sizes = None if batch_sizes is None else batch_sizes * members
+
+    def fold(self, tensors: Sequence[Any], dims: Dims, places: Sequence[Place | None]) -> Tensors:
+        """All members' of what has a place; the rest has no members."""
+
+        def fold(tensor: Any, at: int | None, place: Place | None) -> Any:
+            if tensor is None or place is None:
+                return tensor
+            if at is None:
+                tensor = tensor.unsqueeze(0).expand(self._members, *tensor.shape)
+            return self._fold(tensor.movedim(at or 0, place.dim + 1), place).contiguous()
+
+        return [fold(*which) for which in zip(tensors, dims, places, strict=True)]
+
+    def unfold(self, tensors: Sequence[Tensor], places: Sequence[Place | None]) -> tuple[Any, Any]:
+        """The members again in a dimension of their own, and which it is; what is absent stays empty."""
+        results: list[Tensor] = []
+        dims: list[int | None] = []
+        for tensor, place in zip(tensors, places, strict=True):
+            if place is None or tensor.dim() == 1:
+                results.append(tensor)
+                dims.append(None)
+            else:
+                results.append(self._unfold(tensor, place))
+                dims.append(place.dim + 1)
+        return tuple(results), tuple(dims)
+
+    def _fold(self, tensor: Tensor, place: Place) -> Tensor:
+        return tensor.flatten(place.dim, place.dim + 1)
+
+    def _unfold(self, tensor: Tensor, place: Place) -> Tensor:
+        members = self._members
+        result: Tensor = tensor.unflatten(place.dim, (tensor.shape[place.dim] // members, members))
+        return result
 
 
-def _fold(tensors: Tensors, dims: Dims, row_dims: Dims, members: int) -> Tensors:
-    """The members behind the rows, in one dimension."""
+class _RaggedSideBySide(_SideBySide):
+    """Members with batch_sizes (M, T) of their own as one ragged batch.
 
-    def fold(tensor: Any, dim: int | None, row_dim: int | None) -> Any:
-        if tensor is None or row_dim is None:
-            return tensor
-        if dim is None:
-            tensor = tensor.unsqueeze(row_dim + 1)
-            tensor = tensor.expand(*tensor.shape[: row_dim + 1], members, *tensor.shape[row_dim + 2 :])
-        else:
-            tensor = tensor.movedim(dim, row_dim + 1)
-        return tensor.flatten(row_dim, row_dim + 1).contiguous()
+    Members fill `rows` rows and `states` states each, used or not. `_index` tells where what is used comes from in
+    tensors (rows or states, M) that are flattened.
+    """
 
-    return [fold(*which) for which in zip(tensors, dims, row_dims, strict=True)]
+    def __init__(self, batch_sizes: Tensor, rows: int, states: int, device: torch.device) -> None:
+        self._members, steps = batch_sizes.shape
+        self._full = {"rows": rows, "states": states}
+        # A member's s-th sequence has as many steps as there are batch_sizes above s, and they never rise.
+        sequence = torch.arange(states, device="cpu").expand(self._members, -1).contiguous()
+        lengths = steps - torch.searchsorted(batch_sizes.flip(1).contiguous(), sequence, right=True)
+        total = batch_sizes.sum(0)
+        self.batch_sizes = total[: max(1, int((total > 0).sum()))].contiguous()
+        order = lengths.flatten().argsort(descending=True, stable=True)[: int(self.batch_sizes[0])]
+        step = torch.repeat_interleave(self.batch_sizes)
+        which = order[torch.arange(len(step), device="cpu") - (self.batch_sizes.cumsum(0) - self.batch_sizes)[step]]
+        member, place = which // max(1, states), which % max(1, states)
+        row = (batch_sizes.cumsum(1) - batch_sizes)[member, step] + place
+        member_of_state, state = order // max(1, states), order % max(1, states)
+        self._index = {
+            "rows": (row * self._members + member).to(device),
+            "states": (state * self._members + member_of_state).to(device),
+        }
+
+    def _fold(self, tensor: Tensor, place: Place) -> Tensor:
+        return super()._fold(tensor, place).index_select(place.dim, self._index[place.what])
+
+    def _unfold(self, tensor: Tensor, place: Place) -> Tensor:
+        full, shape = self._full[place.what], list(tensor.shape)
+        shape[place.dim] = full * self._members
+        filled = tensor.new_zeros(shape).index_copy(place.dim, self._index[place.what], tensor)
+        result: Tensor = filled.unflatten(place.dim, (full, self._members))
+        return result
 
 
-def _unfold(tensors: Sequence[Tensor], row_dims: Dims, members: int) -> tuple[Any, Any]:
-    """The members again in a dimension of their own, and which it is; what is absent stays empty."""
-    results: list[Tensor] = []
-    dims: list[int | None] = []
-    for tensor, dim in zip(tensors, row_dims, strict=True):
-        if dim is None or tensor.dim() == 1:
-            results.append(tensor)
-            dims.append(None)
-        else:
-            results.append(tensor.unflatten(dim, (tensor.shape[dim] // members, members)))
-            dims.append(dim + 1)
-    return tuple(results), tuple(dims)
+def _side_by_side(
+    members: int, tensors: Tensors, dims: Dims, places: Sequence[Place | None], batch_sizes: Any, sizes_dim: int | None
+) -> _SideBySide:
+    if sizes_dim is None:
+        return _SideBySide(members, batch_sizes)
+
+    def size(place: Place) -> int:
+        at = next(i for i, found in enumerate(places) if found == place and tensors[i] is not None)
+        shape = list(tensors[at].shape)
+        if (dim := dims[at]) is not None:
+            del shape[dim]
+        return int(shape[place.dim])
+
+    device = next(tensor.device for tensor in tensors if tensor is not None)
+    return _RaggedSideBySide(batch_sizes.movedim(sizes_dim, 0), size(ROWS), size(STATES), device)
+
+
+def map_in_turn(
+    op: Any,
+    places: Sequence[Place | None],
+    sizes_at: int,
+    result_places: Sequence[Place | None],
+    info: Any,
+    in_dims: Dims,
+    *arguments: Any,
+) -> tuple[Any, Any]:
+    """torch.vmap's rule for any scan: one for each member. `sizes_at` is where batch_sizes stand in the arguments."""
+    members = []
+    for m in range(info.batch_size):
+        own = [a if dim is None else a.select(dim, m) for a, dim in zip(arguments, in_dims, strict=True)]
+        unused = {"rows": 0, "states": 0}
+        if in_dims[sizes_at] is not None:
+            sizes = own[sizes_at]
+            own[sizes_at] = sizes[: max(1, int((sizes > 0).sum()))]
+            used = {"rows": int(sizes.sum()), "states": int(sizes[0])}
+            for at, place in enumerate(places):
+                if place is not None and own[at] is not None:
+                    unused[place.what] = own[at].shape[place.dim] - used[place.what]
+                    own[at] = own[at].narrow(place.dim, 0, used[place.what])
+        results = op(*(a.contiguous() if isinstance(a, Tensor) else a for a in own))
+        members.append([_pad(t, place, unused) for t, place in zip(results, result_places, strict=True)])
+    results = tuple(torch.stack(parts) for parts in zip(*members, strict=True))
+    return results, (0,) * len(results)
+
+
+def _pad(tensor: Tensor, place: Place | None, unused: dict[str, int]) -> Tensor:
+    if place is None or tensor.dim() == 1:
+        return tensor
+    after_last = [0, 0] * (tensor.dim() - 1 - place.dim)
+    return F.pad(tensor, (*after_last, 0, unused[place.what]))
 
 
 def _members_first(tensors: Sequence[Any], dims: Dims, members: int) -> Tensors:

@@ -17,7 +17,10 @@ from rnnfast import dispatch, functional
 
 
 class _DropInCell(nn.RNNCellBase):
-    """What the three cells share: torch.nn's conventions and checks, and the step."""
+    """What the three cells share: torch.nn's conventions and checks, and the step.
+
+    `forward` uses of `self` what torch.nn's cells have, and `backend`; so `accelerate` can bind it to one of those.
+    """
 
     backend: str = dispatch.AUTO
 
@@ -48,10 +51,10 @@ class _DropInCell(nn.RNNCellBase):
         """
         token_ids = not (input.is_floating_point() or input.is_complex() or input.dtype == torch.bool)
         weight = self.weight_hh
-        kind = self._cell()
+        kind = dispatch.cell_of(self)
         backend = dispatch.choose_name(self.backend, None, kind, weight.device.type, weight.dtype, token_ids, False)
         if backend == "torch" and not token_ids:
-            return super().forward(input, hx)
+            return _OF_TORCH.get(kind, nn.RNNCell).forward(self, input, hx)  # type: ignore[arg-type]
 
         name, dims = type(self).__name__, input.dim() + token_ids
         if dims not in (1, 2):
@@ -70,7 +73,7 @@ class _DropInCell(nn.RNNCellBase):
             input, states = input.unsqueeze(0), [state.unsqueeze(0) for state in states]
         if hx is None:
             states = [weight.new_zeros(input.shape[0], self.hidden_size) for _ in range(1 + is_lstm)]
-        self._check_sizes(input, states, token_ids)
+        _check_sizes(self, input, states, token_ids)
         weights = functional.Weights(self.weight_ih, weight, self.bias_ih, self.bias_hh)
         h_0, c_0 = states[0].unsqueeze(0), states[1].unsqueeze(0) if is_lstm else None
         if dispatch.autocast_dtype(weight.device.type) is not None:
@@ -86,34 +89,12 @@ class _DropInCell(nn.RNNCellBase):
         c = torch.ops.aten._unsafe_view.default(c_n, c_n.shape[1:])
         return (h.squeeze(0), c.squeeze(0)) if dims == 1 else (h, c)
 
-    def _cell(self) -> str:
-        raise NotImplementedError  # each cell names its row of rnnfast.cells.CELLS
-
-    def _check_sizes(self, input: Tensor, states: list[Tensor], token_ids: bool) -> None:
-        """Raises torch.nn's errors, which come from its C++."""
-        if not token_ids and input.shape[1] != self.input_size:
-            raise RuntimeError(f"input has inconsistent input_size: got {input.shape[1]} expected {self.input_size}")
-        for index, state in enumerate(states):
-            if state.shape[0] != input.shape[0]:
-                raise RuntimeError(
-                    f"Input batch size {input.shape[0]} doesn't match hidden{index} batch size {state.shape[0]}"
-                )
-            if state.shape[1] != self.hidden_size:
-                raise RuntimeError(
-                    f"hidden{index} has inconsistent hidden_size: got {state.shape[1]}, expected {self.hidden_size}"
-                )
-
 
 class RNNCell(_DropInCell, nn.RNNCell):
     """`torch.nn.RNNCell`: h' = tanh(W_ih x + b_ih + W_hh h + b_hh), or relu (Elman 1990).
 
     Takes torch.nn.RNNCell's arguments, and `backend`: "auto" or a name of `rnnfast.backends()`.
     """
-
-    def _cell(self) -> str:
-        if self.nonlinearity not in ("tanh", "relu"):
-            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
-        return f"rnn_{self.nonlinearity}"
 
 
 class LSTMCell(_DropInCell, nn.LSTMCell):
@@ -122,9 +103,6 @@ class LSTMCell(_DropInCell, nn.LSTMCell):
     Takes torch.nn.LSTMCell's arguments, and `backend`: "auto" or a name of `rnnfast.backends()`.
     """
 
-    def _cell(self) -> str:
-        return "lstm"
-
 
 class GRUCell(_DropInCell, nn.GRUCell):
     """`torch.nn.GRUCell` (Cho et al. 2014), the reset gate applied after the recurrent product.
@@ -132,5 +110,20 @@ class GRUCell(_DropInCell, nn.GRUCell):
     Takes torch.nn.GRUCell's arguments, and `backend`: "auto" or a name of `rnnfast.backends()`.
     """
 
-    def _cell(self) -> str:
-        return "gru"
+
+_OF_TORCH = {"lstm": nn.LSTMCell, "gru": nn.GRUCell}
+
+
+def _check_sizes(cell: Any, input: Tensor, states: list[Tensor], token_ids: bool) -> None:
+    """Raises torch.nn's errors, which come from its C++."""
+    if not token_ids and input.shape[1] != cell.input_size:
+        raise RuntimeError(f"input has inconsistent input_size: got {input.shape[1]} expected {cell.input_size}")
+    for index, state in enumerate(states):
+        if state.shape[0] != input.shape[0]:
+            raise RuntimeError(
+                f"Input batch size {input.shape[0]} doesn't match hidden{index} batch size {state.shape[0]}"
+            )
+        if state.shape[1] != cell.hidden_size:
+            raise RuntimeError(
+                f"hidden{index} has inconsistent hidden_size: got {state.shape[1]}, expected {cell.hidden_size}"
+            )

@@ -11,15 +11,15 @@ from __future__ import annotations
 import importlib.abc
 import importlib.machinery
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
 _BUILDER = "torch._dynamo.variables.builder"
 
 
-def let_dynamo_trace(layers: type) -> None:
-    """Tells Dynamo, now or as soon as it is imported, that instances of a subclass of nn.RNNBase can be traced."""
+def let_dynamo_trace(is_ours: Callable[[Any], bool]) -> None:
+    """Tells Dynamo, now or as soon as it is imported, which instances of nn.RNNBase can be traced."""
 
     def allow(builder: ModuleType) -> None:
         import torch._dynamo.config as config
@@ -29,7 +29,7 @@ def let_dynamo_trace(layers: type) -> None:
             return
 
         def wrap(self: Any, value: Any) -> Any:
-            if not isinstance(value, layers):
+            if not is_ours(value):
                 return wrap_module(self, value)
             with config.patch(allow_rnn=True):
                 return wrap_module(self, value)

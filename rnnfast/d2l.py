@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import rnnfast
 from rnnfast.lm import data
 from rnnfast.lm.model import detach, scratch_rnn, scratch_weight
 from rnnfast.lm.vocab import Vocab, count_corpus
+from rnnfast.swap import is_ours
 
 __all__ = [
     "Accumulator",
@@ -194,7 +194,7 @@ class RNNModel(nn.Module):
     def forward(self, inputs: Tensor, state: Any) -> tuple[Tensor, Any]:
         """Logits (T*B, vocab) for ids (B, T), and the state."""
         X = inputs.t().long()
-        if not isinstance(self.rnn, (rnnfast.RNN, rnnfast.LSTM, rnnfast.GRU)):
+        if not is_ours(self.rnn):
             X = F.one_hot(X, self.vocab_size).to(self.linear.weight.dtype)  # only ours take the ids themselves
         Y, state = self.rnn(X, state)
         return self.linear(Y.flatten(0, 1)), state

@@ -119,6 +119,38 @@ class ScanBackward(_Function):
         return (None, *(d if need else None for d, need in zip(found, needs, strict=True)), *rest)
 
 
+def gradients_below_autograd(
+    definition: Callable[..., tuple[Tensor, ...]],
+    d_outputs: Sequence[Tensor | None],
+    layer: Sequence[Tensor | None],
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients of the tensors of `layer` that are needed, by the definition run once more.
+
+    For an operator's implementation, which runs below autograd, out of its sight.
+    """
+    excluded = _C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor", "ADInplaceOrView"):
+        excluded = excluded.remove(getattr(_C.DispatchKey, key))
+    with _C._ForceDispatchKeyGuard(_C._dispatch_tls_local_include_set(), excluded), torch.enable_grad():
+        wants = [need and t is not None and t.is_floating_point() for t, need in zip(layer, needed, strict=True)]
+        leaves = [
+            t.detach().requires_grad_() if t is not None and want else t for t, want in zip(layer, wants, strict=True)
+        ]
+        given = [(r, d) for r, d in zip(definition(*leaves), d_outputs, strict=True) if d is not None]
+        given = [(r, d) for r, d in given if r.requires_grad]
+        found = iter(
+            torch.autograd.grad(
+                [r for r, _ in given],
+                [t for t, want in zip(leaves, wants, strict=True) if t is not None and want],
+                [d for _, d in given],
+                materialize_grads=True,
+            )
+        )
+    # Results of an operator share no memory, with one another or with what it is given.
+    return [next(found).clone() if want else None for want in wants]
+
+
 def _pull_back(
     definition: Callable[..., tuple[Tensor, ...]], d_outputs: Sequence[Tensor | None], layer: Sequence[Tensor | None]
 ) -> list[Tensor | None]:

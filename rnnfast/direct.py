@@ -27,7 +27,7 @@ from torch._C._functorch import maybe_current_level
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
-from rnnfast import dispatch, scan
+from rnnfast import dispatch, functional, scan
 from rnnfast.backends import native
 from rnnfast.cells import CELLS
 
@@ -191,7 +191,7 @@ def prepare(layer: Any, input: Tensor) -> None:
         return
     if not all(w.is_contiguous() and not w.is_inference() and not w.is_neg() for w in weights):
         return
-    lanes = layer._lane_weights()
+    lanes = functional.lane_weights(layer)
     if [id(w) for lane in lanes for w in lane if w is not None] != [*map(id, weights)]:
         return
     if dispatch.explain(layer, input).backend != "cpu":

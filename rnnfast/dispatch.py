@@ -329,7 +329,7 @@ def explain(layer: Any, input: Tensor | PackedSequence) -> Choice:
     """Returns which backend `layer(input)` would run on and why, and which derivatives run elsewhere; print it.
 
     Args:
-        layer: an `rnnfast.RNN`, `LSTM` or `GRU`, a cell, or a `Stack` in the mode it is in.
+        layer: an `rnnfast.RNN`, `LSTM` or `GRU`, a cell, or a `Stack` in the mode it is in; or an accelerated one.
         input: what the layer would be called with: a floating tensor, token ids, or a PackedSequence.
 
     Raises:
@@ -337,20 +337,38 @@ def explain(layer: Any, input: Tensor | PackedSequence) -> Choice:
     """
     if not hasattr(layer, "backend"):
         name = type(layer).__name__
-        raise TypeError(f"explain takes an rnnfast layer, cell or Stack, got a {name}; rnnfast.accelerate makes them")
+        raise TypeError(f"explain takes an rnnfast layer, cell or Stack, got a {name}; rnnfast.accelerate it first")
     data = input if isinstance(input, torch.Tensor) else input.data
     if hasattr(layer, "request"):
         choice = choose(layer.request(data), layer.backend)
         return choice._replace(elsewhere=_elsewhere(choice, layer.request(data)))
-    is_cell = isinstance(layer, torch.nn.RNNCellBase)
-    if is_cell:
-        cell, weight, projected = layer._cell(), layer.weight_hh, False
+    if isinstance(layer, torch.nn.RNNCellBase):
+        weight, projected = layer.weight_hh, False
     else:
-        cell, weight, projected = layer.mode.lower(), layer.weight_hh_l0, layer.proj_size > 0
+        weight, projected = layer.weight_hh_l0, layer.proj_size > 0
+    cell = cell_of(layer)
     size = _size_of_input(cell, layer, input, weight)
     request = Request(cell, weight.device.type, weight.dtype, not data.is_floating_point(), projected, size=size)
     choice = choose(request, layer.backend)
-    return choice._replace(elsewhere=_elsewhere(choice, request))
+    elsewhere = _elsewhere(choice, request)
+    if isinstance(layer, torch.nn.LSTM):
+        elsewhere += _states_elsewhere(choice, request)
+    return choice._replace(elsewhere=elsewhere)
+
+
+def cell_of(module: Any) -> str:
+    """The key in `rnnfast.cells.CELLS` of a layer or cell of torch.nn's, or ours.
+
+    Raises:
+        RuntimeError: a RNNCell with another nonlinearity, which torch.nn's constructor lets pass.
+    """
+    if isinstance(module, torch.nn.RNNBase):
+        return module.mode.lower()
+    if isinstance(module, torch.nn.RNNCell):
+        if module.nonlinearity not in ("tanh", "relu"):
+            raise RuntimeError(f"Unknown nonlinearity: {module.nonlinearity}")
+        return f"rnn_{module.nonlinearity}"
+    return "lstm" if isinstance(module, torch.nn.LSTMCell) else "gru"
 
 
 def _elsewhere(choice: Choice, request: Request) -> tuple[tuple[str, str], ...]:
@@ -368,6 +386,16 @@ def _elsewhere(choice: Choice, request: Request) -> tuple[tuple[str, str], ...]:
         ("gradients under torch.compile", "torch, which runs forward once more"),
         ("torch.func and forward-mode AD", elsewhere),
     )
+
+
+def _states_elsewhere(choice: Choice, request: Request) -> tuple[tuple[str, str], ...]:
+    """Where `LSTM.states` runs if it does not run where the layer does."""
+    request = request._replace(size=None, extensions=(CELL_STATE_GRADIENTS,))
+    if choice.reason == _BY_NAME:
+        refusal = _BACKENDS[choice.backend].refusal(request)
+        return () if refusal is None else (("states() with gradients", f"refused: {refusal}"),)
+    backend = choose(request).backend
+    return () if backend == choice.backend else (("states() with gradients", backend),)
 
 
 def _size_of_input(cell: str, layer: Any, input: Tensor | PackedSequence, weight: Tensor) -> Size | None:

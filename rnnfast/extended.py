@@ -3,7 +3,8 @@ peepholes.
 
 `rnnfast::scan_extended_cpu` is to `definition`, the reference with an `Extension` for each lane, what
 `rnnfast::scan_cpu` is to the plain reference. Its second and higher derivatives and its forward-mode derivatives are
-the reference's.
+the reference's. In a graph the reference is an operator as well, `rnnfast::scan_extended_reference`, so that no
+compiler unrolls it; eager code has autograd run through it.
 """
 
 from __future__ import annotations
@@ -16,24 +17,26 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from rnnfast import derivatives
+from rnnfast import batching, derivatives
 from rnnfast.backends import reference
 from rnnfast.backends.reference import Extension, Norms
+from rnnfast.batching import ROWS, ROWS_OF_LANES, STATES
 from rnnfast.cells import CELLS
 from rnnfast.scan import Weights, _library, _stack_lanes, is_plain_inference, is_transformed
 
-# D lanes: the gains (D, G*H) but for gain_c (D, H), bias_c (D, H), peepholes (D, 3, H), recurrent_mask (D, B, H),
-# zoneout bool (D, N, H) or a share of the old state in the new one, 0 for none. The rest is the plain scan's, without
-# projections.
+# D lanes: the gains (D, G*H) but for gain_c (D, H), bias_c (D, H), peepholes (D, 3, H), recurrent_mask (D, B, P),
+# zoneout_h bool (D, N, P) and zoneout_c (D, N, H), or a share of the old state in the new one, 0 for none. The rest is
+# the plain scan's.
 _ARGUMENTS = (
-    "Tensor input, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor h_0, Tensor? c_0, Tensor? gain_ih, "
-    "Tensor? gain_hh, Tensor? gain_c, Tensor? bias_c, Tensor? peepholes, Tensor? recurrent_mask, Tensor? zoneout_h, "
-    "Tensor? zoneout_c, Tensor? batch_sizes, float share_h, float share_c, str cell, bool bidirectional"
+    "Tensor input, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, Tensor h_0, Tensor? c_0, "
+    "Tensor? gain_ih, Tensor? gain_hh, Tensor? gain_c, Tensor? bias_c, Tensor? peepholes, Tensor? recurrent_mask, "
+    "Tensor? zoneout_h, Tensor? zoneout_c, Tensor? batch_sizes, float share_h, float share_c, str cell, "
+    "bool bidirectional"
 )
-_LEAVES, _TENSORS, _WEIGHTS = 12, 16, (1, 2, 3, 4, 7, 8, 9, 10, 11)
+_LEAVES, _TENSORS, _WEIGHTS = 13, 17, (1, 2, 3, 4, 5, 8, 9, 10, 11, 12)
 _GRADIENTS = (
-    "Tensor d_input, Tensor d_w_ih, Tensor d_w_hh, Tensor d_b_ih, Tensor d_b_hh, Tensor d_h_0, Tensor d_c_0, "
-    "Tensor d_gain_ih, Tensor d_gain_hh, Tensor d_gain_c, Tensor d_bias_c, Tensor d_peepholes"
+    "Tensor d_input, Tensor d_w_ih, Tensor d_w_hh, Tensor d_b_ih, Tensor d_b_hh, Tensor d_w_hr, Tensor d_h_0, "
+    "Tensor d_c_0, Tensor d_gain_ih, Tensor d_gain_hh, Tensor d_gain_c, Tensor d_bias_c, Tensor d_peepholes"
 )
 
 
@@ -50,29 +53,40 @@ def scan_extended(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`rnnfast.scan.scan_layer` with an extension for each lane, all of one kind, on "cpu" or "reference".
 
-    The other arguments and the results are `scan_layer`'s. Projections are for the reference alone.
+    The other arguments and the results are `scan_layer`'s.
     """
-    w_ih, w_hh, b_ih, b_hh, w_hr = _stack_lanes(lanes)
     extended, shares = _stack_extensions(extensions)
-    tensors: tuple[Any, ...] = (input, w_ih, w_hh, b_ih, b_hh, h_0, c_0, *extended)
-    if backend == "reference" or forward_ad._current_level >= 0:
-        layer = (*tensors, batch_sizes, *shares, cell, bidirectional, w_hr)
+    tensors: tuple[Any, ...] = (input, *_stack_lanes(lanes), h_0, c_0, *extended)
+    if forward_ad._current_level >= 0 or (backend == "reference" and not _is_graph()):
+        layer = (*tensors, batch_sizes, *shares, cell, bidirectional)
         return definition(*layer)
-    if w_hr is not None:
-        raise ValueError("the cpu backend has no extended recurrence with projections; the reference has")
     contiguous = [None if t is None else t.contiguous() for t in tensors]
     save_tape = derivatives.needs_gradient(tensors)
     arguments = (*contiguous, batch_sizes, *shares, cell, bidirectional, save_tape)
+    if backend == "reference":
+        output, h_n, c_n, _ = _FORMULAS[backend].op(*arguments)
+        return output, h_n, c_n
     if is_plain_inference(tensors):
         from rnnfast.backends import native
 
         packed = native.packed_weights(lanes, cell, not input.is_floating_point(), extended=True)
-        output, h_n, c_n, _ = _FORMULA.op(*arguments, packed)
+        output, h_n, c_n, _ = _FORMULAS[backend].op(*arguments, packed)
         return output, h_n, c_n
-    eager_training = save_tape and not is_transformed()
-    results = derivatives.Scan.apply(_FORMULA, *arguments) if eager_training else _FORMULA.op(*arguments)
-    output, h_n, c_n, _ = results
+    formula, eager_training = _FORMULAS[backend], save_tape and not is_transformed()
+    output, h_n, c_n, _ = derivatives.Scan.apply(formula, *arguments) if eager_training else formula.op(*arguments)
     return output, h_n, c_n
+
+
+def _is_graph() -> bool:
+    """A compiler or exporter looks, but for ONNX's, which has no such operator and takes the reference step by step."""
+    return torch.compiler.is_compiling() and not _is_for_onnx()
+
+
+def _is_for_onnx() -> bool:
+    return bool(torch.onnx.is_in_onnx_export())
+
+
+_is_for_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def definition(
@@ -81,6 +95,7 @@ def definition(
     w_hh: Tensor,
     b_ih: Tensor | None,
     b_hh: Tensor | None,
+    w_hr: Tensor | None,
     h_0: Tensor,
     c_0: Tensor | None,
     gain_ih: Tensor | None,
@@ -96,7 +111,6 @@ def definition(
     share_c: float,
     cell: str,
     bidirectional: bool,
-    w_hr: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator's output, h_n and c_n on the reference, step by step in eager torch, for autograd to run through."""
 
@@ -144,10 +158,11 @@ def _empty_or_like(like: Tensor, tensor: Tensor | None, needed: bool = True) -> 
 
 
 def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
-    input, _, w_hh, _, _, h_0, c_0, gain_ih = arguments[:8]
+    input, _, w_hh, _, _, _, h_0, c_0, gain_ih = arguments[:9]
     *_, zoneout_h, zoneout_c, _, share_h, share_c, cell, _, save_tape = arguments
-    lanes, gate_rows, hidden = w_hh.shape
-    width, rows = CELLS[cell].tape * hidden, input.shape[0]
+    lanes, gate_rows, size = w_hh.shape
+    hidden, rows = gate_rows // CELLS[cell].gates, input.shape[0]
+    width = CELLS[cell].tape * hidden
     zones_h, zones_c = zoneout_h is not None or share_h != 0, zoneout_c is not None or share_c != 0
     # The tape of csrc/scan.h's ExtendedTape.
     if zones_c if cell == "lstm" else zones_h and gate_rows == hidden:
@@ -155,43 +170,83 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
     if gain_ih is not None:
         width += 2 * gate_rows
     tape = h_0.new_empty(lanes, rows, width) if save_tape else h_0.new_empty(0)
-    return h_0.new_empty(rows, lanes * hidden), torch.empty_like(h_0), _empty_or_like(h_0, c_0), tape
+    return h_0.new_empty(rows, lanes * size), torch.empty_like(h_0), _empty_or_like(h_0, c_0), tape
 
 
 def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
     layer, (need_input, need_weights) = arguments[3 : 3 + _LEAVES], arguments[-2:]
-    input, h_0 = layer[0], layer[5]
+    input, h_0 = layer[0], layer[6]
     needed = [need_weights if i in _WEIGHTS else True for i in range(_LEAVES)]
     needed[0] = need_input and input.is_floating_point()
     return tuple(_empty_or_like(h_0, tensor, need) for tensor, need in zip(layer, needed, strict=True))
 
 
-def _map_members(op: Any, info: Any, in_dims: Any, *arguments: Any) -> tuple[Any, Any]:
+_PLACES = (ROWS, *[None] * 5, STATES, STATES, *[None] * 5, STATES, ROWS_OF_LANES, ROWS_OF_LANES, *[None] * 5)
+_RESULT_PLACES = (ROWS, STATES, STATES, ROWS_OF_LANES)
+_BACKWARD_PLACES = (*_RESULT_PLACES[:3], *_PLACES, ROWS, ROWS_OF_LANES, None, None)
+_GRADIENT_PLACES = _PLACES[:_LEAVES]
+
+
+def _map_forward(op: Any, info: Any, in_dims: Any, *arguments: Any) -> tuple[Any, Any]:
     """torch.vmap's rule: a scan for each member."""
-    members = []
-    for m in range(info.batch_size):
-        own = (a if dim is None else a.select(dim, m).contiguous() for a, dim in zip(arguments, in_dims, strict=True))
-        members.append(op(*own))
-    results = tuple(torch.stack(parts) for parts in zip(*members, strict=True))
-    return results, (0,) * len(results)
+    layer, save_tape = arguments[: len(_PLACES)], arguments[len(_PLACES)]
+    arguments = (*layer, save_tape or derivatives.needs_gradient(layer))
+    dims = in_dims[: len(arguments)]  # without those of packed weights, which only calls without a transform have
+    return batching.map_in_turn(op, (*_PLACES, None), _TENSORS - 1, _RESULT_PLACES, info, dims, *arguments)
 
 
-# `packed`, in calls without gradients: what scan_extended_cpu_pack has made of w_ih and w_hh.
-_library.define(
-    f"scan_extended_cpu({_ARGUMENTS}, bool save_tape, Tensor? packed=None) -> "
-    "(Tensor output, Tensor h_n, Tensor c_n, Tensor tape)"
-)
-_library.define(
-    f"scan_extended_cpu_backward(Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, {_ARGUMENTS}, Tensor output, "
-    f"Tensor tape, bool need_input, bool need_weights) -> ({_GRADIENTS})"
-)
-_OP = torch.ops.rnnfast.scan_extended_cpu.default
-_BACKWARD_OP = torch.ops.rnnfast.scan_extended_cpu_backward.default
-_FORMULA = derivatives.Formula(_OP, _BACKWARD_OP, definition, _TENSORS, _LEAVES, _WEIGHTS)
-for _name, _op, _function, _fake in (
-    ("scan_extended_cpu", _OP, derivatives.Scan, _fake_forward),
-    ("scan_extended_cpu_backward", _BACKWARD_OP, derivatives.ScanBackward, _fake_backward),
+def _map_backward(op: Any, *arguments: Any) -> tuple[Any, Any]:
+    return batching.map_in_turn(op, _BACKWARD_PLACES, _TENSORS + 2, _GRADIENT_PLACES, *arguments)
+
+
+# ---- the reference as an operator: nothing is kept, so backward runs the definition once more -----------------------
+
+
+def _forward_of_reference(*arguments: Any) -> tuple[Tensor, ...]:
+    *layer, _save_tape = arguments
+    return *definition(*layer), arguments[1].new_empty(0)
+
+
+def _fake_forward_of_reference(*arguments: Any) -> tuple[Tensor, ...]:
+    *results, _tape = _fake_forward(*arguments)
+    return *results, arguments[1].new_empty(0)
+
+
+def _backward_of_reference(*arguments: Any) -> tuple[Tensor, ...]:
+    d_results, layer = arguments[:3], arguments[3 : 3 + _LEAVES]
+    *constants, _output, _tape, need_input, need_weights = arguments[3 + _LEAVES :]
+    needed = [need_weights if i in _WEIGHTS else i > 0 or need_input for i in range(_LEAVES)]
+    found = derivatives.gradients_below_autograd(
+        lambda *leaves: definition(*leaves, *constants), d_results, layer, needed
+    )
+    return tuple(layer[1].new_empty(0) if gradient is None else gradient for gradient in found)
+
+
+# ---- both operators --------------------------------------------------------------------------------------------------
+
+_FORMULAS: dict[str, derivatives.Formula] = {}
+for _backend, _fake, _kept in (
+    # `packed`, in calls without gradients: what scan_extended_cpu_pack has made of the weights.
+    ("cpu", _fake_forward, ", Tensor? packed=None"),
+    ("reference", _fake_forward_of_reference, ""),
 ):
-    _library.impl(_name, derivatives.kernel(_function, _FORMULA, _op), "Autograd")
+    _name = f"scan_extended_{_backend}"
+    _library.define(
+        f"{_name}({_ARGUMENTS}, bool save_tape{_kept}) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor tape)"
+    )
+    _library.define(
+        f"{_name}_backward(Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, {_ARGUMENTS}, Tensor output, Tensor tape, "
+        f"bool need_input, bool need_weights) -> ({_GRADIENTS})"
+    )
+    _op = getattr(torch.ops.rnnfast, _name).default
+    _backward_op = getattr(torch.ops.rnnfast, f"{_name}_backward").default
+    _formula = derivatives.Formula(_op, _backward_op, definition, _TENSORS, _LEAVES, _WEIGHTS)
+    _FORMULAS[_backend] = _formula
+    _library.impl(_name, derivatives.kernel(derivatives.Scan, _formula, _op), "Autograd")
+    _library.impl(f"{_name}_backward", derivatives.kernel(derivatives.ScanBackward, _formula, _backward_op), "Autograd")
     torch.library.register_fake(f"rnnfast::{_name}", _fake, lib=_library)
-    torch.library.register_vmap(f"rnnfast::{_name}", partial(_map_members, _op), lib=_library)
+    torch.library.register_fake(f"rnnfast::{_name}_backward", _fake_backward, lib=_library)
+    torch.library.register_vmap(f"rnnfast::{_name}", partial(_map_forward, _op), lib=_library)
+    torch.library.register_vmap(f"rnnfast::{_name}_backward", partial(_map_backward, _backward_op), lib=_library)
+_library.impl("scan_extended_reference", _forward_of_reference, "CompositeExplicitAutograd")
+_library.impl("scan_extended_reference_backward", _backward_of_reference, "CompositeExplicitAutograd")

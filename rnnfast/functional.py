@@ -17,8 +17,9 @@ from rnnfast import dispatch
 from rnnfast.backends import torch_nn
 from rnnfast.cells import CELLS
 from rnnfast.scan import Weights, _stack_lanes, is_mapped, is_transformed, lstm_states, scan_layer
+from rnnfast.sequences import is_known
 
-__all__ = ["Weights", "gru", "lstm", "rnn", "states", "step"]
+__all__ = ["Weights", "gru", "lane_weights", "lstm", "rnn", "states", "step"]
 
 
 def rnn(
@@ -102,6 +103,27 @@ def gru(
     """
     output, h_n, _ = _stack("gru", input, h_0, None, weights, batch_sizes, bidirectional, dropout, training, backend)
     return output, h_n
+
+
+def lane_weights(layer: Any) -> list[Weights]:
+    """The parameters of an RNN, LSTM or GRU, torch.nn's or ours, as these functions take them."""
+    if is_transformed():
+        # Tensors of a transform or a compiler, which the module must not keep.
+        flat: Any = iter([getattr(layer, name) for name in layer._flat_weights_names])
+    else:
+        parameters, names_and_weights = (
+            layer._parameters,
+            zip(layer._flat_weights_names, layer._flat_weights, strict=True),
+        )
+        if not all(parameters.get(name) is weight for name, weight in names_and_weights):
+            layer._update_flat_weights()  # torch.nn's own way, which takes longer to find that nothing has changed
+        flat = iter(layer._flat_weights)
+    lanes = []
+    for _ in layer._all_weights:
+        w_ih, w_hh = next(flat), next(flat)
+        b_ih, b_hh = (next(flat), next(flat)) if layer.bias else (None, None)
+        lanes.append(Weights(w_ih, w_hh, b_ih, b_hh, next(flat) if layer.proj_size > 0 else None))
+    return lanes
 
 
 def _stack(
@@ -202,13 +224,14 @@ def states(
     """
     directions = 2 if bidirectional else 1
     _check("lstm", input, *_pair(hx), weights, batch_sizes, directions)
-    w_hh, token_ids = weights[0].w_hh, not input.is_floating_point()
+    w_hh, token_ids, mapped = weights[0].w_hh, not input.is_floating_point(), is_mapped()
     tensors = [input, *hx, *(parameter for lane in weights for parameter in lane if parameter is not None)]
-    differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    # A transform of torch.func may want gradients of tensors that say nothing of them.
+    differentiable = torch.is_grad_enabled() and (mapped or any(tensor.requires_grad for tensor in tensors))
     extensions = (dispatch.CELL_STATE_GRADIENTS,) if differentiable else (dispatch.CELL_STATES,)
     projected = weights[0].w_hr is not None
-    request = dispatch.Request("lstm", w_hh.device.type, w_hh.dtype, token_ids, projected, extensions=extensions)
-    chosen = dispatch.choose(request, backend).backend
+    request = ("lstm", w_hh.device.type, w_hh.dtype, token_ids, projected, mapped, None, extensions)
+    chosen = dispatch.choose_name(backend, None, *request)
     rows = input.long() if token_ids else input
     rows = rows if batch_sizes is not None else rows.flatten(0, 1)
     h: list[Tensor] = []
@@ -218,7 +241,7 @@ def states(
         stacked, h_0, c_0 = _stack_lanes(weights[lanes]), hx[0][lanes], hx[1][lanes]
         rows, cells = lstm_states(chosen, rows, stacked, h_0, c_0, batch_sizes, bidirectional)
         h += rows.chunk(directions, dim=1)
-        c += cells
+        c += cells.unbind()
     return torch.stack(h, 1), torch.stack(c, 1)
 
 
@@ -276,8 +299,7 @@ def _check(
     if (input if batch_sizes is None else batch_sizes).shape[0] == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     batch = input.shape[1] if batch_sizes is None else h_0.shape[1]
-    # A compiler does not know what batch_sizes holds; the operator looks when it runs.
-    if batch_sizes is not None and not torch.compiler.is_compiling():
+    if batch_sizes is not None and is_known(batch_sizes):  # else the operator looks when it runs
         batch = int(batch_sizes[0])
     _check_state("h_0", h_0, w_hh, (len(weights), batch, w_hh.shape[1]))
     if (c_0 is not None) != CELLS[cell].has_cell_state:

@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnfast import compiling, direct, dispatch, functional, sequences
-from rnnfast.scan import is_transformed
+from rnnfast import direct, dispatch, functional, sequences
 from rnnfast.sequences import Segments
 
 
 class _DropIn(nn.RNNBase):
-    """What the three layers share: from torch.nn's calling conventions to time-major rows and back."""
+    """What the three layers share: from torch.nn's calling conventions to time-major rows and back.
+
+    The methods use of `self` what torch.nn's layers have, and `backend`; so `accelerate` can bind them to one of those.
+    """
 
     backend: str = dispatch.AUTO
 
@@ -77,7 +79,7 @@ class _DropIn(nn.RNNBase):
             raise ValueError("reset_to is the state that reset= returns to: give reset= as well")
         for state in (hx, reset_to):
             if state is not None:
-                self._check_state_form(state)
+                _check_state_form(self, state)
         if isinstance(input, PackedSequence):
             if cuts:
                 raise ValueError(
@@ -86,7 +88,7 @@ class _DropIn(nn.RNNBase):
             data, batch_sizes, sorted_indices, unsorted_indices = input
             if hx is not None:
                 hx = self.permute_hidden(hx, sorted_indices)
-            output, state = self._run(data, hx, batch_sizes)
+            output, state = _run(self, data, hx, batch_sizes)
             return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), self.permute_hidden(
                 state, unsorted_indices
             )
@@ -102,10 +104,10 @@ class _DropIn(nn.RNNBase):
             raise ValueError(f"{name}: Expected token ids to be 1D or 2D, got {input.dim()}D instead")
         batched = dims == 2
         if hx is not None:
-            self._check_state_dims(hx, batched, input.dim())
+            _check_state_dims(self, hx, batched, input.dim())
         sequences.check_reset_shape(reset, input, dims)
         if reset_to is not None:
-            self._check_state_dims(reset_to, batched, input.dim())
+            _check_state_dims(self, reset_to, batched, input.dim())
         if not batched:
             if lengths is not None:
                 raise ValueError("lengths= is for a batch of sequences; of an unbatched one pass the steps there are")
@@ -117,9 +119,9 @@ class _DropIn(nn.RNNBase):
             reset = reset if reset is None else reset.transpose(0, 1)
         if cuts:
             segments = sequences.cut(input.shape[0], input.shape[1], lengths, reset, input.device)
-            output, state = self._run_segments(input, hx, segments, reset_to)
+            output, state = _run_segments(self, input, hx, segments, reset_to)
         else:
-            output, state = self._run(input, hx, None)
+            output, state = _run(self, input, hx, None)
         if may_be_direct:
             direct.prepare(self, input)
         if not batched:
@@ -148,11 +150,11 @@ class _DropIn(nn.RNNBase):
             return result
         if self.bidirectional:
             raise RuntimeError("a bidirectional layer reads the whole sequence at once: it has no step")
-        weights = self._lane_weights()
+        weights = functional.lane_weights(self)
         if input.dim() != (2 if input.is_floating_point() else 1):
             raise RuntimeError(f"a step takes (B, {self.input_size}) input or (B,) token ids, got {tuple(input.shape)}")
         if hx is None:
-            hx = self._zero_state(input.shape[0], weights[0].w_hh.dtype, input.device)
+            hx = _zero_state(self, input.shape[0], weights[0].w_hh.dtype, input.device)
         h_0, c_0 = hx if isinstance(hx, tuple | list) else (hx, None)
         output, h_n, c_n = functional.step(
             self.mode.lower(),
@@ -167,125 +169,12 @@ class _DropIn(nn.RNNBase):
             direct.prepare(self, input)
         return output, (h_n if c_0 is None else (h_n, c_n))
 
-    def _run(self, data: Tensor, hx: Any, batch_sizes: Tensor | None) -> tuple[Tensor, Any]:
-        """Time-major data, (T, B, I) or (N, I), or ids without I, through all layers."""
-        weights = self._lane_weights()
-        dtype = weights[0].w_hh.dtype
-        if data.is_floating_point() or data.is_complex():
-            self.check_input(data, batch_sizes)
-        if hx is None:
-            hx = self._zero_state(_batch(data, batch_sizes), dtype, data.device)
-        elif batch_sizes is None or not torch.compiler.is_compiling():
-            # A compiler does not know what batch_sizes holds; the operator looks when it runs.
-            self._check_state_size(hx, _batch(data, batch_sizes))
-        if (autocast := dispatch.autocast_dtype(data.device.type)) is not None:
-            dtype = autocast
-            data = _cast(data, dtype)
-            hx = _map_state(hx, lambda state: _cast(state, dtype))
-            weights = [functional.Weights(*(_cast(parameter, dtype) for parameter in lane)) for lane in weights]
-        return self._function(
-            data,
-            hx,
-            weights,
-            batch_sizes=batch_sizes,
-            bidirectional=self.bidirectional,
-            dropout=self.dropout,
-            training=self.training,
-            backend=self.backend,
-        )
-
-    def _run_segments(self, input: Tensor, hx: Any, segments: Segments, reset_to: Any) -> tuple[Tensor, Any]:
-        """Time-major padded input, (T, B, I) or ids (T, B), as one ragged batch of segments."""
-        batch, dtype = input.shape[1], self._lane_weights()[0].w_hh.dtype
-        if hx is None:
-            hx = self._zero_state(batch, dtype, input.device)
-        if reset_to is None:
-            reset_to = _map_state(self._zero_state(1, dtype, input.device), lambda zeros, h: zeros.to(h.dtype), hx)
-        reset_to = _map_state(reset_to, lambda state: state.expand(-1, batch, -1) if state.shape[1] == 1 else state)
-        self._check_state_size(hx, batch)
-        self._check_state_size(reset_to, batch)
-        initial = _map_state(hx, functools.partial(segments.initial, bidirectional=self.bidirectional), reset_to)
-        rows, state = self._run(segments.gather(input), initial, segments.batch_sizes)
-        final = _map_state(state, functools.partial(segments.final, bidirectional=self.bidirectional), hx)
-        return segments.scatter(rows), final
-
-    def _weights_have_changed(self) -> bool:
-        # torch.nn's own test, reached only where one of the weights is not the parameter it was.
-        names_and_weights = zip(self._flat_weights_names, self._flat_weights, strict=True)
-        if all(self._parameters.get(name) is weight for name, weight in names_and_weights):
-            return False
-        return bool(super()._weights_have_changed())
-
-    def _function(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
-        raise NotImplementedError  # each layer names its function in rnnfast.functional
-
-    def _lane_weights(self) -> list[functional.Weights]:
-        if is_transformed():
-            # Tensors of a transform or a compiler, which the module must not keep.
-            flat: Any = iter([getattr(self, name) for name in self._flat_weights_names])
-        else:
-            self._update_flat_weights()
-            flat = iter(self._flat_weights)
-        lanes = []
-        for _ in self._all_weights:
-            w_ih, w_hh = next(flat), next(flat)
-            b_ih, b_hh = (next(flat), next(flat)) if self.bias else (None, None)
-            lanes.append(functional.Weights(w_ih, w_hh, b_ih, b_hh, next(flat) if self.proj_size > 0 else None))
-        return lanes
-
-    def _state_sizes(self, batch: int) -> tuple[tuple[int, int, int], ...]:
-        return ((len(self._all_weights), batch, self.hidden_size),)
-
-    def _zero_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> Any:
-        return torch.zeros(self._state_sizes(batch)[0], dtype=dtype, device=device)
-
-    def _check_state_size(self, hx: Any, batch: int) -> None:
-        self.check_hidden_size(hx, self._state_sizes(batch)[0])
-
-    def _check_state_form(self, hx: Any) -> None:
-        if not isinstance(hx, Tensor):
-            raise RuntimeError(f"the state of a {type(self).__name__} is one tensor h_0, got a {type(hx).__name__}")
-
-    def _check_state_dims(self, hx: Any, batched: bool, input_dims: int) -> None:
-        dims = 3 if batched else 2
-        if hx.dim() != dims:
-            raise RuntimeError(
-                f"For {'batched' if batched else 'unbatched'} {input_dims}-D input, hx should also be {dims}-D "
-                f"but got {hx.dim()}-D tensor"
-            )
-
-
-compiling.let_dynamo_trace(_DropIn)
-
-
-def _batch(data: Tensor, batch_sizes: Tensor | None) -> Any:
-    return data.shape[1] if batch_sizes is None else batch_sizes[0].item()
-
-
-def _cast(tensor: Any, dtype: torch.dtype) -> Any:
-    """As autocast does: floating tensors, but for float64."""
-    if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
-        return tensor
-    return tensor.to(dtype)
-
-
-def _map_state(state: Any, function: Callable[..., Tensor], *others: Any) -> Any:
-    """Applies a function to a state, None, h, (h, c) or a list of such, part by part along with others of its form."""
-    if state is None:
-        return None
-    if isinstance(state, tuple | list):
-        return tuple(_map_state(part, function, *rest) for part, *rest in zip(state, *others, strict=True))
-    return function(state, *others)
-
 
 class RNN(_DropIn, nn.RNN):
     """`torch.nn.RNN`: h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), or relu (Elman 1990).
 
     Takes torch.nn.RNN's arguments, and `backend`: "auto" or a name of `rnnfast.backends()`.
     """
-
-    def _function(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return functional.rnn(*args, nonlinearity=self.nonlinearity, **kwargs)
 
 
 class GRU(_DropIn, nn.GRU):
@@ -294,18 +183,12 @@ class GRU(_DropIn, nn.GRU):
     Takes torch.nn.GRU's arguments, and `backend`: "auto" or a name of `rnnfast.backends()`.
     """
 
-    def _function(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return functional.gru(*args, **kwargs)
-
 
 class LSTM(_DropIn, nn.LSTM):
     """`torch.nn.LSTM` with forget gates (Gers et al. 2000) and optional projections (Sak et al. 2014).
 
     Takes torch.nn.LSTM's arguments, and `backend`: "auto" or a name of `rnnfast.backends()`.
     """
-
-    def _function(self, *args: Any, **kwargs: Any) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        return functional.lstm(*args, **kwargs)
 
     def states(
         self,
@@ -337,16 +220,16 @@ class LSTM(_DropIn, nn.LSTM):
         sequences.check_reset_shape(reset, input, 2)
         if self.batch_first:
             input, reset = input.transpose(0, 1), None if reset is None else reset.transpose(0, 1)
-        weights, (steps, batch) = self._lane_weights(), input.shape[:2]
+        weights, (steps, batch) = functional.lane_weights(self), input.shape[:2]
         if hx is None:
-            hx = self._zero_state(batch, weights[0].w_hh.dtype, input.device)
+            hx = _zero_state(self, batch, weights[0].w_hh.dtype, input.device)
         options: Any = {"bidirectional": self.bidirectional, "backend": self.backend}
         if lengths is None and reset is None:
             rows = functional.states(input, hx, weights, **options)
             padded = [part.unflatten(0, (steps, batch)) for part in rows]
         else:
             segments = sequences.cut(steps, batch, lengths, reset, input.device)
-            self._check_state_size(hx, batch)
+            _check_state_size(self, hx, batch)
             begin = _map_state(hx, lambda part: segments.initial(part, torch.zeros_like(part), self.bidirectional))
             options["batch_sizes"] = segments.batch_sizes
             rows = functional.states(segments.gather(input), begin, weights, **options)
@@ -354,24 +237,116 @@ class LSTM(_DropIn, nn.LSTM):
         h, c = (part.transpose(1, 2) for part in padded)
         return h, c
 
-    def _state_sizes(self, batch: int) -> tuple[tuple[int, int, int], ...]:
-        lanes = len(self._all_weights)
-        return (lanes, batch, self.proj_size or self.hidden_size), (lanes, batch, self.hidden_size)
 
-    def _zero_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-        return tuple(torch.zeros(size, dtype=dtype, device=device) for size in self._state_sizes(batch))
+# ---- what the methods are made of: functions of a layer, be it ours or torch.nn's ------------------------------
 
-    def _check_state_size(self, hx: tuple[Tensor, Tensor], batch: int) -> None:
-        for index, size in enumerate(self._state_sizes(batch)):
-            self.check_hidden_size(hx[index], size, f"Expected hidden[{index}] size {{}}, got {{}}")
 
-    def _check_state_form(self, hx: Any) -> None:
+def _run(layer: Any, data: Tensor, hx: Any, batch_sizes: Tensor | None) -> tuple[Tensor, Any]:
+    """Time-major data, (T, B, I) or (N, I), or ids without I, through all layers."""
+    weights = functional.lane_weights(layer)
+    dtype = weights[0].w_hh.dtype
+    if data.is_floating_point() or data.is_complex():
+        layer.check_input(data, batch_sizes)
+    if hx is None:
+        hx = _zero_state(layer, _batch(data, batch_sizes), dtype, data.device)
+    elif batch_sizes is None or sequences.is_known(batch_sizes):  # else the operator looks when it runs
+        _check_state_size(layer, hx, _batch(data, batch_sizes))
+    if (autocast := dispatch.autocast_dtype(data.device.type)) is not None:
+        dtype = autocast
+        data = _cast(data, dtype)
+        hx = _map_state(hx, lambda state: _cast(state, dtype))
+        weights = [functional.Weights(*(_cast(parameter, dtype) for parameter in lane)) for lane in weights]
+    result: tuple[Tensor, Any] = _FUNCTIONS[layer.mode](
+        data,
+        hx,
+        weights,
+        batch_sizes=batch_sizes,
+        bidirectional=layer.bidirectional,
+        dropout=layer.dropout,
+        training=layer.training,
+        backend=layer.backend,
+    )
+    return result
+
+
+_FUNCTIONS: dict[str, Callable[..., tuple[Tensor, Any]]] = {
+    "RNN_TANH": functional.rnn,
+    "RNN_RELU": functools.partial(functional.rnn, nonlinearity="relu"),
+    "LSTM": functional.lstm,
+    "GRU": functional.gru,
+}
+
+
+def _run_segments(layer: Any, input: Tensor, hx: Any, segments: Segments, reset_to: Any) -> tuple[Tensor, Any]:
+    """Time-major padded input, (T, B, I) or ids (T, B), as one ragged batch of segments."""
+    batch, dtype, bidirectional = input.shape[1], functional.lane_weights(layer)[0].w_hh.dtype, layer.bidirectional
+    if hx is None:
+        hx = _zero_state(layer, batch, dtype, input.device)
+    if reset_to is None:
+        reset_to = _map_state(_zero_state(layer, 1, dtype, input.device), lambda zeros, h: zeros.to(h.dtype), hx)
+    reset_to = _map_state(reset_to, lambda state: state.expand(-1, batch, -1) if state.shape[1] == 1 else state)
+    _check_state_size(layer, hx, batch)
+    _check_state_size(layer, reset_to, batch)
+    initial = _map_state(hx, functools.partial(segments.initial, bidirectional=bidirectional), reset_to)
+    rows, state = _run(layer, segments.gather(input), initial, segments.batch_sizes)
+    final = _map_state(state, functools.partial(segments.final, bidirectional=bidirectional), hx)
+    return segments.scatter(rows), final
+
+
+def _state_sizes(layer: Any, batch: int) -> tuple[tuple[int, int, int], ...]:
+    """Of h, and for an LSTM of c."""
+    lanes = len(layer._all_weights)
+    h = (lanes, batch, layer.proj_size or layer.hidden_size)
+    return (h, (lanes, batch, layer.hidden_size)) if layer.mode == "LSTM" else (h,)
+
+
+def _zero_state(layer: Any, batch: int, dtype: torch.dtype, device: torch.device) -> Any:
+    zeros = tuple(torch.zeros(size, dtype=dtype, device=device) for size in _state_sizes(layer, batch))
+    return zeros if layer.mode == "LSTM" else zeros[0]
+
+
+def _check_state_size(layer: Any, hx: Any, batch: int) -> None:
+    sizes = _state_sizes(layer, batch)
+    if layer.mode != "LSTM":
+        layer.check_hidden_size(hx, sizes[0])
+        return
+    for index, size in enumerate(sizes):
+        layer.check_hidden_size(hx[index], size, f"Expected hidden[{index}] size {{}}, got {{}}")
+
+
+def _check_state_form(layer: Any, hx: Any) -> None:
+    if layer.mode == "LSTM":
         functional._pair(hx)
+    elif not isinstance(hx, Tensor):
+        raise RuntimeError(f"the state of a {type(layer).__name__} is one tensor h_0, got a {type(hx).__name__}")
 
-    def _check_state_dims(self, hx: tuple[Tensor, Tensor], batched: bool, input_dims: int) -> None:
-        dims = 3 if batched else 2
-        if hx[0].dim() != dims or hx[1].dim() != dims:
-            raise RuntimeError(
-                f"For {'batched' if batched else 'unbatched'} {input_dims}-D input, hx and cx should also be {dims}-D "
-                f"but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
-            )
+
+def _check_state_dims(layer: Any, hx: Any, batched: bool, input_dims: int) -> None:
+    dims, kind = (3, "batched") if batched else (2, "unbatched")
+    if layer.mode == "LSTM" and (hx[0].dim() != dims or hx[1].dim() != dims):
+        raise RuntimeError(
+            f"For {kind} {input_dims}-D input, hx and cx should also be {dims}-D "
+            f"but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
+        )
+    if layer.mode != "LSTM" and hx.dim() != dims:
+        raise RuntimeError(f"For {kind} {input_dims}-D input, hx should also be {dims}-D but got {hx.dim()}-D tensor")
+
+
+def _batch(data: Tensor, batch_sizes: Tensor | None) -> Any:
+    return data.shape[1] if batch_sizes is None else batch_sizes[0].item()
+
+
+def _cast(tensor: Any, dtype: torch.dtype) -> Any:
+    """As autocast does: floating tensors, but for float64."""
+    if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(dtype)
+
+
+def _map_state(state: Any, function: Callable[..., Tensor], *others: Any) -> Any:
+    """Applies a function to a state, None, h, (h, c) or a list of such, part by part along with others of its form."""
+    if state is None:
+        return None
+    if isinstance(state, tuple | list):
+        return tuple(_map_state(part, function, *rest) for part, *rest in zip(state, *others, strict=True))
+    return function(state, *others)

@@ -2,8 +2,8 @@
 
     torch.onnx.export(model, (x,), "model.onnx", custom_translation_table=rnnfast.onnx.translation_table())
 
-It needs `pip install 'rnnfast[onnx]'`. ONNX's operators have no projections and no batch_sizes, so models with
-`proj_size`, PackedSequence input, lengths or resets are refused.
+It needs `pip install 'rnnfast[onnx]'`. ONNX's operators have no projections, no batch_sizes and no changed recurrence,
+so models with `proj_size`, PackedSequence input, lengths or resets, `LSTM.states`, or such a `Stack` are refused.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from rnnfast.scan import BACKENDS
+from rnnfast.scan import BACKENDS, STATES
 
 # torch.nn's gates in ONNX's order: i o f g of i f g o, z r n of r z n.
 _GATE_ORDER = {"rnn_tanh": (0,), "rnn_relu": (0,), "lstm": (0, 3, 1, 2), "gru": (1, 0, 2)}
@@ -77,8 +77,22 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     def cut(lengths: Any, reset: Any, steps: Any, batch: Any, device: Any) -> Any:
         raise RuntimeError("lengths= and reset= cannot be exported to ONNX; export the model for padded input")
 
-    table: dict[Any, Any] = {getattr(torch.ops.rnnfast, f"scan_{backend}").default: scan for backend in BACKENDS}
-    return table | {torch.ops.rnnfast.cut.default: cut}
+    def extended(*arguments: Any) -> Any:
+        raise RuntimeError(
+            "ONNX's recurrent operators have no zoneout, layer normalisation, recurrent dropout or peepholes: this "
+            "model cannot be exported with them"
+        )
+
+    def states(*arguments: Any) -> Any:
+        raise RuntimeError("ONNX's LSTM gives no c of every step: a model that calls LSTM.states cannot be exported")
+
+    ops = torch.ops.rnnfast
+    return {
+        **{getattr(ops, f"scan_{backend}").default: scan for backend in BACKENDS},
+        **{getattr(ops, f"scan_{backend}_states").default: states for backend in STATES},
+        ops.scan_extended_cpu.default: extended,
+        ops.cut.default: cut,
+    }
 
 
 def _reorder(op: Any, weight: Any, cell: str) -> Any:

@@ -20,6 +20,7 @@ from rnnfast.backends import reference, torch_nn
 from rnnfast.cells import CELLS
 
 BACKENDS = ("reference", "cpu", "triton", "cuda", "torch")
+STATES = ("reference", "cpu")  # those with an operator for the states of every step of an LSTM, `scan_<backend>_states`
 
 _LAYER = (
     "Tensor input, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, Tensor h_0, Tensor? c_0, "
@@ -79,14 +80,24 @@ def scan(
         # Forward-mode derivatives: the reference is made of operations that have them.
         output, h_n, c_n, _ = reference.forward(*tensors, batch_sizes, cell, bidirectional, False)
         return output, h_n, c_n
-    formula = _FORMULAS[backend]
+    output, h_n, c_n, _ = _call(_FORMULAS[backend], tensors, batch_sizes, cell, bidirectional)
+    return output, h_n, c_n
+
+
+def _call(
+    formula: derivatives.Formula,
+    tensors: Sequence[Tensor | None],
+    batch_sizes: Tensor | None,
+    cell: str,
+    bidirectional: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     contiguous = [None if t is None else t.contiguous() for t in tensors]
     save_tape = derivatives.needs_gradient(tensors)
     arguments = (*contiguous, batch_sizes, cell, bidirectional, save_tape)
     # What the operator's Autograd kernel does, without the way there through the dispatcher and back into Python.
     eager_training = save_tape and not is_transformed()
-    output, h_n, c_n, _ = derivatives.Scan.apply(formula, *arguments) if eager_training else formula.op(*arguments)
-    return output, h_n, c_n
+    results = derivatives.Scan.apply(formula, *arguments) if eager_training else formula.op(*arguments)
+    return results  # type: ignore[no-any-return]
 
 
 def is_transformed() -> bool:
@@ -116,19 +127,17 @@ def lstm_states(
 
     On the cpu backend and the reference both have gradients; elsewhere neither has: c is read from the tape.
     """
-    tensors = [None if t is None else t.contiguous() for t in (input, *weights, h_0, c_0)]
-    arguments = (*tensors, batch_sizes, "lstm", bidirectional, True)
-    differentiable = derivatives.needs_gradient(tensors)
-    if backend == "reference" or forward_ad._current_level >= 0 or (differentiable and is_transformed()):
-        with torch.autocast(input.device.type, enabled=False):
-            output, _, _, tape = reference.forward(*arguments)  # type: ignore[arg-type]
-        return output, _cells(tape, c_0)
-    if differentiable:
-        output, cells, _, _ = derivatives.Scan.apply(_STATES, *arguments)
-        return output, cells
-    with torch.no_grad():
-        output, _, _, tape = _FORMULAS[backend].op(*arguments)
-    return output, _cells(tape, c_0)
+    tensors = (input, *weights, h_0, c_0)
+    if forward_ad._current_level >= 0:
+        output, cells, _ = _states_definition(*tensors, batch_sizes, "lstm", bidirectional)
+    elif backend in STATES:
+        output, cells, _, _ = _call(_FORMULAS[f"{backend}_states"], tensors, batch_sizes, "lstm", bidirectional)
+    else:
+        contiguous = [None if t is None else t.contiguous() for t in tensors]
+        with torch.no_grad():
+            output, _, _, tape = _FORMULAS[backend].op(*contiguous, batch_sizes, "lstm", bidirectional, True)
+        cells = _cells(tape, c_0)
+    return output, cells
 
 
 def _cells(tape: Tensor, c_0: Tensor) -> Tensor:
@@ -252,46 +261,54 @@ def _definition(*layer: Any) -> tuple[Tensor, ...]:
     return reference.forward(*arguments)[:3]
 
 
-def _states_on_cpu(*arguments: Any) -> tuple[Tensor, ...]:
-    output, _, c_n, tape = _FORMULAS["cpu"].op(*arguments)
-    return output, _cells(tape, arguments[7]), c_n, tape
+def _states(backend: str, *arguments: Any) -> tuple[Tensor, ...]:
+    """Implements `rnnfast::scan_<backend>_states`: the scan with every c, (D, N, H), in place of h_n."""
+    *layer, save_tape = arguments
+    output, _, c_n, tape = _FORMULAS[backend].op(*layer, True)
+    return output, _cells(tape, layer[7]).clone(), c_n, tape if save_tape else tape.new_empty(0)
+
+
+def _fake_states(*arguments: Any) -> tuple[Tensor, ...]:
+    output, h_n, c_n, tape = _fake_forward(*arguments)
+    return output, c_n.new_empty(h_n.shape[0], output.shape[0], c_n.shape[2]), c_n, tape
 
 
 def _states_definition(*layer: Any) -> tuple[Tensor, ...]:
     arguments = (*layer, True)
-    output, _, c_n, tape = reference.forward(*arguments)
+    with torch.autocast(layer[0].device.type, enabled=False):
+        output, _, c_n, tape = reference.forward(*arguments)
     return output, _cells(tape, layer[7]), c_n
 
 
 _library = torch.library.Library("rnnfast", "DEF")
 _TENSORS, _LEAVES, _WEIGHTS = 9, 8, (1, 2, 3, 4, 5)  # of _LAYER
 _FORMULAS: dict[str, derivatives.Formula] = {}
-for _backend in BACKENDS:
-    _name = f"scan_{_backend}"
-    _library.define(_name + FORWARD_SCHEMA)
-    _library.define(_name + "_backward" + BACKWARD_SCHEMA)
+for _backend in (*BACKENDS, *(f"{name}_states" for name in STATES)):
+    _name, _has_states = f"scan_{_backend}", _backend.endswith("_states")
+    _library.define(_name + (FORWARD_SCHEMA.replace("Tensor h_n", "Tensor cells") if _has_states else FORWARD_SCHEMA))
+    _library.define(
+        f"{_name}_backward" + (BACKWARD_SCHEMA.replace("d_h_n", "d_cells") if _has_states else BACKWARD_SCHEMA)
+    )
     _op = getattr(torch.ops.rnnfast, _name).default
     _backward_op = getattr(torch.ops.rnnfast, _name + "_backward").default
-    _formula = derivatives.Formula(_op, _backward_op, _definition, _TENSORS, _LEAVES, _WEIGHTS)
+    _formula = derivatives.Formula(
+        _op, _backward_op, _states_definition if _has_states else _definition, _TENSORS, _LEAVES, _WEIGHTS
+    )
     _FORMULAS[_backend] = _formula
     _library.impl(_name, derivatives.kernel(derivatives.Scan, _formula, _op), "Autograd")
     _library.impl(_name + "_backward", derivatives.kernel(derivatives.ScanBackward, _formula, _backward_op), "Autograd")
-    _fakes = (_fake_forward_of_torch if _backend == "torch" else _fake_forward, _fake_backward)
-    for _qualified, _fake, _rule in (
-        (f"rnnfast::{_name}", _fakes[0], partial(batching.map_forward, _op)),
-        (f"rnnfast::{_name}_backward", _fakes[1], partial(batching.map_backward, _backward_op)),
+    _fake = _fake_forward_of_torch if _backend == "torch" else _fake_states if _has_states else _fake_forward
+    for _qualified, _shapes, _rule in (
+        (f"rnnfast::{_name}", _fake, partial(batching.map_forward, _op, _has_states)),
+        (f"rnnfast::{_name}_backward", _fake_backward, partial(batching.map_backward, _backward_op, _has_states)),
     ):
-        torch.library.register_fake(_qualified, _fake, lib=_library)
+        torch.library.register_fake(_qualified, _shapes, lib=_library)
         if _backend != "torch":  # the rules rely on the tape
             torch.library.register_vmap(_qualified, _rule, lib=_library)
+for _backend in STATES:
+    _library.impl(f"scan_{_backend}_states", partial(_states, _backend), "CompositeExplicitAutograd")
 _library.impl("scan_reference", reference.forward, "CompositeExplicitAutograd")
 _library.impl("scan_reference_backward", reference.backward, "CompositeExplicitAutograd")
+_library.impl("scan_reference_states_backward", reference.states_backward, "CompositeExplicitAutograd")
 _library.impl("scan_torch", torch_nn.forward, "CompositeExplicitAutograd")
 _library.impl("scan_torch_backward", torch_nn.backward, "CompositeExplicitAutograd")
-
-# The backward scan of an LSTM with the gradient of each c, (D, N, H), in place of h_n's. In eager mode alone: what
-# transforms see is the reference.
-_library.define("scan_cpu_states_backward" + BACKWARD_SCHEMA.replace("d_h_n", "d_cells"))
-_op = torch.ops.rnnfast.scan_cpu_states_backward.default
-_STATES = derivatives.Formula(_states_on_cpu, _op, _states_definition, _TENSORS, _LEAVES, _WEIGHTS)
-_library.impl("scan_cpu_states_backward", derivatives.kernel(derivatives.ScanBackward, _STATES, _op), "Autograd")

@@ -102,15 +102,16 @@ def cut(
     lengths = _check_lengths(steps, batch, lengths)
     if reset is not None:
         _check_reset(steps, batch, reset)
-    device = torch.device(device)
-    make_plan = _traced_plan if torch.compiler.is_compiling() else _plan
-    return Segments((steps, batch), *make_plan(lengths, reset, steps, batch, device))
+    arguments = lengths, reset, steps, batch, torch.device(device)
+    if torch.compiler.is_compiling():
+        return Segments((steps, batch), *_traced_plan(*arguments))
+    if is_mapped(lengths) or is_mapped(reset):
+        return _MappedSegments((steps, batch), *_mapped_plan(*arguments))
+    return Segments((steps, batch), *_plan(*arguments))
 
 
 def _plan(lengths: Tensor, reset: Tensor | None, steps: int, batch: int, device: torch.device) -> tuple[Tensor, ...]:
     """The tensors of `Segments`, in its order."""
-    if any(isinstance(tensor, Tensor) and _C._functorch.is_batchedtensor(tensor) for tensor in (lengths, reset)):
-        raise RuntimeError("vmap cannot map over lengths or reset: all members must share them, as one plan serves all")
     lengths = lengths.to("cpu", torch.int64)
     if batch and (int(lengths.min()) < 0 or int(lengths.max()) > steps):
         raise ValueError(f"lengths must be in [0, {steps}], the steps of the input, got {lengths.tolist()}")
@@ -147,7 +148,7 @@ def _plan(lengths: Tensor, reset: Tensor | None, steps: int, batch: int, device:
     return plan[0], batch_sizes, *plan[1:]
 
 
-# ---- the plan in a graph: one operator, whose results have sizes that are known beforehand ---------------------------
+# ---- the plan in a graph: one operator, whose results have sizes that are known beforehand --------------------------
 
 
 def _traced_plan(
@@ -163,16 +164,76 @@ def _traced_plan(
     return rows[:used], batch_sizes[:longest], columns[:segments], sources[:, :segments], ends
 
 
+# ---- the plans of torch.vmap's members, each with lengths or resets of its own --------------------------------------
+
+
+class _MappedSegments(Segments):
+    """Plans of one size: the last rows and segments of some are not used, and have the place behind the batch."""
+
+    def gather(self, input: Tensor) -> Tensor:
+        rows = input.flatten(0, 1)
+        return rows.index_select(0, self.rows.clamp(max=rows.shape[0] - 1))
+
+    def scatter(self, rows: Tensor) -> Tensor:
+        steps, batch = self.shape
+        padded = rows.new_zeros(steps * batch + 1, rows.shape[1]).index_copy(0, self.rows, rows)
+        return padded[:-1].view(steps, batch, rows.shape[1])
+
+
+def _mapped_plan(
+    lengths: Tensor, reset: Tensor | None, steps: int, batch: int, device: torch.device
+) -> tuple[Tensor, ...]:
+    *plan, ends, counts = torch.ops.rnnfast.cut.default(lengths, reset, steps, batch, device)
+    # What follows the segments' states follows all of them, used or not.
+    segments = counts[2].to(device)
+    return *plan, torch.where(ends < segments, ends, ends - segments + plan[2].shape[-1])
+
+
+def _map_plan(info: Any, in_dims: Any, lengths: Tensor, reset: Tensor | None, *others: Any) -> tuple[Any, Any]:
+    """torch.vmap's rule of the operator: a plan for each member."""
+
+    def own(tensor: Any, dim: int | None, m: int) -> Any:
+        return tensor if dim is None else tensor.select(dim, m)
+
+    members = range(info.batch_size)
+    plans = [
+        torch.ops.rnnfast.cut.default(own(lengths, in_dims[0], m), own(reset, in_dims[1], m), *others) for m in members
+    ]
+    return tuple(torch.stack(parts) for parts in zip(*plans, strict=True)), (0,) * 6
+
+
+def is_mapped(tensor: Tensor | None) -> bool:
+    """Whether vmap maps over it, be it inside another transform of torch.func."""
+    while tensor is not None and _C._functorch.is_functorch_wrapped_tensor(tensor):
+        if _C._functorch.is_batchedtensor(tensor):
+            return True
+        tensor = _C._functorch.get_unwrapped(tensor)
+    return False
+
+
+def is_known(batch_sizes: Tensor) -> bool:
+    """Whether what it holds can be looked at: not in a graph, nor for all members of torch.vmap at once."""
+    return not torch.compiler.is_compiling() and not is_mapped(batch_sizes)
+
+
+# ---- the operator ---------------------------------------------------------------------------------------------------
+
+
 def _padded_plan(
     lengths: Tensor, reset: Tensor | None, steps: int, batch: int, device: torch.device
 ) -> tuple[Tensor, ...]:
-    """The operator: `_plan` with zeros behind it, and (3,) int64 on the CPU, how much of it is used."""
+    """The operator: `_plan` with padding behind it, and (3,) int64 on the CPU, how much of it is used."""
     rows, batch_sizes, columns, sources, ends = _plan(lengths, reset, steps, batch, device)
     counts = torch.tensor([len(rows), len(batch_sizes), len(columns)], device="cpu")
-    most = batch if reset is None else steps * batch
+    most, places = batch if reset is None else steps * batch, steps * batch
     padded = (
-        F.pad(tensor, (0, size - tensor.shape[-1]))
-        for tensor, size in ((rows, steps * batch), (batch_sizes, steps), (columns, most), (sources, most))
+        F.pad(tensor, (0, size - tensor.shape[-1]), value=filling)
+        for tensor, size, filling in (
+            (rows, places, places),
+            (batch_sizes, steps, 0),
+            (columns, most, 0),
+            (sources, most, 0),
+        )
     )
     return *padded, ends, counts
 
@@ -195,6 +256,7 @@ _library.define(
 )
 _library.impl("cut", _padded_plan, "CompositeExplicitAutograd")
 torch.library.register_fake("rnnfast::cut", _fake_padded_plan, lib=_library)
+torch.library.register_vmap("rnnfast::cut", _map_plan, lib=_library)
 
 
 def check_reset_shape(reset: Tensor | None, input: Tensor, steps_and_batch: int) -> None:

@@ -38,8 +38,8 @@ class Stack(nn.Module):
         input_size: I, features of the input, or number of token ids.
         hidden_sizes: the units of each layer, from the first to the last.
         bias, batch_first, bidirectional: as torch.nn's.
-        proj_size: P, to which an LSTM's h is projected in every layer (Sak et al. 2014); 0 for none. It goes with what
-            leaves the recurrence as it is.
+        proj_size: P, to which an LSTM's h is projected in every layer (Sak et al. 2014); 0 for none. Recurrent dropout
+            and zoneout are of the projected h.
         input_dropout: probability of zeroing a feature of a sequence's input, at all its steps (variational dropout,
             Gal & Ghahramani 2016).
         dropout: the same between layers.
@@ -136,8 +136,6 @@ class Stack(nn.Module):
             raise ValueError(
                 f"proj_size is for lstm and below every one of hidden_sizes, got {self.proj_size} for {self.cell}"
             )
-        if self.proj_size and (self.recurrent_dropout or any(self.zoneout) or self.layer_norm or self.peepholes):
-            raise ValueError("proj_size does not go with recurrent_dropout, zoneout, layer_norm or peepholes")
         for name in ("input_dropout", "dropout", "recurrent_dropout", "weight_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is a probability in [0, 1), got {getattr(self, name)}")
@@ -340,7 +338,7 @@ class Stack(nn.Module):
             options = batch_sizes, self.bidirectional, 0.0, False, self.backend
             return functional._stack(self.cell, rows, h_0, c_0, weights, *options)
         functional._check(self.cell, rows, h_0, c_0, weights, batch_sizes, len(weights))
-        extensions = [self._extension(suffix, h, masks) for suffix, h in zip(suffixes, h_0, strict=True)]
+        extensions = [self._extension(suffix, h_0, c_0, masks) for suffix in suffixes]
         flat = rows if segments is not None else rows.flatten(0, 1)
         flat = flat if flat.is_floating_point() else flat.long()
         output, h_n, c_n = scan_extended(
@@ -348,9 +346,13 @@ class Stack(nn.Module):
         )
         return output if segments is not None else output.view(*masks.shape, output.shape[-1]), h_n, c_n
 
-    def _extension(self, suffix: str, h: Tensor, masks: Masks) -> Extension:
-        mask = norms = peepholes = None
-        zoneout_h, zoneout_c = (masks.of_steps(p, h) if self.training and p > 0 else p for p in self.zoneout)
+    def _extension(self, suffix: str, h_0: Tensor, c_0: Tensor | None, masks: Masks) -> Extension:
+        """Of a lane, whose states are like h_0[0] and c_0[0]."""
+        h, mask, norms, peepholes = h_0[0], None, None, None
+        zoneout_h, zoneout_c = (
+            masks.of_steps(p, h if state is None else state[0]) if self.training and p > 0 else p
+            for p, state in zip(self.zoneout, (h_0, c_0), strict=True)
+        )
         if self.training and self.recurrent_dropout > 0:
             mask = masks.of_state(self.recurrent_dropout, h)
         if self.layer_norm:

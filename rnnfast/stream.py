@@ -7,10 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rnnfast.layers import _DropIn, _map_state
+from rnnfast.layers import _map_state
 from rnnfast.stack import Stack
-
-_ALONE = _DropIn, Stack  # what has a step of its own
+from rnnfast.swap import is_ours
 
 
 class Stream:
@@ -37,10 +36,11 @@ class Stream:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        if isinstance(module, nn.RNNBase) and not isinstance(module, _DropIn):
+        if isinstance(module, nn.RNNBase) and not is_ours(module):
             name = type(module).__name__
-            raise TypeError(f"a torch.nn {name} has no step: make it an rnnfast.{name}, or call rnnfast.accelerate")
+            raise TypeError(f"a torch.nn {name} has no step: make it an rnnfast.{name}, or rnnfast.accelerate it")
         self.module = module
+        self._is_alone = isinstance(module, nn.RNNBase | Stack)
         self._layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.RNNBase | Stack)}
         if not self._layers:
             raise ValueError(f"{type(module).__name__} has no RNN, LSTM or GRU in it, so no state to keep")
@@ -63,7 +63,7 @@ class Stream:
         Raises:
             RuntimeError: a layer of the model ran twice in one call; and what the module raises.
         """
-        if isinstance(self.module, _ALONE):
+        if self._is_alone:
             return self._feed(self.module, *args, **kwargs)
         handles, ran = [], set()
 
@@ -95,9 +95,10 @@ class Stream:
             for handle in handles:
                 handle.remove()
 
-    def _feed(self, layer: _DropIn | Stack, input: Tensor) -> Tensor:
+    def _feed(self, layer: Any, input: Tensor) -> Tensor:
         state, steps = self._states.get(""), input.dim() - (1 if input.is_floating_point() else 0)
-        output, self._states[""] = layer.step(input, state) if steps == 1 else layer(input, state)
+        result: tuple[Tensor, Any] = layer.step(input, state) if steps == 1 else layer(input, state)
+        output, self._states[""] = result
         return output
 
     @property
@@ -107,11 +108,11 @@ class Stream:
         For a layer h (L, B, P), or (h, c) of an LSTM, for a stack one of each layer, None before the first call; for a
         model a dict of such states by the layers' names.
         """
-        return self._states.get("") if isinstance(self.module, _ALONE) else dict(self._states)
+        return self._states.get("") if self._is_alone else dict(self._states)
 
     @state.setter
     def state(self, state: Any) -> None:
-        if isinstance(self.module, _ALONE):
+        if self._is_alone:
             state = {} if state is None else {"": state}
         if not isinstance(state, dict):
             raise TypeError(f"the state of a model is a dict by its layers' names, got a {type(state).__name__}")

@@ -1,20 +1,24 @@
 """accelerate and restore: the recurrent layers and cells of a model that exists already, made ours and back in place.
 
-A torch.nn module becomes ours by taking our class: ours are subclasses that differ in their methods alone, so the
-object, its parameters, buffers, hooks, mode and every reference to it, a list's, an optimizer's, another module's, stay
-what they were. Putting a new module in its place would keep none but the parameters.
+A torch.nn module becomes ours by taking our methods: `forward`, `step` and `states` are set on the object, bound to it,
+and its class stays torch.nn's. So the object, its type, parameters, buffers, hooks, mode and every reference to it, a
+list's, an optimizer's, another module's, stay what they were. Putting a new module in its place would keep none but the
+parameters, and giving it another class would lose the type.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import types
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from rnnfast import cell_modules, layers
+from rnnfast import cell_modules, compiling, dispatch, layers
 
-_OURS: dict[type, type] = {
+_OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.RNN: layers.RNN,
     nn.LSTM: layers.LSTM,
     nn.GRU: layers.GRU,
@@ -22,9 +26,55 @@ _OURS: dict[type, type] = {
     nn.LSTMCell: cell_modules.LSTMCell,
     nn.GRUCell: cell_modules.GRUCell,
 }
-_THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
 _NAMES = {theirs.__name__ for theirs in _OURS}
-_MARK = "_accelerated"  # set on what was swapped, so that restore leaves alone what was ours from the start
+_METHODS = "forward", "step", "states"
+_ATTRIBUTES = (*_METHODS, "backend")
+# What of a class takes part in a call: a subclass that changes none of it computes what torch.nn's does.
+_TAKING_PART = (
+    "forward",
+    "check_input",
+    "check_forward_args",
+    "get_expected_hidden_size",
+    "check_hidden_size",
+    "permute_hidden",
+    "_update_flat_weights",
+    "_weights_have_changed",
+)
+
+
+class Method:
+    """A function bound to a module that keeps it among its own attributes.
+
+    Python's bound methods would hold the module, and thereby themselves, so that a deleted model stays in memory until
+    the garbage collector comes by; they would also be pickled by name, and so come back as the class's. A copy of the
+    module, by deepcopy or pickle, has copies of these, which are bound to it.
+    """
+
+    __slots__ = ("_function", "_module")
+
+    def __init__(self, function: Callable[..., Any], module: nn.Module) -> None:
+        self._function, self._module = function, weakref.ref(module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(self._owner(), *args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Method, (self._function, self._owner())
+
+    @property
+    def __code__(self) -> types.CodeType:
+        return self._function.__code__  # torch.export names it in its messages
+
+    @property
+    def __wrapped__(self) -> Any:
+        """Where `inspect` finds the signature."""
+        return types.MethodType(self._function, self._owner())
+
+    def _owner(self) -> nn.Module:
+        module = self._module()
+        if module is None:
+            raise ReferenceError(f"the module whose {self._function.__name__} this was is gone; keep the module itself")
+        return module
 
 
 class Swap(NamedTuple):
@@ -60,11 +110,13 @@ class SwapReport(tuple[Swap, ...]):
 
 
 def accelerate(model: nn.Module) -> SwapReport:
-    """Makes every nn.RNN, LSTM, GRU, RNNCell, LSTMCell and GRUCell of a model rnnfast's, in place.
+    """Makes every nn.RNN, LSTM, GRU, RNNCell, LSTMCell and GRUCell of a model run as rnnfast's, in place.
 
-    Parameters, names, hooks, buffers, modes, `isinstance` checks, sharing, and references from optimizers and elsewhere
-    all stay valid, and the model can be pickled and copied. One thing changes: `type(layer) is nn.LSTM` is False, as
-    ours is a subclass. `restore` undoes it.
+    Parameters, names, hooks, buffers, modes, sharing, `type` and `isinstance` checks, and references from optimizers
+    and elsewhere all stay valid, and the model can be pickled and copied. A swapped layer has rnnfast's `forward`, with
+    `lengths=`, `reset=` and token ids, and `step`, an LSTM `states` as well; a cell has `forward`. All have `backend`,
+    "auto", which may be set to a name of `rnnfast.backends()`. `restore` undoes it. Subclasses of torch.nn's are
+    swapped too unless they change what a call does.
 
     Args:
         model: a module with recurrent layers or cells in it, or one itself.
@@ -76,8 +128,7 @@ def accelerate(model: nn.Module) -> SwapReport:
     for names, module in _recurrent_modules(model):
         reason = _why_not(module)
         if reason is None:
-            module.__class__ = _OURS[type(module)]
-            setattr(module, _MARK, True)
+            _bind(module)
         kind = module.original_name if isinstance(module, torch.jit.ScriptModule) else type(module).__name__
         swaps.append(Swap(names, kind, reason))
     return SwapReport(swaps)
@@ -87,17 +138,50 @@ def restore(model: nn.Module) -> None:
     """Makes torch.nn's again of all that `accelerate` made rnnfast's; layers that were rnnfast's before stay so.
 
     Raises:
-        RuntimeError: a layer has been given yet another class since, as FSDP and parametrizations do.
+        RuntimeError: a module has been given yet another `forward` since, as some libraries' hooks do.
     """
-    accelerated = [(name, module) for name, module in model.named_modules() if _MARK in vars(module)]
+    accelerated = [(name, module) for name, module in model.named_modules() if _bound_names(module)]
     for name, module in accelerated:
-        if type(module) not in _THEIRS:
-            raise RuntimeError(
-                f"'{name}' has become a {type(module).__name__} since it was accelerated: undo that first"
-            )
+        if not isinstance(vars(module).get("forward"), Method):
+            raise RuntimeError(f"'{name}' has had its forward replaced since it was accelerated: undo that first")
     for _, module in accelerated:
-        module.__class__ = _THEIRS[type(module)]
-        delattr(module, _MARK)
+        for name in (*_bound_names(module), "backend"):
+            delattr(module, name)
+
+
+def is_ours(module: Any) -> bool:
+    """Whether a layer or cell is of a class of rnnfast's, or one of torch.nn's that is accelerated."""
+    ours = isinstance(module, layers._DropIn | cell_modules._DropInCell)
+    return ours or isinstance(vars(module).get("forward"), Method)
+
+
+compiling.let_dynamo_trace(is_ours)
+
+
+def _bind(module: nn.Module) -> None:
+    """Sets our methods on the object."""
+    ours = _OURS[_base(type(module))]
+    for name in _METHODS:
+        if hasattr(ours, name):
+            setattr(module, name, Method(getattr(ours, name), module))
+    module._replicate_for_data_parallel = Method(_replicate, module)  # type: ignore[method-assign]
+    module.backend = dispatch.AUTO  # type: ignore[assignment]
+
+
+def _replicate(module: nn.Module) -> nn.Module:
+    """DataParallel's copy: it has the attributes of the module that it was made from, methods bound to that too."""
+    replica: nn.Module = type(module)._replicate_for_data_parallel(module)
+    for name in _bound_names(module):
+        setattr(replica, name, Method(vars(module)[name]._function, replica))
+    return replica
+
+
+def _bound_names(module: nn.Module) -> list[str]:
+    return [name for name, value in vars(module).items() if isinstance(value, Method)]
+
+
+def _base(kind: type) -> type[nn.Module]:
+    return next(base for base in kind.__mro__ if base in _OURS)
 
 
 def _recurrent_modules(model: nn.Module) -> list[tuple[tuple[str, ...], nn.Module]]:
@@ -125,15 +209,17 @@ def _why_not(module: nn.Module) -> str | None:
         return "it was compiled by torch.jit; accelerate what it was compiled from"
     if _is_quantized(module):
         return "it is quantized or made to be, and rnnfast computes in floating point"
-    if isinstance(module, tuple(_THEIRS)):
+    if is_ours(module):
         return "it is rnnfast's already"
-    if "forward" in vars(module):
-        return "its forward was replaced on the object"
-    if kind in _OURS:
-        return None
-    if nn.utils.parametrize.is_parametrized(module):
-        return "it is parametrized, and so has a class of its own; accelerate first, then parametrize"
     base = next((base for base in kind.__mro__ if base in _OURS), None)
     if base is None:
         return f"{kind.__name__} is no layer or cell that rnnfast has"
-    return f"{kind.__name__} is a subclass of torch.nn.{base.__name__}; derive it from rnnfast.{base.__name__}"
+    changed = [name for name in _TAKING_PART if getattr(kind, name, None) is not getattr(base, name, None)]
+    if changed:
+        return f"{kind.__name__} has a {changed[0]} of its own; derive it from rnnfast.{base.__name__}"
+    if "forward" in vars(module):
+        return "its forward was replaced on the object"
+    taken = [name for name in _ATTRIBUTES if name != "forward" and hasattr(module, name)]
+    if taken:
+        return f"it has an attribute {taken[0]} of its own, which rnnfast's would hide"
+    return None

@@ -15,7 +15,6 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 
 import rnnfast
-from rnnfast.backends import native
 
 # torch's own, raised by its compiler.
 pytestmark = [
@@ -331,13 +330,52 @@ def test_aot_inductor(tmp_path: Any) -> None:
             torch.testing.assert_close(tree_leaves(compiled(*arguments)), tree_leaves(model(*arguments)))
 
 
-@pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
-def test_a_stack_with_an_extended_recurrence_is_one_operator_a_layer() -> None:
-    stack = rnnfast.Stack("gru", 5, [7, 6], layer_norm=True, zoneout=0.2, recurrent_dropout=0.3, dropout=0.2)
+def test_aot_inductor_of_an_accelerated_model(tmp_path: Any) -> None:
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lower = nn.LSTM(5, 7, bidirectional=True, batch_first=True)
+            self.upper = nn.GRU(14, 6, batch_first=True)
+            self.cell = nn.LSTMCell(6, 4)
+
+        def forward(self, input: Tensor) -> Tensor:
+            output, _ = self.upper(self.lower(input)[0])
+            state = None
+            for t in range(2):
+                state = self.cell(output[:, t], state)
+            assert state is not None
+            return state[0]
+
+    model = Tagger().eval()
+    rnnfast.accelerate(model)
+    sizes = {0: Dim("batch", min=2, max=4096), 1: Dim("steps", min=2, max=4096)}
+    with torch.no_grad():
+        program = export(model, (torch.randn(3, 6, 5),), dynamic_shapes=(sizes,))
+        path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+        compiled = torch._inductor.aoti_load_package(path)
+        for shape in ((3, 6, 5), (8, 11, 5)):
+            input = torch.randn(shape)
+            torch.testing.assert_close(compiled(input), model(input))
+
+
+@pytest.mark.parametrize(
+    ("cell", "options"), [("gru", {"layer_norm": True, "dropout": 0.2}), ("lstm", {"proj_size": 4})]
+)
+def test_a_stack_with_an_extended_recurrence_is_one_operator_a_layer(cell: str, options: Any, backend: str) -> None:
+    stack = rnnfast.Stack(cell, 5, [7, 6], zoneout=0.2, recurrent_dropout=0.3, backend=backend, **options)
     graphs = Graphs()
     compiled = torch.compile(stack, fullgraph=True, dynamic=True, backend=graphs)
     for steps, batch in ((6, 3), (9, 4)):
         arguments = (torch.randn(steps, batch, 5),)
         found, expected = (outputs_and_gradients(f, list(stack.parameters()), arguments) for f in (compiled, stack))
         torch.testing.assert_close(found, expected)
-    assert graphs.operators() == ["rnnfast::scan_extended_cpu"] * 2
+    assert graphs.operators() == [f"rnnfast::scan_extended_{backend}"] * 2
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_of_a_stack_with_an_extended_recurrence(strict: bool, backend: str) -> None:
+    stack = rnnfast.Stack("lstm", 5, [7, 6], layer_norm=True, peepholes=True, zoneout=0.2, backend=backend).eval()
+    sizes = {0: Dim("steps", min=2, max=4096), 1: Dim("batch", min=2, max=4096)}
+    program = export(stack, (torch.randn(6, 3, 5),), dynamic_shapes={"input": sizes}, strict=strict)
+    input = torch.randn(9, 4, 5)
+    torch.testing.assert_close(tree_leaves(program.module()(input)), tree_leaves(stack(input)))

@@ -67,6 +67,13 @@ def test_explain_tells_what_was_passed_over_and_why() -> None:
     choice = rnnfast.explain(layer.half(), torch.randn(5, 2, 3).half())
     assert choice.backend == "torch"
     assert "not cpu: " in str(choice)
+    assert "torch.func and forward-mode AD: reference" in str(choice)
+    assert "states() with gradients: reference" in str(choice)
+    layer.backend = "torch"
+    refused = "states() with gradients: refused: it has no gradients of c of every step, which the reference has"
+    assert refused in str(rnnfast.explain(layer, torch.randn(5, 2, 3).half()))
+    assert "states()" not in str(rnnfast.explain(rnnfast.LSTM(3, 4), torch.randn(5, 2, 3)))
+    assert "states()" not in str(rnnfast.explain(rnnfast.GRU(3, 4).half(), torch.randn(5, 2, 3).half()))
 
 
 def test_import_needs_only_torch() -> None:

@@ -49,7 +49,7 @@ def wrap_fsdp1(model: Model, use_orig_params: bool) -> tuple[nn.Module, Any]:
 
     wrapped = fsdp.FullyShardedDataParallel(
         model,
-        auto_wrap_policy=ModuleWrapPolicy({rnnfast.LSTM, rnnfast.GRU}),
+        auto_wrap_policy=ModuleWrapPolicy({nn.LSTM, nn.GRU}),
         use_orig_params=use_orig_params,
         device_id=torch.device("cpu"),
     )

@@ -169,6 +169,14 @@ def vmap(nn: Any) -> None:
         torch.testing.assert_close(outputs[1], layer(x[1], h[1])[0])
 
 
+@feature("`torch.vmap` over lengths and resets", "one scan")
+def vmap_over_lengths(nn: Any) -> None:
+    layer, x, lengths, mask = nn.GRU(3, 4), torch.randn(6, 5, 2, 3), torch.randint(6, (6, 2)), torch.rand(6, 5, 2) < 0.3
+    with torch.no_grad():
+        outputs = torch.vmap(lambda x, n, m: layer(x, lengths=n, reset=m)[0])(x, lengths, mask)
+        torch.testing.assert_close(outputs[1], layer(x[1], lengths=lengths[1], reset=mask[1])[0])
+
+
 @feature("`torch.vmap` over weights: an ensemble", "one scan")
 def ensemble(nn: Any) -> None:
     layers, x = [nn.GRU(3, 4) for _ in range(3)], torch.randn(5, 2, 3)
@@ -285,14 +293,19 @@ def backends(nn: Any) -> None:
     assert nn.backends()
 
 
-@feature("an existing model's layers swapped in place and back: `accelerate`, `restore`")
+@feature("an existing model's layers swapped in place, types and references kept, and back: `accelerate`, `restore`")
 def accelerate(nn: Any) -> None:
     model = torch_nn.Sequential(torch_nn.GRU(3, 8))
-    parameter = model[0].weight_hh_l0
+    parameter, x = model[0].weight_hh_l0, torch.randn(5, 2, 3)
+    expected = model(x)
     assert nn.accelerate(model).swapped
-    assert model[0].weight_hh_l0 is parameter
-    nn.restore(model)
     assert type(model[0]) is torch_nn.GRU
+    assert model[0].weight_hh_l0 is parameter
+    torch.testing.assert_close(model(x), expected)
+    assert nn.explain(model[0], x).backend in ("cpu", "torch")
+    nn.restore(model)
+    with pytest.raises(TypeError):
+        nn.explain(model[0], x)
 
 
 @feature("a size for each layer: `Stack`")

@@ -10,6 +10,7 @@ from torch.export import Dim
 from torch.utils._pytree import tree_leaves
 
 import rnnfast
+from rnnfast.backends import native
 from tests.test_compile import CASES, Model
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install onnxruntime")
@@ -62,6 +63,42 @@ def test_what_onnx_has_not_is_refused() -> None:
     assert "ONNX's LSTM has no projection" in refusal(Model(rnnfast.LSTM(5, 7, proj_size=3)), (input,))
     lengths = {"lengths": torch.tensor([4, 1, 2])}
     assert "export the model for padded input" in refusal(rnnfast.GRU(5, 7), (input,), kwargs=lengths)
+    if native.why_not() is None:
+        normalised = rnnfast.Stack("lstm", 5, [7], layer_norm=True, backend="cpu").eval()
+        assert "no zoneout, layer normalisation" in refusal(normalised, (input,))
+
+    class States(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = rnnfast.LSTM(5, 7)
+
+        def forward(self, input: torch.Tensor) -> Any:
+            return self.layer.states(input)
+
+    assert "a model that calls LSTM.states cannot be exported" in refusal(States(), (input,))
+
+
+def test_an_accelerated_model_with_a_cell_and_a_stack(tmp_path: Any) -> None:
+    class Both(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lower = torch.nn.LSTM(5, 7, bidirectional=True)
+            self.stack = rnnfast.Stack("gru", 14, [7, 7], connection="residual", dropout=0.5)
+            self.cell = torch.nn.LSTMCell(7, 4)
+
+        def forward(self, input: torch.Tensor) -> Any:
+            output, _ = self.stack(self.lower(input)[0])
+            state = None
+            for step in output:
+                state = self.cell(step, state)
+            return state
+
+    model, arguments = Both().eval(), (torch.randn(3, 2, 5),)
+    rnnfast.accelerate(model)
+    program = exported(model, arguments)
+    kinds = [node.op_type for node in program.model.graph]
+    assert (kinds.count("LSTM"), kinds.count("GRU")) == (4, 2)  # a cell is a call with one step
+    compare(program, model, arguments, tmp_path)
 
 
 def compare(program: Any, model: Any, arguments: Any, folder: Any) -> None:
@@ -72,3 +109,9 @@ def compare(program: Any, model: Any, arguments: Any, folder: Any) -> None:
     with torch.no_grad():
         expected = tree_leaves(model(*arguments))
     torch.testing.assert_close([torch.from_numpy(result) for result in results], expected)
+
+
+def test_a_changed_recurrence_on_the_reference_is_exported_step_by_step(tmp_path: Any) -> None:
+    model = rnnfast.Stack("lstm", 5, [7], layer_norm=True, peepholes=True, backend="reference").eval()
+    arguments = (torch.randn(3, 2, 5),)
+    compare(exported(model, arguments), model, arguments, tmp_path)

@@ -14,7 +14,6 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import rnnfast
-from rnnfast import dispatch
 from rnnfast.backends import native
 from rnnfast.backends.reference import Extension, Norms
 from rnnfast.extended import scan_extended
@@ -352,18 +351,38 @@ def test_explain_tells_who_runs_it_and_why() -> None:
         make("gru", layer_norm=True)(input)
 
 
-@pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
-def test_projections_of_an_extended_recurrence_are_the_references() -> None:
-    request = dispatch.Request("lstm", "cpu", torch.float32, False, True, extensions=("zoneout",))
-    choice = dispatch.choose(request)
-    assert choice.backend == "reference"
-    assert dict(choice.passed_over)["cpu"] == "it has no zoneout with projections"
-    input, weights, h, c = make_lane("lstm")
-    projected = [weights._replace(w_hh=random(4 * HIDDEN, 2), w_hr=random(2, HIDDEN))]
-    arguments = input.flatten(0, 1), projected, [Extension(None, 0.5)], h[None, :, :2], c[None], None, "lstm", False
-    assert scan_extended("reference", *arguments)[0].shape == (STEPS * BATCH, 2)
-    with pytest.raises(ValueError, match="no extended recurrence with projections"):
-        scan_extended("cpu", *arguments)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_projections_of_an_extended_recurrence(bidirectional: bool, training: bool) -> None:
+    options = ALL | {"proj_size": 3, "layer_norm": True, "peepholes": True, "bidirectional": bidirectional}
+    stack, input = make("lstm", [HIDDEN, HIDDEN + 1], **options).train(training), input_of()
+    assert rnnfast.explain(stack, input).backend == ("cpu" if native.why_not() is None else "reference")
+    mask = torch.rand(STEPS, BATCH) < 0.3
+    results = []
+    for name in (stack.backend, "reference"):
+        stack.backend = name
+        output, states = seeded(stack, input, lengths=[2, STEPS, 4], reset=mask)
+        loss = output.sin().sum() + sum(part.square().sum() for part in flat(states))
+        results.append([output, *flat(states), *torch.autograd.grad(loss, list(stack.parameters()))])
+    torch.testing.assert_close(*results)
+    assert results[0][0].shape == (STEPS, BATCH, 3 * (1 + bidirectional))
+    if training or bidirectional:
+        return
+    stack.backend = "auto"
+    state, outputs = None, []
+    with torch.no_grad():
+        for x in input:
+            output, state = stack.step(x, state)
+            outputs.append(output)
+        torch.testing.assert_close(torch.stack(outputs), stack(input)[0], rtol=0, atol=0)
+
+
+def test_zoneout_of_a_projection_is_of_what_it_puts_out() -> None:
+    stack = make("lstm", proj_size=2, zoneout=1.0)
+    state = [(random(1, BATCH, 2), random(1, BATCH, HIDDEN))]
+    output, after = stack(input_of(), state)
+    torch.testing.assert_close(flat(after), flat(state))
+    torch.testing.assert_close(output, state[0][0].expand_as(output))
 
 
 def test_peepholes_are_parameters_of_each_direction(backend: str) -> None:
@@ -470,7 +489,6 @@ def test_variational_dropout_of_any_sequence() -> None:
         (("gru", 3, [4]), {"backend": "gpu"}, "unknown rnnfast backend"),
         (("gru", 3, [4]), {"proj_size": 2}, "proj_size is for lstm"),
         (("lstm", 3, [8, 4]), {"proj_size": 4}, "below every one of hidden_sizes"),
-        (("lstm", 3, [8]), {"proj_size": 4, "zoneout": 0.1}, "does not go with"),
     ],
 )
 def test_mistaken_options(arguments: Any, options: Any, message: str) -> None:

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.backends.debugging import aot_eager
 from torch.autograd import gradcheck, gradgradcheck
+from torch.func import functional_call, grad, vmap
 
 import rnnfast
 
@@ -106,6 +108,101 @@ def test_higher_derivatives_and_transforms() -> None:
     expected = torch.autograd.functional.jacobian(function, tuple(detached))
     torch.testing.assert_close(torch.func.jacrev(function, (0, 1))(*detached), expected)
     torch.testing.assert_close(torch.func.jacfwd(function, (0, 1))(*detached), expected)
+
+
+def test_torch_func_in_any_order(backend: str) -> None:
+    layer = rnnfast.LSTM(INPUTS, HIDDEN, dtype=torch.float64, backend=backend)
+    parameters = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+    inputs = torch.randn(3, STEPS, BATCH, INPUTS, dtype=torch.float64)
+
+    def loss(parameters: dict[str, Tensor], input: Tensor) -> Tensor:
+        def states(input: Tensor) -> Tensor:
+            return layer.states(input, lengths=[2, 5, 0])[1].sin().sum()
+
+        return functional_call(_Calling(layer, states), {f"layer.{k}": v for k, v in parameters.items()}, (input,))
+
+    expected = [grad(loss)(parameters, input) for input in inputs]
+    own = [torch.autograd.grad(layer.states(x, lengths=[2, 5, 0])[1].sin().sum(), layer.weight_hh_l0) for x in inputs]
+    torch.testing.assert_close([e["weight_hh_l0"] for e in expected], [g for (g,) in own])
+    per_sample = vmap(grad(loss), (None, 0))(parameters, inputs)
+    outside = grad(lambda parameters: vmap(loss, (None, 0))(parameters, inputs).sum())(parameters)
+    for name in parameters:
+        stacked = torch.stack([e[name] for e in expected])
+        torch.testing.assert_close(per_sample[name], stacked)
+        torch.testing.assert_close(outside[name], stacked.sum(0))
+
+
+class _Calling(torch.nn.Module):
+    """What functional_call needs: a module that holds the layer and calls a function."""
+
+    def __init__(self, layer: Any, function: Any) -> None:
+        super().__init__()
+        self.layer, self.function = layer, function
+
+    def forward(self, input: Tensor) -> Any:
+        return self.function(input)
+
+
+def test_the_states_are_an_operator(backend: str) -> None:
+    op = getattr(torch.ops.rnnfast, f"scan_{backend}_states")
+    backward_op = getattr(torch.ops.rnnfast, f"scan_{backend}_states_backward")
+    rows, sizes = torch.randn(6, INPUTS), torch.tensor([3, 2, 1])
+    w_ih, w_hh, w_hr = torch.randn(2, 4 * HIDDEN, INPUTS), torch.randn(2, 4 * HIDDEN, 2), torch.randn(2, 2, HIDDEN)
+    states = torch.randn(2, 3, 2), torch.randn(2, 3, HIDDEN)
+    layer = (rows, w_ih, w_hh, None, None, w_hr, *states, sizes, "lstm", True)
+    torch.library.opcheck(op.default, (*layer, True))
+    output, cells, c_n, tape = op(*layer, True)
+    gradients = torch.randn_like(output), torch.randn_like(cells), torch.randn_like(c_n)
+    torch.library.opcheck(backward_op.default, (*gradients, *layer, output, tape, True, True))
+    assert op(*layer, False)[3].shape == (0,)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, raised by its compiler
+def test_in_a_graph(backend: str) -> None:
+    torch._dynamo.reset()
+    layer = rnnfast.LSTM(INPUTS, HIDDEN, 2, bidirectional=True, proj_size=2, backend=backend)
+    operators: list[list[str]] = []
+
+    def record(module: Any, inputs: Any) -> Any:
+        found = [str(node.target) for node in module.graph.nodes if "rnnfast" in str(node.target)]
+        operators.append([name for name in found if "cut" not in name])
+        return aot_eager(module, inputs)
+
+    graph = torch.compile(layer.states, fullgraph=True, dynamic=True, backend=record)
+    for steps, batch in ((5, 3), (7, 2), (9, 4)):
+        ragged = {"lengths": torch.randint(steps + 1, (batch,)), "reset": torch.rand(steps, batch) < 0.3}
+        for arguments in ({}, ragged):
+            input = torch.randn(steps, batch, INPUTS)
+            results = []
+            for function in (layer.states, graph):
+                h, c = function(input, **arguments)
+                gradients = torch.autograd.grad(h.sin().sum() + c.square().sum(), list(layer.parameters()))
+                results.append([h, c, *gradients])
+            torch.testing.assert_close(*results)
+            with torch.no_grad():
+                torch.testing.assert_close(graph(input, **arguments), layer.states(input, **arguments))
+    assert (
+        operators == [[f"rnnfast.scan_{backend}_states.default"] * layer.num_layers] * 4
+    )  # with gradients and without
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported(strict: bool, backend: str) -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = rnnfast.LSTM(INPUTS, HIDDEN, 2, backend=backend)
+
+        def forward(self, input: Tensor, lengths: Tensor) -> Any:
+            return self.layer.states(input, lengths=lengths)
+
+    model, batch = Model(), torch.export.Dim("batch", min=1, max=99)
+    sizes = {0: torch.export.Dim("steps", min=1, max=99), 1: batch}
+    arguments = torch.randn(STEPS, BATCH, INPUTS), torch.tensor([2, 5, 0])
+    program = torch.export.export(model, arguments, dynamic_shapes=(sizes, {0: batch}), strict=strict)
+    arguments = torch.randn(9, 2, INPUTS), torch.tensor([9, 4])
+    torch.testing.assert_close(program.module()(*arguments), model(*arguments))
 
 
 def test_a_backend_asked_for_by_name_that_cannot_says_so() -> None:

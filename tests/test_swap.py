@@ -1,10 +1,14 @@
-"""accelerate and restore: what changes in a model (its classes) and what does not (all else)."""
+"""accelerate and restore: what changes in a model (a few attributes of its layers) and what does not (all else)."""
 
 from __future__ import annotations
 
 import copy
+import gc
+import importlib
+import inspect
 import io
 import pickle
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import rnnfast
+from rnnfast.swap import is_ours
 
 CLASSES = ["RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"]
 INPUT = torch.randn(6, 3, 4, generator=torch.Generator().manual_seed(5))
@@ -46,13 +51,17 @@ def recurrent(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, nn.RNNBase | nn.RNNCellBase)]
 
 
+def swapped(model: nn.Module) -> list[bool]:
+    return [is_ours(module) for module in recurrent(model)]
+
+
 def gradients(model: nn.Module, input: Tensor = INPUT) -> list[Tensor]:
     result = model(input)
     result = result if isinstance(result, Tensor) else result[0]
     return [result, *torch.autograd.grad(result.sin().sum(), list(model.parameters()))]
 
 
-def test_only_the_classes_change() -> None:
+def test_all_but_the_methods_stays() -> None:
     model = Model().eval()
     model.cell.register_buffer("extra", torch.ones(2))
     seen: list[Any] = []
@@ -67,24 +76,25 @@ def test_only_the_classes_change() -> None:
     assert [swap.names for swap in report.swapped] == [("encoder",), ("stack.0",), ("stack.1", "again"), ("cell",)]
     assert not report.left
     assert "stack.1, again  RNN       swapped" in repr(report)
-    assert [type(module) for module in recurrent(model)] == [rnnfast.LSTM, rnnfast.GRU, rnnfast.RNN, rnnfast.LSTMCell]
-    assert isinstance(model.encoder, nn.LSTM)
+    assert [type(module) for module in recurrent(model)] == [nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell]
+    assert swapped(model) == [True] * 4
     assert all(a is b for a, b in zip(elsewhere, [model.encoder, *model.stack], strict=True))
     for now, then in ((list(model.named_modules()), modules), (list(model.named_parameters()), parameters)):
         assert [name for name, _ in now] == [name for name, _ in then]
         assert all(a is b for (_, a), (_, b) in zip(now, then, strict=True))
     assert [module.training for module in recurrent(model)] == [False, True, False, False]
     assert repr(model) == text
+    for module, then in zip(model.modules(), before, strict=True):
+        assert all(vars(module)[name] is value for name, value in then.items() if name != "_flat_weight_refs")
     seen.clear()
     torch.testing.assert_close(gradients(model), expected)
     assert seen == [model.encoder]
     torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
     with torch.no_grad():
         torch.testing.assert_close(model(INPUT), expected[0])
-        model.stack[0].step(torch.randn(3, 16))  # type: ignore[operator]
 
     rnnfast.restore(model)
-    assert [type(module) for module in recurrent(model)] == [nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell]
+    assert not any(swapped(model))
     for module, then in zip(model.modules(), before, strict=True):
         assert vars(module).keys() == then.keys()
         assert all(vars(module)[name] is value for name, value in then.items() if name != "_flat_weight_refs")
@@ -98,10 +108,43 @@ def test_the_model_itself_may_be_a_layer(name: str) -> None:
     expected = gradients(module, input)
     report = rnnfast.accelerate(module)
     assert repr(report).splitlines() == ["1 swapped, 0 left", f"(the model)  {name}  swapped"]
-    assert type(module) is getattr(rnnfast, name)
+    assert type(module) is getattr(nn, name)
+    assert is_ours(module)
     torch.testing.assert_close(gradients(module, input), expected)
     rnnfast.restore(module)
-    assert type(module) is getattr(nn, name)
+    assert not is_ours(module)
+
+
+def test_a_swapped_layer_has_all_that_rnnfasts_has() -> None:
+    layer, twin, ids = nn.LSTM(4, 8, 2), rnnfast.LSTM(4, 8, 2), torch.randint(4, (6, 3))
+    twin.load_state_dict(layer.state_dict())
+    rnnfast.accelerate(layer)
+    assert inspect.signature(layer.forward) == inspect.signature(twin.forward)
+    assert str(rnnfast.explain(layer, INPUT)) == str(rnnfast.explain(twin, INPUT))
+    calls: list[Callable[[Any], Any]] = [
+        lambda layer: layer(ids),
+        lambda layer: layer(INPUT, lengths=[2, 6, 0], reset=ids > 2),
+        lambda layer: layer.step(INPUT[0]),
+        lambda layer: layer.states(INPUT),
+        lambda layer: rnnfast.Stream(layer)(INPUT[0]),
+    ]
+    for call in calls:
+        torch.testing.assert_close(call(layer), call(twin), rtol=0, atol=0)
+    layer.backend = "reference"  # type: ignore[assignment]
+    assert rnnfast.explain(layer, INPUT).backend == "reference"
+    torch.testing.assert_close(layer(INPUT), twin(INPUT))
+    with pytest.raises(RuntimeError, match=r"the state of an LSTM is a pair of tensors \(h_0, c_0\), got a Tensor"):
+        layer(INPUT, torch.zeros(2, 3, 8))
+
+
+def test_hooks_fire_once_a_call() -> None:
+    layer, seen = nn.GRU(4, 8), []
+    layer.register_forward_pre_hook(lambda module, args: seen.append("pre"))  # type: ignore[func-returns-value]
+    rnnfast.accelerate(layer)
+    layer.register_forward_hook(lambda module, args, output: seen.append("forward"))
+    layer.register_full_backward_hook(lambda module, d_input, d_output: seen.append("backward"))  # type: ignore[func-returns-value]
+    layer(INPUT.clone().requires_grad_())[0].sum().backward()
+    assert seen == ["pre", "forward", "backward"]
 
 
 def test_an_optimizer_made_before_goes_on() -> None:
@@ -128,12 +171,102 @@ def test_copies_stay_accelerated_and_can_be_restored() -> None:
     expected = model(INPUT)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(saved, weights_only=False)):
         assert [type(module) for module in recurrent(other)] == [type(module) for module in recurrent(model)]
+        assert swapped(other) == [True] * 4
         assert other.again is other.stack[1]
         torch.testing.assert_close(other(INPUT), expected, rtol=0, atol=0)
+        with torch.no_grad():  # its own parameters, not the model's
+            for parameter in recurrent(other)[0].parameters():
+                parameter.zero_()
+        assert not other.encoder(INPUT)[0].any()
+        torch.testing.assert_close(model(INPUT), expected, rtol=0, atol=0)
+        other(INPUT).sum().backward()
+        assert other.encoder.weight_ih_l0.grad is not None
+        assert model.encoder.weight_ih_l0.grad is None
+        found = other(INPUT)
         rnnfast.restore(other)
-        assert type(other.encoder) is nn.LSTM
-        torch.testing.assert_close(other(INPUT), expected)
-    assert type(model.encoder) is rnnfast.LSTM
+        assert not any(swapped(other))
+        torch.testing.assert_close(other(INPUT), found)
+    assert swapped(model) == [True] * 4
+
+
+def test_a_deleted_model_is_freed_at_once() -> None:
+    model = Model()
+    rnnfast.accelerate(model)
+    model(INPUT).sum().backward()
+    parameter, forward = weakref.ref(model.encoder.weight_hh_l0), model.encoder.forward
+    gc.disable()
+    try:
+        del model
+        assert parameter() is None
+    finally:
+        gc.enable()
+    with pytest.raises(ReferenceError, match="the module whose forward this was is gone; keep the module itself"):
+        forward(INPUT)
+
+
+def test_parameters_given_by_functional_call() -> None:
+    layers = [nn.GRU(4, 8) for _ in range(3)]
+    for layer in layers:
+        rnnfast.accelerate(layer)
+    parameters, _ = torch.func.stack_module_state(layers)
+    skeleton = copy.deepcopy(layers[0]).to("meta")
+    found = torch.vmap(lambda p: torch.func.functional_call(skeleton, p, (INPUT,))[0])(parameters)
+    torch.testing.assert_close(found, torch.stack([layer(INPUT)[0] for layer in layers]))
+
+
+def test_in_a_graph() -> None:
+    torch._dynamo.reset()
+    model = Model()
+    expected = gradients(model)
+    rnnfast.accelerate(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(gradients(compiled), expected)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        copied.head.weight.zero_()
+        copied.encoder.weight_ih_l0.zero_()
+    recompiled = torch.compile(copied, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(recompiled(INPUT), copied(INPUT))
+    rnnfast.restore(model)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="RNN, GRU, or LSTM"):
+        compiled(INPUT)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("alone", [False, True])
+def test_exported(strict: bool, alone: bool) -> None:
+    steps, batch = torch.export.Dim("steps", min=1, max=99), torch.export.Dim("batch", min=1, max=99)
+    model: nn.Module = nn.GRU(4, 8) if alone else nn.Sequential(nn.GRU(4, 8))
+    rnnfast.accelerate(model)
+    shapes = {"input": {0: steps, 1: batch}}
+    program = torch.export.export(model, (INPUT,), dynamic_shapes=shapes, strict=strict)
+    assert list(program.state_dict) == list(model.state_dict())
+    x = torch.randn(9, 2, 4)
+    torch.testing.assert_close(program.module()(x)[0], model(x)[0])
+
+
+class OwnInit(nn.LSTM):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        nn.init.orthogonal_(self.weight_hh_l0)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.ones_(self.bias_hh_l0)
+
+
+def test_subclasses_that_compute_as_torch_does() -> None:
+    layer = OwnInit(4, 8)
+    expected = gradients(layer)
+    assert rnnfast.accelerate(layer).swapped
+    assert is_ours(layer)
+    torch.testing.assert_close(gradients(layer), expected)
+    rnnfast.restore(layer)
+    assert not is_ours(layer)
+
+
+class OwnStep(nn.GRU):
+    def step(self) -> None: ...
 
 
 class OwnForward(nn.LSTM):
@@ -152,18 +285,14 @@ def replaced() -> nn.Module:
     return layer
 
 
-def parametrized() -> nn.Module:
-    return parametrizations.spectral_norm(nn.GRU(4, 8), "weight_hh_l0")
-
-
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning", "ignore:.*:UserWarning")
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: OwnForward(4, 8), "OwnForward is a subclass of torch.nn.LSTM; derive it from rnnfast.LSTM"),
+        (lambda: OwnForward(4, 8), "OwnForward has a forward of its own; derive it from rnnfast.LSTM"),
+        (lambda: OwnStep(4, 8), "it has an attribute step of its own, which rnnfast's would hide"),
         (OwnKind, "OwnKind is no layer or cell that rnnfast has"),
         (replaced, "its forward was replaced on the object"),
-        (parametrized, "accelerate first, then parametrize"),
         (lambda: rnnfast.LSTM(4, 8), "it is rnnfast's already"),
         (lambda: torch.ao.nn.quantized.dynamic.LSTM(4, 8), "it is quantized"),
         (lambda: torch.ao.nn.quantized.dynamic.GRUCell(4, 8), "it is quantized"),
@@ -172,7 +301,7 @@ def parametrized() -> nn.Module:
 )
 def test_what_is_left_and_why(make: Callable[[], nn.Module], reason: str) -> None:
     model = nn.ModuleDict({"kept": make(), "plain": nn.GRU(4, 8)})
-    kind = type(model["kept"])
+    kind, attributes = type(model["kept"]), dict(vars(model["kept"]))
     report = rnnfast.accelerate(model)
     assert [swap.names for swap in report.swapped] == [("plain",)]
     assert [swap.names for swap in report.left] == [("kept",)]
@@ -180,8 +309,8 @@ def test_what_is_left_and_why(make: Callable[[], nn.Module], reason: str) -> Non
     assert reason in repr(report)
     assert type(model["kept"]) is kind
     rnnfast.restore(model)
-    assert type(model["kept"]) is kind
-    assert type(model["plain"]) is nn.GRU
+    assert vars(model["kept"]) == attributes
+    assert not is_ours(model["plain"])
 
 
 def test_accelerating_twice_changes_nothing_more() -> None:
@@ -192,7 +321,20 @@ def test_accelerating_twice_changes_nothing_more() -> None:
     assert {swap.left_because for swap in report.left} == {"it is rnnfast's already"}
     rnnfast.restore(model)
     rnnfast.restore(model)
-    assert type(model.encoder) is nn.LSTM
+    assert not any(swapped(model))
+
+
+def test_a_forward_replaced_since_is_not_undone() -> None:
+    model = Model()
+    rnnfast.accelerate(model)
+    ours = model.encoder.forward
+    model.encoder.forward = lambda *args: ours(*args)  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="'encoder' has had its forward replaced since it was accelerated"):
+        rnnfast.restore(model)
+    assert swapped(model) == [False, True, True, True]
+    model.encoder.forward = ours  # type: ignore[method-assign]
+    rnnfast.restore(model)
+    assert not any(swapped(model))
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
@@ -214,25 +356,30 @@ def test_hooks_that_compute_a_weight_still_do(wrap: Callable[[nn.Module], nn.Mod
     torch.testing.assert_close(gradients(layer), expected)
 
 
-def test_parametrized_after_accelerating() -> None:
+@pytest.mark.parametrize("accelerated_first", [True, False])
+def test_parametrized(accelerated_first: bool) -> None:
     layer, theirs = nn.GRU(4, 8), nn.GRU(4, 8)
     theirs.load_state_dict(layer.state_dict())
-    rnnfast.accelerate(layer)
-    for module in (layer, theirs):
-        parametrizations.weight_norm(module, "weight_hh_l0")
-    assert isinstance(layer, rnnfast.GRU)
+    parametrizations.weight_norm(theirs, "weight_hh_l0")
+    if accelerated_first:
+        rnnfast.accelerate(layer)
+    parametrizations.weight_norm(layer, "weight_hh_l0")
+    if not accelerated_first:
+        assert repr(rnnfast.accelerate(layer)).splitlines()[1] == "(the model)  ParametrizedGRU  swapped"
+    assert is_ours(layer)
     torch.testing.assert_close(gradients(layer), gradients(theirs))
     with torch.no_grad():
         layer.parametrizations.weight_hh_l0.original0.mul_(2)  # type: ignore[union-attr, operator]
         theirs.parametrizations.weight_hh_l0.original0.mul_(2)  # type: ignore[union-attr, operator]
         torch.testing.assert_close(layer(INPUT), theirs(INPUT))
-    with pytest.raises(RuntimeError, match="'' has become a ParametrizedGRU since it was accelerated: undo that first"):
-        rnnfast.restore(layer)
     parametrize.remove_parametrizations(layer, "weight_hh_l0")
-    assert type(layer) is rnnfast.GRU
-    torch.testing.assert_close(layer(INPUT), theirs(INPUT))
-    rnnfast.restore(layer)
     assert type(layer) is nn.GRU
+    assert is_ours(layer)
+    torch.testing.assert_close(layer(INPUT), theirs(INPUT))
+    parametrizations.weight_norm(layer, "weight_hh_l0")
+    rnnfast.restore(layer)
+    assert not is_ours(layer)
+    torch.testing.assert_close(layer(INPUT), theirs(INPUT))
 
 
 # ---- wrappers -------------------------------------------------------------------------------------------------------
@@ -248,13 +395,30 @@ def _process_group() -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
-def test_data_parallel() -> None:
+def test_data_parallel(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Model()
     expected = gradients(model)
     rnnfast.accelerate(model)
     torch.testing.assert_close(gradients(nn.DataParallel(model)), expected)  # without a GPU it calls the model
-    replica = model.encoder._replicate_for_data_parallel()
-    assert type(replica) is rnnfast.LSTM
+
+    # What it does with GPUs, but for their streams: parameters copied, and with them copies of the modules.
+    def broadcast(tensors: list[Tensor], devices: list[int], detach: bool = False) -> list[list[Tensor]]:
+        return [[tensor * factor for tensor in tensors] for factor in (1, 0.5)]
+
+    functions = vars(importlib.import_module("torch.nn.parallel.replicate"))
+    monkeypatch.setitem(functions, "_broadcast_coalesced_reshape", broadcast)
+    replicas = nn.parallel.replicate(model, [0, 1])
+    assert [swapped(replica) for replica in replicas] == [[True] * 4] * 2
+    halved = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in halved.parameters():
+            parameter.mul_(0.5)
+    found = [replica(INPUT) for replica in replicas]
+    torch.testing.assert_close(found, [model(INPUT), halved(INPUT)])
+    leaves = list(model.parameters())
+    of_second = torch.autograd.grad(found[1].sin().sum(), leaves)  # through the copies, to the parameters
+    ours = torch.autograd.grad(halved(INPUT).sin().sum(), list(halved.parameters()))
+    torch.testing.assert_close(of_second, tuple(0.5 * gradient for gradient in ours))
 
 
 @pytest.mark.usefixtures("_process_group")
@@ -279,18 +443,22 @@ def test_distributed_data_parallel(wrapped_first: bool) -> None:
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor")
 @pytest.mark.usefixtures("_process_group")
-def test_fully_sharded_data_parallel() -> None:
+@pytest.mark.parametrize("wrapped_first", [False, True])
+def test_fully_sharded_data_parallel(wrapped_first: bool) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     torch.manual_seed(1)
     model, twin = Model(), Model()
     twin.load_state_dict(model.state_dict())
-    rnnfast.accelerate(model)
+    if not wrapped_first:
+        rnnfast.accelerate(model)
     mesh = init_device_mesh("cpu", (1,))
     for module in (*recurrent(model), model):
         fully_shard(module, mesh=mesh)
-    assert isinstance(model.encoder, rnnfast.LSTM)
+    if wrapped_first:
+        rnnfast.accelerate(model)
+    assert swapped(model) == [True] * 4
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, twin)]
     for _ in range(2):
         with torch.no_grad():  # weights packed for inference, whose storage is then freed and filled again

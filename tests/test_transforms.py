@@ -155,16 +155,98 @@ def test_vmap_of_half_types_rounds_once(backend: str) -> None:
         torch.testing.assert_close(tree_leaves(actual), tree_leaves(expected), rtol=2**-6, atol=2**-6)
 
 
-def test_vmap_refuses_lengths_of_each_member(backend: str) -> None:
+def ragged_loss_of(layer: Any) -> Callable[..., Tensor]:
+    def loss(parameters: Parameters, input: Tensor, lengths: Tensor, reset: Tensor) -> Tensor:
+        output, state = functional_call(layer, parameters, (input,), {"lengths": lengths, "reset": reset})
+        return output.pow(2).sum() + sum(s.sin().sum() for s in tree_leaves(state))
+
+    return loss
+
+
+@pytest.mark.parametrize("in_dims", [(None, 0, 0, 0), (0, 0, 0, 0), (None, None, 0, None), (None, 0, None, 0)])
+@pytest.mark.parametrize("name", LAYERS)
+def test_vmap_over_lengths_and_resets(name: str, in_dims: Any, backend: str) -> None:
+    layer = build(name, True, backend, num_layers=2)
+    parameters, input = parameters_of(layer), torch.randn(MEMBERS, 5, 4, 2, dtype=torch.float64)
+    lengths = torch.tensor([[2, 5, 0, 1], [0, 0, 0, 0], [5, 5, 5, 5]])  # all empty, and all full, among them
+    whole = (ensemble_of(parameters), input, lengths, torch.rand(MEMBERS, 5, 4) < 0.3)
+    shared = (parameters, *(argument[0] for argument in whole[1:]))
+    arguments = [one if dim is None else all_ for one, all_, dim in zip(shared, whole, in_dims, strict=True)]
+
+    def outputs(parameters: Parameters, input: Tensor, lengths: Tensor, reset: Tensor) -> Any:
+        return functional_call(layer, parameters, (input,), {"lengths": lengths, "reset": reset})
+
+    loss = ragged_loss_of(layer)
+    for function in (outputs, grad(loss), grad(loss, 1)):
+        assert_same(vmap(function, in_dims)(*arguments), loop(function, in_dims, *arguments))
+
+    def summed(mapped: Any) -> Any:
+        return grad(lambda *arguments: mapped(loss, in_dims)(*arguments).sum(), (0, 1))(*arguments)
+
+    assert_same(summed(vmap), summed(lambda function, dims: lambda *arguments: loop(function, dims, *arguments)))
+
+
+def test_vmap_over_lengths_of_states_and_token_ids(backend: str) -> None:
+    layer, lengths = build("LSTM", False, backend), torch.tensor([[2, 5], [0, 3], [4, 4]])
+    ids = torch.randint(2, (MEMBERS, 5, 2))
+
+    def loss(parameters: Parameters, ids: Tensor, lengths: Tensor) -> Tensor:
+        class Sum(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layer = layer
+
+            def forward(self) -> Tensor:
+                h, c = layer.states(ids, lengths=lengths)
+                return h.sin().sum() + c.pow(2).sum()
+
+        return functional_call(Sum(), {f"layer.{name}": value for name, value in parameters.items()}, ())
+
+    parameters = parameters_of(layer)
+    for function in (loss, grad(loss)):
+        arguments = (None, 0, 0), parameters, ids, lengths
+        assert_same(vmap(function, arguments[0])(*arguments[1:]), loop(function, *arguments))
+
+
+@pytest.mark.parametrize("options", [{}, {"layer_norm": True, "peepholes": True, "proj_size": 1}])
+def test_vmap_over_lengths_of_a_stack(options: Any) -> None:
+    stack = rnnfast.Stack("lstm", 2, [3, 2], dtype=torch.float64, **options)
+    lengths, input = torch.tensor([[2, 5], [0, 3], [4, 4]]), torch.randn(MEMBERS, 5, 2, 2, dtype=torch.float64)
+    arguments = parameters_of(stack), input, lengths, torch.rand(MEMBERS, 5, 2) < 0.3
+    in_dims, loss = (None, 0, 0, 0), ragged_loss_of(stack)
+    expected = loop(grad(loss), in_dims, *arguments)
+    assert_same(vmap(grad(loss), in_dims)(*arguments), expected)
+    total = grad(lambda parameters: vmap(loss, in_dims)(parameters, *arguments[1:]).sum())(arguments[0])
+    assert_same(total, tree_map(lambda t: t.sum(0), expected))
+
+
+def test_what_vmap_over_lengths_does_not_do() -> None:
+    layer, lengths = build("GRU", False, "auto"), torch.tensor([[2, 5], [0, 3]])
+    input = torch.randn(5, 2, 2, dtype=torch.float64)
+
+    def tangent(lengths: Tensor) -> Tensor:
+        return jvp(lambda x: layer(x, lengths=lengths)[0], (input,), (input,))[1]
+
+    def penalty_of(lengths: Tensor) -> Tensor:
+        return grad(lambda x: grad(lambda x: layer(x, lengths=lengths)[0].sin().sum())(x).pow(2).sum())(input)
+
+    for function in (tangent, penalty_of):
+        with pytest.raises(RuntimeError, match="forward-mode and second derivatives take no vmap over lengths"):
+            vmap(function)(lengths)
+    with pytest.raises(ValueError, match=r"lengths must be in \[0, 5\], the steps of the input, got \[7, 10\]"):
+        vmap(lambda lengths: layer(input, lengths=lengths)[0])(lengths + 5)
+
+
+def test_vmap_over_batch_sizes(backend: str) -> None:
     layer = build("GRU", False, backend)
-    data, sizes = torch.randn(7, 2, dtype=torch.float64), torch.tensor([[3, 3, 1]] * MEMBERS)
-    with pytest.raises(RuntimeError, match="batch_sizes"):
-        vmap(lambda sizes: scan_of(layer, data, sizes))(sizes)
+    data, sizes = torch.randn(7, 2, dtype=torch.float64), torch.tensor([[3, 3, 1], [3, 2, 2], [3, 3, 1]])
+    actual = vmap(lambda sizes: scan_of(layer, data, sizes))(sizes)
+    torch.testing.assert_close(actual, torch.stack([scan_of(layer, data, own) for own in sizes]))
 
 
 def scan_of(layer: Any, data: Tensor, sizes: Tensor) -> Tensor:
     h_0 = torch.zeros(1, 3, 3, dtype=torch.float64)
-    return scan.scan_layer(layer.backend, data, layer._lane_weights(), h_0, None, sizes, "gru", False)[0]
+    return scan.scan_layer(layer.backend, data, functional.lane_weights(layer), h_0, None, sizes, "gru", False)[0]
 
 
 def penalty(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -258,6 +340,7 @@ def test_explain_tells_what_runs_elsewhere() -> None:
     assert half.elsewhere == (
         ("gradients under torch.compile", "torch, which runs forward once more"),
         ("torch.func and forward-mode AD", "reference"),
+        ("states() with gradients", "reference"),
     )
 
 

@@ -3,7 +3,7 @@
 //
 // A step has two phases: the recurrent product of all rows, and what makes states of each row of it. Layer normalisation
 // needs all units of a row for either, so products are not turned to states where the tile made them. Their columns are
-// in the order of the rows of w_hh: the gates of a row one after the other.
+// in the order of the rows of w_hh: the gates of a row one after the other. A projection adds two more of the same kind.
 #pragma once
 
 #include "layer.h"
@@ -134,22 +134,23 @@ class ExtendedForward {
   const ScanShape& s;
   const Split& split;
   const ExtendedTape columns;
-  const Panels panels;
-  const int64_t gate_rows, stride, hidden_stride, input_stride;
+  const Panels panels, projection;
+  const int64_t gate_rows, stride, hidden_stride, state_stride, input_stride;
   const bool direct_input, has_table;
 
-  O *w_ih = nullptr, *w_hh = nullptr;
-  T* table = nullptr;       // (D, I, stride): the input product of each token id
-  T *h = nullptr, *c = nullptr;  // (D, B, hidden_stride); c of an LSTM
-  O* operand = nullptr;     // (D, B, hidden_stride): h as w_hh is multiplied with it
-  T* products = nullptr;    // of a team; else each thread has its own
+  O *w_ih = nullptr, *w_hh = nullptr, *w_hr = nullptr;
+  T* table = nullptr;        // (D, I, stride): the input product of each token id
+  T *h = nullptr, *c = nullptr;  // (D, B, state_stride); (D, B, hidden_stride), c of an LSTM
+  O* operand = nullptr;      // (D, B, state_stride): h as w_hh is multiplied with it
+  O* unprojected = nullptr;  // (D, B, hidden_stride): what is projected to h
+  T* products = nullptr;     // of a team; else each thread has its own
 
  public:
   struct Local {
     const O** a;
     O* inputs;            // (chunk rows, input_stride)
     T *units_h, *units_c;  // of one row
-    T* products;          // for each lane of the item those of a chunk with w_ih, then those of a step with w_hh
+    T* products;          // for each lane of the item those of a chunk with w_ih, then those of a step with w_hh, or w_hr
     int member, members;
   };
 
@@ -160,9 +161,11 @@ class ExtendedForward {
         split(how),
         columns(s, e),
         panels(panels_of(s)),
+        projection(plain_panels(s.state, V)),
         gate_rows(s.gates() * s.hidden),
-        stride(panels.total_vectors * V),
+        stride(max64(panels.total_vectors, projection.total_vectors) * V),
         hidden_stride(round_up(s.hidden, V * Product<O>::depth)),
+        state_stride(round_up(s.state, V * Product<O>::depth)),
         input_stride(round_up(s.input, V * Product<O>::depth)),
         direct_input(SAME && s.input % Product<O>::depth == 0),
         has_table(s.ids && s.input <= 4096) {}
@@ -170,16 +173,18 @@ class ExtendedForward {
 
   // Weights as the products want them: at x.packed, or in scratch memory for one call.
   void carve_weights(Carver& carver) {
-    w_hh = carver.take<O>(s.lanes * packed_size<O>(panels, s.hidden));
+    w_hh = carver.take<O>(s.lanes * packed_size<O>(panels, s.state));
+    if (s.has_projection) w_hr = carver.take<O>(s.lanes * packed_size<O>(projection, s.hidden));
     if (!s.ids) w_ih = carver.take<O>(s.lanes * packed_size<O>(panels, s.input));
     if (has_table) table = carver.take<T>(s.lanes * s.input * stride);
   }
   void carve(Carver& carver) {
     Carver kept(static_cast<char*>(x.packed));
     carve_weights(x.packed ? kept : carver);
-    h = carver.take<T>(s.lanes * s.batch * hidden_stride);
+    h = carver.take<T>(s.lanes * s.batch * state_stride);
     if (s.cell == Cell::lstm) c = carver.take<T>(s.lanes * s.batch * hidden_stride);
-    operand = carver.take<O>(s.lanes * s.batch * hidden_stride);
+    operand = carver.take<O>(s.lanes * s.batch * state_stride);
+    if (s.has_projection) unprojected = carver.take<O>(s.lanes * s.batch * hidden_stride);
     if (split.together()) products = carver.take<T>(s.lanes * lane_products());
   }
   Local carve_local(Carver& carver) const {
@@ -195,9 +200,11 @@ class ExtendedForward {
   void pack(int thread, int threads) const {
     for (int64_t i = thread; i < s.lanes * panels.count(); i += threads) {
       const int64_t lane = i / panels.count(), p = i % panels.count();
-      pack_panel(w_hh, x.w_hh, s.hidden, lane, p);
-      if (!s.ids) pack_panel(w_ih, x.w_ih, s.input, lane, p);
+      pack_panel(w_hh, panels, x.w_hh, gate_rows, s.state, lane, p);
+      if (!s.ids) pack_panel(w_ih, panels, x.w_ih, gate_rows, s.input, lane, p);
     }
+    for (int64_t i = thread; w_hr && i < s.lanes * projection.count(); i += threads)
+      pack_panel(w_hr, projection, x.w_hr, s.state, s.hidden, i / projection.count(), i % projection.count());
     if (!has_table) return;
     for (int64_t i = thread; i < s.lanes * s.input; i += threads)
       gather(table + i * stride, i / s.input, i % s.input, 0, gate_rows);
@@ -206,18 +213,20 @@ class ExtendedForward {
   void run_item(const Item& item, const Local& local, Barrier& barrier) const {
     if (local.member == 0) init_states(item);
     barrier.wait(local.members);
-    const Walk<O> walk(w_hh, panels, s.hidden, item, s.steps, local.member, local.members);
+    const Walk<O> walk(w_hh, panels, s.state, item, s.steps, local.member, local.members);
     const Walk<O> input_walk(w_ih, panels, s.input, item, 0, local.member, local.members);
+    const Walk<O> projection_walk(w_hr, projection, s.hidden, item, 0, local.member, local.members);
     for (int64_t step = 0; step < s.steps; ++step) {
       for (int64_t i = 0; i < item.lane_end - item.lane; ++i) {
         const int64_t lane = walk.lane(step, i), rows = alive(s, item, time(lane, step));
         if (step % chunk_steps() == 0 && !has_table) multiply_inputs(item, local, input_walk, lane, step);
-        for (int64_t r = 0; r < rows; ++r) local.a[r] = operand + (lane * s.batch + item.first + r) * hidden_stride;
-        multiply_rows(walk, panels, s.hidden, lane, step, rows, local.a, products_h(item, local, lane), stride);
+        for (int64_t r = 0; r < rows; ++r) local.a[r] = operand + (lane * s.batch + item.first + r) * state_stride;
+        multiply_rows(walk, panels, s.state, lane, step, rows, local.a, products_h(item, local, lane), stride);
       }
       barrier.wait(local.members);
       for (int64_t lane = item.lane; lane < item.lane_end; ++lane) finish_rows(item, local, lane, step);
       barrier.wait(local.members);
+      if (s.has_projection) project(item, local, projection_walk, step, barrier);
     }
     if (local.member == 0) finish_states(item);
   }
@@ -244,14 +253,15 @@ class ExtendedForward {
     return row;
   }
 
-  void pack_panel(O* to, const void* weight, int64_t k, int64_t lane, int64_t p) const {
-    for (int v = 0; v < panels.width(p); ++v) {
+  // Of a weight of `n` rows and k columns a lane.
+  static void pack_panel(O* to, const Panels& of, const void* weight, int64_t n, int64_t k, int64_t lane, int64_t p) {
+    for (int v = 0; v < of.width(p); ++v) {
       const S* rows[V];
       for (int i = 0; i < V; ++i) {
-        const int64_t m = (p * panels.vectors + v) * V + i;
-        rows[i] = m < gate_rows ? at<S>(weight, (lane * gate_rows + m) * k) : nullptr;
+        const int64_t m = (p * of.vectors + v) * V + i;
+        rows[i] = m < n ? at<S>(weight, (lane * n + m) * k) : nullptr;
       }
-      pack_columns<O>(to + lane * packed_size<O>(panels, k) + panel_offset<O>(panels, p, k), panels.width(p), v, rows, k);
+      pack_columns<O>(to + lane * packed_size<O>(of, k) + panel_offset<O>(of, p, k), of.width(p), v, rows, k);
     }
   }
   void gather(T* to, int64_t lane, int64_t id, int64_t first, int64_t end) const {
@@ -263,26 +273,28 @@ class ExtendedForward {
     for (int64_t lane = item.lane; lane < item.lane_end; ++lane)
       for (int64_t b = item.first; b < item.end; ++b) {
         const int64_t state = lane * s.batch + b;
-        O* to = operand + state * hidden_stride;
-        if (s.hidden % Product<O>::depth) to[s.hidden] = O{};
-        for (int64_t j = 0; j < s.hidden; j += V) {
-          const int n = int(min64(V, s.hidden - j));
-          store_state({lane, 0, b}, j, n, load(at<S>(x.h_0, state * s.hidden + j), n));
-          if (c) store(c + state * hidden_stride + j, load(at<S>(x.c_0, state * s.hidden + j), n));
+        // The other half of a last, odd, pair.
+        if (s.state % Product<O>::depth) operand[state * state_stride + s.state] = O{};
+        if (unprojected && s.hidden % Product<O>::depth) unprojected[state * hidden_stride + s.hidden] = O{};
+        for (int64_t j = 0; j < s.state; j += V) {
+          const int n = int(min64(V, s.state - j));
+          store_state({lane, 0, b}, j, n, load(at<S>(x.h_0, state * s.state + j), n));
         }
+        for (int64_t j = 0; c && j < s.hidden; j += V)
+          store(c + state * hidden_stride + j, load(at<S>(x.c_0, state * s.hidden + j), int(min64(V, s.hidden - j))));
       }
   }
   void store_state(const Place& place, int64_t j, int n, Vec<T> value) const {
     const int64_t state = place.lane * s.batch + place.b;
-    store(h + state * hidden_stride + j, value);
-    if (e.recurrent_mask) value *= load(at<S>(e.recurrent_mask, state * s.hidden + j), n);
-    store(operand + state * hidden_stride + j, value, n);
+    store(h + state * state_stride + j, value);
+    if (e.recurrent_mask) value *= load(at<S>(e.recurrent_mask, state * s.state + j), n);
+    store(operand + state * state_stride + j, value, n);
   }
   void finish_states(const Item& item) const {
     for (int64_t lane = item.lane; lane < item.lane_end; ++lane)
       for (int64_t b = item.first; b < item.end; ++b) {
         const int64_t state = lane * s.batch + b;
-        convert_row(at<S>(x.h_n, state * s.hidden), h + state * hidden_stride, s.hidden);
+        convert_row(at<S>(x.h_n, state * s.state), h + state * state_stride, s.state);
         if (c) convert_row(at<S>(x.c_n, state * s.hidden), c + state * hidden_stride, s.hidden);
       }
   }
@@ -371,7 +383,7 @@ class ExtendedForward {
     finish_units(place, local, tape);
   }
 
-  // An LSTM's output, zoneout, and where the states go.
+  // An LSTM's output, zoneout, and where the states go; h, if it is projected first, by `project`.
   void finish_units(const Place& place, const Local& local, S* tape) const {
     const int64_t H = s.hidden, state = (place.lane * s.batch + place.b) * hidden_stride;
     const int64_t flags = (place.lane * s.rows + place.row) * H;
@@ -395,11 +407,38 @@ class ExtendedForward {
       } else if (tape && s.gates() == 1 && e.zones_h()) {
         store(tape + columns.h + j, value, n);
       }
-      value = zone_out(e.zoneout_h, e.share_h, flags + j, n, load(h + state + j), value);
-      store_state(place, j, n, value);
-      store(at<S>(x.output, (place.row * s.lanes + place.lane) * H + j), value, n);
+      if (unprojected)
+        store(unprojected + state + j, value, n);
+      else
+        finish_state(place, j, n, value);
     }
   }
+
+  void finish_state(const Place& place, int64_t j, int n, Vec<T> value) const {
+    value = zone_out(e.zoneout_h, e.share_h, (place.lane * s.rows + place.row) * s.state + j, n,
+                     load(h + (place.lane * s.batch + place.b) * state_stride + j), value);
+    store_state(place, j, n, value);
+    store(at<S>(x.output, (place.row * s.lanes + place.lane) * s.state + j), value, n);
+  }
+
+  void project(const Item& item, const Local& local, const Walk<O>& walk, int64_t step, Barrier& barrier) const {
+    for (int64_t lane = item.lane; lane < item.lane_end; ++lane) {
+      const int64_t rows = alive(s, item, time(lane, step));
+      for (int64_t r = 0; r < rows; ++r) local.a[r] = unprojected + (lane * s.batch + item.first + r) * hidden_stride;
+      multiply_rows(walk, projection, s.hidden, lane, step, rows, local.a, products_h(item, local, lane), stride);
+    }
+    barrier.wait(local.members);
+    for (int64_t lane = item.lane; lane < item.lane_end; ++lane) {
+      const int64_t t = time(lane, step), row = s.offset_at(t) + item.first;
+      own_rows(local, alive(s, item, t), [&](int64_t r) {
+        const T* product = products_h(item, local, lane) + r * stride;
+        for (int64_t j = 0; j < s.state; j += V)
+          finish_state({lane, row + r, item.first + r}, j, int(min64(V, s.state - j)), load(product + j));
+      });
+    }
+    barrier.wait(local.members);
+  }
+
   static Vec<T> zone_out(const bool* stays, double share, int64_t at_, int n, Vec<T> before, Vec<T> after) {
     if (stays) return select<T>(stays + at_, n, before, after);
     return share == 0 ? after : after + splat(T(share)) * (before - after);

@@ -39,12 +39,12 @@ class ExtendedBackward {
   const ScanShape& s;
   const Split& split;
   const ExtendedTape columns;
-  const Panels panels;
-  const int64_t gate_rows, hidden_stride;
+  const Panels states, units_;
+  const int64_t gate_rows, state_stride, hidden_stride, product_stride;
 
-  O* w_hh = nullptr;                         // packed: d_gates_h w_hh
-  T *carry_h = nullptr, *carry_c = nullptr;  // (D, B, hidden_stride): what reaches the state before without w_hh
-  T* products = nullptr;                     // (D, B, hidden_stride), of a team; else each thread has its own
+  O *w_hh = nullptr, *w_hr = nullptr;        // packed: d_gates_h w_hh, d_state w_hr
+  T *carry_h = nullptr, *carry_c = nullptr;  // (D, B, state_stride or hidden_stride): what goes past w_hh to the state before
+  T* products = nullptr;                     // (D, B, product_stride), of a team; else each thread has its own
   T* d_read = nullptr;                       // (D, N, hidden_stride): gradients of what an LSTM's output reads
   Moments<T>* row_moments = nullptr;         // (D, N, 5): of the input's products, the state's, and of c
 
@@ -66,23 +66,29 @@ class ExtendedBackward {
         s(x.shape),
         split(how),
         columns(s, e),
-        panels(plain_panels(s.hidden, V)),
+        states(plain_panels(s.state, V)),
+        units_(plain_panels(s.hidden, V)),
         gate_rows(s.gates() * s.hidden),
+        state_stride(round_up(s.state, V * Product<O>::depth)),
         hidden_stride(round_up(s.hidden, V * Product<O>::depth)),
+        product_stride(max64(states.total_vectors, units_.total_vectors) * V),
         gates(s),
         weighted(s, true) {}
   const Gradients<S, O>& of_products() const { return e.normalised() ? weighted : gates; }
 
   void carve(Carver& carver) {
-    const int64_t states = s.lanes * s.batch * hidden_stride, rows = s.lanes * s.rows;
-    w_hh = carver.take<O>(s.lanes * packed_size<O>(panels, gate_rows));
-    carry_h = carver.take<T>(states);
-    if (s.cell == Cell::lstm) carry_c = carver.take<T>(states);
-    if (split.together()) products = carver.take<T>(states);
+    const int64_t sequences = s.lanes * s.batch, rows = s.lanes * s.rows;
+    w_hh = carver.take<O>(s.lanes * packed_size<O>(states, gate_rows));
+    if (s.has_projection) w_hr = carver.take<O>(s.lanes * packed_size<O>(units_, s.state));
+    carry_h = carver.take<T>(sequences * state_stride);
+    if (s.cell == Cell::lstm) carry_c = carver.take<T>(sequences * hidden_stride);
+    if (split.together()) products = carver.take<T>(sequences * product_stride);
     gates.carve(carver);
-    if (e.recurrent_mask) gates.states = weighted.states = carver.take<S>(rows * s.hidden);
+    if (e.recurrent_mask) gates.states = weighted.states = carver.take<S>(rows * s.state);
     if (!e.normalised()) return;
-    weighted.carve(carver);
+    weighted.gates = carver.take<O>(rows * weighted.stride);
+    weighted.state = gates.state;
+    weighted.unprojected = gates.unprojected;
     row_moments = carver.take<Moments<T>>(rows * 5);
     if (s.cell == Cell::lstm) d_read = carver.take<T>(rows * hidden_stride);
   }
@@ -91,24 +97,20 @@ class ExtendedBackward {
     local.a = carver.take<const O*>(item_rows(s, split));
     local.d_read = carver.take<T>(hidden_stride);
     local.d_c = carver.take<T>(hidden_stride);
-    local.products = split.together() ? products : carver.take<T>(item_rows(s, split) * hidden_stride);
+    local.products = split.together() ? products : carver.take<T>(item_rows(s, split) * product_stride);
     return local;
   }
 
   void pack(int thread, int threads) const {
-    for (int64_t i = thread; i < s.lanes * panels.count(); i += threads) {
-      const int64_t lane = i / panels.count(), p = i % panels.count();
-      pack_rows<O>(
-          w_hh + lane * packed_size<O>(panels, gate_rows) + panel_offset<O>(panels, p, gate_rows), panels.width(p),
-          [&](int64_t k) { return at<S>(x.w_hh, (lane * gate_rows + k) * s.hidden); }, gate_rows, p * panels.vectors * V,
-          s.hidden);
-    }
+    pack(w_hh, states, x.w_hh, gate_rows, s.state, thread, threads);
+    if (w_hr) pack(w_hr, units_, x.w_hr, s.state, s.hidden, thread, threads);
   }
 
   void run_item(const Item& item, const Local& local, Barrier& barrier) const {
     if (local.member == 0) init_carries(item);
     barrier.wait(local.members);
-    const Walk<O> walk(w_hh, panels, gate_rows, item, s.steps + 1, local.member, local.members);
+    const Walk<O> walk(w_hh, states, gate_rows, item, s.steps + 1, local.member, local.members);
+    const Walk<O> projection_walk(w_hr, units_, s.state, item, 0, local.member, local.members);
     for (int64_t step = s.steps - 1; step >= 0; --step) {
       for (int64_t i = 0; i < item.lane_end - item.lane; ++i) {
         const int64_t lane = walk.lane(step, i), after = time(lane, step + 1);
@@ -116,12 +118,10 @@ class ExtendedBackward {
         multiply(item, local, walk, lane, step, followed(item, lane, step), [&](int64_t) { return after; });
       }
       barrier.wait(local.members);
-      for (int64_t lane = item.lane; lane < item.lane_end; ++lane) {
-        const int64_t t = time(lane, step), row = s.offset_at(t) + item.first, n = followed(item, lane, step);
-        own_rows(local, alive(s, item, t), [&](int64_t r) {
-          row_gradients({lane, row + r, item.first + r, t}, local, r < n ? product(item, local, lane, r) : nullptr);
-        });
-      }
+      if (s.has_projection) through_projection(item, local, projection_walk, step, barrier);
+      each_row(item, local, step, [&](const Place& place, const T* from_after, const T* from_projection) {
+        row_gradients(place, local, from_after, from_projection);
+      });
       barrier.wait(local.members);
     }
     for (int64_t lane = item.lane; lane < item.lane_end; ++lane)
@@ -174,6 +174,15 @@ class ExtendedBackward {
     int64_t lane, row, b, t;
   };
 
+  // A weight of k rows of `columns` a lane, to be multiplied with rows of k.
+  void pack(O* to, const Panels& of, const void* weight, int64_t k, int64_t columns, int thread, int threads) const {
+    for (int64_t i = thread; i < s.lanes * of.count(); i += threads) {
+      const int64_t lane = i / of.count(), p = i % of.count();
+      pack_rows<O>(to + lane * packed_size<O>(of, k) + panel_offset<O>(of, p, k), of.width(p),
+                   [&](int64_t row) { return at<S>(weight, (lane * k + row) * columns); }, k, p * of.vectors * V, columns);
+    }
+  }
+
   int64_t time(int64_t lane, int64_t step) const { return s.reversed(lane) ? s.steps - 1 - step : step; }
   // How many rows of a step have a step after it.
   int64_t followed(const Item& item, int64_t lane, int64_t step) const {
@@ -181,7 +190,7 @@ class ExtendedBackward {
     return min64(alive(s, item, time(lane, step)), alive(s, item, time(lane, step + 1)));
   }
   const T* product(const Item& item, const Local& local, int64_t lane, int64_t r) const {
-    return local.products + ((lane - item.lane) * s.batch * split.together() + r) * hidden_stride;
+    return local.products + ((lane - item.lane) * s.batch * split.together() + r) * product_stride;
   }
   template <class F>
   void multiply(const Item& item, const Local& local, const Walk<O>& walk, int64_t lane, int64_t step, int64_t rows,
@@ -190,35 +199,62 @@ class ExtendedBackward {
       const int64_t b = item.first + r;
       local.a[r] = of_products().gates_h(lane, s.offset_at(time_of(b)) + b);
     }
-    multiply_rows(walk, panels, gate_rows, lane, step, rows, local.a, const_cast<T*>(product(item, local, lane, 0)),
-                  hidden_stride);
+    multiply_rows(walk, states, gate_rows, lane, step, rows, local.a, const_cast<T*>(product(item, local, lane, 0)),
+                  product_stride);
+  }
+  // f(place, what w_hh brings back from the step after or null where there is none, or what w_hr brings back), for each
+  // row of a step that is this member's.
+  template <class F>
+  void each_row(const Item& item, const Local& local, int64_t step, F f) const {
+    for (int64_t lane = item.lane; lane < item.lane_end; ++lane) {
+      const int64_t t = time(lane, step), row = s.offset_at(t) + item.first, n = followed(item, lane, step);
+      own_rows(local, alive(s, item, t), [&](int64_t r) {
+        const T* p = product(item, local, lane, r);
+        f({lane, row + r, item.first + r, t}, r < n ? p : nullptr, p);
+      });
+    }
+  }
+  // From the gradient of the projected states to that of what was projected, which takes the place of w_hh's products.
+  void through_projection(const Item& item, const Local& local, const Walk<O>& walk, int64_t step, Barrier& barrier) const {
+    each_row(item, local, step, [&](const Place& place, const T* from_after, const T*) {
+      O* d = gates.state + (place.lane * s.rows + place.row) * state_stride;
+      for (int64_t j = 0; j < s.state; j += V)
+        store(d + j, state_gradient(place, j, int(min64(V, s.state - j)), from_after));
+    });
+    barrier.wait(local.members);
+    for (int64_t lane = item.lane; lane < item.lane_end; ++lane) {
+      const int64_t t = time(lane, step), rows = alive(s, item, t), row = lane * s.rows + s.offset_at(t) + item.first;
+      for (int64_t r = 0; r < rows; ++r) local.a[r] = gates.state + (row + r) * state_stride;
+      multiply_rows(walk, units_, s.state, lane, step, rows, local.a, const_cast<T*>(product(item, local, lane, 0)),
+                    product_stride);
+    }
+    barrier.wait(local.members);
   }
 
   void init_carries(const Item& item) const {
     for (int64_t lane = item.lane; lane < item.lane_end; ++lane)
       for (int64_t b = item.first; b < item.end; ++b) {
-        init_carry(carry_h, x.d_h_n, lane * s.batch + b);
-        if (s.cell == Cell::lstm) init_carry(carry_c, x.d_c_n, lane * s.batch + b);
+        const int64_t state = lane * s.batch + b;
+        init_carry(carry_h + state * state_stride, x.d_h_n, state, s.state);
+        if (carry_c) init_carry(carry_c + state * hidden_stride, x.d_c_n, state, s.hidden);
       }
   }
-  void init_carry(T* carry, const void* from, int64_t state) const {
-    for (int64_t j = 0; j < s.hidden; j += V) {
-      const int n = int(min64(V, s.hidden - j));
-      store(carry + state * hidden_stride + j, from ? load(at<S>(from, state * s.hidden + j), n) : Vec<T>{});
-    }
+  static void init_carry(T* carry, const void* from, int64_t state, int64_t size) {
+    for (int64_t j = 0; j < size; j += V)
+      store(carry + j, from ? load(at<S>(from, state * size + j), int(min64(V, size - j))) : Vec<T>{});
   }
   void initial_gradients(int64_t lane, int64_t b, const T* product) const {
     const int64_t state = lane * s.batch + b;
-    for (int64_t j = 0; j < s.hidden; j += V) {
-      const int n = int(min64(V, s.hidden - j));
-      const Vec<T> d_h = masked(product, state, j, n) + load(carry_h + state * hidden_stride + j);
-      store(at<S>(x.d_h_0, state * s.hidden + j), d_h, n);
+    for (int64_t j = 0; j < s.state; j += V) {
+      const int n = int(min64(V, s.state - j));
+      const Vec<T> d_h = masked(product, state, j, n) + load(carry_h + state * state_stride + j);
+      store(at<S>(x.d_h_0, state * s.state + j), d_h, n);
     }
     if (s.cell == Cell::lstm) convert_row(at<S>(x.d_c_0, state * s.hidden), carry_c + state * hidden_stride, s.hidden);
   }
   Vec<T> masked(const T* product, int64_t state, int64_t j, int n) const {
     const Vec<T> d = load(product + j);
-    return e.recurrent_mask ? d * load(at<S>(e.recurrent_mask, state * s.hidden + j), n) : d;
+    return e.recurrent_mask ? d * load(at<S>(e.recurrent_mask, state * s.state + j), n) : d;
   }
 
   // Of the gradient d of a state that zoneout may have kept: what is the new state's, and in `kept` what is that before.
@@ -231,27 +267,39 @@ class ExtendedBackward {
     return share == 0 ? d : d - kept;
   }
 
+  // The gradient of units j.. of h as the cell made it, or its projection, before zoneout. `from_after`: see each_row.
+  Vec<T> state_gradient(const Place& place, int64_t j, int n, const T* from_after) const {
+    const int64_t state = place.lane * s.batch + place.b, row = place.lane * s.rows + place.row;
+    T* carry = carry_h + state * state_stride + j;
+    if (gates.states) {
+      const Vec<T> h = load(h_before(place) + j, n);
+      store(gates.states + row * s.state + j, h * load(at<S>(e.recurrent_mask, state * s.state + j), n), n);
+    }
+    Vec<T> d_h = load(carry), kept;
+    if (x.d_output) d_h += load(at<S>(x.d_output, (place.row * s.lanes + place.lane) * s.state + j), n);
+    if (from_after) d_h += masked(from_after, state, j, n);
+    d_h = zone_out_backward(e.zoneout_h, e.share_h, row * s.state + j, n, d_h, kept);
+    store(carry, kept);
+    return d_h;
+  }
+  const S* h_before(const Place& place) const {
+    const int64_t before = row_before(s, place.lane, place.t, place.b);
+    return before >= 0 ? at<S>(x.output, (before * s.lanes + place.lane) * s.state)
+                       : at<S>(x.h_0, (place.lane * s.batch + place.b) * s.state);
+  }
+
   // From the gradient of the states after a row's step to those of its gates and of the states before.
-  // `from_after`: what w_hh brings back from the step after, null where there is none.
-  void row_gradients(const Place& place, const Local& local, const T* from_after) const {
+  void row_gradients(const Place& place, const Local& local, const T* from_after, const T* from_projection) const {
     const int64_t H = s.hidden, state = place.lane * s.batch + place.b, row = place.lane * s.rows + place.row;
     const int64_t before = row_before(s, place.lane, place.t, place.b), out = (place.row * s.lanes + place.lane) * H;
     const S* tape = at<S>(x.tape, row * columns.width);
-    const S* h_before = before >= 0 ? at<S>(x.output, (before * s.lanes + place.lane) * H) : at<S>(x.h_0, state * H);
-    T* carry = carry_h + state * hidden_stride;
     O* d = gates.gates + row * gates.stride;
     T* d_reads = d_read ? d_read + row * hidden_stride : local.d_read;
     Moments<T> of_c{};
     if (e.gain_c) of_c = row_moments[row * 5 + 4] = moments(tape + 4 * H, H);
     for (int64_t j = 0; j < H; j += V) {
       const int n = int(min64(V, H - j));
-      const Vec<T> h = load(h_before + j, n);
-      if (gates.states)
-        store(gates.states + row * H + j, h * load(at<S>(e.recurrent_mask, state * H + j), n), n);
-      Vec<T> d_h = load(carry + j), kept;
-      if (x.d_output) d_h += load(at<S>(x.d_output, out + j), n);
-      if (from_after) d_h += masked(from_after, state, j, n);
-      d_h = zone_out_backward(e.zoneout_h, e.share_h, row * H + j, n, d_h, kept);
+      const Vec<T> d_h = s.has_projection ? load(from_projection + j) : state_gradient(place, j, n, from_after);
       switch (s.cell) {
         case Cell::rnn_tanh:
         case Cell::rnn_relu: {
@@ -264,6 +312,7 @@ class ExtendedBackward {
           if (e.gain_c)
             read = normalised(tape + 4 * H + j, n, of_c) * load(at<S>(e.gain_c, place.lane * H + j), n) +
                    load(at<S>(e.bias_c, place.lane * H + j), n);
+          if (gates.unprojected) store(gates.unprojected + row * hidden_stride + j, o * Math<T>::tanh(read));
           store(d_reads + j, lstm_output_backward<Math<T>>(o, read, d_h));
           store(d + 3 * H + j, o, n);
           break;
@@ -271,7 +320,8 @@ class ExtendedBackward {
         case Cell::gru: {
           Vec<T> r = load(tape + j, n), z = load(tape + H + j, n), n_x = load(tape + 2 * H + j, n);
           Vec<T> n_h = load(tape + 3 * H + j, n);
-          kept += gru_backward<Math<T>>(r, z, n_x, n_h, h, d_h);
+          T* carry = carry_h + state * state_stride + j;
+          store(carry, load(carry) + gru_backward<Math<T>>(r, z, n_x, n_h, load(h_before(place) + j, n), d_h));
           store(d + j, n_x, n);
           store(d + H + j, r, n);
           store(d + 2 * H + j, z, n);
@@ -279,7 +329,6 @@ class ExtendedBackward {
           break;
         }
       }
-      store(carry + j, kept);
     }
     if (s.cell == Cell::lstm) cell_gradients(place, before, tape, d_reads, local.d_c, of_c, d);
     if (Product<O>::depth > 1) d[gates.width] = O{};  // the other half of a last, odd, pair

@@ -21,11 +21,12 @@ Extension extension(const OptionalTensor& gain_ih, const OptionalTensor& gain_hh
 
 }  // namespace
 
-Tensor scan_extended_cpu_pack(Tensor w_ih, Tensor w_hh, std::string cell, bool ids) {
+Tensor scan_extended_cpu_pack(Tensor w_ih, Tensor w_hh, OptionalTensor w_hr, std::string cell, bool ids) {
   ExtendedForwardArgs args{};
-  args.scan.shape = layer_shape(w_ih, w_hh, std::nullopt, cell, ids);
+  args.scan.shape = layer_shape(w_ih, w_hh, w_hr, cell, ids);
   args.scan.w_ih = data(w_ih);
   args.scan.w_hh = data(w_hh);
+  args.scan.w_hr = data(w_hr);
   const Kernels& kernels = choose_kernels(args.scan.shape.dtype);
   const int64_t bytes = int64_t(kernels.extended_pack(args));
   Tensor packed = torch::stable::new_empty(w_hh, {bytes}, ScalarType::Byte);
@@ -36,20 +37,20 @@ Tensor scan_extended_cpu_pack(Tensor w_ih, Tensor w_hh, std::string cell, bool i
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> scan_extended_cpu(
-    Tensor input, Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh, Tensor h_0, OptionalTensor c_0,
-    OptionalTensor gain_ih, OptionalTensor gain_hh, OptionalTensor gain_c, OptionalTensor bias_c,
-    OptionalTensor peepholes, OptionalTensor recurrent_mask, OptionalTensor zoneout_h, OptionalTensor zoneout_c,
-    OptionalTensor batch_sizes, double share_h, double share_c, std::string cell, bool bidirectional, bool save_tape,
-    OptionalTensor packed) {
-  const Shape s(layer_shape(w_ih, w_hh, std::nullopt, cell, is_ids(input)), input, h_0, batch_sizes, bidirectional);
+    Tensor input, Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr,
+    Tensor h_0, OptionalTensor c_0, OptionalTensor gain_ih, OptionalTensor gain_hh, OptionalTensor gain_c,
+    OptionalTensor bias_c, OptionalTensor peepholes, OptionalTensor recurrent_mask, OptionalTensor zoneout_h,
+    OptionalTensor zoneout_c, OptionalTensor batch_sizes, double share_h, double share_c, std::string cell,
+    bool bidirectional, bool save_tape, OptionalTensor packed) {
+  const Shape s(layer_shape(w_ih, w_hh, w_hr, cell, is_ids(input)), input, h_0, batch_sizes, bidirectional);
   const Extension e = extension(gain_ih, gain_hh, gain_c, bias_c, peepholes, recurrent_mask, zoneout_h, zoneout_c,
                                 share_h, share_c, cell);
-  Tensor output = empty(h_0, {s.rows, s.lanes * s.hidden}), h_n = empty(h_0, {s.lanes, s.batch, s.hidden});
+  Tensor output = empty(h_0, {s.rows, s.lanes * s.state}), h_n = empty(h_0, {s.lanes, s.batch, s.state});
   Tensor c_n = c_0 ? empty(h_0, {s.lanes, s.batch, s.hidden}) : empty(h_0, {0});
   Tensor tape = save_tape ? empty(h_0, {s.lanes, s.rows, ExtendedTape(s, e).width}) : empty(h_0, {0});
   if (s.rows) {
     const Kernels& kernels = choose_kernels(s.dtype);
-    ExtendedForwardArgs args{{s,         data(input), data(w_ih),  data(w_hh), data(b_ih), data(b_hh), nullptr,
+    ExtendedForwardArgs args{{s,         data(input), data(w_ih),  data(w_hh), data(b_ih), data(b_hh), data(w_hr),
                               data(h_0), data(c_0),   out(output), out(h_n),   out(c_n),   out(tape),  nullptr},
                              e};
     STD_TORCH_CHECK(!packed || packed->numel() == int64_t(kernels.extended_pack(args)),
@@ -60,28 +61,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scan_extended_cpu(
   return {output, h_n, c_n, tape};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
 scan_extended_cpu_backward(
     OptionalTensor d_output, OptionalTensor d_h_n, OptionalTensor d_c_n, Tensor input, Tensor w_ih, Tensor w_hh,
-    OptionalTensor b_ih, OptionalTensor b_hh, Tensor h_0, OptionalTensor c_0, OptionalTensor gain_ih,
-    OptionalTensor gain_hh, OptionalTensor gain_c, OptionalTensor bias_c, OptionalTensor peepholes,
+    OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr, Tensor h_0, OptionalTensor c_0,
+    OptionalTensor gain_ih, OptionalTensor gain_hh, OptionalTensor gain_c, OptionalTensor bias_c, OptionalTensor peepholes,
     OptionalTensor recurrent_mask, OptionalTensor zoneout_h, OptionalTensor zoneout_c, OptionalTensor batch_sizes,
     double share_h, double share_c, std::string cell, bool bidirectional, Tensor output, Tensor tape, bool need_input,
     bool need_weights) {
-  const Shape s(layer_shape(w_ih, w_hh, std::nullopt, cell, is_ids(input)), input, h_0, batch_sizes, bidirectional);
+  const Shape s(layer_shape(w_ih, w_hh, w_hr, cell, is_ids(input)), input, h_0, batch_sizes, bidirectional);
   const Extension e = extension(gain_ih, gain_hh, gain_c, bias_c, peepholes, recurrent_mask, zoneout_h, zoneout_c,
                                 share_h, share_c, cell);
   STD_TORCH_CHECK(tape.numel() == s.lanes * s.rows * ExtendedTape(s, e).width &&
-                      output.numel() == s.rows * s.lanes * s.hidden,
+                      output.numel() == s.rows * s.lanes * s.state,
                   "output and tape are not those of an extended scan of this layer that was run with save_tape=True");
   const int64_t gate_rows = s.gates() * s.hidden;
   const auto when = [&](bool needed, const Sizes& sizes) { return empty(h_0, needed ? sizes : Sizes{0}); };
   Tensor d_input = when(need_input && !s.ids, {s.rows, s.input});
   Tensor d_w_ih = when(need_weights, {s.lanes, gate_rows, s.input});
-  Tensor d_w_hh = when(need_weights, {s.lanes, gate_rows, s.hidden});
+  Tensor d_w_hh = when(need_weights, {s.lanes, gate_rows, s.state});
   Tensor d_b_ih = when(need_weights && b_ih, {s.lanes, gate_rows});
   Tensor d_b_hh = when(need_weights && b_ih, {s.lanes, gate_rows});
-  Tensor d_h_0 = empty(h_0, {s.lanes, s.batch, s.hidden});
+  Tensor d_w_hr = when(need_weights && w_hr, {s.lanes, s.state, s.hidden});
+  Tensor d_h_0 = empty(h_0, {s.lanes, s.batch, s.state});
   Tensor d_c_0 = when(c_0.has_value(), {s.lanes, s.batch, s.hidden});
   Tensor d_gain_ih = when(need_weights && gain_ih, {s.lanes, gate_rows});
   Tensor d_gain_hh = when(need_weights && gain_ih, {s.lanes, gate_rows});
@@ -90,17 +92,19 @@ scan_extended_cpu_backward(
   Tensor d_peepholes = when(need_weights && peepholes, {s.lanes, 3, s.hidden});
   if (s.rows) {
     const BackwardArgs scan{s,          data(d_output), data(d_h_n), data(d_c_n), data(input),  data(w_ih),   data(w_hh),
-                            data(b_ih), data(b_hh),     nullptr,     data(h_0),   data(c_0),    data(output), data(tape),
-                            out(d_input), out(d_w_ih),  out(d_w_hh), out(d_b_ih), out(d_b_hh),  nullptr,
+                            data(b_ih), data(b_hh),     data(w_hr),  data(h_0),   data(c_0),    data(output), data(tape),
+                            out(d_input), out(d_w_ih),  out(d_w_hh), out(d_b_ih), out(d_b_hh),  out(d_w_hr),
                             out(d_h_0), out(d_c_0),     nullptr};
     const ExtendedBackwardArgs args{scan,          e,           out(d_gain_ih), out(d_gain_hh),
                                     out(d_gain_c), out(d_bias_c), out(d_peepholes)};
     choose_kernels(s.dtype).extended_backward(args, available_threads());
   } else {
-    for (Tensor* d : {&d_w_ih, &d_w_hh, &d_b_ih, &d_b_hh, &d_gain_ih, &d_gain_hh, &d_gain_c, &d_bias_c, &d_peepholes})
+    for (Tensor* d : {&d_w_ih, &d_w_hh, &d_b_ih, &d_b_hh, &d_w_hr, &d_gain_ih, &d_gain_hh, &d_gain_c, &d_bias_c,
+                      &d_peepholes})
       torch::stable::zero_(*d);
   }
-  return {d_input, d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_h_0, d_c_0, d_gain_ih, d_gain_hh, d_gain_c, d_bias_c, d_peepholes};
+  return {d_input, d_w_ih, d_w_hh,    d_b_ih,    d_b_hh,   d_w_hr,  d_h_0,
+          d_c_0,   d_gain_ih, d_gain_hh, d_gain_c, d_bias_c, d_peepholes};
 }
 
 }  // namespace rnnfast

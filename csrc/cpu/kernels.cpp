@@ -181,7 +181,7 @@ void extended_backward(const ExtendedBackwardArgs& x, int available) {
   // Biases are added behind a normalisation, so the gradients they come from are not those of the products.
   BackwardArgs products = x.scan, biases = x.scan;
   products.d_b_ih = products.d_b_hh = nullptr;
-  biases.d_input = biases.d_w_ih = biases.d_w_hh = nullptr;
+  biases.d_input = biases.d_w_ih = biases.d_w_hh = biases.d_w_hr = nullptr;
   WeightGradients<S, O> weights(products, scan.of_products(), split.threads), shifts(biases, scan.gates, split.threads);
   Carver shared(nullptr), own(nullptr);
   scan.carve(shared);

@@ -35,20 +35,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_
     bool need_weights);
 
 // The scan with an extended recurrence; the schemas are in rnnfast/extended.py. `packed`: what scan_extended_cpu_pack has
-// made of w_ih and w_hh, for many calls.
+// made of w_ih, w_hh and w_hr, for many calls.
 std::tuple<Tensor, Tensor, Tensor, Tensor> scan_extended_cpu(
-    Tensor input, Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh, Tensor h_0, OptionalTensor c_0,
-    OptionalTensor gain_ih, OptionalTensor gain_hh, OptionalTensor gain_c, OptionalTensor bias_c,
-    OptionalTensor peepholes, OptionalTensor recurrent_mask, OptionalTensor zoneout_h, OptionalTensor zoneout_c,
-    OptionalTensor batch_sizes, double share_h, double share_c, std::string cell, bool bidirectional, bool save_tape,
-    OptionalTensor packed);
-Tensor scan_extended_cpu_pack(Tensor w_ih, Tensor w_hh, std::string cell, bool ids);
+    Tensor input, Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr,
+    Tensor h_0, OptionalTensor c_0, OptionalTensor gain_ih, OptionalTensor gain_hh, OptionalTensor gain_c,
+    OptionalTensor bias_c, OptionalTensor peepholes, OptionalTensor recurrent_mask, OptionalTensor zoneout_h,
+    OptionalTensor zoneout_c, OptionalTensor batch_sizes, double share_h, double share_c, std::string cell,
+    bool bidirectional, bool save_tape, OptionalTensor packed);
+Tensor scan_extended_cpu_pack(Tensor w_ih, Tensor w_hh, OptionalTensor w_hr, std::string cell, bool ids);
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
 scan_extended_cpu_backward(
     OptionalTensor d_output, OptionalTensor d_h_n, OptionalTensor d_c_n, Tensor input, Tensor w_ih, Tensor w_hh,
-    OptionalTensor b_ih, OptionalTensor b_hh, Tensor h_0, OptionalTensor c_0, OptionalTensor gain_ih,
-    OptionalTensor gain_hh, OptionalTensor gain_c, OptionalTensor bias_c, OptionalTensor peepholes,
+    OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr, Tensor h_0, OptionalTensor c_0,
+    OptionalTensor gain_ih, OptionalTensor gain_hh, OptionalTensor gain_c, OptionalTensor bias_c, OptionalTensor peepholes,
     OptionalTensor recurrent_mask, OptionalTensor zoneout_h, OptionalTensor zoneout_c, OptionalTensor batch_sizes,
     double share_h, double share_c, std::string cell, bool bidirectional, Tensor output, Tensor tape, bool need_input,
     bool need_weights);

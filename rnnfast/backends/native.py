@@ -42,7 +42,7 @@ if platform.machine() in ("x86_64", "AMD64"):
 # Operators of this backend alone: weights packed once for many calls without gradients, and what is done with them.
 _SCHEMAS = (
     "scan_cpu_pack(Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, str cell, bool ids) -> Tensor",
-    "scan_extended_cpu_pack(Tensor w_ih, Tensor w_hh, str cell, bool ids) -> Tensor",
+    "scan_extended_cpu_pack(Tensor w_ih, Tensor w_hh, Tensor? w_hr, str cell, bool ids) -> Tensor",
     "scan_cpu_packed(Tensor input, Tensor packed, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, bool bidirectional)"
     " -> (Tensor output, Tensor h_n, Tensor c_n)",
     "direct_plan_cpu(Tensor[] packed, Tensor[] weights) -> Tensor",
@@ -120,11 +120,8 @@ def declines(request: Any) -> str | None:
     """Returns why this backend cannot run a `rnnfast.dispatch.Request`, or None."""
     import torch
 
-    from rnnfast.dispatch import EXTENDED_RECURRENCE
-
     if request.dtype in (torch.float32, torch.float64, torch.bfloat16):
-        extended = [name for name in request.extensions if name in EXTENDED_RECURRENCE]
-        return f"it has no {' or '.join(extended)} with projections" if request.projected and extended else None
+        return None
     return f"it computes in float32, float64 and bfloat16, the weights are {request.dtype}"
 
 
@@ -146,9 +143,10 @@ def packed_weights(lanes: Sequence[Sequence[Any]], cell: str, ids: bool, extende
         lanes: for each direction its w_ih (G*H, I), w_hh (G*H, P), b_ih, b_hh (G*H,) or None, w_hr (P, H) or None.
         cell: "rnn_tanh", "rnn_relu", "lstm" or "gru".
         ids: the input will be token ids.
-        extended: packs w_ih and w_hh for `rnnfast::scan_extended_cpu` instead.
+        extended: packs w_ih, w_hh and w_hr for `rnnfast::scan_extended_cpu` instead.
     """
-    tensors = [tensor for lane in lanes for tensor in (lane[:2] if extended else lane) if tensor is not None]
+    lanes = [(*lane[:2], None, None, *lane[4:]) for lane in lanes] if extended else lanes
+    tensors = [tensor for lane in lanes for tensor in lane if tensor is not None]
     key = (cell, ids, extended, *map(id, tensors))
     found = _packed.get(key)
     if (
@@ -170,7 +168,8 @@ def _pack(
     with torch.no_grad():
         stacked = [None if column[0] is None else torch.stack(column) for column in zip(*lanes, strict=True)]
         if extended:
-            packed = torch.ops.rnnfast.scan_extended_cpu_pack(*stacked[:2], cell, ids)
+            w_ih, w_hh, _, _, w_hr = stacked
+            packed = torch.ops.rnnfast.scan_extended_cpu_pack(w_ih, w_hh, w_hr, cell, ids)
         else:
             packed = torch.ops.rnnfast.scan_cpu_pack(*stacked, cell, ids)
     # A tensor made in inference mode has no version, and one that is not contiguous no samples: packed anew every time.

@@ -10,11 +10,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from rnnfast.sequences import is_mapped
 
 # ---- extensions: what may change the recurrence of a lane ----------------------------------------------------------
 
@@ -176,6 +178,8 @@ _STEPS: dict[str, tuple[Step, StepBackward]] = {
 def _step_sizes(input: Tensor, h_0: Tensor, batch_sizes: Tensor | None) -> list[int]:
     batch = h_0.shape[1]
     if batch_sizes is not None:
+        if is_mapped(batch_sizes):
+            raise RuntimeError("forward-mode and second derivatives take no vmap over lengths, resets or batch_sizes")
         sizes = [int(size) for size in batch_sizes.tolist()]
         if sizes[0] != batch or sizes != sorted(sizes, reverse=True) or sum(sizes) != input.shape[0]:
             raise RuntimeError(
@@ -352,8 +356,13 @@ def backward(
     tape: Tensor,
     need_input: bool,
     need_weights: bool,
+    *,
+    d_cells: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Returns the gradients of input, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0; what is absent or not needed is empty."""
+    """Returns the gradients of input, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0; what is absent or not needed is empty.
+
+    d_cells: (D, N, H), the gradient of an LSTM's c after every step.
+    """
     sizes = _step_sizes(input, h_0, batch_sizes)
     lanes = _lanes(input, w_hh, w_ih, b_ih, b_hh, w_hr, h_0, c_0, bidirectional=bidirectional)
     columns = h_0.shape[2]
@@ -366,7 +375,8 @@ def backward(
     lane_gradients = []
     for d, lane in enumerate(lanes):
         d_final_of_lane = tuple(g[d] for g in d_final)
-        rows = _backward_lane(lane, d_outputs[d], d_final_of_lane, outputs[d], _widen(tape[d]), sizes, _STEPS[cell][1])
+        d_every = (d_outputs[d],) if d_cells is None else (d_outputs[d], _widen(d_cells[d]))
+        rows = _backward_lane(lane, d_every, d_final_of_lane, outputs[d], _widen(tape[d]), sizes, _STEPS[cell][1])
         lane_gradients.append(
             (
                 rows.d_gates_x @ lane.w_ih if need_input and input.is_floating_point() else None,
@@ -383,6 +393,13 @@ def backward(
     return tuple(h_0.new_empty(0) if g is None else g.to(h_0.dtype) for g in (d_input, *others))
 
 
+def states_backward(
+    d_output: Tensor | None, d_cells: Tensor | None, d_c_n: Tensor | None, *others: Any
+) -> tuple[Tensor, ...]:
+    """`backward` with the gradient of an LSTM's c after every step in place of h_n's."""
+    return backward(d_output, None, d_c_n, *others, d_cells=d_cells)
+
+
 class _RowGradients(NamedTuple):
     """What the reverse scan finds for each row: all else is parallel in time."""
 
@@ -396,7 +413,7 @@ class _RowGradients(NamedTuple):
 
 def _backward_lane(
     lane: _Lane,
-    d_output: Tensor,
+    d_every: State,
     d_final: State,
     output: Tensor,
     tape: Tensor,
@@ -408,17 +425,20 @@ def _backward_lane(
     if len(lane.initial) > 1:
         hidden = lane.initial[1].shape[1]
         before.append(_before(tape[:, -hidden:].split(sizes), lane.initial[1], sizes, lane.backwards))
-    steps = list(zip(d_output.split(sizes), tapes, outputs, zip(*before, strict=True), strict=True))
+    d_steps = zip(*(d.split(sizes) for d in d_every), strict=True)
+    steps = list(zip(d_steps, tapes, outputs, zip(*before, strict=True), strict=True))
 
     # The forward walk, mirrored: a row joins where its sequence ended and leaves where it began.
     order = slice(None, None, 1 if lane.backwards else -1)
     d_state = tuple(d[: sizes[order][0]] for d in d_final) if sizes else d_final
     left: list[State] = []
     d_gates_x, d_gates_h, d_projected = [], [], []
-    for d_out, step_tape, out, state_before in steps[order]:
+    for (d_out, *d_cells), step_tape, out, state_before in steps[order]:
         d_state = _resize(d_state, d_out.shape[0], joining=d_final, leaving=left)
         d_h, *d_c = d_state
         d_h = d_h + d_out
+        if d_cells:
+            d_c = [d_c[0] + d_cells[0]]
         if lane.w_hr is not None:
             d_projected.append(d_h)
             d_h = d_h @ lane.w_hr

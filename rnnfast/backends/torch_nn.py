@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import _C, Tensor
+from torch import Tensor
+
+from rnnfast.derivatives import gradients_below_autograd
 
 Lane = Sequence["Tensor | None"]  # w_ih, w_hh, b_ih, b_hh, w_hr
 
@@ -110,21 +112,13 @@ def backward(
     """Implements `rnnfast::scan_torch_backward`: what is absent or not needed is returned empty."""
     layer = (input, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0)
     needed = (need_input and input.is_floating_point(), *[need_weights] * 5, True, True)
-    with _recording():
-        leaves = [
-            t if t is None or not need else t.detach().requires_grad_() for t, need in zip(layer, needed, strict=True)
-        ]
-        wanted = [t for t, need in zip(leaves, needed, strict=True) if t is not None and need]
+
+    def definition(*leaves: Any) -> tuple[Tensor, ...]:
         final: Any = (output, leaves[6], leaves[7])  # of no steps
-        results = _scan(leaves, batch_sizes, cell, bidirectional) if len(input) else final
-        given = [(r, d) for r, d in zip(results, (d_output, d_h_n, d_c_n), strict=True) if d is not None]
-        given = [(r, d) for r, d in given if r.requires_grad]
-        gradients = iter(
-            torch.autograd.grad([r for r, _ in given], wanted, [d for _, d in given], materialize_grads=True)
-        )
-    found = (next(gradients) if t is not None and need else None for t, need in zip(leaves, needed, strict=True))
-    # Results of an operator share no memory, with one another or with what it is given.
-    return tuple(h_0.new_empty(0) if g is None else g.clone() for g in found)
+        return _scan(leaves, batch_sizes, cell, bidirectional) if len(input) else final
+
+    found = gradients_below_autograd(definition, (d_output, d_h_n, d_c_n), layer, needed)
+    return tuple(h_0.new_empty(0) if g is None else g for g in found)
 
 
 def _scan(
@@ -144,16 +138,6 @@ def _scan(
     outputs, h_n, c_n = zip(*parts, strict=True)
     output = torch.cat(outputs, -1)
     return output.flatten(0, -2), torch.cat(h_n), torch.cat(c_n)
-
-
-@contextmanager
-def _recording() -> Iterator[None]:
-    """Has autograd record what runs here. An operator's implementation runs below autograd, out of its sight."""
-    excluded = _C._dispatch_tls_local_exclude_set()
-    for key in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor", "ADInplaceOrView"):
-        excluded = excluded.remove(getattr(_C.DispatchKey, key))
-    with _C._ForceDispatchKeyGuard(_C._dispatch_tls_local_include_set(), excluded), torch.enable_grad():
-        yield
 
 
 @contextmanager

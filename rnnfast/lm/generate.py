@@ -110,7 +110,7 @@ def native_parts(model: nn.Module) -> NativeParts | None:
     """
     layers: list[Any]
     if type(model) is RNNLM:
-        layers, cell, backend = model.rnn._lane_weights(), model.rnn.mode.lower(), model.rnn.backend
+        layers, cell, backend = functional.lane_weights(model.rnn), model.rnn.mode.lower(), model.rnn.backend
         embedding = None if model.embedding is None else model.embedding.weight
         head_weight, head_bias = model.head.weight, model.head.bias
     elif type(model) is RNNLMScratch:

@@ -128,7 +128,6 @@ void run(Cell cell, DType dtype, int64_t lanes, int64_t steps, int64_t batch, in
   require_finite(d_h_0, "d_h_0");
   if (projected) require_finite(d_w_hr, "d_w_hr");
   if (lstm) require_finite(d_c_0, "d_c_0");
-  if (projected) return;
 
   // The same layer with an extended recurrence: dropout and a share of zoneout, masks of zoneout, or a normalisation.
   const auto mask = make(dtype, states * hidden, true), gains = make(dtype, lanes * G, true);
@@ -162,6 +161,7 @@ void run(Cell cell, DType dtype, int64_t lanes, int64_t steps, int64_t batch, in
                                e.gain_c ? d_peepholes.data() : nullptr},
                               threads);
     for (const auto* d : {&d_input, &d_w_ih, &d_w_hh, &d_b_ih, &d_b_hh, &d_h_0}) require_finite(*d, "extended gradient");
+    if (projected) require_finite(d_w_hr, "extended d_w_hr");
     if (kind == 2) require_finite(d_gains, "d_gains");
     if (e.gain_c) require_finite(d_gains_c, "d_gains_c");
     if (e.gain_c) require_finite(d_peepholes, "d_peepholes");
