@@ -24,8 +24,14 @@ def needs_gradient(tensors: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
 
 
-class _Function(_SingleLevelFunction):
+class Function(_SingleLevelFunction):
+    """torch's autograd.Function, but for the level it runs at."""
+
     apply: Any
+
+    @staticmethod
+    def _compiled_autograd_key(ctx: Any) -> tuple[int]:
+        return (ctx._autograd_function_id,)
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +52,7 @@ class Formula:
     weights: tuple[int, ...]
 
 
-class Scan(_Function):
+class Scan(Function):
     """A forward scan: apply(formula, the operator's arguments...)."""
 
     @staticmethod
@@ -85,7 +91,7 @@ class Scan(_Function):
         return (None, *(d if need else None for d, need in zip(gradients, needs, strict=True)), *rest)
 
 
-class ScanBackward(_Function):
+class ScanBackward(Function):
     """A backward scan: apply(formula, the operator's arguments...).
 
     Its derivative is the definition's forward scan, differentiated twice by torch. That is made of differentiable

@@ -25,9 +25,8 @@ from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_f
 from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch._C._functorch import maybe_current_level
 from torch.autograd import forward_ad
-from torch.autograd.function import _SingleLevelFunction
 
-from rnnfast import dispatch, functional, scan
+from rnnfast import derivatives, dispatch, functional, scan
 from rnnfast.backends import native
 from rnnfast.cells import CELLS
 
@@ -364,14 +363,12 @@ def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
 _NO_WEIGHT = (False,) * 5
 
 
-class _Scan(_SingleLevelFunction):
+class _Scan(derivatives.Function):
     """One layer of one direction: `derivatives.Scan` of the cpu backend, but a call each forward and backward.
 
     apply(layer, T, [B] or [] if unbatched, input (T, B, I) or ids (T, B), h_0 and c_0 (1, B, P) or None for zeros, the
     five of `scan.Weights`) returns output (T, B, P), h_n and, of an LSTM, c_n; or None, None where the kernel fails.
     """
-
-    apply: Any
 
     @staticmethod
     def forward(

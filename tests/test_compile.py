@@ -245,6 +245,23 @@ def test_per_sample_gradients_in_a_graph(backend: str) -> None:
     torch.testing.assert_close(compiled(parameters, input), function(parameters, input))
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's compiler looks at it
+@pytest.mark.parametrize("name", ["RNN", "LSTM"])
+def test_compiled_autograd_of_an_eager_layer(name: str) -> None:
+    layer = getattr(rnnfast, name)(4, 8)
+
+    def gradients(x: Tensor) -> list[Tensor]:
+        layer.zero_grad()
+        layer(x)[0].square().sum().backward()
+        return [parameter.grad.clone() for parameter in layer.parameters()]
+
+    for batch in (2, 2, 3):
+        x = torch.randn(5, batch, 4)
+        expected = gradients(x)
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+            torch.testing.assert_close(gradients(x), expected)
+
+
 def test_subclasses_are_traced_and_torchs_own_layers_left_alone() -> None:
     class Mine(rnnfast.LSTM):
         pass
