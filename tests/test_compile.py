@@ -334,8 +334,9 @@ def test_export_of_a_packed_sequence(strict: bool) -> None:
     torch.testing.assert_close(program.module()(*arguments), model(*arguments))
 
 
-def test_aot_inductor(tmp_path: Any) -> None:
-    model = Ragged(rnnfast.LSTM(5, 7)).eval()
+def test_aot_inductor_of_an_accelerated_model(tmp_path: Any) -> None:
+    model = Ragged(nn.LSTM(5, 7)).eval()
+    rnnfast.accelerate(model)
     steps, batch = Dim("steps", min=1, max=4096), Dim("batch", min=1, max=4096)
     dynamic = ({0: steps, 1: batch}, ({1: batch}, {1: batch}), {0: batch}, {0: steps, 1: batch}, ({}, {}))
     with torch.no_grad():
@@ -345,34 +346,6 @@ def test_aot_inductor(tmp_path: Any) -> None:
         for case in LENGTHS:
             arguments = ragged(model.layer, *case)
             torch.testing.assert_close(tree_leaves(compiled(*arguments)), tree_leaves(model(*arguments)))
-
-
-def test_aot_inductor_of_an_accelerated_model(tmp_path: Any) -> None:
-    class Tagger(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.lower = nn.LSTM(5, 7, bidirectional=True, batch_first=True)
-            self.upper = nn.GRU(14, 6, batch_first=True)
-            self.cell = nn.LSTMCell(6, 4)
-
-        def forward(self, input: Tensor) -> Tensor:
-            output, _ = self.upper(self.lower(input)[0])
-            state = None
-            for t in range(2):
-                state = self.cell(output[:, t], state)
-            assert state is not None
-            return state[0]
-
-    model = Tagger().eval()
-    rnnfast.accelerate(model)
-    sizes = {0: Dim("batch", min=2, max=4096), 1: Dim("steps", min=2, max=4096)}
-    with torch.no_grad():
-        program = export(model, (torch.randn(3, 6, 5),), dynamic_shapes=(sizes,))
-        path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
-        compiled = torch._inductor.aoti_load_package(path)
-        for shape in ((3, 6, 5), (8, 11, 5)):
-            input = torch.randn(shape)
-            torch.testing.assert_close(compiled(input), model(input))
 
 
 @pytest.mark.parametrize(
