@@ -87,7 +87,9 @@ void tile(int64_t k_units, const O* const* a, const O* w, const typename Product
   }
   for (int64_t k = 0; k < k_units;) {
     for (int line = 0; line < ahead.lines; ++line, ahead.data += 64) __builtin_prefetch(ahead.data, 0, 2);
-    for (const int64_t end = ahead.lines ? min64(k + Ahead::BLOCK, k_units) : k_units; k < end; ++k) {
+    const int64_t end = ahead.lines ? min64(k + Ahead::BLOCK, k_units) : k_units;
+#pragma GCC unroll 2
+    for (; k < end; ++k) {
       typename P::Unit wk[NV];
 #pragma GCC unroll 4
       for (int c = 0; c < NV; ++c) std::memcpy(&wk[c], w + c * V * P::depth, sizeof wk[c]);
