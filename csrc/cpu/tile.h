@@ -166,8 +166,8 @@ struct Panels {
 };
 
 RNNFAST_INLINE Panels plain_panels(int64_t columns, int lanes) {
-  const int64_t n = ceil_div(columns, lanes);
-  return {n >= 12 || n == 4 ? 4 : n >= 6 ? 2 : n > 3 ? ceil_div(n, 2) : max64(n, 1), n};
+  const int64_t n = ceil_div(columns, lanes), panels = max64(ceil_div(n, MAX_VECTORS), 1);
+  return {max64(ceil_div(n, panels), 1), n};
 }
 
 template <class O>
