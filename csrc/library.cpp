@@ -3,8 +3,8 @@
 
 #include "cpu/direct.h"
 #include "cpu/generate.h"
+#include "cpu/limits.h"
 #include "cpu/ops.h"
-#include "cpu/peak.h"
 
 STABLE_TORCH_LIBRARY_IMPL(rnnfast, CPU, m) {
   m.impl("scan_cpu", TORCH_BOX(&rnnfast::scan_cpu));
@@ -20,6 +20,8 @@ STABLE_TORCH_LIBRARY_IMPL(rnnfast, CPU, m) {
   m.impl("generate_cpu", TORCH_BOX(&rnnfast::generate_cpu));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(rnnfast, CompositeExplicitAutograd, m) {  // it takes no tensor, so no device is known
+STABLE_TORCH_LIBRARY_IMPL(rnnfast, CompositeExplicitAutograd, m) {  // they take no tensor, so no device is known
   m.impl("fma_peak_cpu", TORCH_BOX(&rnnfast::fma_peak_cpu));
+  m.impl("product_limit_cpu", TORCH_BOX(&rnnfast::product_limit_cpu));
+  m.impl("gate_limit_cpu", TORCH_BOX(&rnnfast::gate_limit_cpu));
 }

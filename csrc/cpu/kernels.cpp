@@ -7,6 +7,9 @@
 #include "forward.h"
 #include "head.h"
 #include "weights.h"
+#if !defined(__AVX512BF16__)
+#include "near.h"
+#endif
 
 #define RNNFAST_STRING_(x) #x
 #define RNNFAST_STRING(x) RNNFAST_STRING_(x)
@@ -226,6 +229,8 @@ const Kernels kernels{
     extended_backward<bf16, bf16>,
     extended_pack<bf16, bf16>,
     nullptr,  // generation is in float32 or float64
+    nullptr,  // the limits are told in float32
+    nullptr,
 #else
     [](const ForwardArgs& x, int threads) {
       by_dtype(x.shape.dtype, forward<float, float>, forward<double, double>, forward<bf16, float>, x, threads);
@@ -252,6 +257,8 @@ const Kernels kernels{
       const auto run = head.dtype == DType::float64 ? generate<double> : generate<float>;
       run(layers, count, head, threads, next, context);
     },
+    near_product,
+    near_gates,
 #endif
 };
 

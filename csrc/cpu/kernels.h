@@ -28,6 +28,9 @@ struct Kernels {
   // the logits and tells whether there is another round; it must not throw. Layers have packed weights.
   void (*generate)(const ForwardArgs* layers, int64_t count, const HeadArgs& head, int threads, bool (*next)(void*),
                    void* context);
+  // For the benchmarks, in float32: see near.h.
+  double (*near_product)(int64_t batch, int64_t depth, int64_t rounds);
+  double (*near_gates)(Cell cell, bool backward, int64_t rounds);
 };
 
 // The kernels for a dtype on this machine, or of the instruction set that RNNFAST_CPU_ISA names: generic, avx2, avx512,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import rnnfast
-from rnnfast.bench.measure import TOLERANCE, alternate_with_peak, check_same, timed
+from rnnfast.bench.measure import TOLERANCE, Work, alternate_with_limits, check_same, timed
 from rnnfast.bench.report import OURS, TORCH, Row
 from rnnfast.cells import CELLS
 
@@ -64,14 +64,18 @@ class LayerCase:
         return [round(length) for length in torch.linspace(self.steps, shortest, self.batch).tolist()]
 
     @property
-    def flops(self) -> float:
-        """Operations of the matrix products; the gates' own arithmetic is not counted.
+    def work(self) -> Work:
+        """The matrix products and the gates' own arithmetic.
 
-        Forward: 2 G H H a row for the recurrent product and 2 G H I for the input's, which ids do not have.
+        Forward: 2 G H H operations a row for the recurrent product and 2 G H I for the input's, which ids do not have.
         Backward: as many for the gradients of the states and inputs, and again for those of the weights.
         """
-        row = 2.0 * self.gates * self.hidden_size * (self.hidden_size + (0 if self.token_ids else self.inputs))
-        return sum(self.lengths()) * row * (1 if self.direction == FORWARD else 3)
+        units = float(sum(self.lengths()) * self.hidden_size)
+        recurrent = 2 * units * self.gates * self.hidden_size
+        inputs = 2 * units * self.gates * (0 if self.token_ids else self.inputs)
+        if self.direction == FORWARD:
+            return Work(self.cell, self.batch, self.hidden_size, recurrent, inputs, units, 0.0)
+        return Work(self.cell, self.batch, self.hidden_size, 2 * recurrent, recurrent + 3 * inputs, units, units)
 
 
 class Contestant(NamedTuple):
@@ -222,6 +226,30 @@ def _measure(setup: Setup, contestants: Mapping[str, Contestant], truth: str, se
     check_parity(case, contestants, truth)
     rest = PEER_REST if len(contestants) > 2 else 0.0
     turns = {name: timed(one.call) for name, one in contestants.items()}
-    samples, peak = alternate_with_peak(turns, seconds, rest)
+    work = case.work if case.torch_dtype is torch.float32 else None
+    samples, limits = alternate_with_limits(turns | {"empty": timed(_empty_call(setup))}, seconds, rest, work)
+    empty = samples.pop("empty")
+    if limits.seconds is not None:
+        limits = limits._replace(seconds=limits.seconds + empty.median)
     choice = rnnfast.explain(setup.ours, setup.input)
-    return Row(case.label, asdict(case), choice.backend, samples, flops=case.flops, peak=peak)
+    return Row(case.label, asdict(case), choice.backend, samples, flops=case.work.flops, limits=limits)
+
+
+def _empty_call(setup: Setup) -> Callable[[], Any]:
+    """What torch takes to record and differentiate any one function of the case's tensors: it is part of the limit."""
+    if setup.case.direction == FORWARD:
+        return lambda: None
+    leaves = [torch.zeros(1, requires_grad=True) for _ in range(len(list(setup.ours.parameters())) + 1)]
+    d_output = torch.zeros(1)
+    return lambda: torch.autograd.grad(_Empty.apply(*leaves), leaves, d_output)
+
+
+class _Empty(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *leaves: Tensor) -> Tensor:
+        ctx.save_for_backward(*leaves)
+        return leaves[0].clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return tuple(map(torch.empty_like, ctx.saved_tensors))

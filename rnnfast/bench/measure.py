@@ -9,6 +9,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,10 @@ Turn = Callable[[int], float]
 MIN_TURNS, MAX_TURNS = 3, 101
 TURN_SECONDS = 0.002  # short work is repeated within a turn until it takes this long
 SLOW_CALL = 0.1  # seconds; such a call is its own warm-up
-FMA_ROUNDS = 500_000  # a few milliseconds on any processor
+# A few milliseconds each on any processor.
+FMA_ROUNDS, PRODUCT_ROUNDS, GATE_ROUNDS = 500_000, 2_000_000, 2_000
+FULL_BATCH = 48  # rows that a product runs at full speed with
+NEAR_DEPTH = 256  # of a panel of weights that stays in the second-level cache
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2}
 """The largest RMS of an error over the RMS of the truth at which two results are still the same computation."""
@@ -110,21 +114,82 @@ def _calls_in_a_turn(turn: Turn) -> int:
     return calls
 
 
-def alternate_with_peak(
-    turns: Mapping[str, Turn], seconds: float, rest: float = 0.0
-) -> tuple[dict[str, Sample], float | None]:
-    """As `alternate`, with the loop of `fma_peak` as one more contestant: a limit from the very same seconds.
+@dataclass(frozen=True)
+class Work:
+    """What a call in float32 cannot do without, by which its limit is reckoned.
+
+    Attributes:
+        batch, depth: rows of a step, and how long the sums of its product are.
+        recurrent_flops: operations of the products that go step by step.
+        parallel_flops: of those that take all steps at once.
+        forward_units, backward_units: units whose gate math is done.
+    """
+
+    cell: str
+    batch: int
+    depth: int
+    recurrent_flops: float
+    parallel_flops: float
+    forward_units: float
+    backward_units: float
+
+    @property
+    def flops(self) -> float:
+        return self.recurrent_flops + self.parallel_flops
+
+
+class Limits(NamedTuple):
+    """What the machine allowed in the seconds of a measurement: see docs/benchmarks.md.
+
+    Attributes:
+        fma_peak: GFLOP/s in float32, or None without the compiled library, which holds the loops.
+        seconds: the least that the work could have taken; None where it was not asked for.
+    """
+
+    fma_peak: float | None
+    seconds: float | None
+
+
+def alternate_with_limits(
+    turns: Mapping[str, Turn], seconds: float, rest: float = 0.0, work: Work | None = None
+) -> tuple[dict[str, Sample], Limits]:
+    """As `alternate`, with the loops that find the machine's limits as one more contestant, in the very same seconds.
 
     Returns:
-        Seconds a call, by name, and the FMA peak in GFLOP/s.
+        Seconds a call, by name, and the limits, of `work` where it is given.
     """
-    operator = _fma_peak_operator()
-    if operator is None:
-        return alternate(turns, seconds, rest), None
+    operators = _limit_operators()
+    if operators is None:
+        return alternate(turns, seconds, rest), Limits(None, None)
     peaks: list[float] = []
-    samples = alternate({**turns, "peak": timed(lambda: peaks.append(operator(FMA_ROUNDS)))}, seconds, rest)
-    del samples["peak"]
-    return samples, statistics.median(peaks)
+    least: list[float] = []
+
+    def find() -> None:
+        peaks.append(operators.fma_peak_cpu(FMA_ROUNDS))
+        if work is not None:
+            least.append(_least_seconds(work, operators))
+
+    samples = alternate({**turns, "limits": timed(find)}, seconds, rest)
+    del samples["limits"]
+    return samples, Limits(statistics.median(peaks), statistics.median(least) if least else None)
+
+
+def _least_seconds(work: Work, operators: Any) -> float:
+    """The work at the speed of products and gate math whose operands are near."""
+
+    def product(batch: int) -> float:
+        depth = min(work.depth, NEAR_DEPTH)
+        found: float = operators.product_limit_cpu(batch, depth, math.ceil(PRODUCT_ROUNDS / (batch * depth)))
+        return found * 1e9
+
+    def gates(units: float, backward: bool) -> float:
+        name = "rnn_tanh" if work.cell == "rnn" else work.cell
+        return units / float(operators.gate_limit_cpu(name, backward, GATE_ROUNDS)) if units else 0.0
+
+    seconds = work.recurrent_flops / product(min(work.batch, FULL_BATCH))
+    if work.parallel_flops:
+        seconds += work.parallel_flops / product(FULL_BATCH)
+    return seconds + gates(work.forward_units, False) + gates(work.backward_units, True)
 
 
 class Disagreement(UserError):
@@ -169,8 +234,8 @@ def fma_peak() -> float | None:
 
     None where the compiled library, which holds the loop, is not available.
     """
-    peak = _fma_peak_operator()
-    return None if peak is None else max(float(peak(FMA_ROUNDS)) for _ in range(3))
+    operators = _limit_operators()
+    return None if operators is None else max(float(operators.fma_peak_cpu(FMA_ROUNDS)) for _ in range(3))
 
 
 def copy_bandwidth(mebibytes: int = 256, repeats: int = 7) -> float:
@@ -192,15 +257,17 @@ def cpu_model() -> str:
 
 
 @functools.cache
-def _fma_peak_operator() -> Any:
-    """The operator `rnnfast::fma_peak_cpu` (csrc/cpu/peak.cpp), or None."""
+def _limit_operators() -> Any:
+    """The namespace with the operators of csrc/cpu/limits.cpp, or None."""
     try:
         native.load()
     except RuntimeError as error:
-        note(f"the FMA peak is not measured: {error}")
+        note(f"the machine's limits are not measured: {error}")
         return None
     _library.define("fma_peak_cpu(int rounds) -> float")
-    return torch.ops.rnnfast.fma_peak_cpu.default
+    _library.define("product_limit_cpu(int batch, int depth, int rounds) -> float")
+    _library.define("gate_limit_cpu(str cell, bool backward, int rounds) -> float")
+    return torch.ops.rnnfast
 
 
 _library = torch.library.Library("rnnfast", "FRAGMENT")

@@ -16,11 +16,13 @@ import rnnfast
 from rnnfast import lm
 from rnnfast.bench import chapter
 from rnnfast.bench.layers import LAYERS
-from rnnfast.bench.measure import Turn, alternate, check_same, timed
+from rnnfast.bench.measure import Turn, Work, alternate_with_limits, check_same, timed
 from rnnfast.bench.report import OURS, Row
+from rnnfast.cells import CELLS
 
 CHAPTER, CHAPTER_NO_GRAD = "the chapter's loop", "the chapter's loop without gradients"
 PREFIX = "time traveller"
+BATCH = 32
 EPOCHS = 3  # of a call
 CHECKED_STEPS = 3
 CHECKED_TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
@@ -40,10 +42,19 @@ class PipelineCase:
     def label(self) -> str:
         return f"{self.what} {self.cell} H={self.hidden_size}" + ("" if self.dtype == "float32" else f" {self.dtype}")
 
+    def work(self, tokens: int, vocab_size: int) -> Work:
+        """Recurrence and head of that many tokens; token ids have no input product. Loss, clipping and update come on top."""
+        cell = CELLS["rnn_tanh" if self.cell == "rnn" else self.cell]
+        units = float(tokens * self.hidden_size)
+        recurrent, head = 2 * units * cell.gates * self.hidden_size, 2 * units * vocab_size
+        if self.what == "generation":  # the head waits for the layer, and the next step for it
+            return Work(self.cell, 1, self.hidden_size, recurrent + head, 0.0, units, 0.0)
+        return Work(self.cell, BATCH, self.hidden_size, 2 * recurrent, recurrent + 3 * head, units, units)
+
     def config(self, corpus: str, backend: str) -> lm.TrainConfig:
         """The chapter's settings."""
         options: Any = {"cell": self.cell, "hidden_size": self.hidden_size, "backend": backend, "precision": self.dtype}
-        return lm.TrainConfig(corpus=corpus, device="cpu", sample_every=0, epochs=EPOCHS, **options)
+        return lm.TrainConfig(corpus=corpus, device="cpu", sample_every=0, epochs=EPOCHS, batch_size=BATCH, **options)
 
 
 @functools.cache
@@ -120,8 +131,7 @@ def measure_training(case: PipelineCase, seconds: float, backend: str = "auto") 
 
     tokens = train_chapter()
     turns: dict[str, Turn] = {OURS: train, CHAPTER: timed(train_chapter)}
-    samples = alternate(turns, seconds)
-    return Row(case.label, _describe(case, corpus), _backend(ours, corpus), samples, tokens=tokens)
+    return _measure(case, corpus, ours, turns, seconds, tokens)
 
 
 def measure_generation(case: PipelineCase, seconds: float, backend: str = "auto") -> Row:
@@ -143,8 +153,16 @@ def measure_generation(case: PipelineCase, seconds: float, backend: str = "auto"
     expected = torch.tensor(predict()[len(prefix) :])
     check_same(OURS, {"text": torch.tensor(write())}, {"text": expected}, 0.0, case.label)
     turns = {OURS: timed(write), CHAPTER: timed(predict), CHAPTER_NO_GRAD: timed(torch.no_grad()(predict))}
-    samples = alternate(turns, seconds)
-    return Row(case.label, _describe(case, corpus), _backend(ours, corpus), samples, tokens=case.length)
+    return _measure(case, corpus, ours, turns, seconds, case.length)
+
+
+def _measure(
+    case: PipelineCase, corpus: lm.Corpus, ours: nn.Module, turns: dict[str, Turn], seconds: float, tokens: int
+) -> Row:
+    work = case.work(tokens, len(corpus.vocab))
+    samples, limits = alternate_with_limits(turns, seconds, work=work if case.dtype == "float32" else None)
+    details = {"flops": work.flops, "limits": limits, "tokens": tokens}
+    return Row(case.label, _describe(case, corpus), _backend(ours, corpus), samples, **details)
 
 
 def _describe(case: PipelineCase, corpus: lm.Corpus) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rnnfast.bench.measure import Sample
+from rnnfast.bench.measure import Limits, Sample
 from rnnfast.lm.files import atomic_write, note
 
 OURS, TORCH = "rnnfast", "torch.nn"
@@ -26,7 +26,7 @@ class Row:
         backend: rnnfast's backend that ran it.
         samples: seconds a call (or bytes, for `unit` "bytes") by contestant; ours is under `OURS`. Less is better.
         flops: multiplications and additions of a call; None where they say nothing.
-        peak: the FMA peak beside this case, GFLOP/s.
+        limits: of the machine, beside this case.
         tokens: tokens or characters of a call, where a rate is of interest.
     """
 
@@ -36,18 +36,16 @@ class Row:
     samples: dict[str, Sample]
     unit: str = "seconds"
     flops: float | None = None
-    peak: float | None = None
+    limits: Limits = Limits(None, None)
     tokens: int | None = None
 
     def ratio(self, name: str) -> float:
         """How many times better than `name` ours is."""
         return self.samples[name].median / self.samples[OURS].median
 
-    def ratio_at_peak(self, name: str) -> float | None:
-        """What `ratio` would be if ours ran at the FMA peak: nothing in float32 can be better."""
-        if self.flops is None or not self.peak or self.case.get("dtype") != "float32":
-            return None
-        return self.samples[name].median * self.peak * 1e9 / self.flops
+    def ratio_at_limit(self, name: str) -> float | None:
+        """What `ratio` would be if ours reached the machine's limit."""
+        return None if self.limits.seconds is None else self.samples[name].median / self.limits.seconds
 
     @property
     def peers(self) -> list[str]:
@@ -66,7 +64,12 @@ class Row:
     @property
     def share(self) -> float | None:
         """The share of the measured float32 FMA peak that ours has reached."""
-        return None if self.gflops is None or not self.peak else self.gflops / self.peak
+        return None if self.gflops is None or not self.limits.fma_peak else self.gflops / self.limits.fma_peak
+
+    @property
+    def share_of_limit(self) -> float | None:
+        """The least time that the machine allows over ours."""
+        return None if self.limits.seconds is None else self.limits.seconds / self.samples[OURS].median
 
     @property
     def rate(self) -> float | None:
@@ -86,10 +89,12 @@ class Row:
             "unit": self.unit,
             "samples": {name: sample._asdict() for name, sample in self.samples.items()},
             "ratios": {name: self.ratio(name) for name in self.peers},
-            "ratios_at_fma_peak": {name: self.ratio_at_peak(name) for name in self.peers},
+            "ratios_at_limit": {name: self.ratio_at_limit(name) for name in self.peers},
             "flops": self.flops,
-            "fma_peak_gflops": self.peak,
+            "fma_peak_gflops": self.limits.fma_peak,
             "share_of_fma_peak": self.share,
+            "limit_seconds": self.limits.seconds,
+            "share_of_limit": self.share_of_limit,
             "tokens_per_second": self.rate,
         }
 
@@ -115,15 +120,15 @@ class Report:
             series[BEST] = [(row, row.ratio(row.best_peer)) for row in self.rows if row.best_peer]
         return series
 
-    def series_at_peak(self) -> dict[str, list[tuple[Row, float]]]:
-        """`series`, if ours ran at the FMA peak."""
-        at_peak = {}
+    def series_at_limit(self) -> dict[str, list[tuple[Row, float]]]:
+        """`series`, if ours reached the machine's limit."""
+        at_limit = {}
         for name, points in self.series().items():
-            found = [(row, row.ratio_at_peak((row.best_peer or name) if name == BEST else name)) for row, _ in points]
+            found = [(row, row.ratio_at_limit((row.best_peer or name) if name == BEST else name)) for row, _ in points]
             limits = [(row, limit) for row, limit in found if limit is not None]
             if len(limits) == len(points):
-                at_peak[name] = limits
-        return at_peak
+                at_limit[name] = limits
+        return at_limit
 
     def table(self) -> str:
         """The rows as text."""
@@ -138,6 +143,8 @@ class Report:
         if any(row.gflops for row in self.rows):
             columns["GFLOP/s"] = [f"{row.gflops:.1f}" if row.gflops else "-" for row in self.rows]
             columns["of FMA peak"] = [f"{row.share:.0%}" if row.share else "-" for row in self.rows]
+        if any(row.share_of_limit for row in self.rows):
+            columns["of limit"] = [f"{row.share_of_limit:.0%}" if row.share_of_limit else "-" for row in self.rows]
         if any(row.unit == "bytes" for row in self.rows):
             columns["MiB"] = [f"{row.samples[OURS].median / 2**20:.1f}" for row in self.rows]
         columns["backend"] = [row.backend for row in self.rows]
@@ -147,12 +154,13 @@ class Report:
         return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)
 
     def summary(self) -> dict[str, dict[str, Any]]:
-        """Geometric mean and worst point of every series of ratios, and of the shares of the FMA peak."""
+        """Geometric mean and worst point of every series of ratios, and of the shares of the machine's limits."""
         result = {f"ratio to {name}": _summary(points) for name, points in self.series().items()}
-        result |= {f"ratio to {name}, ours at the FMA peak": _summary(p) for name, p in self.series_at_peak().items()}
-        shares = [(row, row.share) for row in self.rows if row.share is not None]
-        if shares:
-            result["share of FMA peak"] = _summary(shares)
+        result |= {f"ratio to {name}, ours at the limit": _summary(p) for name, p in self.series_at_limit().items()}
+        for name, of in (("share of FMA peak", Row.share), ("share of limit", Row.share_of_limit)):
+            shares = [(row, share) for row in self.rows if (share := of.fget(row)) is not None]
+            if shares:
+                result[name] = _summary(shares)
         return result
 
     def summary_lines(self) -> list[str]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rnnfast import dispatch
-from rnnfast.bench.measure import TOLERANCE, alternate_with_peak, check_same, timed
+from rnnfast.bench.measure import TOLERANCE, Work, alternate_with_limits, check_same, timed
 from rnnfast.bench.report import OURS, Row
 from rnnfast.cells import CELLS
 from rnnfast.lm.files import UserError
@@ -36,9 +36,12 @@ class ScanCase:
         return f"{self.cell} H={self.hidden_size} B={self.batch} T={self.steps} scan {self.direction}{extra}"
 
     @property
-    def flops(self) -> float:
+    def work(self) -> Work:
         """The recurrent product, 2 B H G H a step; backward its transpose, as many."""
-        return 2.0 * self.steps * self.batch * CELLS[self._cell].gates * self.hidden_size**2
+        units = float(self.steps * self.batch * self.hidden_size)
+        gate_math = (units, 0.0) if self.direction == "forward" else (0.0, units)
+        flops = 2 * units * CELLS[self._cell].gates * self.hidden_size
+        return Work(self.cell, self.batch, self.hidden_size, flops, 0.0, *gate_math)
 
     @property
     def _cell(self) -> str:
@@ -90,5 +93,6 @@ def measure_scan(case: ScanCase, seconds: float, backend: str = "auto") -> Row:
     with torch.no_grad():
         results = (dict(zip(names, tensors, strict=True)) for tensors in (run(), truth))
         check_same(backend, next(results), next(results), TOLERANCE[dtype], case.label)
-        samples, peak = alternate_with_peak({OURS: timed(run)}, seconds)
-    return Row(case.label, asdict(case), backend, samples, flops=case.flops, peak=peak)
+        work = case.work if dtype is torch.float32 else None
+        samples, limits = alternate_with_limits({OURS: timed(run)}, seconds, work=work)
+    return Row(case.label, asdict(case), backend, samples, flops=case.work.flops, limits=limits)

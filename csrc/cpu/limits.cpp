@@ -1,9 +1,12 @@
-#include "peak.h"
+#include "limits.h"
 
-#include <atomic>
 #include <chrono>
+#include <numeric>
+#include <vector>
 
+#include "kernels.h"
 #include "ops.h"
+#include "tensors.h"
 #include "threads.h"
 
 #if defined(__x86_64__)
@@ -59,27 +62,47 @@ RNNFAST_FMA_LOOP(loop_scalar, , 8, float, same, multiply_add)
 Loop widest() { return {loop_scalar, 8, 1}; }
 #endif
 
+// 1e-9 of what all threads do a second, each with one call of `work`, which returns how much it has done.
+template <class Work>
+double giga_a_second(const Work& work) {
+  struct Context {
+    const Work& work;
+    std::vector<double> done;
+  } context{work, std::vector<double>(size_t(available_threads()))};
+  const auto start = std::chrono::steady_clock::now();
+  run_parallel(
+      int(context.done.size()),
+      [](void* c, int thread, int) {
+        Context& of_all = *static_cast<Context*>(c);
+        of_all.done[size_t(thread)] = of_all.work();
+      },
+      &context);
+  const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+  return 1e-9 * std::accumulate(context.done.begin(), context.done.end(), 0.0) / seconds.count();
+}
+
 }  // namespace
 
 double fma_peak_cpu(int64_t rounds) {
-  struct Work {
-    Loop loop;
-    int64_t rounds;
-    std::atomic<int> threads{0};
-  } work{widest(), rounds};
-  const auto start = std::chrono::steady_clock::now();
-  run_parallel(
-      available_threads(),
-      [](void* context, int thread, int threads) {
-        Work& work = *static_cast<Work*>(context);
-        if (thread == 0) work.threads.store(threads);
-        float numbers[] = {0.5f, 1.0f};
-        work.loop.run(work.rounds, numbers);
-        asm volatile("" : : "m"(numbers));
-      },
-      &work);
-  const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-  return 2e-9 * double(work.loop.chains * work.loop.lanes) * double(rounds) * work.threads.load() / seconds.count();
+  const Loop loop = widest();
+  return giga_a_second([&] {
+    float numbers[] = {0.5f, 1.0f};
+    loop.run(rounds, numbers);
+    asm volatile("" : : "m"(numbers));
+    return 2.0 * double(loop.chains * loop.lanes) * double(rounds);
+  });
+}
+
+double product_limit_cpu(int64_t batch, int64_t depth, int64_t rounds) {
+  STD_TORCH_CHECK(batch > 0 && depth > 0, "a product needs rows and a depth");
+  const Kernels& kernels = choose_kernels(DType::float32);
+  return giga_a_second([&] { return kernels.near_product(batch, depth, rounds); });
+}
+
+double gate_limit_cpu(std::string cell, bool backward, int64_t rounds) {
+  const Kernels& kernels = choose_kernels(DType::float32);
+  const Cell which = parse_cell(cell);
+  return 1e9 * giga_a_second([&] { return kernels.near_gates(which, backward, rounds); });
 }
 
 }  // namespace rnnfast

@@ -1,0 +1,21 @@
+// The machine's limits that the benchmarks quote, each on every thread that torch may use.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace rnnfast {
+
+// GFLOP/s in float32 of `rounds` rounds of 16 independent multiply-adds on registers alone, of the widest vectors this
+// processor has; a multiply-add counts as two operations.
+double fma_peak_cpu(int64_t rounds);
+
+// GFLOP/s in float32 of the scan's product of `batch` rows and one panel of weights, `depth` deep, over and over: the
+// operands stay near, nothing is waited for.
+double product_limit_cpu(int64_t batch, int64_t depth, int64_t rounds);
+
+// Units a second, in float32, whose gate math is done forward or backward on operands that stay in the first-level cache;
+// `rounds` rounds of a few vectors.
+double gate_limit_cpu(std::string cell, bool backward, int64_t rounds);
+
+}  // namespace rnnfast

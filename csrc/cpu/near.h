@@ -1,0 +1,62 @@
+// The parts of a scan by themselves, on operands that stay near: what one thread can do at most. For the benchmarks.
+#pragma once
+
+#include "../cells.h"
+#include "threads.h"
+#include "tile.h"
+
+namespace rnnfast::RNNFAST_ISA {
+
+// The product of `batch` rows and a panel, both `depth` deep, `rounds` times. Returns the operations done.
+inline double near_product(int64_t batch, int64_t depth, int64_t rounds) {
+  constexpr int V = LANES<float>;
+  alignas(64) static constexpr float zeros[MAX_VECTORS * V] = {};
+  alignas(64) float sums[MAX_ROWS * MAX_VECTORS * V];
+  const int64_t numbers = (batch + MAX_VECTORS * V) * depth;
+  const Scratch memory(size_t(numbers) * sizeof(float));
+  float *panel = reinterpret_cast<float*>(memory.data()), *rows = panel + MAX_VECTORS * V * depth;
+  for (int64_t i = 0; i < numbers; ++i) panel[i] = 0.5f;
+  for (int64_t round = 0; round < rounds; ++round)
+    for_tiles(batch, MAX_VECTORS, [&](int64_t row, int count, int64_t, int64_t) {
+      const float *a[MAX_ROWS], *start[MAX_ROWS];
+      for (int r = 0; r < count; ++r) a[r] = rows + (row + r) * depth, start[r] = zeros;
+      tile_function<float>(count, MAX_VECTORS)(depth, a, panel, start, 0, nullptr, sums, MAX_VECTORS * V, {});
+    });
+  return 2.0 * double(rounds) * double(batch * depth) * (MAX_VECTORS * V);
+}
+
+// The gate math of a few vectors of units, `rounds` times. Returns the units done.
+inline double near_gates(Cell cell, bool backward, int64_t rounds) {
+  constexpr int V = LANES<float>, VECTORS = 8, PARTS = 8;
+  using M = Math<float>;
+  alignas(64) float numbers[PARTS][VECTORS * V], results[PARTS][VECTORS * V];
+  for (auto& part : numbers)
+    for (float& number : part) number = 0.5f;
+  for (int64_t round = 0; round < rounds; ++round) {
+    asm volatile("" : : "r"(numbers), "r"(results) : "memory");  // each round is computed
+    for (int at = 0; at < VECTORS * V; at += V) {
+      F32 x[PARTS];
+      for (int i = 0; i < PARTS; ++i) x[i] = load(numbers[i] + at);
+      int parts = 1;
+      switch (cell) {
+        case Cell::rnn_tanh: x[0] = backward ? rnn_tanh_backward(x[0], x[1]) : M::tanh(x[0]); break;
+        case Cell::rnn_relu: x[0] = backward ? rnn_relu_backward(x[0], x[1]) : relu(x[0]); break;
+        case Cell::lstm:
+          parts = backward ? 5 : 6;
+          if (backward)
+            lstm_backward<M>(x[0], x[1], x[2], x[3], x[5], x[6], x[7], x[4]);
+          else
+            x[5] = lstm_forward<M>(x[0], x[1], x[2], x[3], x[4]);
+          break;
+        case Cell::gru:
+          parts = 5;
+          x[4] = backward ? gru_backward<M>(x[0], x[1], x[2], x[3], x[5], x[6]) : gru_forward<M>(x[0], x[1], x[2], x[3], x[5]);
+          break;
+      }
+      for (int i = 0; i < parts; ++i) store(results[i] + at, x[i]);
+    }
+  }
+  return double(rounds) * VECTORS * V;
+}
+
+}  // namespace rnnfast::RNNFAST_ISA
