@@ -57,7 +57,7 @@ void amx_tile(int64_t k_units, const bf16* const* a, const bf16* w, const float*
   _tile_zero(3);
   int64_t u = 0;
   for (; u + UNITS <= k_units; u += UNITS, w += UNITS * NV * 32) {
-    for (int line = 0; line < 2 * ahead.lines; ++line, ahead.data += 64) __builtin_prefetch(ahead.data, 0, 2);
+    ahead.fetch(UNITS / Ahead::BLOCK);
     if (even) {
       amx_multiply<NV>(a[0] + u * 2, stride * 2, w, NV * 64);
       continue;

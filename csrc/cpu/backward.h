@@ -170,6 +170,7 @@ class Backward {
     const int64_t followed = after < 0 || after >= s.steps ? 0 : min64(rows, alive(s, item, after));
     for (int64_t r = 0; r < followed; ++r)
       operands(local, walk, followed, r, d.gates_h(lane, s.offset_at(after) + item.first + r));
+    const NextStep next = next_step(item, local, lane, step);
     for (int64_t i = 0; i < walk.count(); ++i) {
       const int64_t p = walk.panel(step, i);
       const int width = states.width(p);
@@ -184,7 +185,7 @@ class Backward {
         for (int r = 0; r < count; ++r)
           finish_gradient({lane, first_row + row + r, item.first + row + r, t}, p, width, sums + r * width * V);
       };
-      add_product(local, walk, lane, step, i, followed,
+      add_product(local, walk, lane, step, i, followed, next,
                   [&](int64_t row, int count, T* sums) {
                     if (direct)
                       for (int r = 0; r < count; ++r)
@@ -201,6 +202,21 @@ class Backward {
     }
   }
 
+  // As in the forward scan.
+  NextStep next_step(const Item& item, const Local& local, int64_t lane, int64_t step) const {
+    NextStep next;
+    if (local.members > 1 || step == 0) return next;
+    const int64_t t = time(lane, step - 1), rows = alive(s, item, t), first = s.offset_at(t) + item.first;
+    if (rows <= MAX_ROWS) return next;
+    const int64_t state_bytes = rows * s.state * int64_t(sizeof(S));
+    next.add(d.gates_x(lane, first), rows * d.stride * int64_t(sizeof(O)));
+    const int64_t tape_row = tape_count(s.cell) * s.hidden;
+    if (x.tape) next.add(at<S>(x.tape, (lane * s.rows + first) * tape_row), rows * tape_row * int64_t(sizeof(S)));
+    if (s.lanes == 1 && x.d_output) next.add(at<S>(x.d_output, first * s.state), state_bytes);
+    if (s.lanes == 1 && s.cell != Cell::lstm) next.add(at<S>(x.output, first * s.state), state_bytes);
+    return next.unless_near(s.steps);
+  }
+
   // Row r of d_gates_h, as every block of the walk's panels multiplies it.
   void operands(const Local& local, const Walk<O>& walk, int64_t rows, int64_t r, const O* gates) const {
     for (int64_t block = 0; block < walk.blocks(); ++block)
@@ -210,8 +226,8 @@ class Backward {
   // Adds the products of rows [0, rows) and the step's i-th panel to what start(first row, count, sums) writes to sums, or
   // points to with local.start if it returns true, and hands them to finish(first row, count, sums).
   template <class Start, class Finish>
-  void add_product(const Local& local, const Walk<O>& walk, int64_t lane, int64_t step, int64_t i, int64_t rows, Start start,
-                   Finish finish) const {
+  void add_product(const Local& local, const Walk<O>& walk, int64_t lane, int64_t step, int64_t i, int64_t rows,
+                   const NextStep& next, Start start, Finish finish) const {
     const int64_t p = walk.panel(step, i), blocks = walk.blocks();
     const int width = states.width(p);
     for (int64_t block = 0; block < blocks; ++block) {
@@ -221,7 +237,10 @@ class Backward {
         if (block > 0 || !start(row, count, sums))
           for (int r = 0; r < count; ++r) local.start[r] = sums + r * width * V;
         tile_function<O>(count, width)(walk.block_units(block), local.a + block * rows + row, w, local.start, 0, nullptr, sums,
-                                       width * V, walk.ahead(step, i, lane, block, tile, of));
+                                       width * V,
+                                       {walk.ahead(step, i, lane, block, tile, of),
+                                        next.share((i * blocks + block) * of + tile, walk.count() * blocks * of,
+                                                   walk.block_units(0))});
         if (block + 1 == blocks) finish(row, count, sums);
       });
     }
@@ -356,7 +375,7 @@ class Backward {
                   int(min64(V, s.state - j)));
           }
       };
-      add_product(local, walk, lane, -1, i, rows, start, finish);
+      add_product(local, walk, lane, -1, i, rows, {}, start, finish);
     }
   }
 };

@@ -105,7 +105,7 @@ void multiply_rows(const Walk<O>& walk, const Panels& panels, int64_t depth, int
     for_tiles(rows, width, [&](int64_t row, int count, int64_t tile, int64_t tiles) {
       tile_function<O>(count, width)(units<O>(depth), a + row, walk.weights(lane, p), start, 0, nullptr,
                                      out + row * stride + p * panels.vectors * V, stride,
-                                     walk.ahead(step, i, lane, 0, tile, tiles));
+                                     {walk.ahead(step, i, lane, 0, tile, tiles), {}});
     });
   }
 }

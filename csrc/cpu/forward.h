@@ -206,6 +206,7 @@ class Forward {
       local.start[r] = table ? packed.table + (lane * s.input + *at<int64_t>(x.input, first_row + r)) * columns
                              : gates_x(item, local, lane) + (x_row + r) * columns;
     }
+    const NextStep next = next_step(item, local, lane, step);
     const Panels& panels = packed.gates;
     for (int64_t i = 0; i < walk.count(); ++i) {
       const int64_t p = walk.panel(step, i);
@@ -214,7 +215,8 @@ class Forward {
       for_tiles(rows, width, [&](int64_t row, int count, int64_t tile, int64_t tiles) {
         tile_function<O>(count, width)(units<O>(s.state), local.a + row, walk.weights(lane, p), local.start + row,
                                        p * panels.vectors * V, last, local.tile, width * V,
-                                       walk.ahead(step, i, lane, 0, tile, tiles));
+                                       {walk.ahead(step, i, lane, 0, tile, tiles),
+                                        next.share(i * tiles + tile, walk.count() * tiles, units<O>(s.state))});
         for (int r = 0; r < count; ++r) {
           const Place place{lane, first_row + row + r, item.first + row + r, step, t};
           const T* sums = local.tile + r * width * V;
@@ -229,6 +231,17 @@ class Forward {
     }
   }
 
+  // Not where others write parts of the same rows, nor where there are so few that a tile is bound by reading weights.
+  NextStep next_step(const Item& item, const Local& local, int64_t lane, int64_t step) const {
+    NextStep next;
+    if (local.members > 1 || step + 1 == s.steps) return next;
+    const int64_t t = time(lane, step + 1), rows = alive(s, item, t), first = s.offset_at(t) + item.first;
+    if (rows <= MAX_ROWS) return next;
+    if (x.tape) next.add(tape_row(lane, first), rows * tape_count(s.cell) * s.hidden * int64_t(sizeof(S)));
+    if (s.lanes == 1) next.add(output_row(first, lane), rows * s.state * int64_t(sizeof(S)));
+    return next.unless_near(s.steps);
+  }
+
   struct Place {
     int64_t lane, row, b, step, t;
   };
@@ -238,8 +251,8 @@ class Forward {
     store(output_row(at_.row, at_.lane) + j, h, n);
     if (operand) store(operand_row(at_.step, at_.lane, at_.b) + j, h, n);
   }
-  S* tape_row(const Place& place) const {
-    return at<S>(x.tape, (place.lane * s.rows + place.row) * tape_count(s.cell) * s.hidden);
+  S* tape_row(int64_t lane, int64_t row) const {
+    return at<S>(x.tape, (lane * s.rows + row) * tape_count(s.cell) * s.hidden);
   }
 
   void rnn(const Place& place, int64_t p, int width, const T* sums) const {
@@ -259,7 +272,7 @@ class Forward {
     store(state, c);
     store_state(place, j, n, h);
     if (!x.tape) return;
-    S* tape = tape_row(place) + j;
+    S* tape = tape_row(place.lane, place.row) + j;
     store(tape, i, n);
     store(tape + H, f, n);
     store(tape + 2 * H, g, n);
@@ -282,7 +295,7 @@ class Forward {
     if constexpr (ROUNDED) store(state, h);
     store_state(place, j, count, h);
     if (!x.tape) return;
-    S* tape = tape_row(place) + j;
+    S* tape = tape_row(place.lane, place.row) + j;
     store(tape, r, count);
     store(tape + H, z, count);
     store(tape + 2 * H, n, count);

@@ -218,7 +218,7 @@ class Walk {
 
   // What tile `tile` of `tiles` of a block of the step's i-th panel fetches: weights of the next block, if those are no longer
   // near and another tile of this one leaves time for it.
-  Ahead ahead(int64_t step, int64_t i, int64_t lane, int64_t block, int64_t tile, int64_t tiles) const {
+  Ahead::Stream ahead(int64_t step, int64_t i, int64_t lane, int64_t block, int64_t tile, int64_t tiles) const {
     const int64_t panels_before = (back(step) ? lane_ + lanes_ - 1 - lane : lane - lane_) * count_ + i;
     const bool last = block + 1 == blocks();
     if (panels_before * blocks() + block + 1 < near_ || tiles == 1 || (last && i + 1 == count_)) return {};
@@ -236,6 +236,39 @@ class Walk {
   int64_t block_;   // units of k
   int64_t near_;    // blocks that stay near
   int64_t walked_;  // steps this thread walked before
+};
+
+// What the next step reads and writes by rows, a stretch of memory each: the tiles of this one fetch it, each a part. Rows lie
+// too many and too far apart for the processor to see them coming.
+class NextStep {
+ public:
+  void add(const void* data, int64_t bytes) {
+    if (!data) return;
+    stretches_[count_++] = {static_cast<const char*>(data), ceil_div(bytes, 64)};
+    lines_ += ceil_div(bytes, 64);
+  }
+  // Nothing, if all that `steps` such steps walk through stays near anyway.
+  NextStep unless_near(int64_t steps) const { return steps * lines_ * 64 > near_bytes() ? *this : NextStep(); }
+  // The part of tile `tile` of `tiles`, all of them k_units deep.
+  Ahead::Stream share(int64_t tile, int64_t tiles, int64_t k_units) const {
+    if (!lines_) return {};
+    const int64_t blocks = ceil_div(k_units, Ahead::BLOCK), each = ceil_div(lines_, tiles * blocks);
+    for (int i = 0; i < count_; ++i) {
+      const int64_t fetching = ceil_div(stretches_[i].lines, each * blocks);
+      if (tile < fetching) return {stretches_[i].data + tile * each * blocks * 64, int(each)};
+      tile -= fetching;
+    }
+    return {};
+  }
+
+ private:
+  struct Stretch {
+    const char* data;
+    int64_t lines;
+  };
+  Stretch stretches_[4];
+  int count_ = 0;
+  int64_t lines_ = 0;
 };
 
 // Rows of an item that are alive at step t.

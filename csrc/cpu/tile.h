@@ -63,12 +63,24 @@ constexpr int max_rows(int vectors) {
 }
 #endif
 
-// Memory that a tile fetches into the second-level cache while it computes, a few lines each BLOCK of k units. Weights that
-// a core's cache cannot hold stream in so at an even rate, under all tiles of the panel before, and not under its first.
+// Memory that a tile fetches into the second-level cache while it computes, a few lines each BLOCK of k units: so it streams
+// in at an even rate.
 struct Ahead {
   static constexpr int64_t BLOCK = 8;
-  const char* data = nullptr;
-  int lines = 0;
+  struct Stream {
+    const char* data = nullptr;
+    int lines = 0;
+    void fetch(int64_t blocks) {
+      for (int64_t line = 0; line < blocks * lines; ++line, data += 64) __builtin_prefetch(data, 0, 2);
+    }
+  };
+  Stream weights;  // that a core's cache cannot hold: under all tiles of the panel before, and not under their own first
+  Stream rows;     // that the next step reads and writes
+  bool any() const { return weights.lines + rows.lines > 0; }
+  void fetch(int64_t blocks) {
+    weights.fetch(blocks);
+    rows.fetch(blocks);
+  }
 };
 
 // Row r of the tile adds a[r] . w to start[r][offset...]; the last vector starts from `last` instead where that is given.
@@ -85,22 +97,31 @@ void tile(int64_t k_units, const O* const* a, const O* w, const typename Product
 #pragma GCC unroll 4
     for (int c = 0; c < NV; ++c) sum[r][c] = Vec<typename P::T>{};
   }
-  for (int64_t k = 0; k < k_units;) {
-    for (int line = 0; line < ahead.lines; ++line, ahead.data += 64) __builtin_prefetch(ahead.data, 0, 2);
-    const int64_t end = ahead.lines ? min64(k + Ahead::BLOCK, k_units) : k_units;
-#pragma GCC unroll 2
-    for (; k < end; ++k) {
-      typename P::Unit wk[NV];
+  int64_t k = 0;
+  const auto multiply = [&](int64_t at) __attribute__((always_inline)) {
+    const O* w_k = w + at * NV * V * P::depth;
+    typename P::Unit wk[NV];
 #pragma GCC unroll 4
-      for (int c = 0; c < NV; ++c) std::memcpy(&wk[c], w + c * V * P::depth, sizeof wk[c]);
+    for (int c = 0; c < NV; ++c) std::memcpy(&wk[c], w_k + c * V * P::depth, sizeof wk[c]);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const typename P::Unit ak = P::broadcast(row[r] + k * P::depth);
+    for (int r = 0; r < R; ++r) {
+      const typename P::Unit ak = P::broadcast(row[r] + at * P::depth);
 #pragma GCC unroll 4
-        for (int c = 0; c < NV; ++c) sum[r][c] = P::add(sum[r][c], ak, wk[c]);
-      }
-      w += NV * V * P::depth;
+      for (int c = 0; c < NV; ++c) sum[r][c] = P::add(sum[r][c], ak, wk[c]);
     }
+  };
+  // Two at a time: a core whose other thread is busy is short of instructions, and this saves some that are no products.
+  const auto multiply_to = [&](int64_t end) __attribute__((always_inline)) {
+    for (; k + 2 <= end; k += 2) {
+      multiply(k);
+      multiply(k + 1);
+    }
+    if (k < end) multiply(k++);
+  };
+  if (!ahead.any()) multiply_to(k_units);
+  while (k < k_units) {
+    ahead.fetch(1);
+    multiply_to(min64(k + Ahead::BLOCK, k_units));
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
@@ -181,7 +202,7 @@ RNNFAST_INLINE int64_t panel_offset(const Panels& panels, int64_t p, int64_t k) 
 
 // What tile `tile` of `tiles` fetches of the panel that comes next, `width` vectors wide and k deep.
 template <class O>
-RNNFAST_INLINE Ahead share_of_panel(const O* panel, int width, int64_t k, int64_t tile, int64_t tiles) {
+RNNFAST_INLINE Ahead::Stream share_of_panel(const O* panel, int width, int64_t k, int64_t tile, int64_t tiles) {
   const int64_t blocks = ceil_div(units<O>(k), Ahead::BLOCK), lines = units<O>(k) * width * VECTOR_BYTES / 64;
   const int64_t each = ceil_div(lines, tiles * blocks);
   return {reinterpret_cast<const char*>(panel) + tile * each * blocks * 64, int(each)};

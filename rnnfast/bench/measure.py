@@ -150,6 +150,9 @@ class Limits(NamedTuple):
     seconds: float | None
 
 
+NO_LIMITS = Limits(None, None)
+
+
 def alternate_with_limits(
     turns: Mapping[str, Turn], seconds: float, rest: float = 0.0, work: Work | None = None
 ) -> tuple[dict[str, Sample], Limits]:
@@ -160,7 +163,7 @@ def alternate_with_limits(
     """
     operators = _limit_operators()
     if operators is None:
-        return alternate(turns, seconds, rest), Limits(None, None)
+        return alternate(turns, seconds, rest), NO_LIMITS
     peaks: list[float] = []
     least: list[float] = []
 

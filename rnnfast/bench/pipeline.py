@@ -43,7 +43,7 @@ class PipelineCase:
         return f"{self.what} {self.cell} H={self.hidden_size}" + ("" if self.dtype == "float32" else f" {self.dtype}")
 
     def work(self, tokens: int, vocab_size: int) -> Work:
-        """Recurrence and head of that many tokens; token ids have no input product. Loss, clipping and update come on top."""
+        """Layer and head, of token ids: no input product. Loss, clipping and update are not in it."""
         cell = CELLS["rnn_tanh" if self.cell == "rnn" else self.cell]
         units = float(tokens * self.hidden_size)
         recurrent, head = 2 * units * cell.gates * self.hidden_size, 2 * units * vocab_size
@@ -161,8 +161,8 @@ def _measure(
 ) -> Row:
     work = case.work(tokens, len(corpus.vocab))
     samples, limits = alternate_with_limits(turns, seconds, work=work if case.dtype == "float32" else None)
-    details = {"flops": work.flops, "limits": limits, "tokens": tokens}
-    return Row(case.label, _describe(case, corpus), _backend(ours, corpus), samples, **details)
+    where = _describe(case, corpus), _backend(ours, corpus)
+    return Row(case.label, *where, samples, flops=work.flops, limits=limits, tokens=tokens)
 
 
 def _describe(case: PipelineCase, corpus: lm.Corpus) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rnnfast.bench.measure import Limits, Sample
+from rnnfast.bench.measure import NO_LIMITS, Limits, Sample
 from rnnfast.lm.files import atomic_write, note
 
 OURS, TORCH = "rnnfast", "torch.nn"
@@ -36,7 +36,7 @@ class Row:
     samples: dict[str, Sample]
     unit: str = "seconds"
     flops: float | None = None
-    limits: Limits = Limits(None, None)
+    limits: Limits = NO_LIMITS
     tokens: int | None = None
 
     def ratio(self, name: str) -> float:
@@ -157,11 +157,13 @@ class Report:
         """Geometric mean and worst point of every series of ratios, and of the shares of the machine's limits."""
         result = {f"ratio to {name}": _summary(points) for name, points in self.series().items()}
         result |= {f"ratio to {name}, ours at the limit": _summary(p) for name, p in self.series_at_limit().items()}
-        for name, of in (("share of FMA peak", Row.share), ("share of limit", Row.share_of_limit)):
-            shares = [(row, share) for row in self.rows if (share := of.fget(row)) is not None]
-            if shares:
-                result[name] = _summary(shares)
-        return result
+        of_peak = [(row, row.share) for row in self.rows if row.share is not None]
+        of_limit = [(row, row.share_of_limit) for row in self.rows if row.share_of_limit is not None]
+        return result | {
+            name: _summary(shares)
+            for name, shares in (("share of FMA peak", of_peak), ("share of limit", of_limit))
+            if shares
+        }
 
     def summary_lines(self) -> list[str]:
         """The summary as text."""

@@ -49,7 +49,7 @@ def test_a_wrong_peer_is_not_timed(what: str, monkeypatch: pytest.MonkeyPatch) -
     def never(*_: object, **__: object) -> None:
         raise AssertionError("timed all the same")
 
-    monkeypatch.setattr(layers, "alternate_with_peak", never)
+    monkeypatch.setattr(layers, "alternate_with_limits", never)
     monkeypatch.setattr(layers, "contestants", lambda *_: {TORCH: right, "peer": Contestant(right.call, wrong)})
     with pytest.raises(Disagreement, match=f"peer's {what} differs"):
         layers.measure_layer(CASE, 0.0)
@@ -73,12 +73,12 @@ def test_peers_do_not_enter_what_they_cannot_do() -> None:
 
 def test_operations_are_counted() -> None:
     case = LayerCase("gru", hidden_size=10, batch=2, steps=3, direction=FORWARD, inputs=4)
-    assert case.flops == 2 * 6 * 3 * 10 * (10 + 4)
-    assert replace(case, token_ids=True).flops == 2 * 6 * 3 * 10 * 10
-    assert replace(case, direction=BOTH).flops == 3 * case.flops
+    assert case.work.flops == 2 * 6 * 3 * 10 * (10 + 4)
+    assert replace(case, token_ids=True).work.flops == 2 * 6 * 3 * 10 * 10
+    assert replace(case, direction=BOTH).work.flops == 3 * case.work.flops
     assert replace(case, steps=8, packed=True).lengths() == [8, 1]
-    assert replace(case, steps=8, packed=True).flops == case.flops / 6 * 9
-    assert ScanCase("lstm", 10, 2, 3, "backward").flops == 2 * 6 * 4 * 10 * 10
+    assert replace(case, steps=8, packed=True).work.flops == case.work.flops / 6 * 9
+    assert ScanCase("lstm", 10, 2, 3, "backward").work.flops == 2 * 6 * 4 * 10 * 10
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])

@@ -17,7 +17,7 @@ from rnnfast.bench.report import OURS, TORCH, Report, Row
 def row(label: str, ours: float, **others: float) -> Row:
     names = {"nn": TORCH, "ort": "onnxruntime", "jax": "jax"}
     samples = {OURS: sample([ours])} | {names[name]: sample([value]) for name, value in others.items()}
-    return Row(label, {}, "cpu", samples, flops=1e9, peak=4.0)
+    return Row(label, {}, "cpu", samples, flops=1e9, limits=Limits(4.0, None))
 
 
 def test_ratios_and_their_summary() -> None:

@@ -3,8 +3,18 @@
 import pytest
 import torch
 
+from rnnfast.backends import native
 from rnnfast.bench import measure
-from rnnfast.bench.measure import Disagreement, alternate, check_same, fma_peak, relative_error, sample
+from rnnfast.bench.measure import (
+    Disagreement,
+    Work,
+    alternate,
+    alternate_with_limits,
+    check_same,
+    fma_peak,
+    relative_error,
+    sample,
+)
 
 
 def test_sample_is_median_and_quartiles() -> None:
@@ -64,10 +74,42 @@ def test_what_differs_is_not_timed(actual: dict[str, torch.Tensor], message: str
 
 
 def test_fma_peak_is_a_speed_where_the_library_is() -> None:
-    from rnnfast.backends import native
-
     if (reason := native.why_not()) is not None:
         pytest.skip(reason)
     peak = fma_peak()
     assert peak is not None
     assert 0 < peak < 1e6
+
+
+class _Machine:
+    """Products at 100 GFLOP/s, at a tenth of that where there is one row only; gate math of 1e9 units a second."""
+
+    def fma_peak_cpu(self, rounds: int) -> float:
+        return 120.0
+
+    def product_limit_cpu(self, batch: int, depth: int, rounds: int) -> float:
+        return 100.0 if batch > 1 else 10.0
+
+    def gate_limit_cpu(self, cell: str, backward: bool, rounds: int) -> float:
+        assert cell == "rnn_tanh"
+        return 2e9 if backward else 1e9
+
+
+def test_the_limit_is_that_of_the_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "_limit_operators", _Machine)
+    work = Work("rnn", 1, 64, recurrent_flops=1e10, parallel_flops=2e11, forward_units=1e9, backward_units=1e9)
+    assert work.flops == 2.1e11
+    samples, limits = alternate_with_limits({"a": lambda calls: 1.0}, 0.0, work=work)
+    assert list(samples) == ["a"]
+    assert limits == (120.0, pytest.approx(1 + 2 + 1 + 0.5))
+    assert alternate_with_limits({"a": lambda calls: 1.0}, 0.0)[1] == (120.0, None)
+
+
+@pytest.mark.parametrize("cell", ["rnn", "rnn_relu", "lstm", "gru"])
+def test_limits_are_found_where_the_library_is(cell: str) -> None:
+    if (reason := native.why_not()) is not None:
+        pytest.skip(reason)
+    work = Work(cell, 3, 40, recurrent_flops=1e6, parallel_flops=1e6, forward_units=1e4, backward_units=1e4)
+    _, limits = alternate_with_limits({"a": lambda calls: 1.0}, 0.0, work=work)
+    assert limits.seconds is not None
+    assert 0 < limits.seconds < 1
