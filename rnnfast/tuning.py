@@ -227,7 +227,8 @@ def seconds_in_turns(work: dict[str, Callable[[], object]], budget: float) -> di
 @contextmanager
 def arithmetic(numbers: str) -> Iterator[None]:
     """Allows TF32, in torch's products and cuDNN, for "tf32" alone."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    cudnn: Any = torch.backends.cudnn
+    matmul = torch.backends.cuda.matmul
     settings = (matmul, cudnn.rnn, cudnn.conv)
 
     def allow(precisions: Sequence[str]) -> None:
