@@ -62,7 +62,7 @@ struct Layout {
   int groups_per_warp, chunks_per_warp;
   int stride;                         // bytes from one row of the operand to the next
   int slots;                          // chunks that a warp keeps in shared memory
-  int sums_at, operand_at, barrier_at, shared_bytes;
+  int sums_at, operand_at, barrier_at, bias_at, shared_bytes;
 };
 
 inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
@@ -93,7 +93,8 @@ inline Layout make_layout(int gates, int hidden, Numbers numbers, Pass pass, int
   const int sums = (pass == Pass::backward_scatter ? 2 : 1) * l.splits * rows * l.columns * sum_bytes(numbers);
   l.operand_at = l.sums_at + round_up(sums, 128);
   l.barrier_at = l.operand_at + 2 * rows * l.stride;
-  l.shared_bytes = l.barrier_at + 16;
+  l.bias_at = l.barrier_at + 16;
+  l.shared_bytes = l.bias_at + (pass == Pass::forward ? l.columns * sum_bytes(numbers) : 0);
   return l;
 }
 
