@@ -28,9 +28,9 @@ struct Share {
 
   RNNFAST_DEVICE Share(const ScanParams& p, const Team& team, int j) {
     const Layout& l = p.layout;
-    const int first = hw::thread() / l.units;
+    const int first = quotient(hw::thread(), l.per_unit);
     row = first + j * (l.rows / PAIRS);
-    unit = hw::thread() % l.units;
+    unit = hw::thread() - first * l.units;
     at = {team.first_row + row, team.rank * l.units + unit};
     owned = first < l.rows / PAIRS;
     real = owned && at.batch_row < p.batch && at.unit < p.hidden;
