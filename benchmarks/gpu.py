@@ -155,7 +155,7 @@ def run_sanitizer(deadline: float, save: Save) -> Report:
     for left, tool, more in ((2, "memcheck", ["--report-api-errors", "no"]), (1, "racecheck", [])):
         limit = time.perf_counter() + (deadline - time.perf_counter()) / left
         done = _run([sanitizer, "--tool", tool, *options, *more, *_own("--small-layers")], limit)
-        report[tool] = {"exit_status": done.returncode, "said": _last_lines(done, 20)}
+        report[tool] = {"exit_status": done.returncode, "said": _last_lines(done, 40)}
         stopped = done.returncode == STOPPED
         found = "not ended in its time" if stopped else "clean" if done.returncode == 0 else "not clean"
         report["summary"] += f"{'; ' if report['summary'] else ''}{tool}: {found}"
