@@ -150,6 +150,20 @@ def test_a_compiled_layer_on_cudnn(name, token_ids):
     torch.testing.assert_close(*reversed(results), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_under_autocast(name):
+    ours, theirs = getattr(rnnfast, name)(24, 64, backend="cuda").cuda(), getattr(torch.nn, name)(24, 64).cuda()
+    theirs.load_state_dict(ours.state_dict())
+    input, results = torch.randn(6, 4, 24, device="cuda"), []
+    for layer in (ours, theirs):
+        with torch.autocast("cuda", dtype=torch.float16):
+            output, _ = layer(input)
+        assert output.dtype is torch.float16
+        output.float().square().sum().backward()
+        results.append((output, *(parameter.grad for parameter in layer.parameters())))
+    torch.testing.assert_close(*results, rtol=0.02, atol=0.02)
+
+
 def test_layers_and_the_backend_table():
     layer = rnnfast.LSTM(32, 256, backend="cuda").cuda()
     output, _ = layer(torch.randn(7, 3, 32, device="cuda"))
