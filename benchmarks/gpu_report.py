@@ -30,7 +30,8 @@ def _verdict(result: Report) -> str:
     summary = result.get("summary", result.get("failure", ""))
     if "passed" not in result:
         return f"FAILED  {summary}" if "failure" in result else "done"
-    return f"{ {True: 'passed', False: 'FAILED', None: 'not run'}[result['passed']] }  {summary}"
+    verdict = {True: "passed  ", False: "FAILED  ", None: ""}[result["passed"]]
+    return f"{verdict}{summary}"
 
 
 def _rows(report: Report, part: str, line: Any) -> list[str]:

@@ -265,9 +265,16 @@ def check_name(name: str) -> None:
 
 def autocast_dtype(device: str) -> torch.dtype | None:
     """The type that autocast computes in on this kind of device; None where it is off, or unknown as on "meta"."""
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if _has_autocast(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return None
+
+
+def _has_autocast(device: str) -> bool:
+    return bool(torch.amp.is_autocast_available(device))
+
+
+_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined] # torch 2.11 and before cannot trace it
 
 
 class BackendStatus(NamedTuple):
@@ -430,7 +437,7 @@ def size_of(cell: str, w_hh: Tensor, rows: int, steps: int, differentiable: Iter
         None while a graph is exported, which is to hold for sizes that are not known yet. A compiled graph goes by the
         sizes that it is compiled for, and by usual ones where it serves any T or B.
     """
-    if torch.compiler.is_exporting():
+    if _is_exporting():
         return None
     if torch.compiler.is_compiling():
         has_static_value = torch.fx.experimental.symbolic_shapes.has_static_value  # Dynamo has imported it
@@ -438,3 +445,10 @@ def size_of(cell: str, w_hh: Tensor, rows: int, steps: int, differentiable: Iter
         steps = steps if has_static_value(steps) else _USUAL_STEPS
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
     return Size(w_hh.device.index or 0, w_hh.shape[0] // CELLS[cell].gates, rows, steps, training)
+
+
+def _is_exporting() -> bool:
+    return torch.compiler.is_exporting()
+
+
+_is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined] # torch 2.11 takes it for true in any graph

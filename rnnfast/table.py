@@ -46,8 +46,8 @@ class Regime(NamedTuple):
     def of(cls, cell: str, dtype: torch.dtype, hidden: int, rows: int, steps: int, training: bool) -> Regime:
         """The regime under torch's present settings of TF32: that of its products is ours, cuDNN has its own."""
         numbers, torch_numbers = (
-            "tf32" if dtype is torch.float32 and allowed else str(dtype).removeprefix("torch.")
-            for allowed in (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
+            "tf32" if dtype is torch.float32 and kind.fp32_precision == "tf32" else str(dtype).removeprefix("torch.")
+            for kind in (torch.backends.cuda.matmul, torch.backends.cudnn.rnn)
         )
         return cls(cell, numbers, torch_numbers, hidden, rows, steps, training)
 

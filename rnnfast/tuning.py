@@ -227,12 +227,22 @@ def seconds_in_turns(work: dict[str, Callable[[], object]], budget: float) -> di
 @contextmanager
 def arithmetic(numbers: str) -> Iterator[None]:
     """Allows TF32, in torch's products and cuDNN, for "tf32" alone."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = numbers == "tf32"
+    cudnn: Any = torch.backends.cudnn
+    matmul = torch.backends.cuda.matmul
+    settings = (matmul, cudnn.rnn, cudnn.conv)
+
+    def allow(precisions: Sequence[str]) -> None:
+        # torch keeps a setting of the older way and one of the newer, and refuses some calls where they disagree.
+        matmul.allow_tf32, cudnn.allow_tf32 = (precision == "tf32" for precision in precisions[:2])
+        for setting, precision in zip(settings, precisions, strict=True):
+            setting.fp32_precision = precision
+
+    before = [setting.fp32_precision for setting in settings]
+    allow(["tf32" if numbers == "tf32" else "ieee"] * 3)
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+        allow(before)
 
 
 def _grid() -> Iterator[tuple[str, str, int, int]]:

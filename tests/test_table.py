@@ -13,6 +13,7 @@ import torch
 
 import rnnfast
 from rnnfast import dispatch, table
+from rnnfast.backends.products import numbers
 from rnnfast.dispatch import Request, Size
 from rnnfast.table import Identity, Point, Regime, Table
 from rnnfast.tuning import arithmetic
@@ -118,13 +119,32 @@ def test_ranking(regime: Regime, ranking: tuple[str, ...]) -> None:
     assert Table(CARD, POINTS).ranking(regime) == ranking
 
 
-def test_each_of_torchs_settings_of_tf32_counts_for_its_own_part() -> None:
-    for ours, theirs in ((False, True), (True, False)):
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = ours, theirs
-        regime = Regime.of("lstm", torch.float32, 8, 1, 1, False)
-        assert regime.numbers == ("tf32" if ours else "float32")
-        assert regime.torch_numbers == ("tf32" if theirs else "float32")
-        assert Regime.of("lstm", torch.bfloat16, 8, 1, 1, False)[1:3] == ("bfloat16", "bfloat16")
+@pytest.mark.parametrize("newer", [False, True])
+def test_each_of_torchs_settings_of_tf32_counts_for_its_own_part(newer: bool) -> None:
+    """Set in either way; after the newer one, torch itself refuses to be asked in the older."""
+    matmul, rnn = torch.backends.cuda.matmul, torch.backends.cudnn.rnn
+    try:
+        for ours, theirs in ((False, True), (True, False)):
+            if newer:
+                matmul.fp32_precision, rnn.fp32_precision = (
+                    "tf32" if allowed else "ieee" for allowed in (ours, theirs)
+                )
+            else:
+                matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = ours, theirs
+            regime = Regime.of("lstm", torch.float32, 8, 1, 1, False)
+            assert regime.numbers == numbers(torch.float32) == ("tf32" if ours else "float32")
+            assert regime.torch_numbers == ("tf32" if theirs else "float32")
+            assert Regime.of("lstm", torch.bfloat16, 8, 1, 1, False)[1:3] == ("bfloat16", "bfloat16")
+            assert newer is (_asked_in_the_older_way() == "refused")
+    finally:
+        matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = False, True  # as they are to begin with
+
+
+def _asked_in_the_older_way() -> str:
+    try:
+        return str(torch.backends.cuda.matmul.allow_tf32 + torch.backends.cudnn.allow_tf32)
+    except RuntimeError:
+        return "refused"
 
 
 def test_wins() -> None:
@@ -212,7 +232,7 @@ def test_no_shipped_table_is_of_other_kernels_than_these() -> None:
 
 def test_auto_takes_the_fastest_that_was_found_right(gpu_backends: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     write()
-    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.rnn.fp32_precision = "ieee"
     choice = dispatch.choose(request())
     assert choice.backend == "cuda"
     assert choice.passed_over == (("triton", "it was slower here, by the card's table"),)
@@ -228,7 +248,7 @@ def test_auto_takes_the_fastest_that_was_found_right(gpu_backends: list[str], mo
 
 def test_auto_follows_cudnns_own_setting_of_tf32(gpu_backends: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     write()
-    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.rnn.fp32_precision = "tf32"
     assert dispatch.choose(request()).backend == "torch"
 
 
@@ -246,7 +266,7 @@ def test_a_backend_that_the_table_picks_and_that_fails_is_passed_over(
     gpu_backends: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write()
-    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.rnn.fp32_precision = "ieee"
     broken = dispatch._BACKENDS["cuda"]._replace(why_not=lambda: "nvcc was not found")
     monkeypatch.setitem(dispatch._BACKENDS, "cuda", broken)
     choice = dispatch.choose(request())
@@ -308,17 +328,16 @@ def test_explain_measures_a_call_as_the_call_itself(monkeypatch: pytest.MonkeyPa
 
 def test_a_compiled_graph_looks_it_up_too(gpu_backends: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     write()
-    torch.backends.cudnn.allow_tf32 = False
-    chosen = []
+    torch.backends.cudnn.rnn.fp32_precision = "ieee"
+    chosen, w_hh = [], torch.empty(4 * 512, 512)
 
     def call(x: torch.Tensor) -> torch.Tensor:
-        name = dispatch.choose(
-            Request("lstm", "cuda", torch.float32, False, False, size=Size(0, 512, len(x), 16, False))
-        ).backend
+        size = tuple(dispatch.size_of("lstm", w_hh, len(x), 16, ()))
+        name = dispatch.choose_name("auto", size, "lstm", "cuda", torch.float32, False, False)
         chosen.append(name)
         return x + len(name)
 
-    compiled = torch.compile(call, fullgraph=True, backend="eager")
+    compiled = torch.compile(call, fullgraph=True, backend="eager", dynamic=False)
     for rows in (32, 8, 9, 100):
         assert torch.equal(compiled(torch.zeros(rows)), call(torch.zeros(rows)))
     assert chosen[-1] == "torch"
@@ -342,7 +361,7 @@ def test_points_are_told_apart_by_value() -> None:
 
 def test_an_exported_graph_is_not_bound_to_the_sizes_of_its_example(gpu_backends: list[str]) -> None:
     write()
-    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.rnn.fp32_precision = "ieee"
 
     class Layer(torch.nn.Module):
         def __init__(self) -> None:

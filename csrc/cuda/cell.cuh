@@ -1,5 +1,8 @@
 // One pair of a batch row and a hidden unit at one step, forward and backward: what it reads, the cell's math, what it
 // stores. Every kernel of this backend, persistent or a step at a time, is built on these.
+//
+// A value from memory is waited for where something is first done with it, and a multiprocessor does a thread's instructions
+// in order. So what is fetched is kept as it is stored, and nothing, not even a conversion, is done with it before its step.
 #pragma once
 
 #include "layout.h"
@@ -56,39 +59,42 @@ struct ForwardPair {
   using Sum = typename M::Sum;
   static constexpr int kGates = gates_of(KIND), kTape = tape_of(KIND);
 
-  Sum h = 0, c = 0, bias_n = 0;
+  Sum h = 0, c = 0;
   Sum gx[kGates];  // of the step that was fetched last
-  int row = -1;    // of that step; -1 where the sequence has no such step
+  int row = -1;    // of the step that was found last; -1 where the sequence has no such step
+  int64_t gx_row = 0;
 
   // Reads h_0 and c_0 as h and c.
   RNNFAST_DEVICE void start(const Walk& walk, Place at) {
     const int64_t state = walk.state(at.batch_row, at.unit);
     h = hw::widen(static_cast<const Stored*>(walk.p.h_0)[state]);
     if (KIND == Kind::lstm) c = hw::widen(static_cast<const Stored*>(walk.p.c_0)[state]);
-    fetch_bias(walk, at);
   }
 
-  RNNFAST_DEVICE void fetch_bias(const Walk& walk, Place at) {
-    if (KIND == Kind::gru && walk.p.b_hh) bias_n = hw::widen(bias(walk, at)[2 * walk.p.hidden]);
-  }
-
-  // Reads what the input adds to the gates of a step, with b_hh where that is added too: the GRU's reset gate comes
-  // between n and its recurrent part.
-  RNNFAST_DEVICE void fetch(const Walk& walk, int step, Place at) {
-    const ScanParams& p = walk.p;
+  // Reads where the input of a step is. On its own, so that a thread asks for the token ids of all its pairs at once.
+  RNNFAST_DEVICE void find(const Walk& walk, int step, Place at) {
     row = walk.row(step, at.batch_row);
+    gx_row = walk.p.ids && row >= 0 ? walk.p.ids[row] : row;
+  }
+
+  // Reads what the input adds to the gates of the step that was found.
+  RNNFAST_DEVICE void fetch(const Walk& walk, Place at) {
+    const ScanParams& p = walk.p;
     if (row < 0) return;
-    const int64_t gx_row = p.ids ? p.ids[row] : row;
     if (gx_row < 0 || gx_row >= p.gx_rows) hw::fail("a token id is outside the vocabulary", gx_row);
     const Sum* from = static_cast<const Sum*>(p.gx) + walk.gate(gx_row, at.unit, kGates);
 #pragma unroll
-    for (int g = 0; g < kGates; ++g) {
-      gx[g] = from[int64_t{g} * p.hidden];
-      if (p.b_hh && !(KIND == Kind::gru && g == 2)) gx[g] += hw::widen(bias(walk, at)[g * p.hidden]);
-    }
+    for (int g = 0; g < kGates; ++g) gx[g] = from[int64_t{g} * p.hidden];
   }
 
-  // Takes the step that was fetched, given the recurrent products; stores the output and the tape.
+  // What b_hh adds to a recurrent product; 0 beyond the layer's units.
+  static RNNFAST_DEVICE Sum bias(const Walk& walk, int gate, int unit) {
+    const ScanParams& p = walk.p;
+    if (!p.b_hh || unit >= p.hidden) return 0;
+    return hw::widen(static_cast<const Stored*>(p.b_hh)[(int64_t{walk.lane} * kGates + gate) * p.hidden + unit]);
+  }
+
+  // Takes the step that was fetched, given the recurrent products with b_hh; stores the output and the tape.
   RNNFAST_DEVICE void step(const Walk& walk, Place at, const Sum (&gh)[kGates]) {
     const ScanParams& p = walk.p;
     Sum saved[kTape ? kTape : 1];
@@ -104,7 +110,7 @@ struct ForwardPair {
       saved[0] = gx[0] + gh[0];
       saved[1] = gx[1] + gh[1];
       saved[2] = gx[2];
-      saved[3] = gh[2] + bias_n;
+      saved[3] = gh[2];
       h = gru_forward<hw::Functions>(saved[0], saved[1], saved[2], saved[3], h);
     }
     hw::narrow(h, static_cast<Stored*>(p.output)[walk.output(row, at.unit)]);
@@ -120,11 +126,6 @@ struct ForwardPair {
     hw::narrow(h, static_cast<Stored*>(walk.p.h_n)[state]);
     if (KIND == Kind::lstm) hw::narrow(c, static_cast<Stored*>(walk.p.c_n)[state]);
   }
-
- private:
-  static RNNFAST_DEVICE const Stored* bias(const Walk& walk, Place at) {
-    return static_cast<const Stored*>(walk.p.b_hh) + int64_t{walk.lane} * kGates * walk.p.hidden + at.unit;
-  }
 };
 
 template <class M, Kind KIND>
@@ -134,8 +135,8 @@ struct BackwardPair {
   static constexpr int kGates = gates_of(KIND), kTape = tape_of(KIND);
 
   Sum d_h = 0, d_c = 0;  // what comes to a step from those after it; d_h without what comes through w_hh
-  Sum d_output = 0, tape[kTape ? kTape : 1] = {};
-  Sum before = 0;  // the state before the step, c (LSTM) or h (GRU); for the RNN its output itself
+  Stored d_output{}, tape[kTape ? kTape : 1] = {};
+  Stored before{};  // the state before the step, c (LSTM) or h (GRU); for the RNN its output itself
   int row = -1;
 
   RNNFAST_DEVICE void start(const Walk& walk, Place at) {
@@ -149,22 +150,22 @@ struct BackwardPair {
     row = walk.row(step, at.batch_row);
     if (row < 0) return;
     const Stored* output = static_cast<const Stored*>(p.output);
-    if (p.d_output) d_output = hw::widen(static_cast<const Stored*>(p.d_output)[walk.output(row, at.unit)]);
+    if (p.d_output) d_output = static_cast<const Stored*>(p.d_output)[walk.output(row, at.unit)];
     if constexpr (KIND == Kind::rnn) {
-      before = hw::widen(output[walk.output(row, at.unit)]);
+      before = output[walk.output(row, at.unit)];
     } else {
       const Stored* from = static_cast<const Stored*>(p.tape) + walk.tape(row, at.unit, kTape);
 #pragma unroll
-      for (int k = 0; k < kTape; ++k) tape[k] = hw::widen(from[int64_t{k} * p.hidden]);
+      for (int k = 0; k < kTape; ++k) tape[k] = from[int64_t{k} * p.hidden];
       const int previous = walk.row(step - 1, at.batch_row);
       const int64_t initial = walk.state(at.batch_row, at.unit);
       if constexpr (KIND == Kind::lstm) {
         const Stored* cells = static_cast<const Stored*>(p.tape) + int64_t{4} * p.hidden;
-        before = hw::widen(previous >= 0 ? cells[walk.tape(previous, at.unit, kTape)]
-                                         : static_cast<const Stored*>(p.c_0)[initial]);
+        before = previous >= 0 ? cells[walk.tape(previous, at.unit, kTape)]
+                               : static_cast<const Stored*>(p.c_0)[initial];
       } else {
-        before = hw::widen(previous >= 0 ? output[walk.output(previous, at.unit)]
-                                         : static_cast<const Stored*>(p.h_0)[initial]);
+        before = previous >= 0 ? output[walk.output(previous, at.unit)]
+                               : static_cast<const Stored*>(p.h_0)[initial];
       }
     }
   }
@@ -173,21 +174,22 @@ struct BackwardPair {
   RNNFAST_DEVICE void step(const Walk& walk, Place at, Sum (&d_gates)[kGates]) {
     const ScanParams& p = walk.p;
     Stored* d_gx = static_cast<Stored*>(p.d_gx) + walk.gate(row, at.unit, kGates);
-    const Sum d = d_h + d_output;
+    const Sum d = d_h + hw::widen(d_output), state = hw::widen(before);
     if constexpr (KIND == Kind::rnn) {
-      d_gates[0] = p.relu ? rnn_relu_backward(before, d) : rnn_tanh_backward(before, d);
+      d_gates[0] = p.relu ? rnn_relu_backward(state, d) : rnn_tanh_backward(state, d);
       d_h = 0;
     } else if constexpr (KIND == Kind::lstm) {
 #pragma unroll
-      for (int g = 0; g < kGates; ++g) d_gates[g] = tape[g];
-      lstm_backward<hw::Functions>(d_gates[0], d_gates[1], d_gates[2], d_gates[3], tape[4], before, d, d_c);
+      for (int g = 0; g < kGates; ++g) d_gates[g] = hw::widen(tape[g]);
+      const Sum c = hw::widen(tape[4]);
+      lstm_backward<hw::Functions>(d_gates[0], d_gates[1], d_gates[2], d_gates[3], c, state, d, d_c);
       d_h = 0;
     } else {
-      d_gates[0] = tape[0];
-      d_gates[1] = tape[1];
-      Sum d_n = tape[2];
-      d_gates[2] = tape[3];
-      d_h = gru_backward<hw::Functions>(d_gates[0], d_gates[1], d_n, d_gates[2], before, d);
+      d_gates[0] = hw::widen(tape[0]);
+      d_gates[1] = hw::widen(tape[1]);
+      Sum d_n = hw::widen(tape[2]);
+      d_gates[2] = hw::widen(tape[3]);
+      d_h = gru_backward<hw::Functions>(d_gates[0], d_gates[1], d_n, d_gates[2], state, d);
       hw::narrow(d_n, d_gx[int64_t{2} * p.hidden]);
       hw::narrow(d_gates[2], static_cast<Stored*>(p.d_g_last)[walk.output(row, at.unit)]);
     }

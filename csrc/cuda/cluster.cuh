@@ -87,7 +87,6 @@ class ClusterSums {
   const Layout& layout_;
   Sum* sums_;  // two of (blocks * splits, rows, units)
   Arrivals arrivals_;
-  float owners_a_column_;
 
   RNNFAST_DEVICE int parts() const { return layout_.blocks * layout_.splits; }
   RNNFAST_DEVICE Sum* part(int step, int index, int row, int unit) const {
@@ -98,14 +97,12 @@ class ClusterSums {
   RNNFAST_DEVICE ClusterSums(const ScanParams& p, char* shared)
       : layout_(p.layout),
         sums_(reinterpret_cast<Sum*>(shared + p.layout.sums_at)),
-        arrivals_(p.layout, shared),
-        owners_a_column_(1.0f / p.layout.units) {}
+        arrivals_(p.layout, shared) {}
 
   RNNFAST_DEVICE void start() { arrivals_.start(); }
 
   RNNFAST_DEVICE void put(int step, int split, int row, int column, Sum sum) {
-    // column / units, without the instructions of an integer division: the half is more than all roundings below 2^20.
-    const int owner = static_cast<int>((column + 0.5f) * owners_a_column_);
+    const int owner = quotient(column, layout_.per_unit);
     Sum* place = part(step, hw::block_x() * layout_.splits + split, row, column - owner * layout_.units);
     hw::remote_store(place, arrivals_.of(step), owner, bits<uint32_t>(sum));
   }

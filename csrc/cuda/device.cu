@@ -15,6 +15,7 @@ int attribute(cudaDeviceAttr which, int device) {
 // Stands for the scan kernels: a block fills its multiprocessor's shared memory.
 __global__ void __launch_bounds__(kMaxWarps * 32, 1) full_block() {}
 
+// On the current device.
 int clusters_at_once(int blocks, int shared_bytes) {
   check(cudaFuncSetAttribute(full_block, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), "asking for occupancy");
   check(cudaFuncSetAttribute(full_block, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "asking for occupancy");

@@ -5,7 +5,7 @@
 
 namespace rnnfast::cuda {
 
-DeviceLimits device_limits(int device);
+DeviceLimits device_limits(int device);  // which is the current one
 void* current_stream(int device);
 
 }  // namespace rnnfast::cuda

@@ -36,12 +36,13 @@ RNNFAST_KERNEL(kStepThreads) step_kernel(const StepParams s) {
     ForwardPair<M, KIND> pair;
     pair.h = h;
     if (KIND == Kind::lstm) pair.c = c;
-    pair.fetch(walk, s.step, at);
+    pair.find(walk, s.step, at);
+    pair.fetch(walk, at);
     if (pair.row < 0) return;
-    pair.fetch_bias(walk, at);
     Sum gh[kGates];
 #pragma unroll
-    for (int g = 0; g < kGates; ++g) gh[g] = static_cast<const Sum*>(s.product)[gates + g * p.hidden];
+    for (int g = 0; g < kGates; ++g)
+      gh[g] = static_cast<const Sum*>(s.product)[gates + g * p.hidden] + pair.bias(walk, g, at.unit);
     pair.step(walk, at, gh);
     h = pair.h;
     if (KIND == Kind::lstm) c = pair.c;

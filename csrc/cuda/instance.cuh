@@ -16,8 +16,18 @@ namespace rnnfast::cuda {
 
 #ifdef __CUDACC__
 inline void check(cudaError_t error, const char* doing) {
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("rnnfast: CUDA error ") + doing + ": " + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // it is told here: torch must not find it after its own next launch
+  throw std::runtime_error(std::string("rnnfast: CUDA error ") + doing + ": " + cudaGetErrorString(error));
+}
+
+// What any kernel may have on the current device: the attribute is of the kernel, which other threads may be launching for
+// layers of other sizes.
+inline void allow_all_shared_memory(const void* kernel) {
+  int device = 0, bytes = 0;
+  check(cudaGetDevice(&device), "asking for the device");
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "reading the device's limits");
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "reserving shared memory");
 }
 
 template <class Params>
@@ -40,7 +50,7 @@ void launch(void (*kernel)(Params), const LaunchShape& s, const Params& params, 
     ++config.numAttrs;
   }
   // Attributes belong to the kernel on the current device; setting them again costs a fraction of a microsecond.
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, s.shared_bytes), "reserving shared memory");
+  allow_all_shared_memory(reinterpret_cast<const void*>(kernel));
   if (s.cluster > 8)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "asking for a large cluster");
   check(cudaLaunchKernelEx(&config, kernel, params), "launching the scan");

@@ -61,8 +61,9 @@ struct Layout {
   int chunks, splits;                 // `splits` warps take different chunks of the same groups
   int groups_per_warp, chunks_per_warp;
   int stride;                         // bytes from one row of the operand to the next
+  float per_unit, per_split;          // 1 / units, 1 / splits: a division takes a GPU some twenty instructions
   int slots;                          // chunks that a warp keeps in shared memory
-  int sums_at, operand_at, barrier_at, shared_bytes;
+  int sums_at, operand_at, barrier_at, bias_at, shared_bytes;
 };
 
 inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
@@ -93,7 +94,10 @@ inline Layout make_layout(int gates, int hidden, Numbers numbers, Pass pass, int
   const int sums = (pass == Pass::backward_scatter ? 2 : 1) * l.splits * rows * l.columns * sum_bytes(numbers);
   l.operand_at = l.sums_at + round_up(sums, 128);
   l.barrier_at = l.operand_at + 2 * rows * l.stride;
-  l.shared_bytes = l.barrier_at + 16;
+  l.per_unit = 1.0f / l.units;
+  l.per_split = 1.0f / l.splits;
+  l.bias_at = l.barrier_at + 16;
+  l.shared_bytes = l.bias_at + (pass == Pass::forward ? l.columns * sum_bytes(numbers) : 0);
   return l;
 }
 

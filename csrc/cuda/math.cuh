@@ -17,6 +17,9 @@ RNNFAST_DEVICE To bits(const From& from) {
   return to;
 }
 
+// count / size, given 1.0f / size: the half is more than all roundings below 2^20.
+RNNFAST_DEVICE int quotient(int count, float per_size) { return static_cast<int>((count + 0.5f) * per_size); }
+
 struct Float32 {
   using Stored = float;
   using Sum = float;

@@ -11,7 +11,8 @@ namespace rnnfast::cuda {
 // The warp's groups are first_group, first_group + group_warps, ...; its chunks split, split + splits, ...
 struct WarpShare {
   int split, first_group;
-  RNNFAST_DEVICE explicit WarpShare(const Layout& l) : split(hw::warp() % l.splits), first_group(hw::warp() / l.splits) {
+  RNNFAST_DEVICE explicit WarpShare(const Layout& l) : first_group(quotient(hw::warp(), l.per_split)) {
+    split = hw::warp() - first_group * l.splits;
     if (first_group >= l.group_warps) first_group = l.groups;  // a warp left over
   }
 };

@@ -28,9 +28,9 @@ struct Share {
 
   RNNFAST_DEVICE Share(const ScanParams& p, const Team& team, int j) {
     const Layout& l = p.layout;
-    const int first = hw::thread() / l.units;
+    const int first = quotient(hw::thread(), l.per_unit);
     row = first + j * (l.rows / PAIRS);
-    unit = hw::thread() % l.units;
+    unit = hw::thread() - first * l.units;
     at = {team.first_row + row, team.rank * l.units + unit};
     owned = first < l.rows / PAIRS;
     real = owned && at.batch_row < p.batch && at.unit < p.hidden;
@@ -65,6 +65,10 @@ RNNFAST_DEVICE void scan_forward(const ScanParams& p) {
     return {w_hh + (int64_t{column / l.units} * p.hidden + unit) * p.hidden + k, p.hidden - k};
   });
 
+  // In shared memory: registers are full, and a cluster's exchange empties the L1 at each step.
+  Sum* bias = reinterpret_cast<Sum*>(shared + l.bias_at);
+  for (int i = hw::thread(); i < l.columns; i += hw::threads())
+    bias[i] = ForwardPair<M, KIND>::bias(walk, i / l.units, team.rank * l.units + i % l.units);
   clear_operands(l, exchange);
   for (int i = hw::thread(); i < l.rows * p.hidden; i += hw::threads()) {
     const int row = i / p.hidden, k = i % p.hidden;
@@ -78,7 +82,8 @@ RNNFAST_DEVICE void scan_forward(const ScanParams& p) {
     const Share<kPairs> share(p, team, j);
     if (!share.real) continue;
     pairs[j].start(walk, share.at);
-    pairs[j].fetch(walk, 0, share.at);
+    pairs[j].find(walk, 0, share.at);
+    pairs[j].fetch(walk, share.at);
   }
   exchange.start();
 
@@ -88,7 +93,12 @@ RNNFAST_DEVICE void scan_forward(const ScanParams& p) {
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) {
       const Share<kPairs> share(p, team, j);
-      if (share.real) next[j].fetch(walk, step + 1, share.at);
+      if (share.real) next[j].find(walk, step + 1, share.at);
+    }
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) {
+      const Share<kPairs> share(p, team, j);
+      if (share.real) next[j].fetch(walk, share.at);
     }
     if (step > 0) exchange.wait(step);
     product.multiply(l, exchange.here(step),
@@ -101,7 +111,8 @@ RNNFAST_DEVICE void scan_forward(const ScanParams& p) {
       if (pairs[j].row >= 0) {
         Sum gh[kGates];
 #pragma unroll
-        for (int g = 0; g < kGates; ++g) gh[g] = sums.of(step, share.row, g * l.units + share.unit);
+        for (int g = 0; g < kGates; ++g)
+          gh[g] = sums.of(step, share.row, g * l.units + share.unit) + bias[g * l.units + share.unit];
         pairs[j].step(walk, share.at, gh);
       }
       if (step + 1 < p.steps)

@@ -17,7 +17,8 @@ def copy_to(device: torch.device, on_host: Tensor) -> Tensor:
 
 def numbers(dtype: torch.dtype) -> str:
     """What scans of this dtype compute in: the dtype's name, or tf32 where torch's own GEMMs may use that."""
-    if dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+    # It follows `allow_tf32`, too, which itself raises once a program has set the precision in the newer way.
+    if dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return str(dtype).removeprefix("torch.")
 

@@ -175,6 +175,62 @@ def test_tests_go_on_behind_one_that_crashes(tmp_path: Path) -> None:
     assert len(saved) >= 2
 
 
+def test_tests_that_the_time_cuts_short_are_no_failure(tmp_path: Path) -> None:
+    def summary(*outcomes: tuple[str, str], status: int | None) -> Any:
+        (tmp_path / "tests.jsonl").write_text("".join(f"{json.dumps(outcome)}\n" for outcome in outcomes))
+        done = None if status is None else subprocess.CompletedProcess([], status, "", "")
+        report = gpu._summary_of_tests(tmp_path / "tests.jsonl", done)
+        return report["passed"], report["summary"]
+
+    ended, running, hung = ("a", "passed"), ("b", "did not end"), ("c", "did not end")
+    for status in (None, gpu.STOPPED):
+        assert summary(ended, running, status=status) == (None, "1 passed, then the time was over")
+        assert summary(hung, running, status=status) == (False, "1 did not end, then the time was over")
+    assert summary(ended, running, status=-signal.SIGALRM) == (False, "1 did not end, 1 passed")
+    assert summary(ended, status=0) == (True, "1 passed")
+    assert summary(ended, status=1) == (False, "1 passed")
+
+
+@pytest.mark.parametrize(
+    ("statuses", "passed", "summary"),
+    [
+        ((0, 0), True, "memcheck: clean; racecheck: clean"),
+        ((9, 0), False, "memcheck: not clean; racecheck: clean"),
+        ((9, gpu.STOPPED), False, "memcheck: not clean; racecheck: not ended in its time"),
+        ((gpu.STOPPED, 0), None, "memcheck: not ended in its time; racecheck: clean"),
+    ],
+)
+def test_the_sanitizer(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, statuses: Any, passed: Any, summary: str
+) -> None:
+    nvcc, beside = tmp_path / "cuda" / "bin" / "nvcc", tmp_path / "cuda" / "bin" / "compute-sanitizer"
+    nvcc.parent.mkdir(parents=True)
+    link = tmp_path / "nvcc"
+    nvcc.touch()
+    link.symlink_to(nvcc)
+    monkeypatch.setattr(gpu.build, "nvcc", lambda: str(link))
+    monkeypatch.setenv("PATH", "")
+    if not Path("/usr/local/cuda/bin/compute-sanitizer").exists():
+        assert gpu.run_sanitizer(time.perf_counter() + 60, lambda result: None) == {
+            "passed": None,
+            "summary": "not run: compute-sanitizer is not installed",
+        }
+    beside.touch()
+    commands: list[list[str]] = []
+    left = iter(statuses)
+
+    def run(command: list[str], deadline: float) -> Any:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, next(left), "", "")
+
+    monkeypatch.setattr(gpu, "_run", run)
+    report = gpu.run_sanitizer(time.perf_counter() + 60, lambda result: None)
+    assert (report["passed"], report["summary"]) == (passed, summary)
+    assert [command[:3] for command in commands] == [
+        [str(beside), "--tool", tool] for tool in ("memcheck", "racecheck")
+    ]
+
+
 # All parts
 
 
@@ -215,7 +271,7 @@ def test_the_table_tells_what_missed_its_goal() -> None:
         **CIRCUMSTANCES,
         "build": {"seconds": 40.0},
         "tests": {"passed": True, "summary": "253 passed"},
-        "sanitizer": {"passed": None, "summary": "compute-sanitizer is not installed"},
+        "sanitizer": {"passed": None, "summary": "not run: compute-sanitizer is not installed"},
         "tune": {"failure": "no table was made", "said": []},
         "calibration": [
             {"of": "cluster of 2, float32", "us": {"forward": 0.4, "backward": 0.5}},
@@ -255,7 +311,7 @@ def test_the_table_tells_what_missed_its_goal() -> None:
         "NVIDIA H200, driver 580.65, torch 2.11.0, commit 0123456789",
         "build: done",
         "tests: passed  253 passed",
-        "sanitizer: not run  compute-sanitizer is not installed",
+        "sanitizer: not run: compute-sanitizer is not installed",
         "tune: FAILED  no table was made",
         "us a step of cluster of 2, float32: forward 0.40, backward 0.50",
         "not run: cluster of 16, float32, the device runs no such cluster",

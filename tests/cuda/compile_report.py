@@ -7,6 +7,7 @@ As a program it compiles everything for every default architecture and prints a 
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import tempfile
@@ -19,11 +20,12 @@ KINDS = ("rnn", "lstm", "gru")
 
 
 class Kernel(NamedTuple):
-    """What ptxas reports of one kernel."""
+    """What ptxas reports of one kernel, and its machine code, a line an instruction, if that was asked for."""
 
     name: str
     registers: int
     spilled_bytes: int
+    code: tuple[str, ...] = ()
 
 
 def instances() -> list[str]:
@@ -33,7 +35,16 @@ def instances() -> list[str]:
     return sorted(path.stem for path in (sources / "instances").glob("*.cu"))
 
 
-def compile_instance(stem: str, architecture: str) -> list[Kernel]:
+def disassembler() -> Path | None:
+    """cuobjdump, as Triton's package brings it."""
+    triton = importlib.util.find_spec("triton")
+    if triton is None or triton.origin is None:
+        return None
+    found = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return found if found.exists() else None
+
+
+def compile_instance(stem: str, architecture: str, disassemble: bool = False) -> list[Kernel]:
     """Compiles one file. Raises RuntimeError with nvcc's words."""
     sources = build._sources()
     nvcc = build.nvcc()
@@ -44,9 +55,16 @@ def compile_instance(stem: str, architecture: str) -> list[Kernel]:
         file, out = str(sources / "instances" / f"{stem}.cu"), str(Path(folder) / "out.o")
         command = [nvcc, *build._NVCC_FLAGS.split(), target, "-Xptxas", "-v", "-c", file, "-o", out]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(done.stdout + done.stderr)
-    return _parse(done.stderr)
+        if done.returncode:
+            raise RuntimeError(done.stdout + done.stderr)
+        kernels = _parse(done.stderr)
+        if not disassemble:
+            return kernels
+        listing = subprocess.run([str(disassembler()), "-sass", out], capture_output=True, text=True, check=True).stdout
+    codes = {}
+    for function in listing.split("Function : ")[1:]:
+        codes[_readable(function.split("\n", 1)[0])] = tuple(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", function))
+    return [kernel._replace(code=codes[kernel.name]) for kernel in kernels]
 
 
 def _parse(report: str) -> list[Kernel]:

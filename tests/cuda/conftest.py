@@ -15,6 +15,7 @@ import torch
 
 from rnnfast.backends import native
 from rnnfast.backends.cuda import build, launch
+from rnnfast.tuning import arithmetic
 
 HERE = Path(__file__).parent
 EMULATED = "rnnfast_cuda_emulated"
@@ -81,7 +82,5 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _tf32_off() -> Iterator[None]:
     """Tests may allow TF32; the setting does not outlive them."""
-    allowed = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = allowed
+    with arithmetic("float32"):
+        yield

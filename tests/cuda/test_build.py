@@ -34,11 +34,38 @@ def write_nvcc(path: Path, does: str) -> None:
 
 @pytest.mark.parametrize(
     ("named", "architectures"),
-    [("8.0;9.0a", ("80", "90a")), ("8.6 9.0+PTX", ("86", "90")), ("", ()), ("8.0;8.0", ("80",))],
+    [
+        ("8.0;9.0a", ("80", "90a")),
+        ("8.6 9.0+PTX", ("86", "90")),
+        ("", ()),
+        ("8.0;8.0", ("80",)),
+        ("7.5 8.0 9.0 10.0 12.0+PTX", ("80", "90", "100", "120")),
+        ("Hopper", ()),
+    ],
 )
 def test_architectures_named(monkeypatch, named, architectures):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", named)
     assert build.named_architectures() == architectures
+
+
+@pytest.mark.parametrize(
+    ("seen", "named", "compiled"),
+    [
+        ([(9, 0)], "7.5 8.0 12.0+PTX", ("90a",)),
+        ([(8, 6), (8, 6), (9, 0)], "", ("86", "90a")),
+        ([], "8.6", ("86",)),
+        ([], "", ("80", "90a")),
+    ],
+)
+def test_on_first_use_it_is_compiled_for_the_devices(toolkit, monkeypatch, tmp_path, seen, named, compiled):
+    targets = []
+    monkeypatch.setenv("RNNFAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", named)
+    monkeypatch.setattr(native, "_PACKAGE", tmp_path)
+    monkeypatch.setattr(build, "_capabilities", lambda: seen)
+    monkeypatch.setattr(build, "compile_library", lambda target, architectures: targets.append(architectures))
+    build.library()
+    assert targets == [compiled]
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@
 
 setup.py compiles it where a CUDA toolkit and a torch built for CUDA are there, for TORCH_CUDA_ARCH_LIST (such as
 "8.0;9.0a") or else sm_80 and sm_90a; whether a GPU is present decides nothing then. On first use it is compiled for the
-devices that PyTorch sees, if that variable names no others. setup.py imports this file without the package, so torch is
-imported only where a device is asked for.
+devices that PyTorch sees, and goes by that variable where it sees none: many machines set it to all cards there are.
+setup.py imports this file without the package, so torch is imported only where a device is asked for.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def library() -> Path:
         raise RuntimeError(reason)
     import torch
 
-    targets = named_architectures() or device_architectures() or DEFAULT_ARCHITECTURES
+    targets = device_architectures() or named_architectures() or DEFAULT_ARCHITECTURES
     stamp = repr((source_hash(), targets, torch.__version__, nvcc(), _nvcc_version())).encode()
     target = native.cache_folder() / hashlib.sha256(stamp).hexdigest()[:16] / "librnnfast_cuda.so"
     if not target.exists():
@@ -107,10 +107,9 @@ def source_hash() -> str:
 
 
 def named_architectures() -> tuple[str, ...]:
-    """Those of TORCH_CUDA_ARCH_LIST, as nvcc names them without the sm_."""
-    named = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";").split(";")
-    wanted = [name.strip().removesuffix("+PTX").replace(".", "") for name in named]
-    return tuple(dict.fromkeys(name for name in wanted if name))
+    """Those of TORCH_CUDA_ARCH_LIST from 8.0 on, as nvcc names them without the sm_."""
+    named = re.findall(r"\b(\d+)\.(\d)(a?)\b", os.environ.get("TORCH_CUDA_ARCH_LIST", ""))
+    return tuple(dict.fromkeys("".join(name) for name in named if int(name[0]) >= 8))
 
 
 def device_architectures() -> tuple[str, ...]:

@@ -107,7 +107,8 @@ def _plan(
 
 @cache
 def _limits(device: int, _: str) -> list[int]:
-    return list(_ops().limits(device))
+    with torch.cuda.device(device):  # how many clusters it runs at once is asked of the current one
+        return list(_ops().limits(device))
 
 
 def _ops() -> Any:

@@ -221,7 +221,7 @@ def _loop_for(scan: Scan, steps: int) -> Loop:
     key = (
         scan,
         stream,
-        matmul.allow_tf32,
+        matmul.fp32_precision,
         matmul.allow_fp16_reduced_precision_reduction,
         matmul.allow_bf16_reduced_precision_reduction,
     )
