@@ -39,6 +39,9 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    torch.manual_seed(0)
+    if torch.cuda.is_available():
+        torch.manual_seed(0)
+    else:  # the CPU's generator alone: the others' keep the seed and a traceback for a device that never comes
+        torch.default_generator.manual_seed(0)
     # torch's own test helpers, once imported, forbid the whole process to set torch.backends' flags as users do.
     torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = True
