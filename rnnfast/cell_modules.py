@@ -59,7 +59,7 @@ class _DropInCell(nn.RNNCellBase):
         name, dims = type(self).__name__, input.dim() + token_ids
         if dims not in (1, 2):
             if token_ids:
-                raise ValueError(f"{name}: Expected token ids to be 0D or 1D, got {input.dim()}D instead")
+                raise ValueError(functional._token_ids_error(name, "0D or 1D", input))
             raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
         is_lstm = kind == "lstm"
         if hx is not None and not is_lstm and not isinstance(hx, Tensor):

@@ -323,7 +323,20 @@ def _pair(hx: Any) -> tuple[Tensor, Tensor]:
     if not isinstance(hx, tuple | list) or len(hx) != 2:
         given = f"{len(hx)} of them" if isinstance(hx, tuple | list) else f"a {type(hx).__name__}"
         raise RuntimeError(f"the state of an LSTM is a pair of tensors (h_0, c_0), got {given}")
+    for part in hx:
+        if not isinstance(part, Tensor):
+            raise RuntimeError(
+                f"the state of an LSTM is a pair of tensors (h_0, c_0), got a {type(part).__name__} in it"
+            )
     return hx[0], hx[1]
+
+
+def _token_ids_error(name: str, expected: str, input: Tensor) -> str:
+    """What is wrong with integers of too many dimensions: most are vectors, as of torch.nn.functional.one_hot."""
+    return (
+        f"{name}: Expected token ids to be {expected}, got {input.dim()}D {input.dtype} instead; "
+        "of vectors, one-hot or others, make floating input: input.float()"
+    )
 
 
 def _check_weights(cell: str, weights: Sequence[Weights], directions: int) -> None:

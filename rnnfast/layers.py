@@ -95,13 +95,17 @@ class _DropIn(nn.RNNBase):
 
         if not isinstance(input, Tensor):
             raise TypeError(f"input must be a tensor or a PackedSequence, got {type(input).__name__}")
+        if input.is_nested:
+            raise TypeError(
+                "input must be a padded tensor or a PackedSequence, got a nested tensor; pad it, use lengths="
+            )
         feature_dims = 1 if input.is_floating_point() or input.is_complex() else 0
         dims = input.dim() - feature_dims
         if dims not in (1, 2):
             name, tensor = type(self).__name__, " tensor" if self.mode.startswith("RNN") else ""
             if feature_dims:
                 raise ValueError(f"{name}: Expected input to be 2D or 3D, got {input.dim()}D{tensor} instead")
-            raise ValueError(f"{name}: Expected token ids to be 1D or 2D, got {input.dim()}D instead")
+            raise ValueError(functional._token_ids_error(name, "1D or 2D", input))
         batched = dims == 2
         if hx is not None:
             _check_state_dims(self, hx, batched, input.dim())
@@ -150,11 +154,16 @@ class _DropIn(nn.RNNBase):
             return result
         if self.bidirectional:
             raise RuntimeError("a bidirectional layer reads the whole sequence at once: it has no step")
+        if not isinstance(input, Tensor):
+            raise TypeError(f"a step takes a tensor, got {type(input).__name__}")
         weights = functional.lane_weights(self)
         if input.dim() != (2 if input.is_floating_point() else 1):
             raise RuntimeError(f"a step takes (B, {self.input_size}) input or (B,) token ids, got {tuple(input.shape)}")
         if hx is None:
             hx = _zero_state(self, input.shape[0], weights[0].w_hh.dtype, input.device)
+        else:
+            _check_state_form(self, hx)
+        input, hx, weights = _autocast(input, hx, weights)
         h_0, c_0 = hx if isinstance(hx, tuple | list) else (hx, None)
         output, h_n, c_n = functional.step(
             self.mode.lower(),
@@ -223,6 +232,9 @@ class LSTM(_DropIn, nn.LSTM):
         weights, (steps, batch) = functional.lane_weights(self), input.shape[:2]
         if hx is None:
             hx = _zero_state(self, batch, weights[0].w_hh.dtype, input.device)
+        else:
+            _check_state_form(self, hx)
+        input, hx, weights = _autocast(input, hx, weights)
         options: Any = {"bidirectional": self.bidirectional, "backend": self.backend}
         if lengths is None and reset is None:
             rows = functional.states(input, hx, weights, **options)
@@ -244,18 +256,13 @@ class LSTM(_DropIn, nn.LSTM):
 def _run(layer: Any, data: Tensor, hx: Any, batch_sizes: Tensor | None) -> tuple[Tensor, Any]:
     """Time-major data, (T, B, I) or (N, I), or ids without I, through all layers."""
     weights = functional.lane_weights(layer)
-    dtype = weights[0].w_hh.dtype
     if data.is_floating_point() or data.is_complex():
         layer.check_input(data, batch_sizes)
     if hx is None:
-        hx = _zero_state(layer, _batch(data, batch_sizes), dtype, data.device)
+        hx = _zero_state(layer, _batch(data, batch_sizes), weights[0].w_hh.dtype, data.device)
     elif batch_sizes is None or sequences.is_known(batch_sizes):  # else the operator looks when it runs
         _check_state_size(layer, hx, _batch(data, batch_sizes))
-    if (autocast := dispatch.autocast_dtype(data.device.type)) is not None:
-        dtype = autocast
-        data = _cast(data, dtype)
-        hx = _map_state(hx, lambda state: _cast(state, dtype))
-        weights = [functional.Weights(*(_cast(parameter, dtype) for parameter in lane)) for lane in weights]
+    data, hx, weights = _autocast(data, hx, weights)
     result: tuple[Tensor, Any] = _FUNCTIONS[layer.mode](
         data,
         hx,
@@ -284,6 +291,7 @@ def _run_segments(layer: Any, input: Tensor, hx: Any, segments: Segments, reset_
         hx = _zero_state(layer, batch, dtype, input.device)
     if reset_to is None:
         reset_to = _map_state(_zero_state(layer, 1, dtype, input.device), lambda zeros, h: zeros.to(h.dtype), hx)
+    _, (hx, reset_to), _ = _autocast(input, (hx, reset_to))
     reset_to = _map_state(reset_to, lambda state: state.expand(-1, batch, -1) if state.shape[1] == 1 else state)
     _check_state_size(layer, hx, batch)
     _check_state_size(layer, reset_to, batch)
@@ -336,11 +344,21 @@ def _batch(data: Tensor, batch_sizes: Tensor | None) -> Any:
     return data.shape[1] if batch_sizes is None else batch_sizes[0].item()
 
 
-def _cast(tensor: Any, dtype: torch.dtype) -> Any:
-    """As autocast does: floating tensors, but for float64."""
-    if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
-        return tensor
-    return tensor.to(dtype)
+def _autocast(
+    input: Tensor, state: Any, weights: list[functional.Weights] | None = None
+) -> tuple[Tensor, Any, list[functional.Weights]]:
+    """What is given, in the type that autocast computes in, where it is on."""
+    dtype, weights = dispatch.autocast_dtype(input.device.type), weights or []
+    if dtype is None:
+        return input, state, weights
+
+    def cast(tensor: Any) -> Any:
+        # As autocast does: floating tensors, but for float64.
+        if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+            return tensor
+        return tensor.to(dtype)
+
+    return cast(input), _map_state(state, cast), [functional.Weights(*map(cast, lane)) for lane in weights]
 
 
 def _map_state(state: Any, function: Callable[..., Tensor], *others: Any) -> Any:

@@ -186,11 +186,11 @@ def _stack_lanes(lanes: Sequence[Weights]) -> Weights:
 
 
 def is_plain_inference(tensors: Sequence[Tensor | None]) -> bool:
-    """No gradient is wanted, and nothing (compiler, vmap, a tensor subclass) must see the operator itself."""
+    """No gradient is wanted, and nothing (compiler, tracer, vmap, a tensor subclass) must see the operator itself."""
     given = [tensor for tensor in tensors if tensor is not None]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
         return False
-    if is_transformed() or _C._len_torch_dispatch_stack():
+    if is_transformed() or _C._len_torch_dispatch_stack() or _C._get_tracing_state() is not None:
         return False
     return all(type(tensor) in _PLAIN for tensor in given)
 

@@ -227,8 +227,9 @@ class Stack(nn.Module):
         else:
             dims = data.dim() - (1 if data.is_floating_point() else 0)
             if dims not in (1, 2):
-                kind = "input to be 2D or 3D" if data.is_floating_point() else "token ids to be 1D or 2D"
-                raise ValueError(f"Stack: Expected {kind}, got {data.dim()}D instead")
+                if data.is_floating_point():
+                    raise ValueError(f"Stack: Expected input to be 2D or 3D, got {data.dim()}D instead")
+                raise ValueError(functional._token_ids_error("Stack", "1D or 2D", data))
             batched = dims == 2
             sequences.check_reset_shape(reset, data, dims)
             if not batched:
@@ -297,7 +298,8 @@ class Stack(nn.Module):
         if self.input_dropout > 0 and self.training and not rows.is_floating_point():
             raise ValueError("input_dropout drops features of floating input; give the stack embedded token ids")
         dtype, segments = self._parameter("weight_ih_l0").dtype, masks.segments
-        if (autocast := dispatch.autocast_dtype(rows.device.type)) is not None:
+        autocast = dispatch.autocast_dtype(rows.device.type)
+        if autocast is not None and dtype != torch.float64:  # which autocast leaves alone
             dtype = autocast
             rows = rows.to(dtype) if rows.is_floating_point() else rows
             states = _map_state(states, lambda part: part.to(dtype))

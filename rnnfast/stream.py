@@ -46,7 +46,10 @@ class Stream:
             raise ValueError(f"{type(module).__name__} has no RNN, LSTM or GRU in it, so no state to keep")
         for name, layer in self._layers.items():
             if layer.bidirectional:
-                raise RuntimeError(f"layer '{name}' is bidirectional: it reads the whole sequence at once")
+                which = f"layer '{name}'" if name else f"this {type(layer).__name__}"
+                raise RuntimeError(
+                    f"{which} is bidirectional: it reads the whole sequence at once, so it has no stream"
+                )
         self._states: dict[str, Any] = {}
         self._started_from: dict[str, Any] = {}
 

@@ -41,6 +41,30 @@ def test_autocast(name: str, with_state: bool, backend: str) -> None:
         assert (ours_ - theirs_).norm() < 0.02 * theirs_.norm()
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_steps_under_autocast(name: str) -> None:
+    _, layer = build(name, "cpu")
+    input, stream = torch.randn(6, 4, 5), rnnfast.Stream(layer)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        output, state = layer(input)
+        steps = torch.stack([stream(x) for x in (*input[:3], *input[3:].bfloat16())])
+    # The state is rounded between the steps, and within a call it is not.
+    torch.testing.assert_close(steps, output, rtol=0.02, atol=0.01)
+    torch.testing.assert_close(tree_leaves(stream.state), tree_leaves(state), rtol=0.02, atol=0.01)
+
+
+def test_states_under_autocast() -> None:
+    _, layer = build("LSTM", "cpu")
+    input = torch.randn(6, 4, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output, (h_n, c_n) = layer(input)
+        for given in (input, input.bfloat16()):
+            h, c = layer.states(given)
+            assert torch.equal(h[:, -1], output)
+            assert torch.equal(h[-1], h_n)
+            assert torch.equal(c[-1], c_n)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", LAYERS)
 def test_autocast_leaves_float64_alone(name: str, dtype: torch.dtype) -> None:
@@ -50,6 +74,10 @@ def test_autocast_leaves_float64_alone(name: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(tree_leaves(ours(input)), tree_leaves(theirs(input)))
         with pytest.raises(RuntimeError, match="convert one of them"):
             ours(input.float())
+        assert (
+            rnnfast.Stack(name.lower().replace("rnn", "rnn_tanh"), 5, [7], dtype=torch.float64)(input)[0].dtype
+            == input.dtype
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -213,3 +213,13 @@ def test_dimension_errors_are_those_of_torch(name: str) -> None:
         with pytest.raises(expected.type) as actual:
             ours(input, hx)
         assert str(actual.value) == str(expected.value)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+def test_a_trace_holds_the_weights_and_no_packed_copy_of_them() -> None:
+    layer, input = rnnfast.GRU(3, 4), torch.randn(5, 2, 3)
+    with torch.no_grad():
+        traced = torch.jit.trace(layer, input)  # traces twice and compares
+        for weight in traced.parameters():
+            weight.mul_(0.5)
+        assert torch.equal(traced(input)[0], layer(input)[0])

@@ -41,7 +41,18 @@ MISTAKES: list[tuple[type[Exception], str, Callable[[], Any]]] = [
     (TypeError, "input must be a tensor or a PackedSequence, got list", lambda: rnnfast.Stack("gru", 3, [4])([1])),
     (TypeError, "reset must be a bool tensor, got a list", lambda: GRU(INPUT, reset=RESET.tolist())),
     (TypeError, "lengths must be a tensor or a list, one for each", lambda: GRU(INPUT, lengths=3)),
+    (TypeError, "a step takes a tensor, got list", lambda: GRU.step([1])),
+    (TypeError, "got a nested tensor; pad it, use lengths=",
+     lambda: GRU(torch.nested.nested_tensor([INPUT[:3, 0], INPUT[:, 1]], layout=torch.jagged))),
+    (ValueError, "token ids to be 1D or 2D, got 3D torch.int64 instead; of vectors, one-hot or others, make floating "
+     "input: input.float()", lambda: LSTM(INPUT.long())),
+    (ValueError, "0D or 1D, got 2D torch.int64 instead; of vectors", lambda: CELL(INPUT[0].long())),
+    (ValueError, "1D or 2D, got 3D torch.bool instead; of vectors", lambda: rnnfast.Stack("gru", 3, [4])(INPUT > 0)),
     # states of another form
+    (RuntimeError, "a pair of tensors (h_0, c_0), got a NoneType in it", lambda: LSTM(INPUT, (H, None))),
+    (RuntimeError, "a pair of tensors (h_0, c_0), got a int in it", lambda: LSTM(INPUT, reset=RESET, reset_to=(0, 0))),
+    (RuntimeError, "the state of a GRU is one tensor h_0, got a int", lambda: GRU.step(INPUT[0], 0)),
+    (RuntimeError, "(h_0, c_0), got a Tensor", lambda: LSTM.states(INPUT, H)),
     (RuntimeError, "the state of an LSTM is a pair of tensors (h_0, c_0), got a Tensor", lambda: LSTM(INPUT, H)),
     (RuntimeError, "(h_0, c_0), got 3 of them", lambda: LSTM(INPUT, (*PAIR, H))),
     (RuntimeError, "(h_0, c_0), got a Tensor", lambda: LSTM(INPUT, reset=RESET, reset_to=H)),
@@ -75,6 +86,8 @@ MISTAKES: list[tuple[type[Exception], str, Callable[[], Any]]] = [
     # the rest
     (TypeError, "explain takes an rnnfast layer, cell or Stack, got a LSTM",
      lambda: rnnfast.explain(nn.LSTM(3, 4), INPUT)),
+    (RuntimeError, "this GRU is bidirectional: it reads the whole sequence at once, so it has no stream",
+     lambda: rnnfast.Stream(rnnfast.GRU(3, 4, bidirectional=True))),
     (TypeError, "the state of a model is a dict by its layers' names, got a Tensor",
      lambda: setattr(rnnfast.Stream(nn.Sequential(GRU)), "state", H)),
 ]  # fmt: skip
@@ -89,7 +102,7 @@ def test_mistakes(error: type[Exception], message: str, call: Callable[[], Any])
 @pytest.mark.parametrize("sizes", [[2, 3, 1], [3, 2], [1, 1]])
 def test_packed_rows_that_do_not_fit(sizes: list[int], backend: str) -> None:
     layer = rnnfast.GRU(3, 4, backend=backend)
-    with pytest.raises(RuntimeError, match="batch_sizes"):
+    with pytest.raises(RuntimeError, match=r"^batch_sizes"):
         layer(PackedSequence(torch.zeros(6, 3), torch.tensor(sizes)))
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 import rnnfast
 
@@ -259,6 +260,8 @@ def test_autocast(name: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         output, hx = layer(input, hx, reset=reset, lengths=[3, 9, 0, 5])
         again, _ = layer(input, hx, reset=reset, reset_to=hx)
+        widened, _ = layer(input, hx, reset=reset, reset_to=tree_map(torch.Tensor.float, hx))
+    assert torch.equal(widened, again)
     assert output.dtype == again.dtype == parts(hx)[0].dtype == torch.bfloat16
     torch.testing.assert_close(output.float(), expected, rtol=0.05, atol=0.02)
 

@@ -12,9 +12,9 @@ Extension extension(const OptionalTensor& gain_ih, const OptionalTensor& gain_hh
                     const OptionalTensor& bias_c, const OptionalTensor& peepholes, const OptionalTensor& recurrent_mask,
                     const OptionalTensor& zoneout_h, const OptionalTensor& zoneout_c, double share_h, double share_c,
                     const std::string& cell) {
-  STD_TORCH_CHECK(gain_ih.has_value() == gain_hh.has_value() && gain_c.has_value() == bias_c.has_value() &&
-                      gain_c.has_value() == (gain_ih && cell == "lstm") && (!peepholes || cell == "lstm"),
-                  "a normalisation takes gain_ih and gain_hh, of an lstm gain_c and bias_c as well; peepholes are its alone");
+  check(gain_ih.has_value() == gain_hh.has_value() && gain_c.has_value() == bias_c.has_value() &&
+            gain_c.has_value() == (gain_ih && cell == "lstm") && (!peepholes || cell == "lstm"),
+        "a normalisation takes gain_ih and gain_hh, of an lstm gain_c and bias_c as well; peepholes are its alone");
   return {data(recurrent_mask), flags(zoneout_h), flags(zoneout_c), share_h,      share_c,
           data(gain_ih),        data(gain_hh),    data(gain_c),     data(bias_c), data(peepholes)};
 }
@@ -53,8 +53,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scan_extended_cpu(
     ExtendedForwardArgs args{{s,         data(input), data(w_ih),  data(w_hh), data(b_ih), data(b_hh), data(w_hr),
                               data(h_0), data(c_0),   out(output), out(h_n),   out(c_n),   out(tape),  nullptr},
                              e};
-    STD_TORCH_CHECK(!packed || packed->numel() == int64_t(kernels.extended_pack(args)),
-                    "these are not the weights of this layer that scan_extended_cpu_pack has packed");
+    check(!packed || packed->numel() == int64_t(kernels.extended_pack(args)),
+          "these are not the weights of this layer that scan_extended_cpu_pack has packed");
     args.scan.packed = packed ? out(*packed) : nullptr;
     kernels.extended_forward(args, available_threads());
   }
@@ -72,9 +72,9 @@ scan_extended_cpu_backward(
   const Shape s(layer_shape(w_ih, w_hh, w_hr, cell, is_ids(input)), input, h_0, batch_sizes, bidirectional);
   const Extension e = extension(gain_ih, gain_hh, gain_c, bias_c, peepholes, recurrent_mask, zoneout_h, zoneout_c,
                                 share_h, share_c, cell);
-  STD_TORCH_CHECK(tape.numel() == s.lanes * s.rows * ExtendedTape(s, e).width &&
-                      output.numel() == s.rows * s.lanes * s.state,
-                  "output and tape are not those of an extended scan of this layer that was run with save_tape=True");
+  check(tape.numel() == s.lanes * s.rows * ExtendedTape(s, e).width &&
+            output.numel() == s.rows * s.lanes * s.state,
+        "output and tape are not those of an extended scan of this layer that was run with save_tape=True");
   const int64_t gate_rows = s.gates() * s.hidden;
   const auto when = [&](bool needed, const Sizes& sizes) { return empty(h_0, needed ? sizes : Sizes{0}); };
   Tensor d_input = when(need_input && !s.ids, {s.rows, s.input});

@@ -10,6 +10,7 @@
 #include <numeric>
 
 #include "kernels.h"
+#include "tensors.h"
 
 namespace rnnfast {
 namespace {
@@ -46,7 +47,7 @@ struct Sampler {
     if (top_p) keep_nucleus(weights);
     double total = 0;
     for (double w : weights) total += w;
-    STD_TORCH_CHECK(total > 0, "the model's logits are not finite: there is nothing to draw a token from");
+    check(total > 0, "the model's logits are not finite: there is nothing to draw a token from");
     const double threshold = uniform * total;
     double sum = weights[0];
     int64_t token = 0;
@@ -77,8 +78,8 @@ std::tuple<Tensor, Tensor, Tensor> generate_cpu(std::vector<Tensor> packed, Opti
   const ScalarType type = head_weight.scalar_type();
   const int64_t vocab = head_weight.size(0), features = head_weight.size(1);
   const int64_t known = embedding ? embedding->size(0) : unpack(packed.at(0)).layer.input;
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "generation is in float32 or float64");
-  STD_TORCH_CHECK(vocab <= known && token >= 0 && token < known, "a token is outside the vocabulary of the first layer");
+  check(type == ScalarType::Float || type == ScalarType::Double, "generation is in float32 or float64");
+  check(vocab <= known && token >= 0 && token < known, "a token is outside the vocabulary of the first layer");
   const DType dtype = type == ScalarType::Float ? DType::float32 : DType::float64;
   const int64_t element = int64_t(head_weight.element_size());
   const Kernels& kernels = choose_kernels(dtype);
@@ -100,11 +101,11 @@ std::tuple<Tensor, Tensor, Tensor> generate_cpu(std::vector<Tensor> packed, Opti
     ForwardArgs x{};
     x.shape = weights.layer;
     x.packed = weights.panels;
-    STD_TORCH_CHECK(x.shape.lanes == 1 && x.shape.dtype == dtype && x.shape.hidden == features &&
-                        x.shape.state == features && h_0.size(2) == features && h_0.size(0) == int64_t(packed.size()) &&
-                        x.shape.ids == (l == 0 && !embedding) && (x.shape.ids || x.shape.input == inputs) &&
-                        (x.shape.cell == Cell::lstm) == c_0.has_value(),
-                    "layer ", l, " does not fit the layer before, the states or the head");
+    check(x.shape.lanes == 1 && x.shape.dtype == dtype && x.shape.hidden == features &&
+              x.shape.state == features && h_0.size(2) == features && h_0.size(0) == int64_t(packed.size()) &&
+              x.shape.ids == (l == 0 && !embedding) && (x.shape.ids || x.shape.input == inputs) &&
+              (x.shape.cell == Cell::lstm) == c_0.has_value(),
+          "layer ", l, " does not fit the layer before, the states or the head");
     x.shape.steps = x.shape.batch = x.shape.rows = 1;
     x.input = l == 0 ? static_cast<const void*>(&token) : layers[l - 1].output;
     x.output = outputs.data() + l * size_t(features * element);

@@ -54,9 +54,9 @@ Gradients backward(const OptionalTensor& d_output, const OptionalTensor& d_h_n, 
                    const OptionalTensor& c_0, const OptionalTensor& batch_sizes, const std::string& cell,
                    bool bidirectional, const Tensor& output, const Tensor& tape, bool need_input, bool need_weights) {
   const Shape s(layer_shape(w_ih, w_hh, w_hr, cell, is_ids(input)), input, h_0, batch_sizes, bidirectional);
-  STD_TORCH_CHECK(tape.numel() == s.lanes * s.rows * tape_count(s.cell) * s.hidden &&
-                      output.numel() == s.rows * s.lanes * s.state,
-                  "output and tape are not those of a scan of this layer that was run with save_tape=True");
+  check(tape.numel() == s.lanes * s.rows * tape_count(s.cell) * s.hidden &&
+            output.numel() == s.rows * s.lanes * s.state,
+        "output and tape are not those of a scan of this layer that was run with save_tape=True");
   const int64_t gate_rows = s.gates() * s.hidden;
   const auto when = [&](bool needed, const Sizes& sizes) { return empty(h_0, needed ? sizes : Sizes{0}); };
   Tensor d_input = when(need_input && !s.ids, {s.rows, s.input});
@@ -119,16 +119,16 @@ PackedWeights unpack(const Tensor& packed) {
   PackedHeader header{};
   char* base = packed_base(packed);
   if (packed.numel() >= int64_t(PackedHeader::BYTES)) std::memcpy(&header, base, sizeof header);
-  STD_TORCH_CHECK(header.magic == PackedHeader::MAGIC, "these are not weights that scan_cpu_pack has packed");
+  check(header.magic == PackedHeader::MAGIC, "these are not weights that scan_cpu_pack has packed");
   return {header.layer, base + PackedHeader::BYTES};
 }
 
 std::tuple<Tensor, Tensor, Tensor> scan_cpu_packed(Tensor input, Tensor packed, Tensor h_0, OptionalTensor c_0,
                                                    OptionalTensor batch_sizes, bool bidirectional) {
   const auto [layer, panels] = unpack(packed);
-  STD_TORCH_CHECK(is_ids(input) == layer.ids && parse_dtype(h_0) == layer.dtype && h_0.size(2) == layer.state &&
-                      h_0.size(0) == layer.lanes && (layer.ids || input.size(1) == layer.input),
-                  "input or state do not fit the packed weights");
+  check(is_ids(input) == layer.ids && parse_dtype(h_0) == layer.dtype && h_0.size(2) == layer.state &&
+            h_0.size(0) == layer.lanes && (layer.ids || input.size(1) == layer.input),
+        "input or state do not fit the packed weights");
   const Shape s(layer, input, h_0, batch_sizes, bidirectional);
   Tensor output = empty(h_0, {s.rows, s.lanes * s.state}), h_n = empty(h_0, {s.lanes, s.batch, s.state});
   Tensor c_n = c_0 ? empty(h_0, {s.lanes, s.batch, s.hidden}) : empty(h_0, {0});

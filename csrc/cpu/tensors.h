@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -17,6 +19,15 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using torch::headeronly::ScalarType;
 using Sizes = std::vector<int64_t>;
+
+// Throws what is wrong with a call; STD_TORCH_CHECK would begin with the path of this file.
+template <typename... Parts>
+void check(bool holds, const Parts&... message) {
+  if (holds) return;
+  std::ostringstream text;
+  (text << ... << message);
+  throw std::runtime_error(text.str());
+}
 
 inline void wish_huge_pages_if_large(void* data, size_t bytes) {
   if (bytes >= size_t(4) << 20) wish_huge_pages(data, bytes);
@@ -34,7 +45,7 @@ inline Cell parse_cell(const std::string& name) {
   if (name == "rnn_tanh") return Cell::rnn_tanh;
   if (name == "rnn_relu") return Cell::rnn_relu;
   if (name == "lstm") return Cell::lstm;
-  STD_TORCH_CHECK(name == "gru", "unknown cell ", name);
+  check(name == "gru", "unknown cell ", name);
   return Cell::gru;
 }
 
@@ -42,8 +53,8 @@ inline DType parse_dtype(const Tensor& tensor) {
   const ScalarType type = tensor.scalar_type();
   if (type == ScalarType::Float) return DType::float32;
   if (type == ScalarType::Double) return DType::float64;
-  STD_TORCH_CHECK(type == ScalarType::BFloat16,
-                  "the cpu backend computes in float32, float64 and bfloat16; use backend='reference' for other types");
+  check(type == ScalarType::BFloat16,
+        "the cpu backend computes in float32, float64 and bfloat16; use backend='reference' for other types");
   return DType::bfloat16;
 }
 
@@ -78,10 +89,10 @@ struct Shape : ScanShape {
       int64_t row = 0;
       for (int64_t t = 0; t < steps; row += batch_sizes[t++]) {
         first_rows[t] = row;
-        STD_TORCH_CHECK(t ? batch_sizes[t] >= 0 && batch_sizes[t] <= batch_sizes[t - 1] : batch_sizes[t] == batch,
-                        "batch_sizes must start with the batch size of the states, ", batch, ", and never rise");
+        check(t ? batch_sizes[t] >= 0 && batch_sizes[t] <= batch_sizes[t - 1] : batch_sizes[t] == batch,
+              "batch_sizes must start with the batch size of the states, ", batch, ", and never rise");
       }
-      STD_TORCH_CHECK(row == rows, "batch_sizes adds up to ", row, " rows, the input has ", rows);
+      check(row == rows, "batch_sizes adds up to ", row, " rows, the input has ", rows);
       offsets = first_rows.data();
     } else {
       steps = batch ? rows / batch : 0;
@@ -89,7 +100,7 @@ struct Shape : ScanShape {
     if (!ids) return;
     const int64_t* id = static_cast<const int64_t*>(x.const_data_ptr());
     for (int64_t row = 0; row < rows; ++row)
-      STD_TORCH_CHECK(id[row] >= 0 && id[row] < input, "token id ", id[row], " in row ", row, " is outside [0, ", input, ")");
+      check(id[row] >= 0 && id[row] < input, "token id ", id[row], " in row ", row, " is outside [0, ", input, ")");
   }
   Shape(const Shape&) = delete;
 };

@@ -197,7 +197,8 @@ class WeightGradients {
             at<S>(x.d_w_hr, (lane * s.state + first) * s.hidden), nullptr, nullptr, local);
   }
 
-  // A segment sum over ids, transposed on the way out. A row has one id, so the sum over ids is the bias's.
+  // A segment sum over ids, transposed on the way out. A row has one id, so the sum over ids is the bias's (of the other
+  // cells w_hh_gradient has it).
   void w_ids_gradient(int64_t task, char* local) const {
     const int64_t blocks = ceil_div(gate_rows, ID_COLUMNS), lane = task / blocks, first = task % blocks * ID_COLUMNS;
     const int64_t n = min64(ID_COLUMNS, gate_rows - first);
@@ -212,7 +213,7 @@ class WeightGradients {
         store_one(out + id, sums[id * ID_COLUMNS + m]);
         sum += sums[id * ID_COLUMNS + m];
       }
-      if (s.cell == Cell::gru && x.d_b_ih && x.d_w_hh) store_one(at<S>(x.d_b_ih, lane * gate_rows + first + m), sum);
+      if (s.cell == Cell::gru && x.d_b_ih) store_one(at<S>(x.d_b_ih, lane * gate_rows + first + m), sum);
     }
   }
 

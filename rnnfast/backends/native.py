@@ -93,6 +93,8 @@ def load() -> None:
                 function.argtypes = [ctypes.c_char_p]
         except (OSError, RuntimeError) as error:
             _failure = f"the native library failed to compile or load: {error}"
+            # `auto` goes on without it, and slower, as `explain` tells those who ask.
+            print(f"rnnfast: {_failure}", file=sys.stderr, flush=True)
             raise RuntimeError(_failure) from error
         _loaded = True
 

@@ -129,18 +129,18 @@ def load_model(path: Path | str, device: str = "auto", backend: str | None = Non
     """The trained model of a checkpoint or a run's folder, in evaluation mode.
 
     Raises:
-        UserError: as `load`; also if the file does not fit its own configuration.
+        UserError: as `load`; also if the file does not fit its own configuration, or the device or backend is missing.
     """
     saved = load(path)
     config = TrainConfig.from_json(saved.config, str(path))
     if backend is not None:
         config = replace(config, backend=backend)
+    target = pick_device(device)
+    check_backend(config.backend, target)
     parameters = saved.group("model")
     with torch.device("meta"):  # a size from a damaged file is found out before it takes memory
         load_parameters(build_model(config, len(saved.vocab)), parameters, path)
     with torch.random.fork_rng(devices=[]):  # the start that is drawn here is thrown away
-        target = pick_device(device)
-        check_backend(config.backend, target)
         model = build_model(config, len(saved.vocab)).to(target)
     load_parameters(model, parameters, path)
     return Trained(model.eval(), Vocab.from_list(saved.vocab), config, saved.progress)

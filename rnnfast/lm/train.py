@@ -349,6 +349,8 @@ def train(
     saved = checkpoints.load(folder) if resume and folder is not None else None
     if saved is not None:
         _check_same(TrainConfig.from_json(saved.config, str(folder)), config)
+    elif folder is not None and folder.is_file():
+        raise UserError(f"{folder} is a file, and a run needs a folder of its own: choose another --out")
     elif folder is not None and checkpoints.find(folder).exists() and not overwrite:
         raise UserError(f"{folder} holds a run already: --resume {folder} goes on with it, --overwrite replaces it")
     corpus = load_corpus(

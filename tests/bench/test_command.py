@@ -9,7 +9,7 @@ import pytest
 
 from rnnfast import cli
 from rnnfast.bench import command
-from rnnfast.bench.measure import sample
+from rnnfast.bench.measure import Limits, sample
 from rnnfast.bench.presets import FLAGS, PRESETS, cases
 from rnnfast.bench.report import OURS, TORCH, Report, Row
 

@@ -358,3 +358,4 @@ print(native.why_not())
     env = os.environ | {"CXX": "false", "RNNFAST_CACHE": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert done.stdout.count("failed to compile or load") == 2
+    assert done.stderr.count("failed to compile or load") == 1

@@ -149,6 +149,11 @@ def test_bad_texts(content: bytes | None, message: str, tmp_path: Path, capsys: 
     assert not (tmp_path / "run").exists()
 
 
+def test_backends_that_there_are_not(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--backend magic: unknown rnnfast backend" in refused(capsys, "generate", str(run), "--backend", "magic")
+    assert "--backend cuda: " in refused(capsys, "generate", str(run), "--backend", "cuda")
+
+
 def test_empty_prefix(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "prefix is empty" in refused(capsys, "generate", str(run), "--prefix", "")
     assert "prefix is empty" in refused(capsys, *TRAIN, "--prefix", "", "--out", str(run / "new"))
@@ -173,6 +178,9 @@ def test_bad_checkpoints(verb: str, run: Path, capsys: pytest.CaptureFixture[str
 
 def test_unwritable_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
+    assert "is a file, and a run needs a folder" in refused(
+        capsys, *TRAIN, "--overwrite", "--out", str(tmp_path / "file")
+    )
     assert "cannot write" in refused(capsys, *TRAIN, "--out", str(tmp_path / "file" / "run"))
 
 
