@@ -16,10 +16,10 @@ class Stream:
     """Keeps the states of a layer, or of every recurrent layer in a model, from one call to the next.
 
     The outputs of the calls, one after the other, are those of one call over the whole sequence; rnnfast's layers on
-    the cpu backend give its very bits, however the sequence is cut. A stream belongs to the sequences it is fed: make
-    one for each group of B that run side by side. It neither copies nor changes the module, and any number may share
-    it. Without `torch.no_grad()` or `torch.inference_mode()` the states carry the graph of all calls so far: see
-    `detach`.
+    the cpu backend give its very bits in float32 and float64, however the sequence is cut. A stream belongs to the
+    sequences it is fed: make one for each group of B that run side by side. It neither copies nor changes the module,
+    and any number may share it. Without `torch.no_grad()` or `torch.inference_mode()` the states carry the graph of all
+    calls so far: see `detach`.
 
     A model is called as it is and needs no change: in its first call a recurrent layer starts from the state that the
     model gives it, or from zeros; in later calls, from where it stopped. The rest of the model must treat steps alone,
