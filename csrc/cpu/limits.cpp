@@ -94,7 +94,7 @@ double fma_peak_cpu(int64_t rounds) {
 }
 
 double product_limit_cpu(int64_t batch, int64_t depth, int64_t rounds) {
-  STD_TORCH_CHECK(batch > 0 && depth > 0, "a product needs rows and a depth");
+  check(batch > 0 && depth > 0, "a product needs rows and a depth");
   const Kernels& kernels = choose_kernels(DType::float32);
   return giga_a_second([&] { return kernels.near_product(batch, depth, rounds); });
 }
