@@ -222,10 +222,10 @@ def test_a_cell_in_a_loop_in_a_graph(name: str, backend: str) -> None:
             return state
 
     model, graphs = Loop(), Graphs()
-    compiled, input = torch.compile(model, fullgraph=True, backend=graphs), torch.randn(2, 2, 5)
+    compiled, input = torch.compile(model, fullgraph=True, backend=graphs), torch.randn(3, 2, 5)
     with torch.no_grad():
         state = model(input)
-    for arguments in ((input,), (torch.randint(5, (2, 2)),), (input, state)):
+    for arguments in ((input,), (torch.randint(5, (3, 2)),), (input, state)):
         expected = outputs_and_gradients(model, list(model.parameters()), arguments)
         torch.testing.assert_close(outputs_and_gradients(compiled, list(model.parameters()), arguments), expected)
     assert set(graphs.operators()) == {f"rnnfast::scan_{backend}"}
@@ -334,9 +334,8 @@ def test_export_of_a_packed_sequence(strict: bool) -> None:
     torch.testing.assert_close(program.module()(*arguments), model(*arguments))
 
 
-def test_aot_inductor_of_an_accelerated_model(tmp_path: Any) -> None:
-    model = Ragged(nn.LSTM(5, 7)).eval()
-    rnnfast.accelerate(model)
+def test_aot_inductor(tmp_path: Any) -> None:
+    model = Ragged(rnnfast.LSTM(5, 7)).eval()
     steps, batch = Dim("steps", min=1, max=4096), Dim("batch", min=1, max=4096)
     dynamic = ({0: steps, 1: batch}, ({1: batch}, {1: batch}), {0: batch}, {0: steps, 1: batch}, ({}, {}))
     with torch.no_grad():
@@ -346,6 +345,34 @@ def test_aot_inductor_of_an_accelerated_model(tmp_path: Any) -> None:
         for case in LENGTHS:
             arguments = ragged(model.layer, *case)
             torch.testing.assert_close(tree_leaves(compiled(*arguments)), tree_leaves(model(*arguments)))
+
+
+def test_aot_inductor_of_an_accelerated_model(tmp_path: Any) -> None:
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lower = nn.LSTM(5, 7, bidirectional=True, batch_first=True)
+            self.upper = nn.GRU(14, 6, batch_first=True)
+            self.cell = nn.LSTMCell(6, 4)
+
+        def forward(self, input: Tensor) -> Tensor:
+            output, _ = self.upper(self.lower(input)[0])
+            state = None
+            for t in range(2):
+                state = self.cell(output[:, t], state)
+            assert state is not None
+            return state[0]
+
+    model = Tagger().eval()
+    rnnfast.accelerate(model)
+    sizes = {0: Dim("batch", min=2, max=4096), 1: Dim("steps", min=2, max=4096)}
+    with torch.no_grad():
+        program = export(model, (torch.randn(3, 6, 5),), dynamic_shapes=(sizes,))
+        path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+        compiled = torch._inductor.aoti_load_package(path)
+        for shape in ((3, 6, 5), (8, 11, 5)):
+            input = torch.randn(shape)
+            torch.testing.assert_close(compiled(input), model(input))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ def test_vmap_of_grad(name: str, in_dims: Any, device: torch.device) -> None:
     layer = getattr(rnnfast, name)(2, 3, bidirectional=True, device=device)
     parameters = {key: parameter.detach() for key, parameter in layer.named_parameters()}
     weights = parameters if in_dims[0] is None else {k: torch.stack([p, p * 0.5]) for k, p in parameters.items()}
-    input = torch.randn(2, 2, 2, 2, device=device)
+    input = torch.randn(2, 3, 2, 2, device=device)
     input = input if in_dims[1] == 0 else input[0]
 
     def gradients(backend: str) -> list[torch.Tensor]:
