@@ -113,27 +113,35 @@ class Backward {
     }
   }
 
-  void run_item(const Item& item, const Local& local, Barrier& barrier) const {
+  void run_item(const Item& item, const Local& local, Team& team) const {
     if (local.member == 0) init_carries(item);
-    barrier.wait(local.members);
-    const Walk<O> walk(w_hh, states, gate_rows, item, s.steps + 1, local.member, local.members, BLOCK);
+    team.barrier.wait(local.members);
+    Walk<O> walk(w_hh, states, gate_rows, item, s.steps + 1, local.member, local.members, BLOCK,
+                 team.deal ? &*team.deal : nullptr, team.deal ? groups(local.members) : 1);
     for (int64_t step = s.steps - 1; step >= 0; --step) {
-      for (int64_t i = 0; i < item.lane_end - item.lane; ++i)
-        state_gradient(item, local, walk, walk.lane(step, i), step);
-      barrier.wait(local.members);
+      state_gradients(item, local, walk, step);
+      team.barrier.wait(local.members, [&] {
+        if (team.deal) team.deal->next_step();
+      });
       if (!s.has_projection) continue;
       for (int64_t lane = item.lane; lane < item.lane_end; ++lane) through_projection(item, local, lane, step);
-      barrier.wait(local.members);
+      team.barrier.wait(local.members);
     }
-    for (int64_t lane = item.lane; lane < item.lane_end; ++lane) initial_gradient(item, local, walk, lane);
+    initial_gradients(item, local, walk);
     if (local.member == 0) finish_carries(item);
   }
+  int64_t pieces(int members) const { return s.lanes * states.count() * groups(members); }
 
  private:
   struct Place {
     int64_t lane, row, b, t;
   };
 
+  // Groups of rows of a panel in a step: enough pieces for a team to share them evenly.
+  int64_t groups(int members) const {
+    const int64_t wanted = ceil_div(8 * members, s.lanes * states.count()), most = s.batch / (2 * MAX_ROWS);
+    return max64(1, min64(wanted, most));
+  }
   static int64_t first_panel(const Panels& panels, const Local& local) { return panels.count() * local.member / local.members; }
   static int64_t end_panel(const Panels& panels, const Local& local) {
     return panels.count() * (local.member + 1) / local.members;
@@ -162,44 +170,56 @@ class Backward {
         convert_row(at<S>(x.d_c_0, (lane * s.batch + b) * s.hidden), carry_row(carry_c, lane, b), s.hidden);
   }
 
-  // d_h = d_output + what carries over + d_gates_h(step after) w_hh, and then the gates, unless a projection is between.
-  void state_gradient(const Item& item, const Local& local, const Walk<O>& walk, int64_t lane, int64_t step) const {
-    const int64_t t = time(lane, step), rows = alive(s, item, t), first_row = s.offset_at(t) + item.first;
-    // Rows [0, followed) have a step after this one; the others end here, and get the gradient of the final state.
-    const int64_t after = s.reversed(lane) ? t - 1 : t + 1;
-    const int64_t followed = after < 0 || after >= s.steps ? 0 : min64(rows, alive(s, item, after));
-    for (int64_t r = 0; r < followed; ++r)
-      operands(local, walk, followed, r, d.gates_h(lane, s.offset_at(after) + item.first + r));
-    const NextStep next = next_step(item, local, lane, step);
-    for (int64_t i = 0; i < walk.count(); ++i) {
-      const int64_t p = walk.panel(step, i);
-      const int width = states.width(p);
-      const int64_t column = p * states.vectors * V;
-      const auto start = [&](int64_t row, int count, bool ends, T* sums) {
-        for (int r = 0; r < count; ++r)
-          start_gradient({lane, first_row + row + r, item.first + row + r, t}, p, width, ends, sums + r * width * V);
-      };
-      // Where nothing but d_output is added, and there are whole vectors of it, the product starts from it.
-      const bool direct = sizeof(S) == sizeof(T) && x.d_output && !carry_h && column + width * V <= s.state;
-      const auto finish = [&](int64_t row, int count, const T* sums) {
-        for (int r = 0; r < count; ++r)
-          finish_gradient({lane, first_row + row + r, item.first + row + r, t}, p, width, sums + r * width * V);
-      };
-      add_product(local, walk, lane, step, i, followed, next,
-                  [&](int64_t row, int count, T* sums) {
-                    if (direct)
-                      for (int r = 0; r < count; ++r)
-                        local.start[r] = at<T>(x.d_output, ((first_row + row + r) * s.lanes + lane) * s.state + column);
-                    else
-                      start(row, count, false, sums);
-                    return direct;
-                  },
-                  finish);
-      for_tiles(rows - followed, width, [&](int64_t row, int count, int64_t, int64_t) {
-        start(followed + row, count, true, local.tile);
-        finish(followed + row, count, local.tile);
-      });
+  void state_gradients(const Item& item, const Local& local, Walk<O>& walk, int64_t step) const {
+    int64_t lane = -1;
+    NextStep next;
+    walk.begin(step);
+    for (Piece piece; walk.take(piece);) {
+      const int64_t t = time(piece.lane, step), rows = alive(s, item, t);
+      // Rows [0, followed) have a step after this one; the others end here, and get the gradient of the final state.
+      const int64_t after = s.reversed(piece.lane) ? t - 1 : t + 1;
+      const int64_t followed = after < 0 || after >= s.steps ? 0 : min64(rows, alive(s, item, after));
+      if (lane != piece.lane) {
+        lane = piece.lane;
+        for (int64_t r = 0; r < followed; ++r)
+          operands(local, walk, followed, r, d.gates_h(lane, s.offset_at(after) + item.first + r));
+        next = next_step(item, local, lane, step);
+      }
+      state_gradient(item, local, walk, piece, t, rows, followed, next);
     }
+  }
+
+  // d_h = d_output + what carries over + d_gates_h(step after) w_hh, and then the gates, unless a projection is between.
+  void state_gradient(const Item& item, const Local& local, const Walk<O>& walk, const Piece& piece, int64_t t, int64_t rows,
+                      int64_t followed, const NextStep& next) const {
+    const int64_t lane = piece.lane, first_row = s.offset_at(t) + item.first, p = piece.panel;
+    const int width = states.width(p);
+    const int64_t column = p * states.vectors * V;
+    const auto start = [&](int64_t row, int count, bool ends, T* sums) {
+      for (int r = 0; r < count; ++r)
+        start_gradient({lane, first_row + row + r, item.first + row + r, t}, p, width, ends, sums + r * width * V);
+    };
+    // Where nothing but d_output is added, and there are whole vectors of it, the product starts from it.
+    const bool direct = sizeof(S) == sizeof(T) && x.d_output && !carry_h && column + width * V <= s.state;
+    const auto finish = [&](int64_t row, int count, const T* sums) {
+      for (int r = 0; r < count; ++r)
+        finish_gradient({lane, first_row + row + r, item.first + row + r, t}, p, width, sums + r * width * V);
+    };
+    add_product(local, walk, piece, followed, next,
+                [&](int64_t row, int count, T* sums) {
+                  if (direct)
+                    for (int r = 0; r < count; ++r)
+                      local.start[r] = at<T>(x.d_output, ((first_row + row + r) * s.lanes + lane) * s.state + column);
+                  else
+                    start(row, count, false, sums);
+                  return direct;
+                },
+                finish);
+    if (piece.group + 1 < walk.groups()) return;
+    for_tiles(rows - followed, width, [&](int64_t row, int count, int64_t, int64_t) {
+      start(followed + row, count, true, local.tile);
+      finish(followed + row, count, local.tile);
+    });
   }
 
   // As in the forward scan.
@@ -223,22 +243,24 @@ class Backward {
       local.a[block * rows + r] = gates + walk.block_start(block) * Product<O>::depth;
   }
 
-  // Adds the products of rows [0, rows) and the step's i-th panel to what start(first row, count, sums) writes to sums, or
-  // points to with local.start if it returns true, and hands them to finish(first row, count, sums).
+  // Adds the products of a piece's part of rows [0, rows) and its panel to what start(first row, count, sums) writes to sums,
+  // or points to with local.start if it returns true, and hands them to finish(first row, count, sums).
   template <class Start, class Finish>
-  void add_product(const Local& local, const Walk<O>& walk, int64_t lane, int64_t step, int64_t i, int64_t rows,
-                   const NextStep& next, Start start, Finish finish) const {
-    const int64_t p = walk.panel(step, i), blocks = walk.blocks();
+  void add_product(const Local& local, const Walk<O>& walk, const Piece& piece, int64_t rows, const NextStep& next,
+                   Start start, Finish finish) const {
+    const int64_t p = piece.panel, i = piece.before % walk.count(), blocks = walk.blocks();
+    const int64_t first = rows * piece.group / walk.groups(), end = rows * (piece.group + 1) / walk.groups();
     const int width = states.width(p);
     for (int64_t block = 0; block < blocks; ++block) {
-      const O* w = walk.weights(lane, p) + walk.block_start(block) * width * V * Product<O>::depth;
-      for_tiles(rows, width, [&](int64_t row, int count, int64_t tile, int64_t of) {
+      const O* w = walk.weights(piece.lane, p) + walk.block_start(block) * width * V * Product<O>::depth;
+      for_tiles(end - first, width, [&](int64_t row, int count, int64_t tile, int64_t of) {
         T* sums = local.tile + (blocks > 1 ? row * width * V : 0);
+        row += first;
         if (block > 0 || !start(row, count, sums))
           for (int r = 0; r < count; ++r) local.start[r] = sums + r * width * V;
         tile_function<O>(count, width)(walk.block_units(block), local.a + block * rows + row, w, local.start, 0, nullptr, sums,
                                        width * V,
-                                       {walk.ahead(step, i, lane, block, tile, of),
+                                       {walk.ahead(piece, block, tile, of),
                                         next.share((i * blocks + block) * of + tile, walk.count() * blocks * of,
                                                    walk.block_units(0))});
         if (block + 1 == blocks) finish(row, count, sums);
@@ -350,14 +372,19 @@ class Backward {
     }
   }
 
-  void initial_gradient(const Item& item, const Local& local, const Walk<O>& walk, int64_t lane) const {
+  void initial_gradients(const Item& item, const Local& local, Walk<O>& walk) const {
     const int64_t rows = item.end - item.first;
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t b = item.first + r, t = s.reversed(lane) ? last_step(s, b) : 0;
-      operands(local, walk, rows, r, d.gates_h(lane, s.offset_at(t) + b));
-    }
-    for (int64_t i = 0; i < walk.count(); ++i) {
-      const int64_t p = walk.panel(-1, i);
+    int64_t lane = -1;
+    walk.begin(-1);
+    for (Piece piece; walk.take(piece);) {
+      if (lane != piece.lane) {
+        lane = piece.lane;
+        for (int64_t r = 0; r < rows; ++r) {
+          const int64_t b = item.first + r, t = s.reversed(lane) ? last_step(s, b) : 0;
+          operands(local, walk, rows, r, d.gates_h(lane, s.offset_at(t) + b));
+        }
+      }
+      const int64_t p = piece.panel;
       const int width = states.width(p);
       const auto start = [&](int64_t row, int count, T* sums) {
         for (int r = 0; r < count; ++r)
@@ -375,7 +402,7 @@ class Backward {
                   int(min64(V, s.state - j)));
           }
       };
-      add_product(local, walk, lane, -1, i, rows, {}, start, finish);
+      add_product(local, walk, piece, rows, {}, start, finish);
     }
   }
 };

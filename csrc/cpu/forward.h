@@ -27,6 +27,7 @@ class Forward {
   T* hidden_state = nullptr;  // (D, B, hidden_stride), GRU where ROUNDED
   O* operand = nullptr;       // (2, D, B, state_stride): the state after odd and even steps, where not direct
   O* unprojected = nullptr;   // (D, B, hidden_stride): o tanh(c), where a projection follows
+  T* gates_x_ = nullptr;      // (2, D, chunk rows, columns) of a team: of this chunk and the next
 
  public:
   // Of one thread.
@@ -58,11 +59,13 @@ class Forward {
     if (s.cell == Cell::gru && ROUNDED) hidden_state = carver.take<T>(states * hidden_stride);
     if (!direct_state) operand = carver.take<O>(2 * states * state_stride);
     if (s.has_projection) unprojected = carver.take<O>(states * hidden_stride);
+    if (split.together() && !table) gates_x_ = carver.take<T>(2 * s.lanes * chunk_rows() * columns);
   }
+  int64_t pieces(int members) const { return s.lanes * packed.gates.count() * groups(members); }
 
   Local carve_local(Carver& carver) const {
     Local local;
-    const int64_t rows = chunk_rows(), lanes = split.items_per_lane ? 1 : s.lanes;
+    const int64_t rows = chunk_rows(), lanes = split.together() ? 0 : split.items_per_lane ? 1 : s.lanes;
     local.a = carver.take<const O*>(rows);
     local.start = carver.take<const T*>(rows);
     local.gates_x = carver.take<T>(table ? 0 : lanes * rows * columns);
@@ -71,20 +74,28 @@ class Forward {
     return local;
   }
 
-  void run_item(const Item& item, const Local& local, Barrier& barrier) const {
-    if (local.member == 0) init_states(item);
-    barrier.wait(local.members);
-    const Walk<O> walk(packed.w_hh, packed.gates, s.state, item, s.steps, local.member, local.members);
+  void run_item(const Item& item, const Local& local, Team& team) const {
     const int64_t chunk = chunk_steps();
+    const auto make_gates_x = [&](int64_t step) {
+      for (int64_t lane = item.lane; lane < item.lane_end; ++lane)
+        this->make_gates_x(item, local, lane, step, min64(step + chunk, s.steps));
+    };
+    const bool ahead = local.members > 1 && !table;
+    if (ahead) make_gates_x(0);
+    if (local.member == 0) init_states(item);
+    team.barrier.wait(local.members);
+    Walk<O> walk(packed.w_hh, packed.gates, s.state, item, s.steps, local.member, local.members, INT64_MAX,
+                 team.deal ? &*team.deal : nullptr, team.deal ? groups(local.members) : 1);
     for (int64_t step = 0; step < s.steps; ++step) {
-      if (step % chunk == 0 && !table)
-        for (int64_t lane = item.lane; lane < item.lane_end; ++lane)
-          make_gates_x(item, local, lane, step, min64(step + chunk, s.steps));
-      for (int64_t i = 0; i < item.lane_end - item.lane; ++i) run_step(item, local, walk, walk.lane(step, i), step);
-      barrier.wait(local.members);
+      if (!ahead && !table && step % chunk == 0) make_gates_x(step);
+      if (ahead && (step + 1) % chunk == 0 && step + 1 < s.steps) make_gates_x(step + 1);
+      run_step(item, local, walk, step);
+      team.barrier.wait(local.members, [&] {
+        if (team.deal) team.deal->next_step();
+      });
       if (!s.has_projection) continue;
       for (int64_t lane = item.lane; lane < item.lane_end; ++lane) project(item, local, lane, step);
-      barrier.wait(local.members);
+      team.barrier.wait(local.members);
     }
     if (local.member == 0) finish_states(item);
   }
@@ -106,8 +117,14 @@ class Forward {
     for (int64_t i = first; i < step; ++i) row += alive(s, item, time(lane, i));
     return row;
   }
-  T* gates_x(const Item& item, const Local& local, int64_t lane) const {
+  T* gates_x(const Item& item, const Local& local, int64_t lane, int64_t step) const {
+    if (local.members > 1) return gates_x_ + (step / chunk_steps() % 2 * s.lanes + lane) * chunk_rows() * columns;
     return local.gates_x + (lane - item.lane) * chunk_rows() * columns;
+  }
+  // Groups of rows of a panel in a step: enough pieces for a team to share them evenly.
+  int64_t groups(int members) const {
+    const int64_t wanted = ceil_div(8 * members, s.lanes * packed.gates.count()), most = s.batch / (2 * MAX_ROWS);
+    return max64(1, min64(wanted, most));
   }
   O* operand_row(int64_t parity, int64_t lane, int64_t b) const {
     return operand + (((parity & 1) * s.lanes + lane) * s.batch + b) * state_stride;
@@ -144,7 +161,7 @@ class Forward {
 
   // The input product and bias of steps [step, end), for this member's panels.
   void make_gates_x(const Item& item, const Local& local, int64_t lane, int64_t step, int64_t end) const {
-    T* out = gates_x(item, local, lane);
+    T* out = gates_x(item, local, lane, step);
     const T* bias = packed.bias + lane * columns;
     int64_t rows = 0;
     for (int64_t i = step; i < end; ++i) {
@@ -192,7 +209,21 @@ class Forward {
       }
   }
 
-  void run_step(const Item& item, const Local& local, const Walk<O>& walk, int64_t lane, int64_t step) const {
+  void run_step(const Item& item, const Local& local, Walk<O>& walk, int64_t step) const {
+    int64_t lane = -1;
+    NextStep next;
+    walk.begin(step);
+    for (Piece piece; walk.take(piece);) {
+      if (lane != piece.lane) {
+        lane = piece.lane;
+        find_rows(item, local, lane, step);
+        next = next_step(item, local, lane, step);
+      }
+      run_piece(item, local, walk, piece, step, next);
+    }
+  }
+
+  void find_rows(const Item& item, const Local& local, int64_t lane, int64_t step) const {
     const int64_t t = time(lane, step), rows = alive(s, item, t), first_row = s.offset_at(t) + item.first;
     const int64_t x_row = table ? 0 : chunk_row(item, lane, step);
     for (int64_t r = 0; r < rows; ++r) {
@@ -204,31 +235,35 @@ class Forward {
       }
       if (!direct_state) local.a[r] = operand_row(step + 1, lane, b);
       local.start[r] = table ? packed.table + (lane * s.input + *at<int64_t>(x.input, first_row + r)) * columns
-                             : gates_x(item, local, lane) + (x_row + r) * columns;
+                             : gates_x(item, local, lane, step) + (x_row + r) * columns;
     }
-    const NextStep next = next_step(item, local, lane, step);
+  }
+
+  void run_piece(const Item& item, const Local& local, const Walk<O>& walk, const Piece& piece, int64_t step,
+                 const NextStep& next) const {
+    const int64_t lane = piece.lane, t = time(lane, step), rows = alive(s, item, t), first_row = s.offset_at(t) + item.first;
     const Panels& panels = packed.gates;
-    for (int64_t i = 0; i < walk.count(); ++i) {
-      const int64_t p = walk.panel(step, i);
-      const T* last = s.cell == Cell::gru ? packed.bias_n + lane * round_up(s.hidden, V) + p * V : nullptr;
-      const int width = panels.width(p);
-      for_tiles(rows, width, [&](int64_t row, int count, int64_t tile, int64_t tiles) {
-        tile_function<O>(count, width)(units<O>(s.state), local.a + row, walk.weights(lane, p), local.start + row,
-                                       p * panels.vectors * V, last, local.tile, width * V,
-                                       {walk.ahead(step, i, lane, 0, tile, tiles),
-                                        next.share(i * tiles + tile, walk.count() * tiles, units<O>(s.state))});
-        for (int r = 0; r < count; ++r) {
-          const Place place{lane, first_row + row + r, item.first + row + r, step, t};
-          const T* sums = local.tile + r * width * V;
-          switch (s.cell) {
-            case Cell::rnn_tanh:
-            case Cell::rnn_relu: rnn(place, p, width, sums); break;
-            case Cell::lstm: lstm(place, p, sums); break;
-            case Cell::gru: gru(place, p, sums, local.start[row + r], local.a[row + r]); break;
-          }
+    const int64_t p = piece.panel, i = piece.before % walk.count();
+    const int64_t first = rows * piece.group / walk.groups(), end = rows * (piece.group + 1) / walk.groups();
+    const T* last = s.cell == Cell::gru ? packed.bias_n + lane * round_up(s.hidden, V) + p * V : nullptr;
+    const int width = panels.width(p);
+    for_tiles(end - first, width, [&](int64_t row, int count, int64_t tile, int64_t tiles) {
+      row += first;
+      tile_function<O>(count, width)(units<O>(s.state), local.a + row, walk.weights(lane, p), local.start + row,
+                                     p * panels.vectors * V, last, local.tile, width * V,
+                                     {walk.ahead(piece, 0, tile, tiles),
+                                      next.share(i * tiles + tile, walk.count() * tiles, units<O>(s.state))});
+      for (int r = 0; r < count; ++r) {
+        const Place place{lane, first_row + row + r, item.first + row + r, step, t};
+        const T* sums = local.tile + r * width * V;
+        switch (s.cell) {
+          case Cell::rnn_tanh:
+          case Cell::rnn_relu: rnn(place, p, width, sums); break;
+          case Cell::lstm: lstm(place, p, sums); break;
+          case Cell::gru: gru(place, p, sums, local.start[row + r], local.a[row + r]); break;
         }
-      });
-    }
+      }
+    });
   }
 
   // Not where others write parts of the same rows, nor where there are so few that a tile is bound by reading weights.

@@ -1,7 +1,10 @@
 // What forward and backward share: weights packed for the forward scan, the split of work over threads, and the walk.
 #pragma once
 
+#include <optional>
+
 #include "../scan.h"
+#include "deal.h"
 #include "threads.h"
 #include "tile.h"
 
@@ -185,29 +188,64 @@ RNNFAST_INLINE Item item_of(const ScanShape& s, const Split& split, int64_t i) {
   return {lane, lane + 1, s.batch * part / split.items_per_lane, s.batch * (part + 1) / split.items_per_lane};
 }
 
-// How one member of a team walks through the weights of a scan: its panels of every lane of the item, one step from the
-// first to the last and the next one back, so that the weights last used, which are near, are used first again. The first
-// step turns round as well: it may be the next of a stream.
+// A part of a step's work: the rows of a group and a panel of a lane.
+struct Piece {
+  int64_t lane, panel, group;
+  int64_t before;       // of this member in this step
+  int64_t next, index;  // the piece to follow, as far as is known, or -1; and this one
+};
+
+// What a team has in common.
+struct Team {
+  Barrier barrier;
+  std::optional<Deal> deal;  // none: members have equal shares of the panels
+};
+
+// How a member of a team walks through the weights of a scan: its pieces of a step from the first to the last, and of the next
+// one back, so that the weights last used, which are near, are used first again. The first step turns round as well: it may be
+// the next of a stream.
 template <class O>
 class Walk {
  public:
   Walk(const O* weights, const Panels& of, int64_t depth, const Item& item, int64_t steps, int member, int members,
-       int64_t block = INT64_MAX)
+       int64_t block = INT64_MAX, Deal* deal = nullptr, int64_t groups = 1)
       : base_(weights),
         panels_(of),
         k_(depth),
-        first_(of.count() * member / members),
-        count_(of.count() * (member + 1) / members - first_),
         lane_(item.lane),
         lanes_(item.lane_end - item.lane),
+        first_(of.count() * member / members),
+        count_(of.count() * (member + 1) / members - first_),
+        groups_(groups),
         block_(max64(1, min64(block, units<O>(depth)))),
         near_(near_bytes() / (max64(1, of.vectors) * block_ * VECTOR_BYTES)),
-        walked_(steps_walked()) {
+        walked_(steps_walked()),
+        deal_(deal),
+        member_(member) {
     steps_walked() += steps;
   }
+  // The pieces of each lane that a member has where nothing is dealt.
   int64_t count() const { return count_; }
-  int64_t lane(int64_t step, int64_t i) const { return lane_ + (back(step) ? lanes_ - 1 - i : i); }
-  int64_t panel(int64_t step, int64_t i) const { return first_ + (back(step) ? count_ - 1 - i : i); }
+  int64_t groups() const { return groups_; }
+
+  void begin(int64_t step) {
+    back_ = (walked_ + step) & 1;
+    taken_ = 0;
+  }
+  bool take(Piece& piece) {
+    int64_t index, next = -1;
+    if (deal_) {
+      index = deal_->take(member_);
+      if (index < 0) return false;
+      next = deal_->peek(member_);
+    } else {
+      if (taken_ == count_ * lanes_) return false;
+      index = own(taken_);
+      if (taken_ + 1 < count_ * lanes_) next = own(taken_ + 1);
+    }
+    piece = {lane_of(index), panel_of(index), index % groups_, taken_++, next, index};
+    return true;
+  }
   const O* weights(int64_t lane, int64_t p) const {
     return base_ + lane * packed_size<O>(panels_, k_) + panel_offset<O>(panels_, p, k_);
   }
@@ -216,26 +254,36 @@ class Walk {
   int64_t block_start(int64_t block) const { return block * block_; }
   int64_t block_units(int64_t block) const { return min64(block_, units<O>(k_) - block * block_); }
 
-  // What tile `tile` of `tiles` of a block of the step's i-th panel fetches: weights of the next block, if those are no longer
-  // near and another tile of this one leaves time for it.
-  Ahead::Stream ahead(int64_t step, int64_t i, int64_t lane, int64_t block, int64_t tile, int64_t tiles) const {
-    const int64_t panels_before = (back(step) ? lane_ + lanes_ - 1 - lane : lane - lane_) * count_ + i;
+  // What tile `tile` of `tiles` of a block of a piece fetches: weights of the next block, if those are no longer near and
+  // another tile of this one leaves time for it.
+  Ahead::Stream ahead(const Piece& piece, int64_t block, int64_t tile, int64_t tiles) const {
     const bool last = block + 1 == blocks();
-    if (panels_before * blocks() + block + 1 < near_ || tiles == 1 || (last && i + 1 == count_)) return {};
-    const int64_t p = panel(step, last ? i + 1 : i), next = last ? 0 : block + 1, depth = Product<O>::depth;
+    if (piece.before / groups_ * blocks() + block + 1 < near_ || tiles == 1 || (last && piece.next < 0)) return {};
+    const int64_t lane = last ? lane_of(piece.next) : piece.lane, p = last ? panel_of(piece.next) : piece.panel;
+    if (last && lane == piece.lane && p == piece.panel) return {};
+    const int64_t next = last ? 0 : block + 1, depth = Product<O>::depth;
     return share_of_panel<O>(weights(lane, p) + block_start(next) * panels_.width(p) * LANES<O> * depth, panels_.width(p),
                              block_units(next) * depth, tile, tiles);
   }
 
  private:
-  bool back(int64_t step) const { return (walked_ + step) & 1; }
+  int64_t own(int64_t i) const {
+    const int64_t at = back_ ? count_ * lanes_ - 1 - i : i;
+    return at / count_ * panels_.count() + first_ + at % count_;
+  }
+  int64_t lane_of(int64_t index) const { return lane_ + index / groups_ / panels_.count(); }
+  int64_t panel_of(int64_t index) const { return index / groups_ % panels_.count(); }
 
   const O* base_;
   const Panels& panels_;
-  int64_t k_, first_, count_, lane_, lanes_;
+  int64_t k_, lane_, lanes_, first_, count_, groups_;
   int64_t block_;   // units of k
   int64_t near_;    // blocks that stay near
   int64_t walked_;  // steps this thread walked before
+  Deal* deal_;
+  int member_;
+  bool back_ = false;
+  int64_t taken_ = 0;
 };
 
 // What the next step reads and writes by rows, a stretch of memory each: the tiles of this one fetch it, each a part. Rows lie

@@ -63,15 +63,13 @@ void run_parallel(int threads, void (*body)(void*, int, int), void* context) {
   body(context, omp_get_thread_num(), omp_get_num_threads());
 }
 
-void Barrier::wait(int members) {
-  if (members == 1) return;
-  const uint32_t phase = phase_.load(std::memory_order_relaxed);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == uint32_t(members)) {
-    arrived_.store(0, std::memory_order_relaxed);
-    phase_.store(phase + 1);  // sequentially consistent, as are the sleepers' steps below: no wake-up is lost
-    if (sleepers_.load()) wake_all(phase_);
-    return;
-  }
+void Barrier::release(uint32_t phase) {
+  arrived_.store(0, std::memory_order_relaxed);
+  phase_.store(phase + 1);  // sequentially consistent, as are the sleepers' steps below: no wake-up is lost
+  if (sleepers_.load()) wake_all(phase_);
+}
+
+void Barrier::await(uint32_t phase) {
   constexpr int SPINS = 1000;
   for (int spin = 0; spin < SPINS; ++spin) {
     if (phase_.load(std::memory_order_acquire) != phase) return;

@@ -16,9 +16,23 @@ void run_parallel(int threads, void (*body)(void* context, int thread, int threa
 // Spins for some ten microseconds, then sleeps: a waiting thread must not hold a core that the others need.
 class Barrier {
  public:
-  void wait(int members);
+  void wait(int members) {
+    wait(members, [] {});
+  }
+  // `between` runs in one thread after all have come and before any goes on.
+  template <class F>
+  void wait(int members, F between) {
+    if (members == 1) return between();
+    const uint32_t phase = phase_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 < uint32_t(members)) return await(phase);
+    between();
+    release(phase);
+  }
 
  private:
+  void await(uint32_t phase);
+  void release(uint32_t phase);
+
   alignas(64) std::atomic<uint32_t> arrived_{0};
   alignas(64) std::atomic<uint32_t> phase_{0};
   std::atomic<uint32_t> sleepers_{0};
