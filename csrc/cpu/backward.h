@@ -116,13 +116,11 @@ class Backward {
   void run_item(const Item& item, const Local& local, Team& team) const {
     if (local.member == 0) init_carries(item);
     team.barrier.wait(local.members);
-    Walk<O> walk(w_hh, states, gate_rows, item, s.steps + 1, local.member, local.members, BLOCK,
-                 team.deal ? &*team.deal : nullptr, team.deal ? groups(local.members) : 1);
+    Walk<O> walk(w_hh, states, gate_rows, item, s.steps + 1, local.member, local.members, BLOCK, team.deal.get(),
+                 row_groups(s, split, states));
     for (int64_t step = s.steps - 1; step >= 0; --step) {
       state_gradients(item, local, walk, step);
-      team.barrier.wait(local.members, [&] {
-        if (team.deal) team.deal->next_step();
-      });
+      team.end_step(local.members);
       if (!s.has_projection) continue;
       for (int64_t lane = item.lane; lane < item.lane_end; ++lane) through_projection(item, local, lane, step);
       team.barrier.wait(local.members);
@@ -130,18 +128,13 @@ class Backward {
     initial_gradients(item, local, walk);
     if (local.member == 0) finish_carries(item);
   }
-  int64_t pieces(int members) const { return s.lanes * states.count() * groups(members); }
+  int64_t pieces() const { return s.lanes * states.count() * row_groups(s, split, states); }
 
  private:
   struct Place {
     int64_t lane, row, b, t;
   };
 
-  // Groups of rows of a panel in a step: enough pieces for a team to share them evenly.
-  int64_t groups(int members) const {
-    const int64_t wanted = ceil_div(8 * members, s.lanes * states.count()), most = s.batch / (2 * MAX_ROWS);
-    return max64(1, min64(wanted, most));
-  }
   static int64_t first_panel(const Panels& panels, const Local& local) { return panels.count() * local.member / local.members; }
   static int64_t end_panel(const Panels& panels, const Local& local) {
     return panels.count() * (local.member + 1) / local.members;
@@ -172,7 +165,7 @@ class Backward {
 
   void state_gradients(const Item& item, const Local& local, Walk<O>& walk, int64_t step) const {
     int64_t lane = -1;
-    NextStep next;
+    RowsAhead ahead;
     walk.begin(step);
     for (Piece piece; walk.take(piece);) {
       const int64_t t = time(piece.lane, step), rows = alive(s, item, t);
@@ -183,15 +176,16 @@ class Backward {
         lane = piece.lane;
         for (int64_t r = 0; r < followed; ++r)
           operands(local, walk, followed, r, d.gates_h(lane, s.offset_at(after) + item.first + r));
-        next = next_step(item, local, lane, step);
+        if (local.members == 1) ahead = of_next_step(item, walk, lane, step);
       }
-      state_gradient(item, local, walk, piece, t, rows, followed, next);
+      if (local.members > 1) ahead = of_next_piece(item, walk, piece, step);
+      state_gradient(item, local, walk, piece, t, rows, followed, ahead);
     }
   }
 
   // d_h = d_output + what carries over + d_gates_h(step after) w_hh, and then the gates, unless a projection is between.
   void state_gradient(const Item& item, const Local& local, const Walk<O>& walk, const Piece& piece, int64_t t, int64_t rows,
-                      int64_t followed, const NextStep& next) const {
+                      int64_t followed, const RowsAhead& ahead) const {
     const int64_t lane = piece.lane, first_row = s.offset_at(t) + item.first, p = piece.panel;
     const int width = states.width(p);
     const int64_t column = p * states.vectors * V;
@@ -205,7 +199,7 @@ class Backward {
       for (int r = 0; r < count; ++r)
         finish_gradient({lane, first_row + row + r, item.first + row + r, t}, p, width, sums + r * width * V);
     };
-    add_product(local, walk, piece, followed, next,
+    add_product(local, walk, piece, followed, ahead,
                 [&](int64_t row, int count, T* sums) {
                   if (direct)
                     for (int r = 0; r < count; ++r)
@@ -223,18 +217,41 @@ class Backward {
   }
 
   // As in the forward scan.
-  NextStep next_step(const Item& item, const Local& local, int64_t lane, int64_t step) const {
-    NextStep next;
-    if (local.members > 1 || step == 0) return next;
-    const int64_t t = time(lane, step - 1), rows = alive(s, item, t), first = s.offset_at(t) + item.first;
-    if (rows <= MAX_ROWS) return next;
-    const int64_t state_bytes = rows * s.state * int64_t(sizeof(S));
-    next.add(d.gates_x(lane, first), rows * d.stride * int64_t(sizeof(O)));
-    const int64_t tape_row = tape_count(s.cell) * s.hidden;
-    if (x.tape) next.add(at<S>(x.tape, (lane * s.rows + first) * tape_row), rows * tape_row * int64_t(sizeof(S)));
-    if (s.lanes == 1 && x.d_output) next.add(at<S>(x.d_output, first * s.state), state_bytes);
-    if (s.lanes == 1 && s.cell != Cell::lstm) next.add(at<S>(x.output, first * s.state), state_bytes);
-    return next.unless_near(s.steps);
+  bool fetches(int64_t rows) const {
+    const int64_t of_row = tape_count(s.cell) * s.hidden + (x.d_output ? s.state : 0) + (s.cell != Cell::lstm ? s.state : 0);
+    return rows > MAX_ROWS && s.steps * rows * (of_row * int64_t(sizeof(S)) + d.stride * int64_t(sizeof(O))) > near_bytes();
+  }
+  RowsAhead of_next_step(const Item& item, const Walk<O>& walk, int64_t lane, int64_t step) const {
+    RowsAhead ahead(walk.count());
+    if (step == 0) return ahead;
+    const int64_t t = time(lane, step - 1), rows = alive(s, item, t);
+    if (fetches(rows)) fetch_rows(ahead, lane, s.offset_at(t) + item.first, rows, 0, s.hidden);
+    return ahead;
+  }
+  RowsAhead of_next_piece(const Item& item, const Walk<O>& walk, const Piece& piece, int64_t step) const {
+    RowsAhead ahead;
+    const auto next = walk.next(piece);
+    if (!next) return ahead;
+    const int64_t t = time(next->lane, step), rows = alive(s, item, t), first = next->first(rows, walk.groups());
+    const int64_t of_panel = states.vectors * V, unit = next->panel * of_panel;
+    if (fetches(rows))
+      fetch_rows(ahead, next->lane, s.offset_at(t) + item.first + first, next->end(rows, walk.groups()) - first, unit,
+                 min64(unit + of_panel, s.hidden));
+    return ahead;
+  }
+  void fetch_rows(RowsAhead& ahead, int64_t lane, int64_t row, int64_t rows, int64_t unit, int64_t end) const {
+    if (s.has_projection) return;
+    const int64_t bytes = (end - unit) * int64_t(sizeof(S)), hidden = s.hidden * int64_t(sizeof(S));
+    const O* gates = d.gates_x(lane, row) + unit;
+    const int64_t parts = d.width / s.hidden;
+    if (unit == 0 && end == s.hidden)
+      ahead.add(gates, d.stride * int64_t(sizeof(O)), rows, d.stride * int64_t(sizeof(O)));
+    else if (d.stride == d.width)
+      ahead.add(gates, (end - unit) * int64_t(sizeof(O)), rows * parts, s.hidden * int64_t(sizeof(O)));
+    if (x.tape)
+      ahead.add(at<S>(x.tape, (lane * s.rows + row) * tape_count(s.cell) * s.hidden + unit), bytes, rows * tape_count(s.cell), hidden);
+    if (x.d_output) ahead.add(at<S>(x.d_output, (row * s.lanes + lane) * s.hidden + unit), bytes, rows, s.lanes * hidden);
+    if (s.cell != Cell::lstm) ahead.add(at<S>(x.output, (row * s.lanes + lane) * s.hidden + unit), bytes, rows, s.lanes * hidden);
   }
 
   // Row r of d_gates_h, as every block of the walk's panels multiplies it.
@@ -246,10 +263,10 @@ class Backward {
   // Adds the products of a piece's part of rows [0, rows) and its panel to what start(first row, count, sums) writes to sums,
   // or points to with local.start if it returns true, and hands them to finish(first row, count, sums).
   template <class Start, class Finish>
-  void add_product(const Local& local, const Walk<O>& walk, const Piece& piece, int64_t rows, const NextStep& next,
+  void add_product(const Local& local, const Walk<O>& walk, const Piece& piece, int64_t rows, const RowsAhead& ahead,
                    Start start, Finish finish) const {
-    const int64_t p = piece.panel, i = piece.before % walk.count(), blocks = walk.blocks();
-    const int64_t first = rows * piece.group / walk.groups(), end = rows * (piece.group + 1) / walk.groups();
+    const int64_t p = piece.panel, first = piece.first(rows, walk.groups()), end = piece.end(rows, walk.groups());
+    const int64_t blocks = walk.blocks();
     const int width = states.width(p);
     for (int64_t block = 0; block < blocks; ++block) {
       const O* w = walk.weights(piece.lane, p) + walk.block_start(block) * width * V * Product<O>::depth;
@@ -258,11 +275,10 @@ class Backward {
         row += first;
         if (block > 0 || !start(row, count, sums))
           for (int r = 0; r < count; ++r) local.start[r] = sums + r * width * V;
+        Ahead fetched{walk.ahead(piece, block, tile, of),
+                      ahead.share(piece, block * of + tile, blocks * of, walk.block_units(0))};
         tile_function<O>(count, width)(walk.block_units(block), local.a + block * rows + row, w, local.start, 0, nullptr, sums,
-                                       width * V,
-                                       {walk.ahead(piece, block, tile, of),
-                                        next.share((i * blocks + block) * of + tile, walk.count() * blocks * of,
-                                                   walk.block_units(0))});
+                                       width * V, fetched.any());
         if (block + 1 == blocks) finish(row, count, sums);
       });
     }
@@ -305,7 +321,7 @@ class Backward {
       const int width = units_.width(p);
       for_tiles(rows, width, [&](int64_t row, int count, int64_t, int64_t) {
         tile_function<O>(count, width)(units<O>(s.state), local.a + row, w, local.start + row, 0, nullptr, local.tile,
-                                       width * V, {});
+                                       width * V, nullptr);
         for (int r = 0; r < count; ++r)
           for (int c = 0; c < width; ++c)
             gate_gradients({lane, first_row + row + r, item.first + row + r, t}, (p * units_.vectors + c) * V,

@@ -106,8 +106,9 @@ void multiply_rows(Walk<O>& walk, const Panels& panels, int64_t depth, int64_t s
     const int width = panels.width(piece.panel);
     T* to = out(lane) + piece.panel * panels.vectors * V;
     for_tiles(n, width, [&](int64_t row, int count, int64_t tile, int64_t tiles) {
+      Ahead fetched{walk.ahead(piece, 0, tile, tiles), {}};
       tile_function<O>(count, width)(units<O>(depth), a + row, walk.weights(lane, piece.panel), start, 0, nullptr,
-                                     to + row * stride, stride, {walk.ahead(piece, 0, tile, tiles), {}});
+                                     to + row * stride, stride, fetched.any());
     });
   }
 }
@@ -215,7 +216,7 @@ class ExtendedForward {
   void run_item(const Item& item, const Local& local, Team& team) const {
     if (local.member == 0) init_states(item);
     team.barrier.wait(local.members);
-    Walk<O> walk(w_hh, panels, s.state, item, s.steps, local.member, local.members, INT64_MAX, team.deal ? &*team.deal : nullptr);
+    Walk<O> walk(w_hh, panels, s.state, item, s.steps, local.member, local.members, INT64_MAX, team.deal.get());
     Walk<O> input_walk(w_ih, panels, s.input, item, 0, local.member, local.members);
     Walk<O> projection_walk(w_hr, projection, s.hidden, item, 0, local.member, local.members);
     for (int64_t step = 0; step < s.steps; ++step) {
@@ -228,16 +229,14 @@ class ExtendedForward {
                       return rows;
                     },
                     [&](int64_t lane) { return products_h(item, local, lane); }, stride);
-      team.barrier.wait(local.members, [&] {
-        if (team.deal) team.deal->next_step();
-      });
+      team.end_step(local.members);
       for (int64_t lane = item.lane; lane < item.lane_end; ++lane) finish_rows(item, local, lane, step);
       team.barrier.wait(local.members);
       if (s.has_projection) project(item, local, projection_walk, step, team.barrier);
     }
     if (local.member == 0) finish_states(item);
   }
-  int64_t pieces(int) const { return s.lanes * panels.count(); }
+  int64_t pieces() const { return s.lanes * panels.count(); }
 
  private:
   struct Place {

@@ -109,16 +109,13 @@ class ExtendedBackward {
   void run_item(const Item& item, const Local& local, Team& team) const {
     if (local.member == 0) init_carries(item);
     team.barrier.wait(local.members);
-    Walk<O> walk(w_hh, states, gate_rows, item, s.steps + 1, local.member, local.members, INT64_MAX,
-                 team.deal ? &*team.deal : nullptr);
+    Walk<O> walk(w_hh, states, gate_rows, item, s.steps + 1, local.member, local.members, INT64_MAX, team.deal.get());
     Walk<O> projection_walk(w_hr, units_, s.state, item, 0, local.member, local.members);
     for (int64_t step = s.steps - 1; step >= 0; --step) {
       // Of the rows of a step, those come first that have a step after it.
       multiply(item, local, walk, step, [&](int64_t lane) { return followed(item, lane, step); },
                [&](int64_t lane, int64_t) { return time(lane, step + 1); });
-      team.barrier.wait(local.members, [&] {
-        if (team.deal) team.deal->next_step();
-      });
+      team.end_step(local.members);
       if (s.has_projection) through_projection(item, local, projection_walk, step, team.barrier);
       each_row(item, local, step, [&](const Place& place, const T* from_after, const T* from_projection) {
         row_gradients(place, local, from_after, from_projection);
@@ -133,7 +130,7 @@ class ExtendedBackward {
                [&](int64_t r) { initial_gradients(lane, item.first + r, product(item, local, lane, r)); });
     team.barrier.wait(local.members);
   }
-  int64_t pieces(int) const { return s.lanes * states.count(); }
+  int64_t pieces() const { return s.lanes * states.count(); }
 
   // ---- gains and peepholes: parallel in time, as the gradients in weights.h ----------------------------------------
 

@@ -61,7 +61,7 @@ class Forward {
     if (s.has_projection) unprojected = carver.take<O>(states * hidden_stride);
     if (split.together() && !table) gates_x_ = carver.take<T>(2 * s.lanes * chunk_rows() * columns);
   }
-  int64_t pieces(int members) const { return s.lanes * packed.gates.count() * groups(members); }
+  int64_t pieces() const { return s.lanes * packed.gates.count() * row_groups(s, split, packed.gates); }
 
   Local carve_local(Carver& carver) const {
     Local local;
@@ -75,24 +75,19 @@ class Forward {
   }
 
   void run_item(const Item& item, const Local& local, Team& team) const {
-    const int64_t chunk = chunk_steps();
-    const auto make_gates_x = [&](int64_t step) {
-      for (int64_t lane = item.lane; lane < item.lane_end; ++lane)
-        this->make_gates_x(item, local, lane, step, min64(step + chunk, s.steps));
-    };
-    const bool ahead = local.members > 1 && !table;
-    if (ahead) make_gates_x(0);
+    const bool together = local.members > 1;
+    if (together && !table) make_gates_x(item, local, 0);
     if (local.member == 0) init_states(item);
     team.barrier.wait(local.members);
-    Walk<O> walk(packed.w_hh, packed.gates, s.state, item, s.steps, local.member, local.members, INT64_MAX,
-                 team.deal ? &*team.deal : nullptr, team.deal ? groups(local.members) : 1);
+    Walk<O> walk(packed.w_hh, packed.gates, s.state, item, s.steps, local.member, local.members, INT64_MAX, team.deal.get(),
+                 row_groups(s, split, packed.gates));
+    const int64_t chunk = chunk_steps();
     for (int64_t step = 0; step < s.steps; ++step) {
-      if (!ahead && !table && step % chunk == 0) make_gates_x(step);
-      if (ahead && (step + 1) % chunk == 0 && step + 1 < s.steps) make_gates_x(step + 1);
+      // A team makes them a step early, which saves it a barrier.
+      const int64_t first = step + together;
+      if (first % chunk == 0 && first < s.steps && !table) make_gates_x(item, local, first);
       run_step(item, local, walk, step);
-      team.barrier.wait(local.members, [&] {
-        if (team.deal) team.deal->next_step();
-      });
+      team.end_step(local.members);
       if (!s.has_projection) continue;
       for (int64_t lane = item.lane; lane < item.lane_end; ++lane) project(item, local, lane, step);
       team.barrier.wait(local.members);
@@ -120,11 +115,6 @@ class Forward {
   T* gates_x(const Item& item, const Local& local, int64_t lane, int64_t step) const {
     if (local.members > 1) return gates_x_ + (step / chunk_steps() % 2 * s.lanes + lane) * chunk_rows() * columns;
     return local.gates_x + (lane - item.lane) * chunk_rows() * columns;
-  }
-  // Groups of rows of a panel in a step: enough pieces for a team to share them evenly.
-  int64_t groups(int members) const {
-    const int64_t wanted = ceil_div(8 * members, s.lanes * packed.gates.count()), most = s.batch / (2 * MAX_ROWS);
-    return max64(1, min64(wanted, most));
   }
   O* operand_row(int64_t parity, int64_t lane, int64_t b) const {
     return operand + (((parity & 1) * s.lanes + lane) * s.batch + b) * state_stride;
@@ -159,7 +149,11 @@ class Forward {
       }
   }
 
-  // The input product and bias of steps [step, end), for this member's panels.
+  // The input product and bias of the chunk that begins with this step, for this member's panels.
+  void make_gates_x(const Item& item, const Local& local, int64_t step) const {
+    for (int64_t lane = item.lane; lane < item.lane_end; ++lane)
+      make_gates_x(item, local, lane, step, min64(step + chunk_steps(), s.steps));
+  }
   void make_gates_x(const Item& item, const Local& local, int64_t lane, int64_t step, int64_t end) const {
     T* out = gates_x(item, local, lane, step);
     const T* bias = packed.bias + lane * columns;
@@ -190,7 +184,7 @@ class Forward {
       const int width = panels.width(p);
       for_tiles(rows, width, [&](int64_t row, int count, int64_t, int64_t) {
         tile_function<O>(count, width)(units<O>(s.input), local.a + row, w, local.start + row, column, nullptr,
-                                       out + row * columns + column, columns, {});
+                                       out + row * columns + column, columns, nullptr);
       });
     }
   }
@@ -211,15 +205,16 @@ class Forward {
 
   void run_step(const Item& item, const Local& local, Walk<O>& walk, int64_t step) const {
     int64_t lane = -1;
-    NextStep next;
+    RowsAhead ahead;
     walk.begin(step);
     for (Piece piece; walk.take(piece);) {
       if (lane != piece.lane) {
         lane = piece.lane;
         find_rows(item, local, lane, step);
-        next = next_step(item, local, lane, step);
+        if (local.members == 1) ahead = of_next_step(item, walk, lane, step);
       }
-      run_piece(item, local, walk, piece, step, next);
+      if (local.members > 1) ahead = of_next_piece(item, walk, piece, step);
+      run_piece(item, local, walk, piece, step, ahead);
     }
   }
 
@@ -240,19 +235,17 @@ class Forward {
   }
 
   void run_piece(const Item& item, const Local& local, const Walk<O>& walk, const Piece& piece, int64_t step,
-                 const NextStep& next) const {
+                 const RowsAhead& ahead) const {
     const int64_t lane = piece.lane, t = time(lane, step), rows = alive(s, item, t), first_row = s.offset_at(t) + item.first;
     const Panels& panels = packed.gates;
-    const int64_t p = piece.panel, i = piece.before % walk.count();
-    const int64_t first = rows * piece.group / walk.groups(), end = rows * (piece.group + 1) / walk.groups();
+    const int64_t p = piece.panel, first = piece.first(rows, walk.groups()), end = piece.end(rows, walk.groups());
     const T* last = s.cell == Cell::gru ? packed.bias_n + lane * round_up(s.hidden, V) + p * V : nullptr;
     const int width = panels.width(p);
     for_tiles(end - first, width, [&](int64_t row, int count, int64_t tile, int64_t tiles) {
       row += first;
+      Ahead fetched{walk.ahead(piece, 0, tile, tiles), ahead.share(piece, tile, tiles, units<O>(s.state))};
       tile_function<O>(count, width)(units<O>(s.state), local.a + row, walk.weights(lane, p), local.start + row,
-                                     p * panels.vectors * V, last, local.tile, width * V,
-                                     {walk.ahead(piece, 0, tile, tiles),
-                                      next.share(i * tiles + tile, walk.count() * tiles, units<O>(s.state))});
+                                     p * panels.vectors * V, last, local.tile, width * V, fetched.any());
       for (int r = 0; r < count; ++r) {
         const Place place{lane, first_row + row + r, item.first + row + r, step, t};
         const T* sums = local.tile + r * width * V;
@@ -266,15 +259,33 @@ class Forward {
     });
   }
 
-  // Not where others write parts of the same rows, nor where there are so few that a tile is bound by reading weights.
-  NextStep next_step(const Item& item, const Local& local, int64_t lane, int64_t step) const {
-    NextStep next;
-    if (local.members > 1 || step + 1 == s.steps) return next;
+  // Nothing is fetched that stays near from step to step, nor where rows are so few that a tile is bound by reading weights.
+  bool fetches(int64_t rows) const {
+    const int64_t of_row = (x.tape ? tape_count(s.cell) * s.hidden : 0) + s.state;
+    return rows > MAX_ROWS && s.steps * rows * of_row * int64_t(sizeof(S)) > near_bytes();
+  }
+  RowsAhead of_next_step(const Item& item, const Walk<O>& walk, int64_t lane, int64_t step) const {
+    RowsAhead ahead(walk.count());
+    if (step + 1 == s.steps) return ahead;
     const int64_t t = time(lane, step + 1), rows = alive(s, item, t), first = s.offset_at(t) + item.first;
-    if (rows <= MAX_ROWS) return next;
-    if (x.tape) next.add(tape_row(lane, first), rows * tape_count(s.cell) * s.hidden * int64_t(sizeof(S)));
-    if (s.lanes == 1) next.add(output_row(first, lane), rows * s.state * int64_t(sizeof(S)));
-    return next.unless_near(s.steps);
+    if (fetches(rows)) fetch_rows(ahead, lane, first, rows, 0, s.hidden);
+    return ahead;
+  }
+  RowsAhead of_next_piece(const Item& item, const Walk<O>& walk, const Piece& piece, int64_t step) const {
+    RowsAhead ahead;
+    const auto next = walk.next(piece);
+    if (!next) return ahead;
+    const int64_t t = time(next->lane, step), rows = alive(s, item, t), first = next->first(rows, walk.groups());
+    const int64_t unit = next->panel * packed.gates.units_per_panel;
+    if (fetches(rows))
+      fetch_rows(ahead, next->lane, s.offset_at(t) + item.first + first, next->end(rows, walk.groups()) - first, unit,
+                 min64(unit + packed.gates.units_per_panel, s.hidden));
+    return ahead;
+  }
+  void fetch_rows(RowsAhead& ahead, int64_t lane, int64_t row, int64_t rows, int64_t unit, int64_t end) const {
+    const int64_t bytes = (end - unit) * int64_t(sizeof(S)), hidden = s.hidden * int64_t(sizeof(S));
+    if (x.tape) ahead.add(tape_row(lane, row) + unit, bytes, rows * tape_count(s.cell), hidden);
+    if (!s.has_projection) ahead.add(output_row(row, lane) + unit, bytes, rows, s.lanes * hidden);
   }
 
   struct Place {
@@ -350,7 +361,7 @@ class Forward {
       const int width = panels.width(p);
       for_tiles(rows, width, [&](int64_t row, int count, int64_t, int64_t) {
         tile_function<O>(count, width)(units<O>(s.hidden), local.a + row, w, local.start + row, 0, nullptr, local.tile,
-                                       width * V, {});
+                                       width * V, nullptr);
         for (int r = 0; r < count; ++r)
           for (int c = 0; c < width; ++c) {
             const int64_t j = (p * panels.vectors + c) * V;

@@ -48,7 +48,7 @@ void forward(const ForwardArgs& x, int available) {
   scan.carve(carver);
   Barrier all;
   Team team;
-  if (split.together()) team.deal.emplace(split.members, scan.pieces(split.members), steps_walked() & 1);
+  if (split.dealt) team.deal = std::make_unique<Deal>(split.members, scan.pieces(), steps_walked() & 1);
   parallel(split.threads, [&](int thread, int threads) {
     Carver mine(memory.data() + shared.used() + own.used() * thread);
     auto local = scan.carve_local(mine);
@@ -109,7 +109,7 @@ void scan_then_tasks(const Scan& scan, const Weights& weights, const ScanShape& 
   std::atomic<int64_t> next{0};
   Barrier all;
   Team team;
-  if (split.together()) team.deal.emplace(split.members, scan.pieces(split.members), steps_walked() & 1);
+  if (split.dealt) team.deal = std::make_unique<Deal>(split.members, scan.pieces(), steps_walked() & 1);
   parallel(split.threads, [&](int thread, int threads) {
     char* mine = locals + own_bytes * thread;
     scan.pack(thread, threads);
@@ -160,7 +160,7 @@ void extended_forward(const ExtendedForwardArgs& x, int available) {
   scan.carve(carver);
   Barrier all;
   Team team;
-  if (split.together()) team.deal.emplace(split.members, scan.pieces(split.members), steps_walked() & 1);
+  if (split.dealt) team.deal = std::make_unique<Deal>(split.members, scan.pieces(), steps_walked() & 1);
   parallel(split.threads, [&](int thread, int threads) {
     Carver mine(memory.data() + shared.used() + own.used() * thread);
     auto local = scan.carve_local(mine);

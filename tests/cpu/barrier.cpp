@@ -1,30 +1,69 @@
-// The barrier between time steps under contention, for ThreadSanitizer. Returns 0 where all is well.
+// The barrier between time steps, and the pieces dealt in them, under contention, for ThreadSanitizer. Returns 0 where all is well.
 #include <chrono>
 #include <thread>
 #include <vector>
 
+#include "../../csrc/cpu/deal.h"
 #include "../../csrc/cpu/threads.h"
 
-// Each thread reads what the others wrote before the barrier: a race, or a wrong sum, if it does not hold.
-int main() {
-  constexpr int THREADS = 4, ROUNDS = 3000;
-  rnnfast::Barrier barrier;
-  int64_t written[THREADS] = {};
+namespace {
+
+constexpr int THREADS = 4, ROUNDS = 3000;
+
+void sleep(int microseconds) { std::this_thread::sleep_for(std::chrono::microseconds(microseconds)); }
+
+// Runs work(thread), which says whether it has seen something wrong, in every thread.
+template <class F>
+bool all_is_well(F work) {
   bool wrong[THREADS] = {};
   std::vector<std::thread> threads;
-  for (int i = 0; i < THREADS; ++i)
-    threads.emplace_back([&, i] {
-      for (int round = 1; round <= ROUNDS; ++round) {
-        written[i] = round;
-        if (round % 500 == i) std::this_thread::sleep_for(std::chrono::microseconds(300));  // the others fall asleep
-        barrier.wait(THREADS);
-        for (int64_t value : written) wrong[i] |= value != round;
-        barrier.wait(THREADS);
-      }
-    });
+  for (int i = 0; i < THREADS; ++i) threads.emplace_back([&, i] { wrong[i] = work(i); });
   for (auto& thread : threads) thread.join();
   for (bool one : wrong)
-    if (one) return 1;
-  return 0;
+    if (one) return false;
+  return true;
 }
 
+// Each thread reads what the others wrote before the barrier: a race, or a wrong sum, if it does not hold.
+bool barrier_holds() {
+  rnnfast::Barrier barrier;
+  int64_t written[THREADS] = {};
+  return all_is_well([&](int thread) {
+    bool wrong = false;
+    for (int round = 1; round <= ROUNDS; ++round) {
+      written[thread] = round;
+      if (round % 500 == thread) sleep(300);  // the others fall asleep
+      barrier.wait(THREADS);
+      for (int64_t value : written) wrong |= value != round;
+      barrier.wait(THREADS);
+    }
+    return wrong;
+  });
+}
+
+// Every piece is taken once a step, whoever is slow; and one more member is dealt to than comes.
+bool pieces_are_dealt_once() {
+  constexpr int PIECES = 37;
+  rnnfast::Barrier barrier;
+  rnnfast::Deal deal(THREADS + 1, PIECES, false);
+  int64_t taken[PIECES] = {};
+  return all_is_well([&](int thread) {
+    bool wrong = false;
+    for (int round = 1; round <= ROUNDS; ++round) {
+      for (int64_t piece; (piece = deal.take(thread)) >= 0;) {
+        const int64_t next = deal.peek(thread);
+        wrong |= piece >= PIECES || next >= PIECES || next == piece;
+        ++taken[piece];
+        if (round % 500 == thread) sleep(20);
+      }
+      barrier.wait(THREADS, [&] { deal.next_step(); });
+      for (int64_t times : taken) wrong |= times != round;
+      barrier.wait(THREADS);
+    }
+    return wrong;
+  });
+}
+
+}  // namespace
+
+int main() { return barrier_holds() && pieces_are_dealt_once() ? 0 : 1; }
