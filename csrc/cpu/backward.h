@@ -113,12 +113,13 @@ class Backward {
     }
   }
 
-  void run_item(const Item& item, const Local& local, Team& team) const {
-    if (local.member == 0) init_carries(item);
+  void run_item(Item item, const Local& local, Team& team) const {
+    if (local.member == 0 && item.done == 0) init_carries(item);
     team.barrier.wait(local.members);
     Walk<O> walk(w_hh, states, gate_rows, item, s.steps + 1, local.member, local.members, BLOCK, team.deal.get(),
                  row_groups(s, split, states));
-    for (int64_t step = s.steps - 1; step >= 0; --step) {
+    for (int64_t step = s.steps - 1 - item.done; step >= 0; --step) {
+      team.share(item, s.steps - 1 - step);
       state_gradients(item, local, walk, step);
       team.end_step(local.members);
       if (!s.has_projection) continue;

@@ -213,13 +213,14 @@ class ExtendedForward {
       gather(table + i * stride, i / s.input, i % s.input, 0, gate_rows);
   }
 
-  void run_item(const Item& item, const Local& local, Team& team) const {
-    if (local.member == 0) init_states(item);
+  void run_item(Item item, const Local& local, Team& team) const {
+    if (local.member == 0 && item.done == 0) init_states(item);
     team.barrier.wait(local.members);
     Walk<O> walk(w_hh, panels, s.state, item, s.steps, local.member, local.members, INT64_MAX, team.deal.get());
     Walk<O> input_walk(w_ih, panels, s.input, item, 0, local.member, local.members);
     Walk<O> projection_walk(w_hr, projection, s.hidden, item, 0, local.member, local.members);
-    for (int64_t step = 0; step < s.steps; ++step) {
+    for (int64_t step = item.done; step < s.steps; ++step) {
+      if (step % chunk_steps() == 0) team.share(item, step);
       if (step % chunk_steps() == 0 && !has_table) multiply_inputs(item, local, input_walk, step);
       multiply_rows(walk, panels, s.state, step, local.a,
                     [&](int64_t lane) {

@@ -106,12 +106,13 @@ class ExtendedBackward {
     if (w_hr) pack(w_hr, units_, x.w_hr, s.state, s.hidden, thread, threads);
   }
 
-  void run_item(const Item& item, const Local& local, Team& team) const {
-    if (local.member == 0) init_carries(item);
+  void run_item(Item item, const Local& local, Team& team) const {
+    if (local.member == 0 && item.done == 0) init_carries(item);
     team.barrier.wait(local.members);
     Walk<O> walk(w_hh, states, gate_rows, item, s.steps + 1, local.member, local.members, INT64_MAX, team.deal.get());
     Walk<O> projection_walk(w_hr, units_, s.state, item, 0, local.member, local.members);
-    for (int64_t step = s.steps - 1; step >= 0; --step) {
+    for (int64_t step = s.steps - 1 - item.done; step >= 0; --step) {
+      team.share(item, s.steps - 1 - step);
       // Of the rows of a step, those come first that have a step after it.
       multiply(item, local, walk, step, [&](int64_t lane) { return followed(item, lane, step); },
                [&](int64_t lane, int64_t) { return time(lane, step + 1); });

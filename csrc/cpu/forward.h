@@ -74,15 +74,16 @@ class Forward {
     return local;
   }
 
-  void run_item(const Item& item, const Local& local, Team& team) const {
+  void run_item(Item item, const Local& local, Team& team) const {
     const bool together = local.members > 1;
     if (together && !table) make_gates_x(item, local, 0);
-    if (local.member == 0) init_states(item);
+    if (local.member == 0 && item.done == 0) init_states(item);
     team.barrier.wait(local.members);
     Walk<O> walk(packed.w_hh, packed.gates, s.state, item, s.steps, local.member, local.members, INT64_MAX, team.deal.get(),
                  row_groups(s, split, packed.gates));
     const int64_t chunk = chunk_steps();
-    for (int64_t step = 0; step < s.steps; ++step) {
+    for (int64_t step = item.done; step < s.steps; ++step) {
+      if (step % chunk == 0) team.share(item, step);
       // A team makes them a step early, which saves it a barrier.
       const int64_t first = step + together;
       if (first % chunk == 0 && first < s.steps && !table) make_gates_x(item, local, first);

@@ -22,7 +22,7 @@ using HalfOperand = bf16;
 using HalfOperand = float;
 #endif
 
-// Runs this thread's share of the items: all of one team's, or every n-th alone.
+// Runs this thread's share of the items: all of one team's, or every n-th alone and then what others give away.
 template <class Scan, class Local>
 void run_items(const Scan& scan, const ScanShape& s, const Split& split, Local& local, int thread, int threads,
                Team& team) {
@@ -30,6 +30,8 @@ void run_items(const Scan& scan, const ScanShape& s, const Split& split, Local& 
   local.members = split.together() ? threads : 1;
   for (int64_t i = split.together() ? 0 : thread; i < split.items; i += split.together() ? 1 : threads)
     scan.run_item(item_of(s, split, i), local, team);
+  if (!team.relay) return;
+  for (Item item; team.relay->take(item, threads);) scan.run_item(item, local, team);
 }
 
 template <class S, class O>
@@ -47,8 +49,7 @@ void forward(const ForwardArgs& x, int available) {
   Carver carver(memory.data());
   scan.carve(carver);
   Barrier all;
-  Team team;
-  if (split.dealt) team.deal = std::make_unique<Deal>(split.members, scan.pieces(), steps_walked() & 1);
+  Team team(split, scan);
   parallel(split.threads, [&](int thread, int threads) {
     Carver mine(memory.data() + shared.used() + own.used() * thread);
     auto local = scan.carve_local(mine);
@@ -108,8 +109,7 @@ void scan_then_tasks(const Scan& scan, const Weights& weights, const ScanShape& 
                      size_t own_bytes, int64_t tasks, Task run) {
   std::atomic<int64_t> next{0};
   Barrier all;
-  Team team;
-  if (split.dealt) team.deal = std::make_unique<Deal>(split.members, scan.pieces(), steps_walked() & 1);
+  Team team(split, scan);
   parallel(split.threads, [&](int thread, int threads) {
     char* mine = locals + own_bytes * thread;
     scan.pack(thread, threads);
@@ -159,8 +159,7 @@ void extended_forward(const ExtendedForwardArgs& x, int available) {
   Carver carver(memory.data());
   scan.carve(carver);
   Barrier all;
-  Team team;
-  if (split.dealt) team.deal = std::make_unique<Deal>(split.members, scan.pieces(), steps_walked() & 1);
+  Team team(split, scan);
   parallel(split.threads, [&](int thread, int threads) {
     Carver mine(memory.data() + shared.used() + own.used() * thread);
     auto local = scan.carve_local(mine);

@@ -5,7 +5,7 @@
 #include <optional>
 
 #include "../scan.h"
-#include "deal.h"
+#include "sharing.h"
 #include "threads.h"
 #include "tile.h"
 
@@ -193,8 +193,19 @@ RNNFAST_INLINE int64_t row_groups(const ScanShape& s, const Split& split, const 
 // What the threads of a scan have in common.
 struct Team {
   Barrier barrier;
-  std::unique_ptr<Deal> deal;  // where pieces are dealt
+  std::unique_ptr<Deal> deal;    // where pieces are dealt
+  std::unique_ptr<Relay> relay;  // where every thread walks alone
 
+  template <class Scan>
+  Team(const Split& split, const Scan& scan) {
+    if (split.dealt) deal = std::make_unique<Deal>(split.members, scan.pieces(), steps_walked() & 1);
+    if (split.threads > 1 && !split.together()) relay = std::make_unique<Relay>();
+  }
+  Team() = default;
+  // Before a step, where rows may go on in another thread.
+  void share(Item& item, int64_t done) {
+    if (relay) relay->share(item, done);
+  }
   void end_step(int members) {
     barrier.wait(members, [&] {
       if (deal) deal->next_step();
@@ -202,10 +213,6 @@ struct Team {
   }
 };
 
-// Rows [first, end) of lanes [lane, lane_end), walked by the members of a team.
-struct Item {
-  int64_t lane, lane_end, first, end;
-};
 RNNFAST_INLINE Item item_of(const ScanShape& s, const Split& split, int64_t i) {
   if (!split.items_per_lane) return {0, s.lanes, 0, s.batch};
   const int64_t lane = i / split.items_per_lane, part = i % split.items_per_lane;

@@ -69,12 +69,17 @@ void Barrier::release(uint32_t phase) {
   if (sleepers_.load()) wake_all(phase_);
 }
 
-void Barrier::await(uint32_t phase) {
+bool spin_while(const std::atomic<uint32_t>& word, uint32_t value) {
   constexpr int SPINS = 1000;
   for (int spin = 0; spin < SPINS; ++spin) {
-    if (phase_.load(std::memory_order_acquire) != phase) return;
+    if (word.load(std::memory_order_acquire) != value) return true;
     pause_cpu();
   }
+  return false;
+}
+
+void Barrier::await(uint32_t phase) {
+  if (spin_while(phase_, phase)) return;
   sleepers_.fetch_add(1);
   while (phase_.load() == phase) sleep_while(phase_, phase);
   sleepers_.fetch_sub(1);

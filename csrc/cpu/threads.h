@@ -13,6 +13,9 @@ int usable_threads(int wanted);
 // Runs body(context, thread, threads) on at most `threads` threads of the pool that torch uses.
 void run_parallel(int threads, void (*body)(void* context, int thread, int threads), void* context);
 
+// Waits some ten microseconds for a word to change, and says whether it did.
+bool spin_while(const std::atomic<uint32_t>& word, uint32_t value);
+
 // Spins for some ten microseconds, then sleeps: a waiting thread must not hold a core that the others need.
 class Barrier {
  public:

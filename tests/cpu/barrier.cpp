@@ -3,7 +3,7 @@
 #include <thread>
 #include <vector>
 
-#include "../../csrc/cpu/deal.h"
+#include "../../csrc/cpu/sharing.h"
 #include "../../csrc/cpu/threads.h"
 
 namespace {
@@ -64,6 +64,35 @@ bool pieces_are_dealt_once() {
   });
 }
 
+// Every row goes through every step once and in order, in whichever thread.
+bool rows_are_relayed() {
+  constexpr int64_t ROWS = 50, STEPS = 20;
+  for (int round = 0; round < ROUNDS / 10; ++round) {
+    rnnfast::Relay relay;
+    int64_t done[THREADS * ROWS] = {};
+    const auto run = [&](rnnfast::Item item, int thread) {
+      for (int64_t step = item.done; step < STEPS; ++step) {
+        relay.share(item, step);
+        for (int64_t row = item.first; row < item.end; ++row) {
+          if (done[row] != step) return true;
+          ++done[row];
+        }
+        if (thread == round % THREADS) sleep(round % 50 == 0 ? 200 : 1);  // a slow one
+      }
+      return false;
+    };
+    const bool well = all_is_well([&](int thread) {
+      bool wrong = run({0, 1, thread * ROWS, (thread + 1) * ROWS}, thread);
+      for (rnnfast::Item item; relay.take(item, THREADS);) wrong |= run(item, thread);
+      return wrong;
+    });
+    for (int64_t steps : done)
+      if (steps != STEPS) return false;
+    if (!well) return false;
+  }
+  return true;
+}
+
 }  // namespace
 
-int main() { return barrier_holds() && pieces_are_dealt_once() ? 0 : 1; }
+int main() { return barrier_holds() && pieces_are_dealt_once() && rows_are_relayed() ? 0 : 1; }
