@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../scan.h"
+#include "memory.h"
 #include "threads.h"
 #include "tile.h"
 
