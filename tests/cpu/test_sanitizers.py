@@ -60,7 +60,11 @@ def test_kernels_under_address_sanitizer(tmp_path: Path) -> None:
         sanitizer = "-fsanitize=address,undefined"
         command = [COMPILER, *flags.split(), sanitizer, "-c", str(CSRC / "kernels.cpp"), "-o", objects[-1]]
         subprocess.run(command, check=True)
-    sources = [str(HERE / "sanitize.cpp"), *(str(CSRC / f"{name}.cpp") for name in ("threads", "memory", "choose")), *objects]
+    sources = [
+        str(HERE / "sanitize.cpp"),
+        *(str(CSRC / f"{name}.cpp") for name in ("threads", "memory", "choose")),
+        *objects,
+    ]
     program = compile_program(tmp_path, "address,undefined", *sources, defines=defines)
     for isa in instruction_sets:
         run_program(program, RNNFAST_CPU_ISA=isa)
