@@ -6,7 +6,8 @@
 #include <algorithm>
 #include <cstdlib>
 #include <mutex>
-#include <new>
+#include <stdexcept>
+#include <string>
 #include <type_traits>
 
 #if defined(__linux__)
@@ -91,7 +92,7 @@ Block take_block(size_t bytes, bool briefly) {
     const size_t used = used_bytes + large_bytes(block);
     unwanted.drop_until_large_kept_are(std::max(most_used, used) - used);
     block.data = static_cast<char*>(std::aligned_alloc(page, capacity));
-    if (!block.data) throw std::bad_alloc();
+    if (!block.data) throw std::runtime_error("no memory for a block of " + std::to_string(capacity) + " bytes");
     wish_huge_pages(block.data, capacity);
   }
   used_bytes += large_bytes(block);

@@ -20,15 +20,16 @@ Tensor tape_tensor(const Tensor& like, const Sizes& sizes) {
   if (bytes < LARGE_BLOCK || !torch_from_blob) return empty(like, sizes);
   constexpr int32_t NO_INDEX = -1;
   int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  check(aoti_torch_get_dtype(like.get(), &dtype) == AOTI_TORCH_SUCCESS, "a tape is to be like a tensor without a type");
   const Block block = take_block(bytes, false);
   const auto give = [](void* data, void* capacity) {
     give_back({static_cast<char*>(data), reinterpret_cast<size_t>(capacity)});
   };
   AtenTensorHandle tape;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(
-      block.data, int64_t(sizes.size()), sizes.data(), strides.data(), 0, dtype, aoti_torch_device_type_cpu(), NO_INDEX, &tape,
-      aoti_torch_layout_strided(), nullptr, 0, give, reinterpret_cast<void*>(block.capacity)));
+  const auto status = torch_from_blob(block.data, int64_t(sizes.size()), sizes.data(), strides.data(), 0, dtype,
+                                      aoti_torch_device_type_cpu(), NO_INDEX, &tape, aoti_torch_layout_strided(), nullptr, 0,
+                                      give, reinterpret_cast<void*>(block.capacity));
+  check(status == AOTI_TORCH_SUCCESS, "torch does not take ", bytes, " bytes for a tape");
   return Tensor(tape);
 }
 
