@@ -102,8 +102,8 @@ Block take_block(size_t bytes, bool briefly) {
 
 void give_back(Block block) {
 #if defined(MADV_FREE)
-  // The kernel may have the pages of an idle process when others need them; the next taker touches a page that it did
-  // not take without a fault.
+  // The kernel may take its pages when others need memory, so that an idle process holds none; those that it has left by the
+  // next use cost no fault.
   if (large_bytes(block)) madvise(block.data, block.capacity, MADV_FREE);
 #endif
   Unwanted unwanted;

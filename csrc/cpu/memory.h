@@ -18,10 +18,10 @@ struct Block {
   size_t capacity;
 };
 
-// A block of at least so many bytes, aligned to 64 or more, of undefined content; from any thread. Large ones, of
-// LARGE_BLOCK and more, never make for a larger footprint than use alone has needed: those that are kept and those in use
-// together do not exceed the most that was ever in use at a time. `briefly`: for the length of a call; a kept block much
-// too large may then serve. Throws std::runtime_error.
+// A block of at least so many bytes, aligned to 64 or more, of undefined content; from any thread. Blocks of LARGE_BLOCK and
+// more never make for a larger footprint than use alone: kept ones and those in use together are no more than the most that
+// was ever in use at a time. `briefly`: for the length of a call; a kept block much too large may then serve. Throws
+// std::runtime_error where there is no memory.
 Block take_block(size_t bytes, bool briefly);
 // Keeps the block for the next taker; on any thread, in a forked child, and until the very end of the process.
 void give_back(Block block);
