@@ -5,6 +5,7 @@
 #include <optional>
 
 #include "../scan.h"
+#include "memory.h"
 #include "sharing.h"
 #include "threads.h"
 #include "tile.h"

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../cells.h"
+#include "memory.h"
 #include "threads.h"
 #include "tile.h"
 
