@@ -17,6 +17,7 @@ STABLE_TORCH_LIBRARY_IMPL(rnnfast, CPU, m) {
   m.impl("scan_cpu_packed", TORCH_BOX(&rnnfast::scan_cpu_packed));
   m.impl("direct_plan_cpu", TORCH_BOX(&rnnfast::direct_plan_cpu));
   m.impl("direct_layer_cpu", TORCH_BOX(&rnnfast::direct_layer_cpu));
+  m.impl("direct_tape_cpu", TORCH_BOX(&rnnfast::direct_tape_cpu));
   m.impl("generate_cpu", TORCH_BOX(&rnnfast::generate_cpu));
 }
 

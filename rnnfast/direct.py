@@ -33,6 +33,7 @@ from rnnfast.cells import CELLS
 # Of csrc/cpu/direct.h: what its functions return, and the structures they take.
 _DONE, _STALE = 0, 1
 _infer_call, _forward_call, _backward_call = (Struct(f"{fields}q").pack for fields in (9, 15, 24))
+_LARGE = 4 << 20  # LARGE_BLOCK of csrc/cpu/memory.h, in bytes
 
 _base: Any = torch._C.TensorBase
 _version_of, _shape_of, _dtype_of = _base._version.__get__, _base.shape.__get__, _base.dtype.__get__
@@ -60,6 +61,7 @@ class _Layer:
     state_size: int
     hidden_size: int
     tape_size: int  # of a row
+    large_rows: int  # their tape is kept by the library from one call to the next; less is not worth the operator
     has_cell_state: bool
     address: int  # of `kept`
     kept: Tensor
@@ -109,7 +111,9 @@ class _Plan:
             first_ids = ids and not index
             kept = torch.ops.rnnfast.direct_layer_cpu(w_ih, w_hh, w_hr, self.cell, first_ids)
             form = lane, tuple(w is not None for w in lane), self.cell, self.dtype, first_ids
-            sizes = self.state_size, self.hidden_size, cell.tape * self.hidden_size
+            tape_size = cell.tape * self.hidden_size
+            large_rows = -(-_LARGE // (tape_size * self.dtype.itemsize)) if tape_size else 0
+            sizes = self.state_size, self.hidden_size, tape_size, large_rows
             layers.append(_Layer(*form, *sizes, cell.has_cell_state, kept.data_ptr(), kept))
         self.layers[ids] = layers
         return layers
@@ -360,6 +364,13 @@ def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
     return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
+def _empty_tape(layer: _Layer, rows: int, like: Tensor) -> Tensor:
+    if rows < layer.large_rows:
+        return torch.empty(1, rows, layer.tape_size, dtype=layer.dtype)
+    tape: Tensor = torch.ops.rnnfast.direct_tape_cpu.default(like, rows, layer.tape_size)
+    return tape
+
+
 _NO_WEIGHT = (False,) * 5
 
 
@@ -383,7 +394,7 @@ class _Scan(derivatives.Function):
     ) -> Any:
         rows, dtype = batch[0] if batch else 1, layer.dtype
         output = torch.empty(steps, *batch, layer.state_size, dtype=dtype)
-        tape = torch.empty(1, steps * rows, layer.tape_size, dtype=dtype) if layer.tape_size else None
+        tape = _empty_tape(layer, steps * rows, output) if layer.tape_size else None
         h_n = torch.empty(1, *batch, layer.state_size, dtype=dtype)
         c_n = torch.empty(1, *batch, layer.hidden_size, dtype=dtype) if layer.has_cell_state else None
         kept = (input, h_0, c_0, *weights, output, tape)

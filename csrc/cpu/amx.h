@@ -39,7 +39,7 @@ RNNFAST_INLINE void amx_multiply(const void* a, int64_t a_bytes, const void* w, 
 // As `tile`, of which it is the other form; see there.
 template <int R, int NV>
 void amx_tile(int64_t k_units, const bf16* const* a, const bf16* w, const float* const* start, int64_t offset,
-              const float* last, float* out, int64_t out_stride, Ahead ahead) {
+              const float* last, float* out, int64_t out_stride, Ahead* ahead) {
   constexpr int64_t UNITS = 16, DEPTH = 2 * UNITS;  // of one instruction
   static constexpr AmxConfig config(R);
   alignas(64) bf16 rows[16 * DEPTH], columns[NV * UNITS * DEPTH];
@@ -57,7 +57,7 @@ void amx_tile(int64_t k_units, const bf16* const* a, const bf16* w, const float*
   _tile_zero(3);
   int64_t u = 0;
   for (; u + UNITS <= k_units; u += UNITS, w += UNITS * NV * 32) {
-    ahead.fetch(UNITS / Ahead::BLOCK);
+    if (ahead) ahead->fetch(UNITS / Ahead::BLOCK);
     if (even) {
       amx_multiply<NV>(a[0] + u * 2, stride * 2, w, NV * 64);
       continue;

@@ -113,21 +113,23 @@ class Backward {
     }
   }
 
-  void run_item(const Item& item, const Local& local, Barrier& barrier) const {
-    if (local.member == 0) init_carries(item);
-    barrier.wait(local.members);
-    const Walk<O> walk(w_hh, states, gate_rows, item, s.steps + 1, local.member, local.members, BLOCK);
-    for (int64_t step = s.steps - 1; step >= 0; --step) {
-      for (int64_t i = 0; i < item.lane_end - item.lane; ++i)
-        state_gradient(item, local, walk, walk.lane(step, i), step);
-      barrier.wait(local.members);
+  void run_item(Item item, const Local& local, Team& team) const {
+    if (local.member == 0 && item.done == 0) init_carries(item);
+    team.barrier.wait(local.members);
+    Walk<O> walk(w_hh, states, gate_rows, item, s.steps + 1, local.member, local.members, BLOCK, team.deal.get(),
+                 row_groups(s, split, states));
+    for (int64_t step = s.steps - 1 - item.done; step >= 0; --step) {
+      team.share(item, s.steps - 1 - step);
+      state_gradients(item, local, walk, step);
+      team.end_step(local.members);
       if (!s.has_projection) continue;
       for (int64_t lane = item.lane; lane < item.lane_end; ++lane) through_projection(item, local, lane, step);
-      barrier.wait(local.members);
+      team.barrier.wait(local.members);
     }
-    for (int64_t lane = item.lane; lane < item.lane_end; ++lane) initial_gradient(item, local, walk, lane);
+    initial_gradients(item, local, walk);
     if (local.member == 0) finish_carries(item);
   }
+  int64_t pieces() const { return s.lanes * states.count() * row_groups(s, split, states); }
 
  private:
   struct Place {
@@ -162,59 +164,95 @@ class Backward {
         convert_row(at<S>(x.d_c_0, (lane * s.batch + b) * s.hidden), carry_row(carry_c, lane, b), s.hidden);
   }
 
-  // d_h = d_output + what carries over + d_gates_h(step after) w_hh, and then the gates, unless a projection is between.
-  void state_gradient(const Item& item, const Local& local, const Walk<O>& walk, int64_t lane, int64_t step) const {
-    const int64_t t = time(lane, step), rows = alive(s, item, t), first_row = s.offset_at(t) + item.first;
-    // Rows [0, followed) have a step after this one; the others end here, and get the gradient of the final state.
-    const int64_t after = s.reversed(lane) ? t - 1 : t + 1;
-    const int64_t followed = after < 0 || after >= s.steps ? 0 : min64(rows, alive(s, item, after));
-    for (int64_t r = 0; r < followed; ++r)
-      operands(local, walk, followed, r, d.gates_h(lane, s.offset_at(after) + item.first + r));
-    const NextStep next = next_step(item, local, lane, step);
-    for (int64_t i = 0; i < walk.count(); ++i) {
-      const int64_t p = walk.panel(step, i);
-      const int width = states.width(p);
-      const int64_t column = p * states.vectors * V;
-      const auto start = [&](int64_t row, int count, bool ends, T* sums) {
-        for (int r = 0; r < count; ++r)
-          start_gradient({lane, first_row + row + r, item.first + row + r, t}, p, width, ends, sums + r * width * V);
-      };
-      // Where nothing but d_output is added, and there are whole vectors of it, the product starts from it.
-      const bool direct = sizeof(S) == sizeof(T) && x.d_output && !carry_h && column + width * V <= s.state;
-      const auto finish = [&](int64_t row, int count, const T* sums) {
-        for (int r = 0; r < count; ++r)
-          finish_gradient({lane, first_row + row + r, item.first + row + r, t}, p, width, sums + r * width * V);
-      };
-      add_product(local, walk, lane, step, i, followed, next,
-                  [&](int64_t row, int count, T* sums) {
-                    if (direct)
-                      for (int r = 0; r < count; ++r)
-                        local.start[r] = at<T>(x.d_output, ((first_row + row + r) * s.lanes + lane) * s.state + column);
-                    else
-                      start(row, count, false, sums);
-                    return direct;
-                  },
-                  finish);
-      for_tiles(rows - followed, width, [&](int64_t row, int count, int64_t, int64_t) {
-        start(followed + row, count, true, local.tile);
-        finish(followed + row, count, local.tile);
-      });
+  void state_gradients(const Item& item, const Local& local, Walk<O>& walk, int64_t step) const {
+    int64_t lane = -1;
+    RowsAhead ahead;
+    walk.begin(step);
+    for (Piece piece; walk.take(piece);) {
+      const int64_t t = time(piece.lane, step), rows = alive(s, item, t);
+      // Rows [0, followed) have a step after this one; the others end here, and get the gradient of the final state.
+      const int64_t after = s.reversed(piece.lane) ? t - 1 : t + 1;
+      const int64_t followed = after < 0 || after >= s.steps ? 0 : min64(rows, alive(s, item, after));
+      if (lane != piece.lane) {
+        lane = piece.lane;
+        for (int64_t r = 0; r < followed; ++r)
+          operands(local, walk, followed, r, d.gates_h(lane, s.offset_at(after) + item.first + r));
+        if (local.members == 1) ahead = of_next_step(item, walk, lane, step);
+      }
+      if (local.members > 1) ahead = of_next_piece(item, walk, piece, step);
+      state_gradient(item, local, walk, piece, t, rows, followed, ahead);
     }
   }
 
+  // d_h = d_output + what carries over + d_gates_h(step after) w_hh, and then the gates, unless a projection is between.
+  void state_gradient(const Item& item, const Local& local, const Walk<O>& walk, const Piece& piece, int64_t t, int64_t rows,
+                      int64_t followed, const RowsAhead& ahead) const {
+    const int64_t lane = piece.lane, first_row = s.offset_at(t) + item.first, p = piece.panel;
+    const int width = states.width(p);
+    const int64_t column = p * states.vectors * V;
+    const auto start = [&](int64_t row, int count, bool ends, T* sums) {
+      for (int r = 0; r < count; ++r)
+        start_gradient({lane, first_row + row + r, item.first + row + r, t}, p, width, ends, sums + r * width * V);
+    };
+    // Where nothing but d_output is added, and there are whole vectors of it, the product starts from it.
+    const bool direct = sizeof(S) == sizeof(T) && x.d_output && !carry_h && column + width * V <= s.state;
+    const auto finish = [&](int64_t row, int count, const T* sums) {
+      for (int r = 0; r < count; ++r)
+        finish_gradient({lane, first_row + row + r, item.first + row + r, t}, p, width, sums + r * width * V);
+    };
+    add_product(local, walk, piece, followed, ahead,
+                [&](int64_t row, int count, T* sums) {
+                  if (direct)
+                    for (int r = 0; r < count; ++r)
+                      local.start[r] = at<T>(x.d_output, ((first_row + row + r) * s.lanes + lane) * s.state + column);
+                  else
+                    start(row, count, false, sums);
+                  return direct;
+                },
+                finish);
+    if (piece.group + 1 < walk.groups()) return;
+    for_tiles(rows - followed, width, [&](int64_t row, int count, int64_t, int64_t) {
+      start(followed + row, count, true, local.tile);
+      finish(followed + row, count, local.tile);
+    });
+  }
+
   // As in the forward scan.
-  NextStep next_step(const Item& item, const Local& local, int64_t lane, int64_t step) const {
-    NextStep next;
-    if (local.members > 1 || step == 0) return next;
-    const int64_t t = time(lane, step - 1), rows = alive(s, item, t), first = s.offset_at(t) + item.first;
-    if (rows <= MAX_ROWS) return next;
-    const int64_t state_bytes = rows * s.state * int64_t(sizeof(S));
-    next.add(d.gates_x(lane, first), rows * d.stride * int64_t(sizeof(O)));
-    const int64_t tape_row = tape_count(s.cell) * s.hidden;
-    if (x.tape) next.add(at<S>(x.tape, (lane * s.rows + first) * tape_row), rows * tape_row * int64_t(sizeof(S)));
-    if (s.lanes == 1 && x.d_output) next.add(at<S>(x.d_output, first * s.state), state_bytes);
-    if (s.lanes == 1 && s.cell != Cell::lstm) next.add(at<S>(x.output, first * s.state), state_bytes);
-    return next.unless_near(s.steps);
+  bool fetches(int64_t rows) const {
+    const int64_t of_row = tape_count(s.cell) * s.hidden + (x.d_output ? s.state : 0) + (s.cell != Cell::lstm ? s.state : 0);
+    return rows > MAX_ROWS && s.steps * rows * (of_row * int64_t(sizeof(S)) + d.stride * int64_t(sizeof(O))) > near_bytes();
+  }
+  RowsAhead of_next_step(const Item& item, const Walk<O>& walk, int64_t lane, int64_t step) const {
+    RowsAhead ahead(walk.count());
+    if (step == 0) return ahead;
+    const int64_t t = time(lane, step - 1), rows = alive(s, item, t);
+    if (fetches(rows)) fetch_rows(ahead, lane, s.offset_at(t) + item.first, rows, 0, s.hidden);
+    return ahead;
+  }
+  RowsAhead of_next_piece(const Item& item, const Walk<O>& walk, const Piece& piece, int64_t step) const {
+    RowsAhead ahead;
+    const auto next = walk.next(piece);
+    if (!next) return ahead;
+    const int64_t t = time(next->lane, step), rows = alive(s, item, t), first = next->first(rows, walk.groups());
+    const int64_t of_panel = states.vectors * V, unit = next->panel * of_panel;
+    if (fetches(rows))
+      fetch_rows(ahead, next->lane, s.offset_at(t) + item.first + first, next->end(rows, walk.groups()) - first, unit,
+                 min64(unit + of_panel, s.hidden));
+    return ahead;
+  }
+  void fetch_rows(RowsAhead& ahead, int64_t lane, int64_t row, int64_t rows, int64_t unit, int64_t end) const {
+    if (s.has_projection) return;
+    const int64_t bytes = (end - unit) * int64_t(sizeof(S)), hidden = s.hidden * int64_t(sizeof(S));
+    const O* gates = d.gates_x(lane, row) + unit;
+    const int64_t parts = d.width / s.hidden;
+    if (unit == 0 && end == s.hidden)
+      ahead.add(gates, d.stride * int64_t(sizeof(O)), rows, d.stride * int64_t(sizeof(O)));
+    else if (d.stride == d.width)
+      ahead.add(gates, (end - unit) * int64_t(sizeof(O)), rows * parts, s.hidden * int64_t(sizeof(O)));
+    if (x.tape)
+      ahead.add(at<S>(x.tape, (lane * s.rows + row) * tape_count(s.cell) * s.hidden + unit), bytes, rows * tape_count(s.cell), hidden);
+    if (x.d_output) ahead.add(at<S>(x.d_output, (row * s.lanes + lane) * s.hidden + unit), bytes, rows, s.lanes * hidden);
+    if (s.cell != Cell::lstm) ahead.add(at<S>(x.output, (row * s.lanes + lane) * s.hidden + unit), bytes, rows, s.lanes * hidden);
   }
 
   // Row r of d_gates_h, as every block of the walk's panels multiplies it.
@@ -223,24 +261,25 @@ class Backward {
       local.a[block * rows + r] = gates + walk.block_start(block) * Product<O>::depth;
   }
 
-  // Adds the products of rows [0, rows) and the step's i-th panel to what start(first row, count, sums) writes to sums, or
-  // points to with local.start if it returns true, and hands them to finish(first row, count, sums).
+  // Adds the products of a piece's part of rows [0, rows) and its panel to what start(first row, count, sums) writes to sums,
+  // or points to with local.start if it returns true, and hands them to finish(first row, count, sums).
   template <class Start, class Finish>
-  void add_product(const Local& local, const Walk<O>& walk, int64_t lane, int64_t step, int64_t i, int64_t rows,
-                   const NextStep& next, Start start, Finish finish) const {
-    const int64_t p = walk.panel(step, i), blocks = walk.blocks();
+  void add_product(const Local& local, const Walk<O>& walk, const Piece& piece, int64_t rows, const RowsAhead& ahead,
+                   Start start, Finish finish) const {
+    const int64_t p = piece.panel, first = piece.first(rows, walk.groups()), end = piece.end(rows, walk.groups());
+    const int64_t blocks = walk.blocks();
     const int width = states.width(p);
     for (int64_t block = 0; block < blocks; ++block) {
-      const O* w = walk.weights(lane, p) + walk.block_start(block) * width * V * Product<O>::depth;
-      for_tiles(rows, width, [&](int64_t row, int count, int64_t tile, int64_t of) {
+      const O* w = walk.weights(piece.lane, p) + walk.block_start(block) * width * V * Product<O>::depth;
+      for_tiles(end - first, width, [&](int64_t row, int count, int64_t tile, int64_t of) {
         T* sums = local.tile + (blocks > 1 ? row * width * V : 0);
+        row += first;
         if (block > 0 || !start(row, count, sums))
           for (int r = 0; r < count; ++r) local.start[r] = sums + r * width * V;
+        Ahead fetched{walk.ahead(piece, block, tile, of),
+                      ahead.share(piece, block * of + tile, blocks * of, walk.block_units(0))};
         tile_function<O>(count, width)(walk.block_units(block), local.a + block * rows + row, w, local.start, 0, nullptr, sums,
-                                       width * V,
-                                       {walk.ahead(step, i, lane, block, tile, of),
-                                        next.share((i * blocks + block) * of + tile, walk.count() * blocks * of,
-                                                   walk.block_units(0))});
+                                       width * V, fetched.any());
         if (block + 1 == blocks) finish(row, count, sums);
       });
     }
@@ -283,7 +322,7 @@ class Backward {
       const int width = units_.width(p);
       for_tiles(rows, width, [&](int64_t row, int count, int64_t, int64_t) {
         tile_function<O>(count, width)(units<O>(s.state), local.a + row, w, local.start + row, 0, nullptr, local.tile,
-                                       width * V, {});
+                                       width * V, nullptr);
         for (int r = 0; r < count; ++r)
           for (int c = 0; c < width; ++c)
             gate_gradients({lane, first_row + row + r, item.first + row + r, t}, (p * units_.vectors + c) * V,
@@ -350,14 +389,19 @@ class Backward {
     }
   }
 
-  void initial_gradient(const Item& item, const Local& local, const Walk<O>& walk, int64_t lane) const {
+  void initial_gradients(const Item& item, const Local& local, Walk<O>& walk) const {
     const int64_t rows = item.end - item.first;
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t b = item.first + r, t = s.reversed(lane) ? last_step(s, b) : 0;
-      operands(local, walk, rows, r, d.gates_h(lane, s.offset_at(t) + b));
-    }
-    for (int64_t i = 0; i < walk.count(); ++i) {
-      const int64_t p = walk.panel(-1, i);
+    int64_t lane = -1;
+    walk.begin(-1);
+    for (Piece piece; walk.take(piece);) {
+      if (lane != piece.lane) {
+        lane = piece.lane;
+        for (int64_t r = 0; r < rows; ++r) {
+          const int64_t b = item.first + r, t = s.reversed(lane) ? last_step(s, b) : 0;
+          operands(local, walk, rows, r, d.gates_h(lane, s.offset_at(t) + b));
+        }
+      }
+      const int64_t p = piece.panel;
       const int width = states.width(p);
       const auto start = [&](int64_t row, int count, T* sums) {
         for (int r = 0; r < count; ++r)
@@ -375,7 +419,7 @@ class Backward {
                   int(min64(V, s.state - j)));
           }
       };
-      add_product(local, walk, lane, -1, i, rows, {}, start, finish);
+      add_product(local, walk, piece, rows, {}, start, finish);
     }
   }
 };

@@ -7,8 +7,8 @@
 #include <optional>
 
 #include "kernels.h"
+#include "memory.h"
 #include "tensors.h"
-#include "threads.h"
 
 namespace rnnfast {
 namespace {
@@ -169,7 +169,6 @@ int rnnfast_forward_cpu(const DirectForward* call) {
     const Bytes bytes(s);
     const StandIns zeros(s, !c.h_0);
     wish_huge_pages_if_large(c.output, bytes.output);
-    wish_huge_pages_if_large(c.tape, bytes.output / size_t(s.state) * size_t(s.hidden * tape_count(s.cell)));
     const ForwardArgs x{s,
                         c.input,
                         c.w_ih,

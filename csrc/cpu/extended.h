@@ -90,22 +90,25 @@ struct GatesOfRow {
   }
 };
 
-// out[r] = a[r] w, for this member's panels.
-template <class O>
-void multiply_rows(const Walk<O>& walk, const Panels& panels, int64_t depth, int64_t lane, int64_t step, int64_t rows,
-                   const O* const* a, typename Product<O>::T* out, int64_t stride) {
+// out(lane)[r] = a[r] w, for this member's pieces of a step. rows(lane) puts the lane's rows into a, and returns how many they are.
+template <class O, class Rows, class Out>
+void multiply_rows(Walk<O>& walk, const Panels& panels, int64_t depth, int64_t step, const O* const* a, Rows rows, Out out,
+                   int64_t stride) {
   using T = typename Product<O>::T;
   constexpr int V = LANES<O>;
   alignas(64) static constexpr T zeros[MAX_VECTORS * V] = {};
   const T* start[MAX_ROWS];
   for (const T*& from : start) from = zeros;
-  for (int64_t i = 0; i < walk.count(); ++i) {
-    const int64_t p = walk.panel(step, i);
-    const int width = panels.width(p);
-    for_tiles(rows, width, [&](int64_t row, int count, int64_t tile, int64_t tiles) {
-      tile_function<O>(count, width)(units<O>(depth), a + row, walk.weights(lane, p), start, 0, nullptr,
-                                     out + row * stride + p * panels.vectors * V, stride,
-                                     {walk.ahead(step, i, lane, 0, tile, tiles), {}});
+  int64_t lane = -1, n = 0;
+  walk.begin(step);
+  for (Piece piece; walk.take(piece);) {
+    if (lane != piece.lane) n = rows(lane = piece.lane);
+    const int width = panels.width(piece.panel);
+    T* to = out(lane) + piece.panel * panels.vectors * V;
+    for_tiles(n, width, [&](int64_t row, int count, int64_t tile, int64_t tiles) {
+      Ahead fetched{walk.ahead(piece, 0, tile, tiles), {}};
+      tile_function<O>(count, width)(units<O>(depth), a + row, walk.weights(lane, piece.panel), start, 0, nullptr,
+                                     to + row * stride, stride, fetched.any());
     });
   }
 }
@@ -210,26 +213,31 @@ class ExtendedForward {
       gather(table + i * stride, i / s.input, i % s.input, 0, gate_rows);
   }
 
-  void run_item(const Item& item, const Local& local, Barrier& barrier) const {
-    if (local.member == 0) init_states(item);
-    barrier.wait(local.members);
-    const Walk<O> walk(w_hh, panels, s.state, item, s.steps, local.member, local.members);
-    const Walk<O> input_walk(w_ih, panels, s.input, item, 0, local.member, local.members);
-    const Walk<O> projection_walk(w_hr, projection, s.hidden, item, 0, local.member, local.members);
-    for (int64_t step = 0; step < s.steps; ++step) {
-      for (int64_t i = 0; i < item.lane_end - item.lane; ++i) {
-        const int64_t lane = walk.lane(step, i), rows = alive(s, item, time(lane, step));
-        if (step % chunk_steps() == 0 && !has_table) multiply_inputs(item, local, input_walk, lane, step);
-        for (int64_t r = 0; r < rows; ++r) local.a[r] = operand + (lane * s.batch + item.first + r) * state_stride;
-        multiply_rows(walk, panels, s.state, lane, step, rows, local.a, products_h(item, local, lane), stride);
-      }
-      barrier.wait(local.members);
+  void run_item(Item item, const Local& local, Team& team) const {
+    if (local.member == 0 && item.done == 0) init_states(item);
+    team.barrier.wait(local.members);
+    Walk<O> walk(w_hh, panels, s.state, item, s.steps, local.member, local.members, INT64_MAX, team.deal.get());
+    Walk<O> input_walk(w_ih, panels, s.input, item, 0, local.member, local.members);
+    Walk<O> projection_walk(w_hr, projection, s.hidden, item, 0, local.member, local.members);
+    for (int64_t step = item.done; step < s.steps; ++step) {
+      if (step % chunk_steps() == 0) team.share(item, step);
+      if (step % chunk_steps() == 0 && !has_table) multiply_inputs(item, local, input_walk, step);
+      multiply_rows(walk, panels, s.state, step, local.a,
+                    [&](int64_t lane) {
+                      const int64_t rows = alive(s, item, time(lane, step));
+                      for (int64_t r = 0; r < rows; ++r)
+                        local.a[r] = operand + (lane * s.batch + item.first + r) * state_stride;
+                      return rows;
+                    },
+                    [&](int64_t lane) { return products_h(item, local, lane); }, stride);
+      team.end_step(local.members);
       for (int64_t lane = item.lane; lane < item.lane_end; ++lane) finish_rows(item, local, lane, step);
-      barrier.wait(local.members);
-      if (s.has_projection) project(item, local, projection_walk, step, barrier);
+      team.barrier.wait(local.members);
+      if (s.has_projection) project(item, local, projection_walk, step, team.barrier);
     }
     if (local.member == 0) finish_states(item);
   }
+  int64_t pieces() const { return s.lanes * panels.count(); }
 
  private:
   struct Place {
@@ -300,28 +308,45 @@ class ExtendedForward {
   }
 
   // The input's products of the chunk that begins with this step.
-  void multiply_inputs(const Item& item, const Local& local, const Walk<O>& walk, int64_t lane, int64_t step) const {
+  void multiply_inputs(const Item& item, const Local& local, Walk<O>& walk, int64_t step) const {
+    if (s.ids) {
+      for (int64_t lane = item.lane; lane < item.lane_end; ++lane) gather_inputs(item, local, lane, step);
+      return;
+    }
+    multiply_rows(walk, panels, s.input, step, local.a,
+                  [&](int64_t lane) {
+                    int64_t rows = 0;
+                    for_chunk(item, lane, step, [&](int64_t row) {
+                      const S* from = at<S>(x.input, row * s.input);
+                      if constexpr (SAME) local.a[rows] = reinterpret_cast<const O*>(from);
+                      if (!direct_input) {
+                        O* to = local.inputs + rows * input_stride;
+                        convert_row(to, from, s.input);
+                        if (s.input % Product<O>::depth) to[s.input] = O{};
+                        local.a[rows] = to;
+                      }
+                      ++rows;
+                    });
+                    return rows;
+                  },
+                  [&](int64_t lane) { return products_x(item, local, lane); }, stride);
+  }
+  void gather_inputs(const Item& item, const Local& local, int64_t lane, int64_t step) const {
     T* out = products_x(item, local, lane);
     const int64_t first = panels.count() * local.member / local.members * panels.vectors * V;
     const int64_t end = panels.count() * (local.member + 1) / local.members * panels.vectors * V;
-    int64_t rows = 0;
+    for_chunk(item, lane, step, [&](int64_t row) {
+      gather(out, lane, *at<int64_t>(x.input, row), first, end);
+      out += stride;
+    });
+  }
+  // f(row), for the item's rows in the chunk that begins with this step.
+  template <class F>
+  void for_chunk(const Item& item, int64_t lane, int64_t step, F f) const {
     for (int64_t i = step; i < min64(step + chunk_steps(), s.steps); ++i) {
-      const int64_t t = time(lane, i), n = alive(s, item, t), row = s.offset_at(t) + item.first;
-      for (int64_t r = 0; r < n; ++r, ++rows) {
-        if (s.ids) {
-          gather(out + rows * stride, lane, *at<int64_t>(x.input, row + r), first, end);
-          continue;
-        }
-        const S* from = at<S>(x.input, (row + r) * s.input);
-        if constexpr (SAME) local.a[rows] = reinterpret_cast<const O*>(from);
-        if (direct_input) continue;
-        O* to = local.inputs + rows * input_stride;
-        convert_row(to, from, s.input);
-        if (s.input % Product<O>::depth) to[s.input] = O{};
-        local.a[rows] = to;
-      }
+      const int64_t t = time(lane, i), n = alive(s, item, t), first = s.offset_at(t) + item.first;
+      for (int64_t row = first; row < first + n; ++row) f(row);
     }
-    if (!s.ids) multiply_rows(walk, panels, s.input, lane, step, rows, local.a, out, stride);
   }
 
   void finish_rows(const Item& item, const Local& local, int64_t lane, int64_t step) const {
@@ -421,12 +446,15 @@ class ExtendedForward {
     store(at<S>(x.output, (place.row * s.lanes + place.lane) * s.state + j), value, n);
   }
 
-  void project(const Item& item, const Local& local, const Walk<O>& walk, int64_t step, Barrier& barrier) const {
-    for (int64_t lane = item.lane; lane < item.lane_end; ++lane) {
-      const int64_t rows = alive(s, item, time(lane, step));
-      for (int64_t r = 0; r < rows; ++r) local.a[r] = unprojected + (lane * s.batch + item.first + r) * hidden_stride;
-      multiply_rows(walk, projection, s.hidden, lane, step, rows, local.a, products_h(item, local, lane), stride);
-    }
+  void project(const Item& item, const Local& local, Walk<O>& walk, int64_t step, Barrier& barrier) const {
+    multiply_rows(walk, projection, s.hidden, step, local.a,
+                  [&](int64_t lane) {
+                    const int64_t rows = alive(s, item, time(lane, step));
+                    for (int64_t r = 0; r < rows; ++r)
+                      local.a[r] = unprojected + (lane * s.batch + item.first + r) * hidden_stride;
+                    return rows;
+                  },
+                  [&](int64_t lane) { return products_h(item, local, lane); }, stride);
     barrier.wait(local.members);
     for (int64_t lane = item.lane; lane < item.lane_end; ++lane) {
       const int64_t t = time(lane, step), row = s.offset_at(t) + item.first;

@@ -106,33 +106,32 @@ class ExtendedBackward {
     if (w_hr) pack(w_hr, units_, x.w_hr, s.state, s.hidden, thread, threads);
   }
 
-  void run_item(const Item& item, const Local& local, Barrier& barrier) const {
-    if (local.member == 0) init_carries(item);
-    barrier.wait(local.members);
-    const Walk<O> walk(w_hh, states, gate_rows, item, s.steps + 1, local.member, local.members);
-    const Walk<O> projection_walk(w_hr, units_, s.state, item, 0, local.member, local.members);
-    for (int64_t step = s.steps - 1; step >= 0; --step) {
-      for (int64_t i = 0; i < item.lane_end - item.lane; ++i) {
-        const int64_t lane = walk.lane(step, i), after = time(lane, step + 1);
-        // Of the rows of a step, those come first that have a step after it.
-        multiply(item, local, walk, lane, step, followed(item, lane, step), [&](int64_t) { return after; });
-      }
-      barrier.wait(local.members);
-      if (s.has_projection) through_projection(item, local, projection_walk, step, barrier);
+  void run_item(Item item, const Local& local, Team& team) const {
+    if (local.member == 0 && item.done == 0) init_carries(item);
+    team.barrier.wait(local.members);
+    Walk<O> walk(w_hh, states, gate_rows, item, s.steps + 1, local.member, local.members, INT64_MAX, team.deal.get());
+    Walk<O> projection_walk(w_hr, units_, s.state, item, 0, local.member, local.members);
+    for (int64_t step = s.steps - 1 - item.done; step >= 0; --step) {
+      team.share(item, s.steps - 1 - step);
+      // Of the rows of a step, those come first that have a step after it.
+      multiply(item, local, walk, step, [&](int64_t lane) { return followed(item, lane, step); },
+               [&](int64_t lane, int64_t) { return time(lane, step + 1); });
+      team.end_step(local.members);
+      if (s.has_projection) through_projection(item, local, projection_walk, step, team.barrier);
       each_row(item, local, step, [&](const Place& place, const T* from_after, const T* from_projection) {
         row_gradients(place, local, from_after, from_projection);
       });
-      barrier.wait(local.members);
+      team.barrier.wait(local.members);
     }
-    for (int64_t lane = item.lane; lane < item.lane_end; ++lane)
-      multiply(item, local, walk, lane, -1, item.end - item.first,
-               [&](int64_t b) { return s.reversed(lane) ? last_step(s, b) : 0; });
-    barrier.wait(local.members);
+    multiply(item, local, walk, -1, [&](int64_t) { return item.end - item.first; },
+             [&](int64_t lane, int64_t b) { return s.reversed(lane) ? last_step(s, b) : 0; });
+    team.barrier.wait(local.members);
     for (int64_t lane = item.lane; lane < item.lane_end; ++lane)
       own_rows(local, item.end - item.first,
                [&](int64_t r) { initial_gradients(lane, item.first + r, product(item, local, lane, r)); });
-    barrier.wait(local.members);
+    team.barrier.wait(local.members);
   }
+  int64_t pieces() const { return s.lanes * states.count(); }
 
   // ---- gains and peepholes: parallel in time, as the gradients in weights.h ----------------------------------------
 
@@ -192,15 +191,17 @@ class ExtendedBackward {
   const T* product(const Item& item, const Local& local, int64_t lane, int64_t r) const {
     return local.products + ((lane - item.lane) * s.batch * split.together() + r) * product_stride;
   }
-  template <class F>
-  void multiply(const Item& item, const Local& local, const Walk<O>& walk, int64_t lane, int64_t step, int64_t rows,
-                F time_of) const {
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t b = item.first + r;
-      local.a[r] = of_products().gates_h(lane, s.offset_at(time_of(b)) + b);
-    }
-    multiply_rows(walk, states, gate_rows, lane, step, rows, local.a, const_cast<T*>(product(item, local, lane, 0)),
-                  product_stride);
+  // What w_hh brings back from the gates of rows(lane) rows, of the steps time_of(lane, b).
+  template <class Rows, class F>
+  void multiply(const Item& item, const Local& local, Walk<O>& walk, int64_t step, Rows rows, F time_of) const {
+    multiply_rows(walk, states, gate_rows, step, local.a,
+                  [&](int64_t lane) {
+                    const int64_t n = rows(lane);
+                    for (int64_t b = item.first; b < item.first + n; ++b)
+                      local.a[b - item.first] = of_products().gates_h(lane, s.offset_at(time_of(lane, b)) + b);
+                    return n;
+                  },
+                  [&](int64_t lane) { return const_cast<T*>(product(item, local, lane, 0)); }, product_stride);
   }
   // f(place, what w_hh brings back from the step after or null where there is none, or what w_hr brings back), for each
   // row of a step that is this member's.
@@ -215,19 +216,20 @@ class ExtendedBackward {
     }
   }
   // From the gradient of the projected states to that of what was projected, which takes the place of w_hh's products.
-  void through_projection(const Item& item, const Local& local, const Walk<O>& walk, int64_t step, Barrier& barrier) const {
+  void through_projection(const Item& item, const Local& local, Walk<O>& walk, int64_t step, Barrier& barrier) const {
     each_row(item, local, step, [&](const Place& place, const T* from_after, const T*) {
       O* d = gates.state + (place.lane * s.rows + place.row) * state_stride;
       for (int64_t j = 0; j < s.state; j += V)
         store(d + j, state_gradient(place, j, int(min64(V, s.state - j)), from_after));
     });
     barrier.wait(local.members);
-    for (int64_t lane = item.lane; lane < item.lane_end; ++lane) {
-      const int64_t t = time(lane, step), rows = alive(s, item, t), row = lane * s.rows + s.offset_at(t) + item.first;
-      for (int64_t r = 0; r < rows; ++r) local.a[r] = gates.state + (row + r) * state_stride;
-      multiply_rows(walk, units_, s.state, lane, step, rows, local.a, const_cast<T*>(product(item, local, lane, 0)),
-                    product_stride);
-    }
+    multiply_rows(walk, units_, s.state, step, local.a,
+                  [&](int64_t lane) {
+                    const int64_t t = time(lane, step), rows = alive(s, item, t), row = lane * s.rows + s.offset_at(t) + item.first;
+                    for (int64_t r = 0; r < rows; ++r) local.a[r] = gates.state + (row + r) * state_stride;
+                    return rows;
+                  },
+                  [&](int64_t lane) { return const_cast<T*>(product(item, local, lane, 0)); }, product_stride);
     barrier.wait(local.members);
   }
 

@@ -27,6 +27,7 @@ class Forward {
   T* hidden_state = nullptr;  // (D, B, hidden_stride), GRU where ROUNDED
   O* operand = nullptr;       // (2, D, B, state_stride): the state after odd and even steps, where not direct
   O* unprojected = nullptr;   // (D, B, hidden_stride): o tanh(c), where a projection follows
+  T* gates_x_ = nullptr;      // (2, D, chunk rows, columns) of a team: of this chunk and the next
 
  public:
   // Of one thread.
@@ -58,11 +59,13 @@ class Forward {
     if (s.cell == Cell::gru && ROUNDED) hidden_state = carver.take<T>(states * hidden_stride);
     if (!direct_state) operand = carver.take<O>(2 * states * state_stride);
     if (s.has_projection) unprojected = carver.take<O>(states * hidden_stride);
+    if (split.together() && !table) gates_x_ = carver.take<T>(2 * s.lanes * chunk_rows() * columns);
   }
+  int64_t pieces() const { return s.lanes * packed.gates.count() * row_groups(s, split, packed.gates); }
 
   Local carve_local(Carver& carver) const {
     Local local;
-    const int64_t rows = chunk_rows(), lanes = split.items_per_lane ? 1 : s.lanes;
+    const int64_t rows = chunk_rows(), lanes = split.together() ? 0 : split.items_per_lane ? 1 : s.lanes;
     local.a = carver.take<const O*>(rows);
     local.start = carver.take<const T*>(rows);
     local.gates_x = carver.take<T>(table ? 0 : lanes * rows * columns);
@@ -71,20 +74,24 @@ class Forward {
     return local;
   }
 
-  void run_item(const Item& item, const Local& local, Barrier& barrier) const {
-    if (local.member == 0) init_states(item);
-    barrier.wait(local.members);
-    const Walk<O> walk(packed.w_hh, packed.gates, s.state, item, s.steps, local.member, local.members);
+  void run_item(Item item, const Local& local, Team& team) const {
+    const bool together = local.members > 1;
+    if (together && !table) make_gates_x(item, local, 0);
+    if (local.member == 0 && item.done == 0) init_states(item);
+    team.barrier.wait(local.members);
+    Walk<O> walk(packed.w_hh, packed.gates, s.state, item, s.steps, local.member, local.members, INT64_MAX, team.deal.get(),
+                 row_groups(s, split, packed.gates));
     const int64_t chunk = chunk_steps();
-    for (int64_t step = 0; step < s.steps; ++step) {
-      if (step % chunk == 0 && !table)
-        for (int64_t lane = item.lane; lane < item.lane_end; ++lane)
-          make_gates_x(item, local, lane, step, min64(step + chunk, s.steps));
-      for (int64_t i = 0; i < item.lane_end - item.lane; ++i) run_step(item, local, walk, walk.lane(step, i), step);
-      barrier.wait(local.members);
+    for (int64_t step = item.done; step < s.steps; ++step) {
+      if (step % chunk == 0) team.share(item, step);
+      // A team makes them a step early, which saves it a barrier.
+      const int64_t first = step + together;
+      if (first % chunk == 0 && first < s.steps && !table) make_gates_x(item, local, first);
+      run_step(item, local, walk, step);
+      team.end_step(local.members);
       if (!s.has_projection) continue;
       for (int64_t lane = item.lane; lane < item.lane_end; ++lane) project(item, local, lane, step);
-      barrier.wait(local.members);
+      team.barrier.wait(local.members);
     }
     if (local.member == 0) finish_states(item);
   }
@@ -106,7 +113,8 @@ class Forward {
     for (int64_t i = first; i < step; ++i) row += alive(s, item, time(lane, i));
     return row;
   }
-  T* gates_x(const Item& item, const Local& local, int64_t lane) const {
+  T* gates_x(const Item& item, const Local& local, int64_t lane, int64_t step) const {
+    if (local.members > 1) return gates_x_ + (step / chunk_steps() % 2 * s.lanes + lane) * chunk_rows() * columns;
     return local.gates_x + (lane - item.lane) * chunk_rows() * columns;
   }
   O* operand_row(int64_t parity, int64_t lane, int64_t b) const {
@@ -142,9 +150,13 @@ class Forward {
       }
   }
 
-  // The input product and bias of steps [step, end), for this member's panels.
+  // The input product and bias of the chunk that begins with this step, for this member's panels.
+  void make_gates_x(const Item& item, const Local& local, int64_t step) const {
+    for (int64_t lane = item.lane; lane < item.lane_end; ++lane)
+      make_gates_x(item, local, lane, step, min64(step + chunk_steps(), s.steps));
+  }
   void make_gates_x(const Item& item, const Local& local, int64_t lane, int64_t step, int64_t end) const {
-    T* out = gates_x(item, local, lane);
+    T* out = gates_x(item, local, lane, step);
     const T* bias = packed.bias + lane * columns;
     int64_t rows = 0;
     for (int64_t i = step; i < end; ++i) {
@@ -173,7 +185,7 @@ class Forward {
       const int width = panels.width(p);
       for_tiles(rows, width, [&](int64_t row, int count, int64_t, int64_t) {
         tile_function<O>(count, width)(units<O>(s.input), local.a + row, w, local.start + row, column, nullptr,
-                                       out + row * columns + column, columns, {});
+                                       out + row * columns + column, columns, nullptr);
       });
     }
   }
@@ -192,7 +204,22 @@ class Forward {
       }
   }
 
-  void run_step(const Item& item, const Local& local, const Walk<O>& walk, int64_t lane, int64_t step) const {
+  void run_step(const Item& item, const Local& local, Walk<O>& walk, int64_t step) const {
+    int64_t lane = -1;
+    RowsAhead ahead;
+    walk.begin(step);
+    for (Piece piece; walk.take(piece);) {
+      if (lane != piece.lane) {
+        lane = piece.lane;
+        find_rows(item, local, lane, step);
+        if (local.members == 1) ahead = of_next_step(item, walk, lane, step);
+      }
+      if (local.members > 1) ahead = of_next_piece(item, walk, piece, step);
+      run_piece(item, local, walk, piece, step, ahead);
+    }
+  }
+
+  void find_rows(const Item& item, const Local& local, int64_t lane, int64_t step) const {
     const int64_t t = time(lane, step), rows = alive(s, item, t), first_row = s.offset_at(t) + item.first;
     const int64_t x_row = table ? 0 : chunk_row(item, lane, step);
     for (int64_t r = 0; r < rows; ++r) {
@@ -204,42 +231,62 @@ class Forward {
       }
       if (!direct_state) local.a[r] = operand_row(step + 1, lane, b);
       local.start[r] = table ? packed.table + (lane * s.input + *at<int64_t>(x.input, first_row + r)) * columns
-                             : gates_x(item, local, lane) + (x_row + r) * columns;
-    }
-    const NextStep next = next_step(item, local, lane, step);
-    const Panels& panels = packed.gates;
-    for (int64_t i = 0; i < walk.count(); ++i) {
-      const int64_t p = walk.panel(step, i);
-      const T* last = s.cell == Cell::gru ? packed.bias_n + lane * round_up(s.hidden, V) + p * V : nullptr;
-      const int width = panels.width(p);
-      for_tiles(rows, width, [&](int64_t row, int count, int64_t tile, int64_t tiles) {
-        tile_function<O>(count, width)(units<O>(s.state), local.a + row, walk.weights(lane, p), local.start + row,
-                                       p * panels.vectors * V, last, local.tile, width * V,
-                                       {walk.ahead(step, i, lane, 0, tile, tiles),
-                                        next.share(i * tiles + tile, walk.count() * tiles, units<O>(s.state))});
-        for (int r = 0; r < count; ++r) {
-          const Place place{lane, first_row + row + r, item.first + row + r, step, t};
-          const T* sums = local.tile + r * width * V;
-          switch (s.cell) {
-            case Cell::rnn_tanh:
-            case Cell::rnn_relu: rnn(place, p, width, sums); break;
-            case Cell::lstm: lstm(place, p, sums); break;
-            case Cell::gru: gru(place, p, sums, local.start[row + r], local.a[row + r]); break;
-          }
-        }
-      });
+                             : gates_x(item, local, lane, step) + (x_row + r) * columns;
     }
   }
 
-  // Not where others write parts of the same rows, nor where there are so few that a tile is bound by reading weights.
-  NextStep next_step(const Item& item, const Local& local, int64_t lane, int64_t step) const {
-    NextStep next;
-    if (local.members > 1 || step + 1 == s.steps) return next;
+  void run_piece(const Item& item, const Local& local, const Walk<O>& walk, const Piece& piece, int64_t step,
+                 const RowsAhead& ahead) const {
+    const int64_t lane = piece.lane, t = time(lane, step), rows = alive(s, item, t), first_row = s.offset_at(t) + item.first;
+    const Panels& panels = packed.gates;
+    const int64_t p = piece.panel, first = piece.first(rows, walk.groups()), end = piece.end(rows, walk.groups());
+    const T* last = s.cell == Cell::gru ? packed.bias_n + lane * round_up(s.hidden, V) + p * V : nullptr;
+    const int width = panels.width(p);
+    for_tiles(end - first, width, [&](int64_t row, int count, int64_t tile, int64_t tiles) {
+      row += first;
+      Ahead fetched{walk.ahead(piece, 0, tile, tiles), ahead.share(piece, tile, tiles, units<O>(s.state))};
+      tile_function<O>(count, width)(units<O>(s.state), local.a + row, walk.weights(lane, p), local.start + row,
+                                     p * panels.vectors * V, last, local.tile, width * V, fetched.any());
+      for (int r = 0; r < count; ++r) {
+        const Place place{lane, first_row + row + r, item.first + row + r, step, t};
+        const T* sums = local.tile + r * width * V;
+        switch (s.cell) {
+          case Cell::rnn_tanh:
+          case Cell::rnn_relu: rnn(place, p, width, sums); break;
+          case Cell::lstm: lstm(place, p, sums); break;
+          case Cell::gru: gru(place, p, sums, local.start[row + r], local.a[row + r]); break;
+        }
+      }
+    });
+  }
+
+  // Nothing is fetched that stays near from step to step, nor where rows are so few that a tile is bound by reading weights.
+  bool fetches(int64_t rows) const {
+    const int64_t of_row = (x.tape ? tape_count(s.cell) * s.hidden : 0) + s.state;
+    return rows > MAX_ROWS && s.steps * rows * of_row * int64_t(sizeof(S)) > near_bytes();
+  }
+  RowsAhead of_next_step(const Item& item, const Walk<O>& walk, int64_t lane, int64_t step) const {
+    RowsAhead ahead(walk.count());
+    if (step + 1 == s.steps) return ahead;
     const int64_t t = time(lane, step + 1), rows = alive(s, item, t), first = s.offset_at(t) + item.first;
-    if (rows <= MAX_ROWS) return next;
-    if (x.tape) next.add(tape_row(lane, first), rows * tape_count(s.cell) * s.hidden * int64_t(sizeof(S)));
-    if (s.lanes == 1) next.add(output_row(first, lane), rows * s.state * int64_t(sizeof(S)));
-    return next.unless_near(s.steps);
+    if (fetches(rows)) fetch_rows(ahead, lane, first, rows, 0, s.hidden);
+    return ahead;
+  }
+  RowsAhead of_next_piece(const Item& item, const Walk<O>& walk, const Piece& piece, int64_t step) const {
+    RowsAhead ahead;
+    const auto next = walk.next(piece);
+    if (!next) return ahead;
+    const int64_t t = time(next->lane, step), rows = alive(s, item, t), first = next->first(rows, walk.groups());
+    const int64_t unit = next->panel * packed.gates.units_per_panel;
+    if (fetches(rows))
+      fetch_rows(ahead, next->lane, s.offset_at(t) + item.first + first, next->end(rows, walk.groups()) - first, unit,
+                 min64(unit + packed.gates.units_per_panel, s.hidden));
+    return ahead;
+  }
+  void fetch_rows(RowsAhead& ahead, int64_t lane, int64_t row, int64_t rows, int64_t unit, int64_t end) const {
+    const int64_t bytes = (end - unit) * int64_t(sizeof(S)), hidden = s.hidden * int64_t(sizeof(S));
+    if (x.tape) ahead.add(tape_row(lane, row) + unit, bytes, rows * tape_count(s.cell), hidden);
+    if (!s.has_projection) ahead.add(output_row(row, lane) + unit, bytes, rows, s.lanes * hidden);
   }
 
   struct Place {
@@ -315,7 +362,7 @@ class Forward {
       const int width = panels.width(p);
       for_tiles(rows, width, [&](int64_t row, int count, int64_t, int64_t) {
         tile_function<O>(count, width)(units<O>(s.hidden), local.a + row, w, local.start + row, 0, nullptr, local.tile,
-                                       width * V, {});
+                                       width * V, nullptr);
         for (int r = 0; r < count; ++r)
           for (int c = 0; c < width; ++c) {
             const int64_t j = (p * panels.vectors + c) * V;

@@ -22,14 +22,16 @@ using HalfOperand = bf16;
 using HalfOperand = float;
 #endif
 
-// Runs this thread's share of the items: all of one team's, or every n-th alone.
+// Runs this thread's share of the items: all of one team's, or every n-th alone and then what others give away.
 template <class Scan, class Local>
 void run_items(const Scan& scan, const ScanShape& s, const Split& split, Local& local, int thread, int threads,
-               Barrier& team) {
+               Team& team) {
   local.member = split.together() ? thread : 0;
   local.members = split.together() ? threads : 1;
   for (int64_t i = split.together() ? 0 : thread; i < split.items; i += split.together() ? 1 : threads)
     scan.run_item(item_of(s, split, i), local, team);
+  if (!team.relay) return;
+  for (Item item; team.relay->take(item, threads);) scan.run_item(item, local, team);
 }
 
 template <class S, class O>
@@ -46,7 +48,8 @@ void forward(const ForwardArgs& x, int available) {
   const Scratch memory(shared.used() + own.used() * split.threads);
   Carver carver(memory.data());
   scan.carve(carver);
-  Barrier all, team;
+  Barrier all;
+  Team team(split, scan);
   parallel(split.threads, [&](int thread, int threads) {
     Carver mine(memory.data() + shared.used() + own.used() * thread);
     auto local = scan.carve_local(mine);
@@ -71,7 +74,8 @@ void generate(const ForwardArgs* layers, int64_t count, const HeadArgs& head_arg
   }
   const Scratch memory(shared.used() + own.used() * split.threads);
   bool more = true;
-  Barrier team, all;
+  Team team;
+  Barrier all;
   parallel(split.threads, [&](int thread, int threads) {
     do {
       Carver carver(memory.data()), mine(memory.data() + shared.used() + own.used() * thread);
@@ -104,7 +108,8 @@ template <class Scan, class Weights, class Task>
 void scan_then_tasks(const Scan& scan, const Weights& weights, const ScanShape& s, const Split& split, char* locals,
                      size_t own_bytes, int64_t tasks, Task run) {
   std::atomic<int64_t> next{0};
-  Barrier all, team;
+  Barrier all;
+  Team team(split, scan);
   parallel(split.threads, [&](int thread, int threads) {
     char* mine = locals + own_bytes * thread;
     scan.pack(thread, threads);
@@ -153,7 +158,8 @@ void extended_forward(const ExtendedForwardArgs& x, int available) {
   const Scratch memory(shared.used() + own.used() * split.threads);
   Carver carver(memory.data());
   scan.carve(carver);
-  Barrier all, team;
+  Barrier all;
+  Team team(split, scan);
   parallel(split.threads, [&](int thread, int threads) {
     Carver mine(memory.data() + shared.used() + own.used() * thread);
     auto local = scan.carve_local(mine);

@@ -1,7 +1,12 @@
 // What forward and backward share: weights packed for the forward scan, the split of work over threads, and the walk.
 #pragma once
 
+#include <memory>
+#include <optional>
+
 #include "../scan.h"
+#include "memory.h"
+#include "sharing.h"
 #include "threads.h"
 #include "tile.h"
 
@@ -146,16 +151,17 @@ struct Split {
   bool together() const { return members > 1; }
   int threads, members;
   int64_t items_per_lane, items;  // items_per_lane 0: one item of all lanes
+  bool dealt = false;             // whether the pieces of a step are dealt, or members have equal shares of them
 };
 
-// Costs are in cycles of one core: a tile of one row is bound by reading its weights, not by their products. Weights that are
-// far from every core are best read by one of them each.
+// Costs are in cycles of one core. A tile of one row is bound by reading its weights, not by their products; weights that are
+// not near cost more, and those that are far from every core are best read by one of them each.
 RNNFAST_INLINE Split split_work(const ScanShape& s, int64_t weight_vectors, int64_t step_panels, int available) {
   constexpr int64_t BARRIER = 2000, PARALLEL_REGION = 15000, FAR_AWAY = 4;
   const auto step = [&](int64_t rows, int64_t vectors, int64_t lanes) {
     const int64_t bytes = vectors * lanes * VECTOR_BYTES;
-    const int64_t least = bytes <= near_bytes() ? 2 : 12, reading = bytes <= FAR_AWAY * near_bytes() ? 0 : 24;
-    return lanes * vectors * (max64(rows, least) + reading);
+    const bool near = bytes <= near_bytes(), far = bytes > FAR_AWAY * near_bytes();
+    return lanes * vectors * (max64(rows, near ? 2 : 12) + (near ? 0 : far ? 24 : 4));
   };
   const int64_t lanes_each = ceil_div(s.lanes, available);
   const int64_t parts = s.lanes % available == 0 ? 1 : available;
@@ -163,51 +169,117 @@ RNNFAST_INLINE Split split_work(const ScanShape& s, int64_t weight_vectors, int6
   const int64_t alone = s.steps * step(s.batch, weight_vectors, s.lanes);
   const int64_t by_rows = s.steps * (parts == 1 ? step(s.batch, weight_vectors, lanes_each)
                                                 : step(rows_each, weight_vectors, s.lanes)) + PARALLEL_REGION;
-  // Threads that wait for each other every step go at the pace of whichever is the slower.
-  const int64_t by_panels = s.steps * (step(s.batch, ceil_div(weight_vectors * ceil_div(step_panels, available), step_panels),
-                                            s.lanes) / 4 * 5 + BARRIER) + PARALLEL_REGION;
+  // Threads that wait for each other every step go at the pace of the slower, unless a step is long enough to be dealt.
+  constexpr int64_t WORTH_DEALING = 100000;
+  const int64_t share = step(s.batch, ceil_div(weight_vectors * ceil_div(step_panels, available), step_panels), s.lanes);
+  const bool dealt = share >= WORTH_DEALING;
+  const int64_t by_panels = s.steps * ((dealt ? share / 20 * 21 : share / 4 * 5) + BARRIER) + PARALLEL_REGION;
   constexpr int64_t ITEM_ROWS = 64;  // keeps an item's states near
   const auto items = [&](int64_t n_parts) {
     return n_parts * max64(1, ceil_div(ceil_div(s.batch, n_parts), ITEM_ROWS));
   };
   if (available == 1 || (alone <= by_rows && alone <= by_panels)) return {1, 1, items(1), s.lanes * items(1)};
   if (by_rows <= by_panels) return {available, 1, items(parts), s.lanes * items(parts)};
-  return {available, available, 0, 1};
+  return {available, available, 0, 1, dealt};
 }
 
-// Rows [first, end) of lanes [lane, lane_end), walked by the members of a team.
-struct Item {
-  int64_t lane, lane_end, first, end;
+// Groups of rows that a panel of a step is dealt in: there must be enough pieces for a team to share them evenly.
+RNNFAST_INLINE int64_t row_groups(const ScanShape& s, const Split& split, const Panels& panels) {
+  constexpr int64_t PIECES = 8;  // of a member
+  if (!split.dealt) return 1;
+  const int64_t wanted = ceil_div(PIECES * split.members, s.lanes * panels.count()), most = s.batch / (2 * MAX_ROWS);
+  return max64(1, min64(wanted, most));
+}
+
+// What the threads of a scan have in common.
+struct Team {
+  Barrier barrier;
+  std::unique_ptr<Deal> deal;    // where pieces are dealt
+  std::unique_ptr<Relay> relay;  // where every thread walks alone
+
+  template <class Scan>
+  Team(const Split& split, const Scan& scan) {
+    if (split.dealt) deal = std::make_unique<Deal>(split.members, scan.pieces(), steps_walked() & 1);
+    if (split.threads > 1 && !split.together()) relay = std::make_unique<Relay>();
+  }
+  Team() = default;
+  // Before a step, where rows may go on in another thread.
+  void share(Item& item, int64_t done) {
+    if (relay) relay->share(item, done);
+  }
+  void end_step(int members) {
+    barrier.wait(members, [&] {
+      if (deal) deal->next_step();
+    });
+  }
 };
+
 RNNFAST_INLINE Item item_of(const ScanShape& s, const Split& split, int64_t i) {
   if (!split.items_per_lane) return {0, s.lanes, 0, s.batch};
   const int64_t lane = i / split.items_per_lane, part = i % split.items_per_lane;
   return {lane, lane + 1, s.batch * part / split.items_per_lane, s.batch * (part + 1) / split.items_per_lane};
 }
 
-// How one member of a team walks through the weights of a scan: its panels of every lane of the item, one step from the
-// first to the last and the next one back, so that the weights last used, which are near, are used first again. The first
-// step turns round as well: it may be the next of a stream.
+// A part of a step's work: the rows of a group and a panel of a lane.
+struct Piece {
+  int64_t lane, panel, group;
+  int64_t before;  // of this member in this step
+  int64_t next;    // the number of the piece to follow, as far as is known, or -1
+  // Its rows, of n.
+  int64_t first(int64_t n, int64_t groups) const { return n * group / groups; }
+  int64_t end(int64_t n, int64_t groups) const { return n * (group + 1) / groups; }
+};
+
+// How a member of a team walks through the weights of a scan: its pieces of a step from the first to the last, and of the next
+// one back, so that the weights last used, which are near, are used first again. The first step turns round as well: it may be
+// the next of a stream.
 template <class O>
 class Walk {
  public:
   Walk(const O* weights, const Panels& of, int64_t depth, const Item& item, int64_t steps, int member, int members,
-       int64_t block = INT64_MAX)
+       int64_t block = INT64_MAX, Deal* deal = nullptr, int64_t groups = 1)
       : base_(weights),
         panels_(of),
         k_(depth),
-        first_(of.count() * member / members),
-        count_(of.count() * (member + 1) / members - first_),
         lane_(item.lane),
         lanes_(item.lane_end - item.lane),
+        first_(of.count() * member / members),
+        count_(of.count() * (member + 1) / members - first_),
+        groups_(groups),
         block_(max64(1, min64(block, units<O>(depth)))),
         near_(near_bytes() / (max64(1, of.vectors) * block_ * VECTOR_BYTES)),
-        walked_(steps_walked()) {
+        walked_(steps_walked()),
+        deal_(deal),
+        member_(member) {
     steps_walked() += steps;
   }
+  // The pieces of each lane that a member has where nothing is dealt.
   int64_t count() const { return count_; }
-  int64_t lane(int64_t step, int64_t i) const { return lane_ + (back(step) ? lanes_ - 1 - i : i); }
-  int64_t panel(int64_t step, int64_t i) const { return first_ + (back(step) ? count_ - 1 - i : i); }
+  int64_t groups() const { return groups_; }
+  // The piece that is likely to follow.
+  std::optional<Piece> next(const Piece& piece) const {
+    if (piece.next < 0) return std::nullopt;
+    return Piece{lane_of(piece.next), panel_of(piece.next), piece.next % groups_, piece.before + 1, -1};
+  }
+
+  void begin(int64_t step) {
+    back_ = (walked_ + step) & 1;
+    taken_ = 0;
+  }
+  bool take(Piece& piece) {
+    int64_t index, next = -1;
+    if (deal_) {
+      index = deal_->take(member_);
+      if (index < 0) return false;
+      next = deal_->peek(member_);
+    } else {
+      if (taken_ == count_ * lanes_) return false;
+      index = own(taken_);
+      if (taken_ + 1 < count_ * lanes_) next = own(taken_ + 1);
+    }
+    piece = {lane_of(index), panel_of(index), index % groups_, taken_++, next};
+    return true;
+  }
   const O* weights(int64_t lane, int64_t p) const {
     return base_ + lane * packed_size<O>(panels_, k_) + panel_offset<O>(panels_, p, k_);
   }
@@ -216,57 +288,77 @@ class Walk {
   int64_t block_start(int64_t block) const { return block * block_; }
   int64_t block_units(int64_t block) const { return min64(block_, units<O>(k_) - block * block_); }
 
-  // What tile `tile` of `tiles` of a block of the step's i-th panel fetches: weights of the next block, if those are no longer
-  // near and another tile of this one leaves time for it.
-  Ahead::Stream ahead(int64_t step, int64_t i, int64_t lane, int64_t block, int64_t tile, int64_t tiles) const {
-    const int64_t panels_before = (back(step) ? lane_ + lanes_ - 1 - lane : lane - lane_) * count_ + i;
+  // What tile `tile` of `tiles` of a block of a piece fetches: weights of the next block, if those are no longer near and
+  // another tile of this one leaves time for it.
+  Ahead::Stream ahead(const Piece& piece, int64_t block, int64_t tile, int64_t tiles) const {
     const bool last = block + 1 == blocks();
-    if (panels_before * blocks() + block + 1 < near_ || tiles == 1 || (last && i + 1 == count_)) return {};
-    const int64_t p = panel(step, last ? i + 1 : i), next = last ? 0 : block + 1, depth = Product<O>::depth;
+    if (piece.before / groups_ * blocks() + block + 1 < near_ || tiles == 1 || (last && piece.next < 0)) return {};
+    const int64_t lane = last ? lane_of(piece.next) : piece.lane, p = last ? panel_of(piece.next) : piece.panel;
+    if (last && lane == piece.lane && p == piece.panel) return {};
+    const int64_t next = last ? 0 : block + 1, depth = Product<O>::depth;
     return share_of_panel<O>(weights(lane, p) + block_start(next) * panels_.width(p) * LANES<O> * depth, panels_.width(p),
                              block_units(next) * depth, tile, tiles);
   }
 
  private:
-  bool back(int64_t step) const { return (walked_ + step) & 1; }
+  int64_t own(int64_t i) const {
+    const int64_t at = back_ ? count_ * lanes_ - 1 - i : i;
+    return at / count_ * panels_.count() + first_ + at % count_;
+  }
+  int64_t lane_of(int64_t index) const { return lane_ + index / groups_ / panels_.count(); }
+  int64_t panel_of(int64_t index) const { return index / groups_ % panels_.count(); }
 
   const O* base_;
   const Panels& panels_;
-  int64_t k_, first_, count_, lane_, lanes_;
+  int64_t k_, lane_, lanes_, first_, count_, groups_;
   int64_t block_;   // units of k
   int64_t near_;    // blocks that stay near
   int64_t walked_;  // steps this thread walked before
+  Deal* deal_;
+  int member_;
+  bool back_ = false;
+  int64_t taken_ = 0;
 };
 
-// What the next step reads and writes by rows, a stretch of memory each: the tiles of this one fetch it, each a part. Rows lie
-// too many and too far apart for the processor to see them coming.
-class NextStep {
+// What is read and written next by rows: the tiles at work fetch it, each a part. Rows lie too many and too far apart for the
+// processor to see them coming. One thread alone fetches those of its next step; a member of a team, of which it cannot say
+// which pieces of a step will be its own, those of its next piece.
+class RowsAhead {
  public:
-  void add(const void* data, int64_t bytes) {
+  // Fetched under as many pieces.
+  explicit RowsAhead(int64_t pieces = 1) : pieces_(pieces) {}
+  // `count` rows, of which `bytes` each, `stride` bytes from one to the next.
+  void add(const void* data, int64_t bytes, int64_t count, int64_t stride) {
     if (!data) return;
-    stretches_[count_++] = {static_cast<const char*>(data), ceil_div(bytes, 64)};
-    lines_ += ceil_div(bytes, 64);
+    if (bytes == stride) bytes *= count, count = 1;
+    const int64_t width = ceil_div(bytes, 64);
+    parts_[count_++] = {static_cast<const char*>(data), width * count, width, stride};
+    lines_ += width * count;
   }
-  // Nothing, if all that `steps` such steps walk through stays near anyway.
-  NextStep unless_near(int64_t steps) const { return steps * lines_ * 64 > near_bytes() ? *this : NextStep(); }
-  // The part of tile `tile` of `tiles`, all of them k_units deep.
-  Ahead::Stream share(int64_t tile, int64_t tiles, int64_t k_units) const {
+  // The part of tile `tile` of a piece's `tiles`, all of them k_units deep.
+  Ahead::Rows share(const Piece& piece, int64_t tile, int64_t tiles, int64_t k_units) const {
     if (!lines_) return {};
+    tile += piece.before % pieces_ * tiles;
+    tiles *= pieces_;
     const int64_t blocks = ceil_div(k_units, Ahead::BLOCK), each = ceil_div(lines_, tiles * blocks);
     for (int i = 0; i < count_; ++i) {
-      const int64_t fetching = ceil_div(stretches_[i].lines, each * blocks);
-      if (tile < fetching) return {stretches_[i].data + tile * each * blocks * 64, int(each)};
+      const Part& part = parts_[i];
+      const int64_t fetching = ceil_div(part.lines, each * blocks), line = tile * each * blocks;
+      if (tile < fetching)
+        return {part.data + line / part.width * part.stride + line % part.width * 64, each, part.width, part.stride,
+                line % part.width};
       tile -= fetching;
     }
     return {};
   }
 
  private:
-  struct Stretch {
+  struct Part {
     const char* data;
-    int64_t lines;
+    int64_t lines, width, stride;
   };
-  Stretch stretches_[4];
+  int64_t pieces_;
+  Part parts_[4];
   int count_ = 0;
   int64_t lines_ = 0;
 };

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../cells.h"
+#include "memory.h"
 #include "threads.h"
 #include "tile.h"
 
@@ -20,7 +21,7 @@ inline double near_product(int64_t batch, int64_t depth, int64_t rounds) {
     for_tiles(batch, MAX_VECTORS, [&](int64_t row, int count, int64_t, int64_t) {
       const float *a[MAX_ROWS], *start[MAX_ROWS];
       for (int r = 0; r < count; ++r) a[r] = rows + (row + r) * depth, start[r] = zeros;
-      tile_function<float>(count, MAX_VECTORS)(depth, a, panel, start, 0, nullptr, sums, MAX_VECTORS * V, {});
+      tile_function<float>(count, MAX_VECTORS)(depth, a, panel, start, 0, nullptr, sums, MAX_VECTORS * V, nullptr);
     });
   return 2.0 * double(rounds) * double(batch * depth) * (MAX_VECTORS * V);
 }

@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "../scan.h"
-#include "threads.h"
+#include "memory.h"
 
 namespace rnnfast {
 
@@ -30,13 +30,18 @@ void check(bool holds, const Parts&... message) {
 }
 
 inline void wish_huge_pages_if_large(void* data, size_t bytes) {
-  if (bytes >= size_t(4) << 20) wish_huge_pages(data, bytes);
+  if (bytes >= LARGE_BLOCK) wish_huge_pages(data, bytes);
 }
 inline Tensor empty(const Tensor& like, const Sizes& sizes) {
   Tensor tensor = torch::stable::new_empty(like, sizes);
   wish_huge_pages_if_large(tensor.numel() ? tensor.mutable_data_ptr() : nullptr, size_t(tensor.numel()) * tensor.element_size());
   return tensor;
 }
+
+// As `empty`, but a large one is a block of memory.h's, which goes back there with the tensor, where torch can have that
+// (2.11 and later). Its content is one call's alone, of no meaning to users: what they see is torch's memory.
+Tensor tape_tensor(const Tensor& like, const Sizes& sizes);
+
 inline const void* data(const Tensor& tensor) { return tensor.const_data_ptr(); }
 inline const void* data(const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
 inline void* out(const Tensor& tensor) { return tensor.numel() ? tensor.mutable_data_ptr() : nullptr; }

@@ -3,13 +3,8 @@
 #include <omp.h>
 #include <pthread.h>
 
-#include <cstdlib>
-#include <mutex>
-#include <new>
-
 #if defined(__linux__)
 #include <linux/futex.h>
-#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #else
@@ -21,14 +16,7 @@ namespace {
 
 // libgomp's pool does not survive fork: a parallel region in the child waits for threads that do not exist.
 std::atomic<bool> forked{false};
-std::mutex kept_mutex;  // guards the scratch blocks below; held across fork, so that the child finds them whole
-const int fork_handler = pthread_atfork(
-    [] { kept_mutex.lock(); },
-    [] { kept_mutex.unlock(); },
-    [] {
-      forked.store(true);
-      kept_mutex.unlock();
-    });
+const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
 
 void pause_cpu() {
 #if defined(__x86_64__)
@@ -63,20 +51,23 @@ void run_parallel(int threads, void (*body)(void*, int, int), void* context) {
   body(context, omp_get_thread_num(), omp_get_num_threads());
 }
 
-void Barrier::wait(int members) {
-  if (members == 1) return;
-  const uint32_t phase = phase_.load(std::memory_order_relaxed);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == uint32_t(members)) {
-    arrived_.store(0, std::memory_order_relaxed);
-    phase_.store(phase + 1);  // sequentially consistent, as are the sleepers' steps below: no wake-up is lost
-    if (sleepers_.load()) wake_all(phase_);
-    return;
-  }
+void Barrier::release(uint32_t phase) {
+  arrived_.store(0, std::memory_order_relaxed);
+  phase_.store(phase + 1);  // sequentially consistent, as are the sleepers' steps below: no wake-up is lost
+  if (sleepers_.load()) wake_all(phase_);
+}
+
+bool spin_while(const std::atomic<uint32_t>& word, uint32_t value) {
   constexpr int SPINS = 1000;
   for (int spin = 0; spin < SPINS; ++spin) {
-    if (phase_.load(std::memory_order_acquire) != phase) return;
+    if (word.load(std::memory_order_acquire) != value) return true;
     pause_cpu();
   }
+  return false;
+}
+
+void Barrier::await(uint32_t phase) {
+  if (spin_while(phase_, phase)) return;
   sleepers_.fetch_add(1);
   while (phase_.load() == phase) sleep_while(phase_, phase);
   sleepers_.fetch_sub(1);
@@ -95,67 +86,6 @@ int64_t near_bytes() {
 #endif
   constexpr int64_t USUAL = int64_t(1) << 20;
   return (second_level > 0 ? second_level : USUAL) / 4 * 3;
-}
-
-void wish_huge_pages(void* data, size_t bytes) {
-#if defined(__linux__)
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / HUGE_PAGE * HUGE_PAGE;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // without it all works as well
-#else
-  (void)data, (void)bytes;
-#endif
-}
-
-// ---- scratch -------------------------------------------------------------------------------------------------------
-
-namespace {
-
-constexpr int KEPT_BLOCKS = 4;
-constexpr size_t KEPT_BYTES = size_t(64) << 20;  // larger blocks go back at once
-struct Block {
-  char* data;
-  size_t capacity;
-};
-Block kept[KEPT_BLOCKS];
-
-}  // namespace
-
-Scratch::Scratch(size_t bytes) {
-  bytes = bytes ? bytes : 64;
-  {
-    std::lock_guard<std::mutex> lock(kept_mutex);
-    Block* best = nullptr;
-    for (Block& block : kept)
-      if (block.data && block.capacity >= bytes && (!best || block.capacity < best->capacity)) best = &block;
-    if (best && best->capacity <= 4 * bytes + (size_t(4) << 20)) {
-      data_ = best->data;
-      capacity_ = best->capacity;
-      best->data = nullptr;
-      return;
-    }
-  }
-  constexpr size_t PAGE = 4096, WORTH_IT = size_t(128) << 10;
-  const size_t page = bytes >= WORTH_IT ? HUGE_PAGE : PAGE;
-  capacity_ = (bytes + page - 1) / page * page;
-  data_ = static_cast<char*>(std::aligned_alloc(page, capacity_));
-  if (!data_) throw std::bad_alloc();
-  wish_huge_pages(data_, capacity_);
-}
-
-Scratch::~Scratch() {
-  char* unwanted = data_;
-  if (capacity_ <= KEPT_BYTES) {
-    std::lock_guard<std::mutex> lock(kept_mutex);
-    Block* victim = &kept[0];
-    for (Block& block : kept)
-      if (!block.data || (victim->data && block.capacity < victim->capacity)) victim = &block;
-    if (!victim->data || victim->capacity < capacity_) {
-      unwanted = victim->data;
-      *victim = {data_, capacity_};
-    }
-  }
-  std::free(unwanted);
 }
 
 }  // namespace rnnfast

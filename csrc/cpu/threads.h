@@ -1,4 +1,4 @@
-// Threads, the barrier between time steps, and scratch memory. Not templates: one copy serves all instruction sets.
+// Threads and the barrier between time steps. Not templates: one copy serves all instruction sets.
 #pragma once
 
 #include <atomic>
@@ -13,12 +13,29 @@ int usable_threads(int wanted);
 // Runs body(context, thread, threads) on at most `threads` threads of the pool that torch uses.
 void run_parallel(int threads, void (*body)(void* context, int thread, int threads), void* context);
 
+// Waits some ten microseconds for a word to change, and says whether it did.
+bool spin_while(const std::atomic<uint32_t>& word, uint32_t value);
+
 // Spins for some ten microseconds, then sleeps: a waiting thread must not hold a core that the others need.
 class Barrier {
  public:
-  void wait(int members);
+  void wait(int members) {
+    wait(members, [] {});
+  }
+  // `between` runs in one thread after all have come and before any goes on.
+  template <class F>
+  void wait(int members, F between) {
+    if (members == 1) return between();
+    const uint32_t phase = phase_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 < uint32_t(members)) return await(phase);
+    between();
+    release(phase);
+  }
 
  private:
+  void await(uint32_t phase);
+  void release(uint32_t phase);
+
   alignas(64) std::atomic<uint32_t> arrived_{0};
   alignas(64) std::atomic<uint32_t> phase_{0};
   std::atomic<uint32_t> sleepers_{0};
@@ -29,40 +46,5 @@ int64_t& steps_walked();
 
 // Bytes of weights that stay in a core's second-level cache from step to step, beside all else that passes through it.
 int64_t near_bytes();
-
-// Asks for huge pages where a block spans some: a first touch of small pages costs more than computing what goes there.
-void wish_huge_pages(void* data, size_t bytes);
-constexpr size_t HUGE_PAGE = size_t(2) << 20;
-
-// A 64-byte aligned block, kept for the next call rather than returned to the system at once.
-class Scratch {
- public:
-  explicit Scratch(size_t bytes);
-  ~Scratch();
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  char* data() const { return data_; }
-
- private:
-  char* data_;
-  size_t capacity_;
-};
-
-// Hands out consecutive parts of a Scratch. Run once without memory to learn the size, once with.
-class Carver {
- public:
-  explicit Carver(char* base) : base_(base) {}
-  template <class T>
-  T* take(int64_t count) {
-    char* p = base_ ? base_ + used_ : nullptr;
-    used_ += (size_t(count) * sizeof(T) + 63) / 64 * 64;
-    return reinterpret_cast<T*>(p);
-  }
-  size_t used() const { return used_; }
-
- private:
-  char* base_;
-  size_t used_ = 0;
-};
 
 }  // namespace rnnfast

@@ -67,16 +67,31 @@ constexpr int max_rows(int vectors) {
 // in at an even rate.
 struct Ahead {
   static constexpr int64_t BLOCK = 8;
+  // Lines one after the other, so many a block.
   struct Stream {
     const char* data = nullptr;
-    int lines = 0;
+    int64_t lines = 0;
     void fetch(int64_t blocks) {
       for (int64_t line = 0; line < blocks * lines; ++line, data += 64) __builtin_prefetch(data, 0, 2);
     }
   };
+  // Rows of `width` lines, `stride` bytes from one to the next.
+  struct Rows {
+    const char* data = nullptr;
+    int64_t lines = 0, width = 0, stride = 0;
+    int64_t column = 0;  // lines from the beginning of a row to data
+    void fetch(int64_t blocks) {
+      for (int64_t line = 0; line < blocks * lines; ++line) {
+        __builtin_prefetch(data, 0, 2);
+        data += ++column < width ? 64 : stride - 64 * (width - 1);
+        if (column == width) column = 0;
+      }
+    }
+  };
   Stream weights;  // that a core's cache cannot hold: under all tiles of the panel before, and not under their own first
-  Stream rows;     // that the next step reads and writes
-  bool any() const { return weights.lines + rows.lines > 0; }
+  Rows rows;       // that are read and written next
+  // Null where there is nothing to fetch.
+  Ahead* any() { return weights.lines + rows.lines > 0 ? this : nullptr; }
   void fetch(int64_t blocks) {
     weights.fetch(blocks);
     rows.fetch(blocks);
@@ -86,7 +101,7 @@ struct Ahead {
 // Row r of the tile adds a[r] . w to start[r][offset...]; the last vector starts from `last` instead where that is given.
 template <int R, int NV, class O>
 void tile(int64_t k_units, const O* const* a, const O* w, const typename Product<O>::T* const* start, int64_t offset,
-          const typename Product<O>::T* last, typename Product<O>::T* out, int64_t out_stride, Ahead ahead) {
+          const typename Product<O>::T* last, typename Product<O>::T* out, int64_t out_stride, Ahead* ahead) {
   using P = Product<O>;
   constexpr int V = LANES<O>;
   Vec<typename P::T> sum[R][NV];
@@ -118,9 +133,9 @@ void tile(int64_t k_units, const O* const* a, const O* w, const typename Product
     }
     if (k < end) multiply(k++);
   };
-  if (!ahead.any()) multiply_to(k_units);
+  if (!ahead) multiply_to(k_units);
   while (k < k_units) {
-    ahead.fetch(1);
+    ahead->fetch(1);
     multiply_to(min64(k + Ahead::BLOCK, k_units));
   }
 #pragma GCC unroll 8
@@ -205,7 +220,7 @@ template <class O>
 RNNFAST_INLINE Ahead::Stream share_of_panel(const O* panel, int width, int64_t k, int64_t tile, int64_t tiles) {
   const int64_t blocks = ceil_div(units<O>(k), Ahead::BLOCK), lines = units<O>(k) * width * VECTOR_BYTES / 64;
   const int64_t each = ceil_div(lines, tiles * blocks);
-  return {reinterpret_cast<const char*>(panel) + tile * each * blocks * 64, int(each)};
+  return {reinterpret_cast<const char*>(panel) + tile * each * blocks * 64, each};
 }
 
 // LANES units adjacent in k, of one row; n numbers are there.

@@ -150,7 +150,7 @@ class WeightGradients {
             start[r] = buffers.sums + (m + r) * buffers.sums_stride;
           }
           tile_function<O>(count, width)(units<O>(k), rows, packed, start, at_column, nullptr,
-                                         buffers.sums + m * buffers.sums_stride + at_column, buffers.sums_stride, {});
+                                         buffers.sums + m * buffers.sums_stride + at_column, buffers.sums_stride, nullptr);
         });
       }
     }
@@ -273,7 +273,7 @@ class WeightGradients {
         for (int64_t lane = 0; lane < s.lanes; ++lane) {
           for (int r = 0; r < count; ++r) a[r] = d.gates_x(lane, row + r);
           const O* w = w_ih + lane * packed_size<O>(inputs, gate_rows) + panel_offset<O>(inputs, p, gate_rows);
-          tile_function<O>(count, width)(units<O>(gate_rows), a, w, start, 0, nullptr, sums, width * V, {});
+          tile_function<O>(count, width)(units<O>(gate_rows), a, w, start, 0, nullptr, sums, width * V, nullptr);
         }
         for (int r = 0; r < count; ++r) {
           const int64_t column = p * inputs.vectors * V;

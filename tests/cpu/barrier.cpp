@@ -1,30 +1,98 @@
-// The barrier between time steps under contention, for ThreadSanitizer. Returns 0 where all is well.
+// The barrier between time steps, and the pieces dealt in them, under contention, for ThreadSanitizer. Returns 0 where all is well.
 #include <chrono>
 #include <thread>
 #include <vector>
 
+#include "../../csrc/cpu/sharing.h"
 #include "../../csrc/cpu/threads.h"
 
-// Each thread reads what the others wrote before the barrier: a race, or a wrong sum, if it does not hold.
-int main() {
-  constexpr int THREADS = 4, ROUNDS = 3000;
-  rnnfast::Barrier barrier;
-  int64_t written[THREADS] = {};
+namespace {
+
+constexpr int THREADS = 4, ROUNDS = 3000;
+
+void sleep(int microseconds) { std::this_thread::sleep_for(std::chrono::microseconds(microseconds)); }
+
+// Runs work(thread), which says whether it has seen something wrong, in every thread.
+template <class F>
+bool all_is_well(F work) {
   bool wrong[THREADS] = {};
   std::vector<std::thread> threads;
-  for (int i = 0; i < THREADS; ++i)
-    threads.emplace_back([&, i] {
-      for (int round = 1; round <= ROUNDS; ++round) {
-        written[i] = round;
-        if (round % 500 == i) std::this_thread::sleep_for(std::chrono::microseconds(300));  // the others fall asleep
-        barrier.wait(THREADS);
-        for (int64_t value : written) wrong[i] |= value != round;
-        barrier.wait(THREADS);
-      }
-    });
+  for (int i = 0; i < THREADS; ++i) threads.emplace_back([&, i] { wrong[i] = work(i); });
   for (auto& thread : threads) thread.join();
   for (bool one : wrong)
-    if (one) return 1;
-  return 0;
+    if (one) return false;
+  return true;
 }
 
+// Each thread reads what the others wrote before the barrier: a race, or a wrong sum, if it does not hold.
+bool barrier_holds() {
+  rnnfast::Barrier barrier;
+  int64_t written[THREADS] = {};
+  return all_is_well([&](int thread) {
+    bool wrong = false;
+    for (int round = 1; round <= ROUNDS; ++round) {
+      written[thread] = round;
+      if (round % 500 == thread) sleep(300);  // the others fall asleep
+      barrier.wait(THREADS);
+      for (int64_t value : written) wrong |= value != round;
+      barrier.wait(THREADS);
+    }
+    return wrong;
+  });
+}
+
+// Every piece is taken once a step, whoever is slow; and one more member is dealt to than comes.
+bool pieces_are_dealt_once() {
+  constexpr int PIECES = 37;
+  rnnfast::Barrier barrier;
+  rnnfast::Deal deal(THREADS + 1, PIECES, false);
+  int64_t taken[PIECES] = {};
+  return all_is_well([&](int thread) {
+    bool wrong = false;
+    for (int round = 1; round <= ROUNDS; ++round) {
+      for (int64_t piece; (piece = deal.take(thread)) >= 0;) {
+        const int64_t next = deal.peek(thread);
+        wrong |= piece >= PIECES || next >= PIECES || next == piece;
+        ++taken[piece];
+        if (round % 500 == thread) sleep(20);
+      }
+      barrier.wait(THREADS, [&] { deal.next_step(); });
+      for (int64_t times : taken) wrong |= times != round;
+      barrier.wait(THREADS);
+    }
+    return wrong;
+  });
+}
+
+// Every row goes through every step once and in order, in whichever thread.
+bool rows_are_relayed() {
+  constexpr int64_t ROWS = 50, STEPS = 20;
+  for (int round = 0; round < ROUNDS / 10; ++round) {
+    rnnfast::Relay relay;
+    int64_t done[THREADS * ROWS] = {};
+    const auto run = [&](rnnfast::Item item, int thread) {
+      for (int64_t step = item.done; step < STEPS; ++step) {
+        relay.share(item, step);
+        for (int64_t row = item.first; row < item.end; ++row) {
+          if (done[row] != step) return true;
+          ++done[row];
+        }
+        if (thread == round % THREADS) sleep(round % 50 == 0 ? 200 : 1);  // a slow one
+      }
+      return false;
+    };
+    const bool well = all_is_well([&](int thread) {
+      bool wrong = run({0, 1, thread * ROWS, (thread + 1) * ROWS}, thread);
+      for (rnnfast::Item item; relay.take(item, THREADS);) wrong |= run(item, thread);
+      return wrong;
+    });
+    for (int64_t steps : done)
+      if (steps != STEPS) return false;
+    if (!well) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+int main() { return barrier_holds() && pieces_are_dealt_once() && rows_are_relayed() ? 0 : 1; }

@@ -54,6 +54,31 @@ def test_runs_and_thread_counts_agree_bitwise(shape: tuple[int, ...], cell: str,
         assert_same(again_gradients, gradients)
 
 
+@pytest.mark.parametrize("shape", [(2, 4, 3, 24, 520), (1, 5, 37, 24, 640)], ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_dealt_pieces_agree_bitwise_with_one_thread(cell: str, shape: tuple[int, ...]) -> None:
+    """Weights beyond a core's cache: threads walk together, and who computes what depends on how fast they are."""
+    arguments = build(Case(cell, *shape, ragged=True), torch.float32)
+    d_outputs = gradients_like(arguments, torch.float32)
+    outputs, gradients = with_threads(1, arguments, d_outputs)
+    stop = threading.Event()
+
+    def disturb() -> None:  # something else to do for one of the cores, now and then
+        while not stop.wait(2e-4):
+            sum(range(20000))
+
+    disturbing = threading.Thread(target=disturb)
+    disturbing.start()
+    try:
+        for threads in (2, 3, 5):
+            again, again_gradients = with_threads(threads, arguments, d_outputs)
+            assert_same(again, outputs)
+            assert_same(again_gradients, gradients)
+    finally:
+        stop.set()
+        disturbing.join()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 def test_a_row_does_not_depend_on_its_batch(cell: str, dtype: torch.dtype) -> None:

@@ -1,4 +1,4 @@
-"""The native scan under AddressSanitizer and UBSan, and its barrier under ThreadSanitizer, without torch."""
+"""The native scan under AddressSanitizer and UBSan, its barrier and its memory under ThreadSanitizer, without torch."""
 
 from __future__ import annotations
 
@@ -40,6 +40,11 @@ def test_barrier_under_thread_sanitizer(tmp_path: Path) -> None:
     run_program(program, TSAN_OPTIONS="halt_on_error=1")
 
 
+@pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
+def test_memory_under_sanitizers(sanitizer: str, tmp_path: Path) -> None:
+    run_program(compile_program(tmp_path, sanitizer, str(HERE / "memory.cpp")), TSAN_OPTIONS="halt_on_error=1")
+
+
 @pytest.mark.skipif("RNNFAST_SANITIZE" not in os.environ, reason="takes minutes; set RNNFAST_SANITIZE=1 to run it")
 def test_kernels_under_address_sanitizer(tmp_path: Path) -> None:
     objects, instruction_sets, defines = [], dict(native._INSTRUCTION_SETS), ""
@@ -55,7 +60,11 @@ def test_kernels_under_address_sanitizer(tmp_path: Path) -> None:
         sanitizer = "-fsanitize=address,undefined"
         command = [COMPILER, *flags.split(), sanitizer, "-c", str(CSRC / "kernels.cpp"), "-o", objects[-1]]
         subprocess.run(command, check=True)
-    sources = [str(HERE / "sanitize.cpp"), str(CSRC / "threads.cpp"), str(CSRC / "choose.cpp"), *objects]
+    sources = [
+        str(HERE / "sanitize.cpp"),
+        *(str(CSRC / f"{name}.cpp") for name in ("threads", "memory", "choose")),
+        *objects,
+    ]
     program = compile_program(tmp_path, "address,undefined", *sources, defines=defines)
     for isa in instruction_sets:
         run_program(program, RNNFAST_CPU_ISA=isa)

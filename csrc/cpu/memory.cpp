@@ -1,0 +1,119 @@
+#include "memory.h"
+
+#include <pthread.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace rnnfast {
+namespace {
+
+constexpr int MOST_KEPT = 32;
+
+// Trivially destructible, all of it: the last tensor may give its block back when static destructors have run.
+std::mutex kept_mutex;  // guards what follows; held across fork, so that the child finds it whole
+Block kept[MOST_KEPT];  // in the order in which they were given back
+int kept_count = 0;
+size_t kept_bytes = 0, used_bytes = 0, most_used = 0;  // of large blocks
+static_assert(std::is_trivially_destructible_v<std::mutex>);
+
+const size_t most_kept_bytes = size_t(sysconf(_SC_PHYS_PAGES)) * size_t(sysconf(_SC_PAGESIZE)) / 16;
+const int fork_handler = pthread_atfork([] { kept_mutex.lock(); }, [] { kept_mutex.unlock(); }, [] { kept_mutex.unlock(); });
+
+size_t large_bytes(const Block& block) { return block.capacity >= LARGE_BLOCK ? block.capacity : 0; }
+
+Block remove(int index) {
+  const Block block = kept[index];
+  std::copy(kept + index + 1, kept + kept_count, kept + index);
+  --kept_count;
+  kept_bytes -= large_bytes(block);
+  return block;
+}
+
+// Blocks that go back to the system, once the mutex is no longer held: that takes a while.
+class Unwanted {
+ public:
+  ~Unwanted() {
+    for (int i = 0; i < count_; ++i) std::free(blocks_[i].data);
+  }
+  void add(Block block) { blocks_[count_++] = block; }
+  // Those given back longest ago go first.
+  void drop_until_large_kept_are(size_t bytes) {
+    for (int i = 0; kept_bytes > bytes;) {
+      if (large_bytes(kept[i]))
+        add(remove(i));
+      else
+        ++i;
+    }
+  }
+
+ private:
+  Block blocks_[MOST_KEPT + 1];
+  int count_ = 0;
+};
+
+}  // namespace
+
+void wish_huge_pages(void* data, size_t bytes) {
+#if defined(__linux__)
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / HUGE_PAGE * HUGE_PAGE;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // without it all works as well
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
+Block take_block(size_t bytes, bool briefly) {
+  constexpr size_t PAGE = 4096, WORTH_IT = size_t(128) << 10;
+  const size_t page = bytes >= WORTH_IT ? HUGE_PAGE : PAGE;
+  const size_t capacity = std::max((bytes + page - 1) / page * page, page);
+  // What is held for long may waste half of its size; small needs do not take what large ones come back for.
+  const size_t most = capacity < LARGE_BLOCK ? LARGE_BLOCK - 1 : briefly ? SIZE_MAX : capacity / 2 * 3;
+  Unwanted unwanted;
+  std::lock_guard<std::mutex> lock(kept_mutex);
+  int best = -1;
+  for (int i = 0; i < kept_count; ++i)
+    if (kept[i].capacity >= capacity && kept[i].capacity <= most && (best < 0 || kept[i].capacity < kept[best].capacity))
+      best = i;
+  Block block{nullptr, capacity};
+  if (best >= 0) {
+    block = remove(best);
+  } else {
+    const size_t used = used_bytes + large_bytes(block);
+    unwanted.drop_until_large_kept_are(std::max(most_used, used) - used);
+    block.data = static_cast<char*>(std::aligned_alloc(page, capacity));
+    if (!block.data) throw std::runtime_error("no memory for a block of " + std::to_string(capacity) + " bytes");
+    wish_huge_pages(block.data, capacity);
+  }
+  used_bytes += large_bytes(block);
+  most_used = std::max(most_used, used_bytes);
+  return block;
+}
+
+void give_back(Block block) {
+#if defined(MADV_FREE)
+  // The kernel may take its pages when others need memory, so that an idle process holds none; those that it has left by the
+  // next use cost no fault.
+  if (large_bytes(block)) madvise(block.data, block.capacity, MADV_FREE);
+#endif
+  Unwanted unwanted;
+  std::lock_guard<std::mutex> lock(kept_mutex);
+  used_bytes -= large_bytes(block);
+  if (large_bytes(block) > most_kept_bytes) return unwanted.add(block);
+  unwanted.drop_until_large_kept_are(most_kept_bytes - large_bytes(block));
+  if (kept_count == MOST_KEPT) unwanted.add(remove(0));
+  kept[kept_count++] = block;
+  kept_bytes += large_bytes(block);
+}
+
+}  // namespace rnnfast

@@ -1,0 +1,39 @@
+// Tapes: tensors of blocks from memory.h.
+#include "direct.h"
+#include "memory.h"
+#include "tensors.h"
+
+// torch's, from 2.11 on; null in 2.10, for which torch/csrc/stable/c/shim.h is included here. Weak, as the library loads there
+// too, and visible: what is hidden and weak is null everywhere.
+extern "C" __attribute__((weak, visibility("default"))) AOTITorchError torch_from_blob(
+    void* data, int64_t dimensions, const int64_t* sizes, const int64_t* strides, int64_t storage_offset, int32_t dtype,
+    int32_t device_type, int32_t device_index, AtenTensorHandle* result, int32_t layout, const uint8_t* opaque_metadata,
+    int64_t opaque_metadata_size, void (*deleter)(void* data, void* context), void* context);
+
+namespace rnnfast {
+
+Tensor tape_tensor(const Tensor& like, const Sizes& sizes) {
+  Sizes strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= sizes[i]) strides[i] = stride;
+  const size_t bytes = size_t(stride) * like.element_size();
+  if (bytes < LARGE_BLOCK || !torch_from_blob) return empty(like, sizes);
+  constexpr int32_t NO_INDEX = -1;
+  int32_t dtype;
+  check(aoti_torch_get_dtype(like.get(), &dtype) == AOTI_TORCH_SUCCESS, "a tape is to be like a tensor without a type");
+  const Block block = take_block(bytes, false);
+  const auto give = [](void* data, void* capacity) {
+    give_back({static_cast<char*>(data), reinterpret_cast<size_t>(capacity)});
+  };
+  AtenTensorHandle tape;
+  const auto status = torch_from_blob(block.data, int64_t(sizes.size()), sizes.data(), strides.data(), 0, dtype,
+                                      aoti_torch_device_type_cpu(), NO_INDEX, &tape, aoti_torch_layout_strided(), nullptr, 0,
+                                      give, reinterpret_cast<void*>(block.capacity));
+  if (status != AOTI_TORCH_SUCCESS) give_back(block);
+  check(status == AOTI_TORCH_SUCCESS, "torch does not take ", bytes, " bytes for a tape");
+  return Tensor(tape);
+}
+
+Tensor direct_tape_cpu(Tensor like, int64_t rows, int64_t width) { return tape_tensor(like, {1, rows, width}); }
+
+}  // namespace rnnfast
