@@ -23,7 +23,8 @@ class WeightGradients {
   const int threads;
   const int64_t gate_rows;
   const Panels inputs, states, units_;
-  int64_t block_rows;    // rows of a weight's gradient in a task
+  const bool both_weights;  // w_ih's gradient is computed beside w_hh's, from the same gradients of the gates
+  int64_t block_rows;       // rows of a weight's gradient in a task
   O* w_ih = nullptr;     // packed: d_gates_x w_ih
 
   struct Kind {
@@ -41,16 +42,17 @@ class WeightGradients {
         gate_rows(s.gates() * s.hidden),
         inputs(plain_panels(s.input, V)),
         states(plain_panels(s.state, V)),
-        units_(plain_panels(s.hidden, V)) {
+        units_(plain_panels(s.hidden, V)),
+        both_weights(x.d_w_hh && x.d_w_ih && !s.ids && d.last == 0) {
     // A task's sums take half of a core's cache and leave the rest to the packed rows of one K_BLOCK; tasks come out equal
     // for each thread.
-    const int64_t most = max64(V, near_bytes() / 2 / (max64(s.input, max64(s.state, s.hidden)) * int64_t(sizeof(T))));
+    const int64_t most = max64(V, near_bytes() / 2 / (sum_columns() * int64_t(sizeof(T))));
     const int64_t rounds = ceil_div(gate_rows, threads * most);
     block_rows = round_up(ceil_div(gate_rows, threads * rounds), V);
     const int64_t blocks = ceil_div(gate_rows, block_rows);
     kinds[0] = {x.d_input ? ceil_div(s.rows, INPUT_ROWS) : 0, &WeightGradients::input_gradient};
     kinds[1] = {x.d_w_hh ? s.lanes * blocks : 0, &WeightGradients::w_hh_gradient};
-    kinds[2] = {x.d_w_ih && !s.ids ? s.lanes * blocks : 0, &WeightGradients::w_ih_gradient};
+    kinds[2] = {x.d_w_ih && !s.ids && !both_weights ? s.lanes * blocks : 0, &WeightGradients::w_ih_gradient};
     kinds[3] = {x.d_w_ih && s.ids ? s.lanes * ceil_div(gate_rows, ID_COLUMNS) : 0, &WeightGradients::w_ids_gradient};
     kinds[4] = {x.d_w_hr ? s.lanes * ceil_div(s.state, block_rows) : 0, &WeightGradients::w_hr_gradient};
     // The products of a weight's gradient add up those of the bias beside it.
@@ -92,13 +94,19 @@ class WeightGradients {
   }
 
  private:
+  // Columns of the sums of a product, whichever weight it is of.
+  int64_t sum_columns() const {
+    const int64_t of_input = s.ids ? 0 : inputs.total_vectors, of_state = states.total_vectors;
+    return V * max64(both_weights ? of_input + of_state : max64(of_input, of_state), units_.total_vectors);
+  }
+
   struct ProductBuffers {
     O *a, *w;
     T *sums, *bias;
     int64_t a_stride, sums_stride;
     ProductBuffers(const WeightGradients& of, Carver& carver) {
       a_stride = round_up(K_BLOCK, V * Product<O>::depth);
-      sums_stride = max64(max64(of.inputs.total_vectors, of.states.total_vectors), of.units_.total_vectors) * V;
+      sums_stride = of.sum_columns();
       a = carver.take<O>(of.block_rows * a_stride);
       w = carver.take<O>(K_BLOCK * sums_stride);
       sums = carver.take<T>(of.block_rows * sums_stride);
@@ -106,11 +114,23 @@ class WeightGradients {
     }
   };
 
-  // out[m, :] = sum over rows k of a(k)[column(m)] w(k)[:], for m in [first, end). column is contiguous but at `jump`. Where a
-  // bias is wanted, bias[m] and again[m] = sum of a(k)[column(m)].
-  template <class A, class Column, class W>
-  void product(const Panels& panels, int64_t columns, int64_t first, int64_t end, A a, Column column, int64_t jump, W w,
-               S* out, S* bias, S* again, char* local) const {
+  // What the gradients of the gates are multiplied with for a weight's gradient: row(k)[:columns] for each row k of the batch.
+  template <class Row>
+  struct Factor {
+    const Panels& panels;
+    int64_t columns;
+    Row row;
+    S* out;
+    int64_t at = 0;  // its first column in the sums
+  };
+  template <class Row>
+  Factor(const Panels&, int64_t, Row, S*, int64_t) -> Factor<Row>;
+
+  // factor.out[m, :] = sum over rows k of a(k)[column(m)] factor.row(k)[:], for m in [first, end), for each factor. column is
+  // contiguous but at `jump`. Where a bias is wanted, bias[m] and again[m] = sum of a(k)[column(m)].
+  template <class A, class Column, class... Factors>
+  void product(int64_t first, int64_t end, A a, Column column, int64_t jump, S* bias, S* again, char* local,
+               const Factors&... factors) const {
     Carver carver(local);
     const ProductBuffers buffers(*this, carver);
     const int64_t m_rows = end - first;
@@ -125,38 +145,46 @@ class WeightGradients {
       if (cut < end)
         pack_transposed<O>(buffers.a + (cut - first) * buffers.a_stride, buffers.a_stride, a_row, k, column(cut), end - cut,
                            bias ? bias_sums + (cut - first) : nullptr);
-      using W_row = decltype(w(int64_t(0)));
-      W_row w_rows[K_BLOCK];
-      for (int64_t i = 0; i < k; ++i) w_rows[i] = w(k0 + i);
-      // A few rows at a time, all panels of them, so that memory is read in order; the next rows are fetched meanwhile.
-      constexpr int64_t GROUP = 8;
-      for (int64_t i = 0; i < k; i += GROUP) {
-        const int64_t n = min64(GROUP, k - i);
-        for (int64_t next = i + n; next < min64(i + n + GROUP, k); ++next)
-          for (int64_t j = 0; j < columns; j += 64 / int64_t(sizeof(*w_rows[0]))) __builtin_prefetch(w_rows[next] + j);
-        for (int64_t p = 0; p < panels.count(); ++p)
-          pack_rows<O>(buffers.w + panel_offset<O>(panels, p, k) + i * panels.width(p) * V, panels.width(p),
-                       [&](int64_t row) { return w_rows[i + row]; }, n, p * panels.vectors * V, columns);
-      }
-      for (int64_t p = 0; p < panels.count(); ++p) {
-        const int width = panels.width(p);
-        const int64_t at_column = p * panels.vectors * V;
-        const O* packed = buffers.w + panel_offset<O>(panels, p, k);
-        for_tiles(m_rows, width, [&](int64_t m, int count, int64_t, int64_t) {
-          const O* rows[MAX_ROWS];
-          const T* start[MAX_ROWS];
-          for (int r = 0; r < count; ++r) {
-            rows[r] = buffers.a + (m + r) * buffers.a_stride;
-            start[r] = buffers.sums + (m + r) * buffers.sums_stride;
-          }
-          tile_function<O>(count, width)(units<O>(k), rows, packed, start, at_column, nullptr,
-                                         buffers.sums + m * buffers.sums_stride + at_column, buffers.sums_stride, nullptr);
-        });
-      }
+      (add_block(buffers, m_rows, k0, k, factors), ...);
     }
-    for (int64_t m = 0; m < m_rows; ++m) convert_row(out + m * columns, buffers.sums + m * buffers.sums_stride, columns);
+    for (int64_t m = 0; m < m_rows; ++m)
+      (convert_row(factors.out + m * factors.columns, buffers.sums + m * buffers.sums_stride + factors.at, factors.columns), ...);
     if (bias) convert_row(bias, bias_sums, m_rows);
     if (again) convert_row(again, bias_sums, m_rows);
+  }
+
+  // Adds the products of rows [k0, k0 + k) of the batch to a factor's sums.
+  template <class Row>
+  void add_block(const ProductBuffers& buffers, int64_t m_rows, int64_t k0, int64_t k, const Factor<Row>& factor) const {
+    const Panels& panels = factor.panels;
+    using Pointer = decltype(factor.row(int64_t(0)));
+    Pointer rows[K_BLOCK];
+    for (int64_t i = 0; i < k; ++i) rows[i] = factor.row(k0 + i);
+    // A few rows at a time, all panels of them, so that memory is read in order; the next rows are fetched meanwhile.
+    constexpr int64_t GROUP = 8;
+    for (int64_t i = 0; i < k; i += GROUP) {
+      const int64_t n = min64(GROUP, k - i);
+      for (int64_t next = i + n; next < min64(i + n + GROUP, k); ++next)
+        for (int64_t j = 0; j < factor.columns; j += 64 / int64_t(sizeof(*rows[0]))) __builtin_prefetch(rows[next] + j);
+      for (int64_t p = 0; p < panels.count(); ++p)
+        pack_rows<O>(buffers.w + panel_offset<O>(panels, p, k) + i * panels.width(p) * V, panels.width(p),
+                     [&](int64_t row) { return rows[i + row]; }, n, p * panels.vectors * V, factor.columns);
+    }
+    for (int64_t p = 0; p < panels.count(); ++p) {
+      const int width = panels.width(p);
+      const int64_t at_column = factor.at + p * panels.vectors * V;
+      const O* packed = buffers.w + panel_offset<O>(panels, p, k);
+      for_tiles(m_rows, width, [&](int64_t m, int count, int64_t, int64_t) {
+        const O* a[MAX_ROWS];
+        const T* start[MAX_ROWS];
+        for (int r = 0; r < count; ++r) {
+          a[r] = buffers.a + (m + r) * buffers.a_stride;
+          start[r] = buffers.sums + (m + r) * buffers.sums_stride;
+        }
+        tile_function<O>(count, width)(units<O>(k), a, packed, start, at_column, nullptr,
+                                       buffers.sums + m * buffers.sums_stride + at_column, buffers.sums_stride, nullptr);
+      });
+    }
   }
 
   S* bias_rows(void* d_bias, int64_t lane, int64_t first) const {
@@ -172,29 +200,37 @@ class WeightGradients {
       return before >= 0 ? at<S>(x.output, (before * s.lanes + lane) * s.state)
                          : at<S>(x.h_0, (lane * s.batch + b) * s.state);
     };
-    product(states, s.state, first, min64(first + block_rows, gate_rows), [&](int64_t row) { return d.gates_h(lane, row); },
-            [](int64_t m) { return m; }, gate_rows, state_before, at<S>(x.d_w_hh, (lane * gate_rows + first) * s.state),
-            bias_rows(x.d_b_hh, lane, first), s.cell == Cell::gru ? nullptr : bias_rows(x.d_b_ih, lane, first), local);
+    const int64_t end = min64(first + block_rows, gate_rows);
+    const auto gates = [&](int64_t row) { return d.gates_h(lane, row); };
+    const auto same = [](int64_t m) { return m; };
+    S *bias = bias_rows(x.d_b_hh, lane, first), *again = s.cell == Cell::gru ? nullptr : bias_rows(x.d_b_ih, lane, first);
+    const Factor of_state{states, s.state, state_before, at<S>(x.d_w_hh, (lane * gate_rows + first) * s.state), 0};
+    if (both_weights)
+      product(first, end, gates, same, gate_rows, bias, again, local, of_state, of_input(lane, first, states.total_vectors * V));
+    else
+      product(first, end, gates, same, gate_rows, bias, again, local, of_state);
+  }
+  auto of_input(int64_t lane, int64_t first, int64_t at_column) const {
+    const auto row = [this](int64_t k) { return at<S>(x.input, k * s.input); };
+    return Factor{inputs, s.input, row, at<S>(x.d_w_ih, (lane * gate_rows + first) * s.input), at_column};
   }
 
   void w_ih_gradient(int64_t task, char* local) const {
     const int64_t blocks = ceil_div(gate_rows, block_rows), lane = task / blocks, first = task % blocks * block_rows;
-    product(inputs, s.input, first, min64(first + block_rows, gate_rows), [&](int64_t row) { return d.gates_x(lane, row); },
+    product(first, min64(first + block_rows, gate_rows), [&](int64_t row) { return d.gates_x(lane, row); },
             [&](int64_t m) { return d.column_x(m); }, d.permuted ? 2 * s.hidden : gate_rows,
-            [&](int64_t row) { return at<S>(x.input, row * s.input); },
-            at<S>(x.d_w_ih, (lane * gate_rows + first) * s.input),
-            s.cell == Cell::gru ? bias_rows(x.d_b_ih, lane, first) : nullptr, nullptr, local);
+            s.cell == Cell::gru ? bias_rows(x.d_b_ih, lane, first) : nullptr, nullptr, local, of_input(lane, first, 0));
   }
 
   void w_hr_gradient(int64_t task, char* local) const {
     const int64_t blocks = ceil_div(s.state, block_rows), lane = task / blocks, first = task % blocks * block_rows;
-    product(units_, s.hidden, first, min64(first + block_rows, s.state),
+    const auto unprojected = [&](int64_t row) {
+      return static_cast<const O*>(d.unprojected + (lane * s.rows + row) * d.hidden_stride);
+    };
+    product(first, min64(first + block_rows, s.state),
             [&](int64_t row) { return static_cast<const O*>(d.state + (lane * s.rows + row) * d.state_stride); },
-            [](int64_t m) { return m; }, s.state,
-            [&](int64_t row) {
-              return static_cast<const O*>(d.unprojected + (lane * s.rows + row) * d.hidden_stride);
-            },
-            at<S>(x.d_w_hr, (lane * s.state + first) * s.hidden), nullptr, nullptr, local);
+            [](int64_t m) { return m; }, s.state, nullptr, nullptr, local,
+            Factor{units_, s.hidden, unprojected, at<S>(x.d_w_hr, (lane * s.state + first) * s.hidden), 0});
   }
 
   // A segment sum over ids, transposed on the way out. A row has one id, so the sum over ids is the bias's (of the other
