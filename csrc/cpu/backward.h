@@ -243,16 +243,17 @@ class Backward {
   void fetch_rows(RowsAhead& ahead, int64_t lane, int64_t row, int64_t rows, int64_t unit, int64_t end) const {
     if (s.has_projection) return;
     const int64_t bytes = (end - unit) * int64_t(sizeof(S)), hidden = s.hidden * int64_t(sizeof(S));
+    const int64_t gate_bytes = (end - unit) * int64_t(sizeof(O)), stride = d.stride * int64_t(sizeof(O));
+    const int64_t tape = tape_count(s.cell), in_tape = (lane * s.rows + row) * tape * s.hidden + unit;
+    const int64_t in_output = (row * s.lanes + lane) * s.hidden + unit;
     const O* gates = d.gates_x(lane, row) + unit;
-    const int64_t parts = d.width / s.hidden;
     if (unit == 0 && end == s.hidden)
-      ahead.add(gates, d.stride * int64_t(sizeof(O)), rows, d.stride * int64_t(sizeof(O)));
-    else if (d.stride == d.width)
-      ahead.add(gates, (end - unit) * int64_t(sizeof(O)), rows * parts, s.hidden * int64_t(sizeof(O)));
-    if (x.tape)
-      ahead.add(at<S>(x.tape, (lane * s.rows + row) * tape_count(s.cell) * s.hidden + unit), bytes, rows * tape_count(s.cell), hidden);
-    if (x.d_output) ahead.add(at<S>(x.d_output, (row * s.lanes + lane) * s.hidden + unit), bytes, rows, s.lanes * hidden);
-    if (s.cell != Cell::lstm) ahead.add(at<S>(x.output, (row * s.lanes + lane) * s.hidden + unit), bytes, rows, s.lanes * hidden);
+      ahead.add(gates, stride, rows, stride);
+    else if (d.stride == d.width)  // else the parts of all rows are not equally far apart
+      ahead.add(gates, gate_bytes, rows * (d.width / s.hidden), s.hidden * int64_t(sizeof(O)));
+    if (x.tape) ahead.add(at<S>(x.tape, in_tape), bytes, rows * tape, hidden);
+    if (x.d_output) ahead.add(at<S>(x.d_output, in_output), bytes, rows, s.lanes * hidden);
+    if (s.cell != Cell::lstm) ahead.add(at<S>(x.output, in_output), bytes, rows, s.lanes * hidden);
   }
 
   // Row r of d_gates_h, as every block of the walk's panels multiplies it.

@@ -90,7 +90,8 @@ struct GatesOfRow {
   }
 };
 
-// out(lane)[r] = a[r] w, for this member's pieces of a step. rows(lane) puts the lane's rows into a, and returns how many they are.
+// out(lane)[r] = a[r] w, for this member's pieces of a step. rows(lane) puts the lane's rows into a, and returns how many there
+// are.
 template <class O, class Rows, class Out>
 void multiply_rows(Walk<O>& walk, const Panels& panels, int64_t depth, int64_t step, const O* const* a, Rows rows, Out out,
                    int64_t stride) {

@@ -225,7 +225,8 @@ class ExtendedBackward {
     barrier.wait(local.members);
     multiply_rows(walk, units_, s.state, step, local.a,
                   [&](int64_t lane) {
-                    const int64_t t = time(lane, step), rows = alive(s, item, t), row = lane * s.rows + s.offset_at(t) + item.first;
+                    const int64_t t = time(lane, step), rows = alive(s, item, t);
+                    const int64_t row = lane * s.rows + s.offset_at(t) + item.first;
                     for (int64_t r = 0; r < rows; ++r) local.a[r] = gates.state + (row + r) * state_stride;
                     return rows;
                   },

@@ -148,7 +148,8 @@ class WeightGradients {
       (add_block(buffers, m_rows, k0, k, factors), ...);
     }
     for (int64_t m = 0; m < m_rows; ++m)
-      (convert_row(factors.out + m * factors.columns, buffers.sums + m * buffers.sums_stride + factors.at, factors.columns), ...);
+      (convert_row(factors.out + m * factors.columns, buffers.sums + m * buffers.sums_stride + factors.at, factors.columns),
+       ...);
     if (bias) convert_row(bias, bias_sums, m_rows);
     if (again) convert_row(again, bias_sums, m_rows);
   }
@@ -206,7 +207,8 @@ class WeightGradients {
     S *bias = bias_rows(x.d_b_hh, lane, first), *again = s.cell == Cell::gru ? nullptr : bias_rows(x.d_b_ih, lane, first);
     const Factor of_state{states, s.state, state_before, at<S>(x.d_w_hh, (lane * gate_rows + first) * s.state), 0};
     if (both_weights)
-      product(first, end, gates, same, gate_rows, bias, again, local, of_state, of_input(lane, first, states.total_vectors * V));
+      product(first, end, gates, same, gate_rows, bias, again, local, of_state,
+              of_input(lane, first, states.total_vectors * V));
     else
       product(first, end, gates, same, gate_rows, bias, again, local, of_state);
   }
@@ -241,7 +243,14 @@ class WeightGradients {
     T* sums = reinterpret_cast<T*>(local);
     std::memset(sums, 0, size_t(s.input * ID_COLUMNS) * sizeof(T));
     const int64_t* ids = at<int64_t>(x.input, 0);
-    for (int64_t row = 0; row < s.rows; ++row) add_columns(sums + ids[row] * ID_COLUMNS, lane, row, first, n);
+    // Too little of each row to be seen coming.
+    constexpr int64_t FETCHED = 8;
+    for (int64_t row = 0; row < s.rows; ++row) {
+      if (row + FETCHED < s.rows)
+        for (int64_t j = 0; j < n; j += 64 / int64_t(sizeof(O)))
+          __builtin_prefetch(d.gates_x(lane, row + FETCHED) + d.column_x(first) + j);
+      add_columns(sums + ids[row] * ID_COLUMNS, lane, row, first, n);
+    }
     for (int64_t m = 0; m < n; ++m) {
       S* out = at<S>(x.d_w_ih, (lane * gate_rows + first + m) * s.input);
       T sum{};

@@ -181,6 +181,13 @@ void run_kernels() {
           if (cell == Cell::lstm)
             run(cell, dtype, shape[0], shape[1], shape[2], shape[3], shape[4], (shape[4] + 1) / 2, ids, ragged, 1);
         }
+  // Two threads that share rows, and pieces of a step.
+  for (Cell cell : {Cell::lstm, Cell::gru})
+    for (DType dtype : {DType::float32, DType::bfloat16})
+      for (bool ragged : {false, true}) {
+        run(cell, dtype, 1, 12, 40, 5, 40, 0, false, ragged, 2);
+        run(cell, dtype, 2, 3, 21, 5, 520, 0, false, ragged, 2);
+      }
 }
 
 }  // namespace
