@@ -16,6 +16,12 @@ from rnnfast.backends import native
 STEPS, BATCH, INPUTS, HIDDEN = 64, 64, 8, 80  # a tape of 5 x 80 floats a row is 6.5 MB of an LSTM, 5.2 MB of a GRU
 
 
+linux = pytest.mark.skipif(sys.platform != "linux", reason="counts what Linux counts")
+keeps_tapes = pytest.mark.skipif(
+    torch.torch_version.TorchVersion(torch.__version__) < (2, 11), reason="this torch takes no memory of the library's"
+)
+
+
 def run_alone(code: str) -> list[int]:
     """Runs code in a process without huge pages, so that faults are in pages of 4 KB, and returns what it prints."""
     head = """
@@ -39,6 +45,8 @@ def use():
     return [int(number) for number in done.stdout.split()]
 
 
+@linux
+@keeps_tapes
 def test_a_repeated_step_makes_few_page_faults() -> None:
     code = """
 rows = 128, 256
@@ -54,6 +62,8 @@ print(use().ru_minflt - before)
     assert faults < tape / 4  # in three steps
 
 
+@linux
+@keeps_tapes
 def test_sequences_of_many_lengths_take_no_more_memory_than_the_longest() -> None:
     code = """
 for _ in range(2):
@@ -130,6 +140,7 @@ def test_a_tape_is_an_ordinary_tensor() -> None:
         assert tape.fill_(2).sum(dtype=torch.float64) == 6e6
 
 
+@linux
 def test_tapes_in_a_forked_child_and_at_exit() -> None:
     code = """
 from rnnfast.backends import native
