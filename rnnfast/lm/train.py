@@ -129,7 +129,6 @@ class Trainer:
     def __init__(self, config: TrainConfig, corpus: Corpus) -> None:
         self.config, self.vocab = config, corpus.vocab
         self.device = pick_device(config.device)
-        check_backend(config.backend, self.device)
         # Read both ways, a state of the backward direction belongs to the future: nothing is carried then.
         self.carries = not (config.random_batches or config.bidirectional)
         torch.manual_seed(config.seed)
@@ -353,6 +352,7 @@ def train(
         raise UserError(f"{folder} is a file, and a run needs a folder of its own: choose another --out")
     elif folder is not None and checkpoints.find(folder).exists() and not overwrite:
         raise UserError(f"{folder} holds a run already: --resume {folder} goes on with it, --overwrite replaces it")
+    check_backend(config.backend, pick_device(config.device))  # before a text is downloaded
     corpus = load_corpus(
         config.corpus,
         tokens=config.tokens,

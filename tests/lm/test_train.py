@@ -247,3 +247,9 @@ def test_the_defaults_are_the_chapters() -> None:
     c = TrainConfig()
     assert (c.cell, c.hidden_size, c.batch_size, c.steps, c.epochs) == ("rnn", 512, 32, 35, 500)
     assert (c.optimizer, c.lr, c.schedule, c.clip, c.max_tokens) == ("sgd", 1.0, "constant", 1.0, 10_000)
+
+
+def test_device_and_backend_are_checked_before_the_text_is_read() -> None:
+    for wrong, message in (({"device": "foo"}, "--device foo"), ({"backend": "foo"}, "foo")):
+        with pytest.raises(UserError, match=message):
+            train(replace(SMALL, corpus="no/such/text.txt", **wrong))
