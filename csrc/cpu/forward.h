@@ -75,7 +75,7 @@ class Forward {
   }
 
   void run_item(Item item, const Local& local, Team& team) const {
-    const bool together = local.members > 1;
+    const bool together = split.together();
     if (together && !table) make_gates_x(item, local, 0);
     if (local.member == 0 && item.done == 0) init_states(item);
     team.barrier.wait(local.members);
@@ -114,7 +114,7 @@ class Forward {
     return row;
   }
   T* gates_x(const Item& item, const Local& local, int64_t lane, int64_t step) const {
-    if (local.members > 1) return gates_x_ + (step / chunk_steps() % 2 * s.lanes + lane) * chunk_rows() * columns;
+    if (split.together()) return gates_x_ + (step / chunk_steps() % 2 * s.lanes + lane) * chunk_rows() * columns;
     return local.gates_x + (lane - item.lane) * chunk_rows() * columns;
   }
   O* operand_row(int64_t parity, int64_t lane, int64_t b) const {

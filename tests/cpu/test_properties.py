@@ -79,6 +79,31 @@ def test_dealt_pieces_agree_bitwise_with_one_thread(cell: str, shape: tuple[int,
         disturbing.join()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the OpenMP library in /proc")
+@pytest.mark.parametrize("active_levels", [0, 1])
+def test_fewer_threads_than_were_asked_for(active_levels: int) -> None:
+    """Where OpenMP gives one (in a parallel region, or as OMP_DYNAMIC has it), a scan split for four is whole."""
+    code = f"""
+import ctypes, torch
+from tests.cpu.test_properties import Case, assert_same, build, gradients_like, native, with_threads
+
+native.load()
+openmp = {{line.split()[-1] for line in open("/proc/self/maps") if "libgomp" in line or "libomp" in line}}
+for library in openmp:
+    ctypes.CDLL(library).omp_set_max_active_levels({active_levels})
+for case in (Case("lstm", 1, 4, 3, 24, 640), Case("gru", 2, 3, 20, 24, 520), Case("lstm", 1, 5, 40, 5, 70)):
+    arguments = build(case, torch.float32)
+    d_outputs = gradients_like(arguments, torch.float32)
+    expected, found = (with_threads(threads, arguments, d_outputs) for threads in (1, 4))
+    for one, other in zip(found, expected):
+        assert_same(one, other)
+print(len(openmp))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout) > 0
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 def test_a_row_does_not_depend_on_its_batch(cell: str, dtype: torch.dtype) -> None:
