@@ -1,7 +1,7 @@
 // The one product of this library, out += a w on a tile of a few rows by a few vectors of columns, and the packing of
 // both operands for it.
 //
-// Each element of the result is one accumulator that adds its products in the order of k, and then to where it starts,
+// Each element of the result adds its products in the order of k, SUM_BLOCK of them in an accumulator and then to where it stands,
 // whatever the tile's shape and place: so a result depends neither on the batch around a row nor on how the work is cut or shared.
 //
 // A *unit* is the part of an operand that one vector lane multiplies at once: a number, or a pair of bfloat16 numbers
@@ -98,9 +98,12 @@ struct Ahead {
   }
 };
 
-// Row r of the tile adds a[r] . w to start[r][offset...]; the last vector starts from `last` instead where that is given.
+// Units of k whose products are added up one by one: in a longer sum each would be rounded to the size that it has come to.
+constexpr int64_t SUM_BLOCK = 256;
+
+// `tile` of at most SUM_BLOCK units. Not part of it, as the compiler then keeps all sums of the inner loop in their registers.
 template <int R, int NV, class O>
-void tile(int64_t k_units, const O* const* a, const O* w, const typename Product<O>::T* const* start, int64_t offset,
+__attribute__((noinline)) void tile_block(int64_t k_units, const O* const* a, const O* w, const typename Product<O>::T* const* start, int64_t offset,
           const typename Product<O>::T* last, typename Product<O>::T* out, int64_t out_stride, Ahead* ahead) {
   using P = Product<O>;
   constexpr int V = LANES<O>;
@@ -146,6 +149,23 @@ void tile(int64_t k_units, const O* const* a, const O* w, const typename Product
       const Vec<typename P::T> first = load(c == NV - 1 && last ? last : start[r] + offset + c * V);
       store(out + r * out_stride + c * V, sum[r][c] + first);
     }
+  }
+}
+
+// Row r of the tile adds a[r] . w to start[r][offset...]; the last vector starts from `last` instead where that is given.
+template <int R, int NV, class O>
+void tile(int64_t k_units, const O* const* a, const O* w, const typename Product<O>::T* const* start, int64_t offset,
+          const typename Product<O>::T* last, typename Product<O>::T* out, int64_t out_stride, Ahead* ahead) {
+  tile_block<R, NV, O>(min64(k_units, SUM_BLOCK), a, w, start, offset, last, out, out_stride, ahead);
+  for (int64_t k = SUM_BLOCK; k < k_units; k += SUM_BLOCK) {
+    const O* a_k[R];
+    const typename Product<O>::T* so_far[R];
+    for (int r = 0; r < R; ++r) {
+      a_k[r] = a[r] + k * Product<O>::depth;
+      so_far[r] = out + r * out_stride;
+    }
+    tile_block<R, NV, O>(min64(k_units - k, SUM_BLOCK), a_k, w + k * NV * LANES<O> * Product<O>::depth, so_far, 0, nullptr, out,
+                         out_stride, ahead);
   }
 }
 
