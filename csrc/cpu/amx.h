@@ -5,7 +5,7 @@
 
 namespace rnnfast::RNNFAST_ISA {
 
-// R rows in the tiles of sums (0 to 3) and of a (4); 16 units of w in each of 5, 6 and 7.
+// Of the matrix unit: R rows in the tiles of sums (0 to 3) and of a (4); 16 units of w in each of 5, 6 and 7.
 struct AmxConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -15,6 +15,12 @@ struct AmxConfig {
     for (int t = 5; t < 8; ++t) rows[t] = 16;
   }
 };
+
+template <int R>
+constexpr AmxConfig amx_config{R};
+
+// What this thread's matrix unit is configured for. It stays so from tile to tile: to configure it takes as long as a small tile.
+inline thread_local const AmxConfig* amx_configured = nullptr;
 
 template <int NV>
 RNNFAST_INLINE void amx_multiply(const void* a, int64_t a_bytes, const void* w, int64_t w_bytes) {
@@ -41,7 +47,6 @@ template <int R, int NV>
 void amx_tile(int64_t k_units, const bf16* const* a, const bf16* w, const float* const* start, int64_t offset,
               const float* last, float* out, int64_t out_stride, Ahead* ahead) {
   constexpr int64_t UNITS = 16, DEPTH = 2 * UNITS;  // of one instruction
-  static constexpr AmxConfig config(R);
   alignas(64) bf16 rows[16 * DEPTH], columns[NV * UNITS * DEPTH];
   alignas(64) float sums[NV][16 * 16];
   const int64_t stride = R > 1 ? a[1] - a[0] : DEPTH;
@@ -50,7 +55,10 @@ void amx_tile(int64_t k_units, const bf16* const* a, const bf16* w, const float*
   // The instructions' macros do not tell the compiler what memory they read: it must not delay its stores past them.
   const auto settle = [] { asm volatile("" : : : "memory"); };
 
-  _tile_loadconfig(&config);
+  if (amx_configured != &amx_config<R>) {
+    amx_configured = &amx_config<R>;
+    _tile_loadconfig(amx_configured);
+  }
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -79,13 +87,18 @@ void amx_tile(int64_t k_units, const bf16* const* a, const bf16* w, const float*
   if constexpr (NV > 1) _tile_stored(1, sums[1], 64);
   if constexpr (NV > 2) _tile_stored(2, sums[2], 64);
   if constexpr (NV > 3) _tile_stored(3, sums[3], 64);
-  _tile_release();
   settle();
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < NV; ++c) {
       const F32 first = load(c == NV - 1 && last ? last : start[r] + offset + c * 16);
       store(out + r * out_stride + c * 16, load(sums[c] + r * 16) + first);
     }
+}
+
+// At the end of a thread's part of a call: other code may use the unit, and the system would go on saving its state.
+RNNFAST_INLINE void end_tiles() {
+  if (amx_configured) _tile_release();
+  amx_configured = nullptr;
 }
 
 }  // namespace rnnfast::RNNFAST_ISA

@@ -126,7 +126,7 @@ class Backward {
       for (int64_t lane = item.lane; lane < item.lane_end; ++lane) through_projection(item, local, lane, step);
       team.barrier.wait(local.members);
     }
-    initial_gradients(item, local, walk);
+    if (x.d_h_0) initial_gradients(item, local, walk);
     if (local.member == 0) finish_carries(item);
   }
   int64_t pieces() const { return s.lanes * states.count() * row_groups(s, split, states); }
@@ -158,7 +158,7 @@ class Backward {
       std::memset(carry_row(carry, lane, b), 0, size_t(s.hidden) * sizeof(T));
   }
   void finish_carries(const Item& item) const {
-    if (!carry_c) return;
+    if (!carry_c || !x.d_c_0) return;
     for (int64_t lane = item.lane; lane < item.lane_end; ++lane)
       for (int64_t b = item.first; b < item.end; ++b)
         convert_row(at<S>(x.d_c_0, (lane * s.batch + b) * s.hidden), carry_row(carry_c, lane, b), s.hidden);

@@ -70,7 +70,7 @@ struct Bytes {
 
 size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
-// Zeros in the place of both states, or of their gradients, where a caller leaves any out.
+// Zeros in the place of both states where a caller leaves any out.
 class StandIns {
  public:
   StandIns(const ScanShape& s, bool needed) : begin_(aligned(Bytes(s).state)) {
@@ -192,8 +192,7 @@ int rnnfast_backward_cpu(const DirectBackward* call) {
   const DirectBackward& c = *call;
   return guarded([&] {
     const ScanShape s = shape_of_call(*c.layer, c.steps, c.batch);
-    const bool lstm = s.cell == Cell::lstm;
-    const StandIns zeros(s, !c.h_0), unwanted(s, !c.d_h_0 || (lstm && !c.d_c_0));
+    const StandIns zeros(s, !c.h_0);
     wish_huge_pages_if_large(c.d_input, Bytes(s).output / size_t(s.state) * size_t(s.input));
     const BackwardArgs x{s,
                          c.d_output,
@@ -206,7 +205,7 @@ int rnnfast_backward_cpu(const DirectBackward* call) {
                          c.b_hh,
                          c.w_hr,
                          c.h_0 ? c.h_0 : zeros.state(),
-                         c.c_0 || !lstm ? c.c_0 : zeros.cell(),
+                         c.c_0 || s.cell != Cell::lstm ? c.c_0 : zeros.cell(),
                          c.output,
                          c.tape,
                          c.d_input,
@@ -215,8 +214,8 @@ int rnnfast_backward_cpu(const DirectBackward* call) {
                          c.d_b_ih,
                          c.d_b_hh,
                          c.d_w_hr,
-                         c.d_h_0 ? c.d_h_0 : unwanted.state(),
-                         c.d_c_0 || !lstm ? c.d_c_0 : unwanted.cell(),
+                         c.d_h_0,
+                         c.d_c_0,
                          nullptr};
     choose_kernels(s.dtype).backward(x, available_threads());
     return DIRECT_DONE;

@@ -35,7 +35,13 @@ void convert_row(R* to, const S* from, int64_t n) {
 
 template <class F>
 void parallel(int threads, F body) {
-  run_parallel(threads, [](void* f, int thread, int n) { (*static_cast<F*>(f))(thread, n); }, &body);
+  run_parallel(
+      threads,
+      [](void* f, int thread, int n) {
+        (*static_cast<F*>(f))(thread, n);
+        end_tiles();
+      },
+      &body);
 }
 
 // The panels of the gates. LSTM and GRU: a panel is a vector of units with its gates side by side, so that the gate

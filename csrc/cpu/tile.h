@@ -101,7 +101,7 @@ struct Ahead {
 // Units of k whose products are added up one by one: in a longer sum each would be rounded to the size that it has come to.
 constexpr int64_t SUM_BLOCK = 256;
 
-// `tile` of at most SUM_BLOCK units. Not part of it, as the compiler then keeps all sums of the inner loop in their registers.
+// `tile` of at most SUM_BLOCK units; a function of its own, as the compiler else moves the sums of the inner loop about.
 template <int R, int NV, class O>
 __attribute__((noinline)) void tile_block(int64_t k_units, const O* const* a, const O* w, const typename Product<O>::T* const* start, int64_t offset,
           const typename Product<O>::T* last, typename Product<O>::T* out, int64_t out_stride, Ahead* ahead) {
@@ -152,11 +152,12 @@ __attribute__((noinline)) void tile_block(int64_t k_units, const O* const* a, co
   }
 }
 
-// Row r of the tile adds a[r] . w to start[r][offset...]; the last vector starts from `last` instead where that is given.
+// `tile` of more than SUM_BLOCK units.
 template <int R, int NV, class O>
-void tile(int64_t k_units, const O* const* a, const O* w, const typename Product<O>::T* const* start, int64_t offset,
-          const typename Product<O>::T* last, typename Product<O>::T* out, int64_t out_stride, Ahead* ahead) {
-  tile_block<R, NV, O>(min64(k_units, SUM_BLOCK), a, w, start, offset, last, out, out_stride, ahead);
+__attribute__((noinline)) void tile_blocks(int64_t k_units, const O* const* a, const O* w, const typename Product<O>::T* const* start,
+                                           int64_t offset, const typename Product<O>::T* last, typename Product<O>::T* out,
+                                           int64_t out_stride, Ahead* ahead) {
+  tile_block<R, NV, O>(SUM_BLOCK, a, w, start, offset, last, out, out_stride, ahead);
   for (int64_t k = SUM_BLOCK; k < k_units; k += SUM_BLOCK) {
     const O* a_k[R];
     const typename Product<O>::T* so_far[R];
@@ -169,6 +170,14 @@ void tile(int64_t k_units, const O* const* a, const O* w, const typename Product
   }
 }
 
+// Row r of the tile adds a[r] . w to start[r][offset...]; the last vector starts from `last` instead where that is given.
+template <int R, int NV, class O>
+void tile(int64_t k_units, const O* const* a, const O* w, const typename Product<O>::T* const* start, int64_t offset,
+          const typename Product<O>::T* last, typename Product<O>::T* out, int64_t out_stride, Ahead* ahead) {
+  if (k_units <= SUM_BLOCK) return tile_block<R, NV, O>(k_units, a, w, start, offset, last, out, out_stride, ahead);
+  tile_blocks<R, NV, O>(k_units, a, w, start, offset, last, out, out_stride, ahead);
+}
+
 template <class O>
 using TileFn = decltype(&tile<1, 1, O>);
 
@@ -176,6 +185,10 @@ using TileFn = decltype(&tile<1, 1, O>);
 
 #if defined(__AMX_BF16__)
 #include "amx.h"
+#else
+namespace rnnfast::RNNFAST_ISA {
+RNNFAST_INLINE void end_tiles() {}
+}  // namespace rnnfast::RNNFAST_ISA
 #endif
 
 namespace rnnfast::RNNFAST_ISA {
