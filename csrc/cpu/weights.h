@@ -136,7 +136,6 @@ class WeightGradients {
     const int64_t m_rows = end - first;
     T* const bias_sums = bias ? buffers.bias : nullptr;
     if (bias) std::memset(bias_sums, 0, size_t(m_rows + V) * sizeof(T));
-    std::memset(buffers.sums, 0, size_t(m_rows * buffers.sums_stride) * sizeof(T));
     for (int64_t k0 = 0; k0 < s.rows; k0 += K_BLOCK) {
       const int64_t k = min64(K_BLOCK, s.rows - k0);
       const auto a_row = [&](int64_t i) { return a(k0 + i); };
@@ -171,6 +170,7 @@ class WeightGradients {
         pack_rows<O>(buffers.w + panel_offset<O>(panels, p, k) + i * panels.width(p) * V, panels.width(p),
                      [&](int64_t row) { return rows[i + row]; }, n, p * panels.vectors * V, factor.columns);
     }
+    alignas(64) static constexpr T zeros[MAX_VECTORS * V] = {};
     for (int64_t p = 0; p < panels.count(); ++p) {
       const int width = panels.width(p);
       const int64_t at_column = factor.at + p * panels.vectors * V;
@@ -180,10 +180,10 @@ class WeightGradients {
         const T* start[MAX_ROWS];
         for (int r = 0; r < count; ++r) {
           a[r] = buffers.a + (m + r) * buffers.a_stride;
-          start[r] = buffers.sums + (m + r) * buffers.sums_stride;
+          start[r] = k0 ? buffers.sums + (m + r) * buffers.sums_stride + at_column : zeros;
         }
-        tile_function<O>(count, width)(units<O>(k), a, packed, start, at_column, nullptr,
-                                       buffers.sums + m * buffers.sums_stride + at_column, buffers.sums_stride, nullptr);
+        tile_function<O>(count, width)(units<O>(k), a, packed, start, 0, nullptr, buffers.sums + m * buffers.sums_stride + at_column,
+                                       buffers.sums_stride, nullptr);
       });
     }
   }
