@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnfast import direct, dispatch, functional, sequences
+from rnnfast.cells import with_article
 from rnnfast.sequences import Segments
 
 
@@ -327,7 +328,8 @@ def _check_state_form(layer: Any, hx: Any) -> None:
     if layer.mode == "LSTM":
         functional._pair(hx)
     elif not isinstance(hx, Tensor):
-        raise RuntimeError(f"the state of a {type(layer).__name__} is one tensor h_0, got a {type(hx).__name__}")
+        name, given = with_article(type(layer).__name__), with_article(type(hx).__name__)
+        raise RuntimeError(f"the state of {name} is one tensor h_0, got {given}")
 
 
 def _check_state_dims(layer: Any, hx: Any, batched: bool, input_dims: int) -> None:

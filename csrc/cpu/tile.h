@@ -1,8 +1,9 @@
 // The one product of this library, out += a w on a tile of a few rows by a few vectors of columns, and the packing of
 // both operands for it.
 //
-// Each element of the result adds its products in the order of k, SUM_BLOCK of them in an accumulator and then to where it stands,
-// whatever the tile's shape and place: so a result depends neither on the batch around a row nor on how the work is cut or shared.
+// Each element of the result adds its products in the order of k, SUM_BLOCK of them in an accumulator and then to where it
+// stands, whatever the tile's shape and place: so a result depends neither on the batch around a row nor on how the work is cut
+// or shared.
 //
 // A *unit* is the part of an operand that one vector lane multiplies at once: a number, or a pair of bfloat16 numbers
 // adjacent in k where the processor has such a product. O is the type of an operand, S that of a tensor in memory.
@@ -103,8 +104,10 @@ constexpr int64_t SUM_BLOCK = 256;
 
 // `tile` of at most SUM_BLOCK units; a function of its own, as the compiler else moves the sums of the inner loop about.
 template <int R, int NV, class O>
-__attribute__((noinline)) void tile_block(int64_t k_units, const O* const* a, const O* w, const typename Product<O>::T* const* start, int64_t offset,
-          const typename Product<O>::T* last, typename Product<O>::T* out, int64_t out_stride, Ahead* ahead) {
+__attribute__((noinline)) void tile_block(int64_t k_units, const O* const* a, const O* w,
+                                          const typename Product<O>::T* const* start, int64_t offset,
+                                          const typename Product<O>::T* last, typename Product<O>::T* out, int64_t out_stride,
+                                          Ahead* ahead) {
   using P = Product<O>;
   constexpr int V = LANES<O>;
   Vec<typename P::T> sum[R][NV];
@@ -154,9 +157,10 @@ __attribute__((noinline)) void tile_block(int64_t k_units, const O* const* a, co
 
 // `tile` of more than SUM_BLOCK units.
 template <int R, int NV, class O>
-__attribute__((noinline)) void tile_blocks(int64_t k_units, const O* const* a, const O* w, const typename Product<O>::T* const* start,
-                                           int64_t offset, const typename Product<O>::T* last, typename Product<O>::T* out,
-                                           int64_t out_stride, Ahead* ahead) {
+__attribute__((noinline)) void tile_blocks(int64_t k_units, const O* const* a, const O* w,
+                                           const typename Product<O>::T* const* start, int64_t offset,
+                                           const typename Product<O>::T* last, typename Product<O>::T* out, int64_t out_stride,
+                                           Ahead* ahead) {
   tile_block<R, NV, O>(SUM_BLOCK, a, w, start, offset, last, out, out_stride, ahead);
   for (int64_t k = SUM_BLOCK; k < k_units; k += SUM_BLOCK) {
     const O* a_k[R];

@@ -182,8 +182,8 @@ class WeightGradients {
           a[r] = buffers.a + (m + r) * buffers.a_stride;
           start[r] = k0 ? buffers.sums + (m + r) * buffers.sums_stride + at_column : zeros;
         }
-        tile_function<O>(count, width)(units<O>(k), a, packed, start, 0, nullptr, buffers.sums + m * buffers.sums_stride + at_column,
-                                       buffers.sums_stride, nullptr);
+        tile_function<O>(count, width)(units<O>(k), a, packed, start, 0, nullptr,
+                                       buffers.sums + m * buffers.sums_stride + at_column, buffers.sums_stride, nullptr);
       });
     }
   }
