@@ -77,8 +77,10 @@ class Forward {
   void run_item(Item item, const Local& local, Team& team) const {
     const bool together = split.together();
     if (together && !table) make_gates_x(item, local, 0);
-    if (local.member == 0 && item.done == 0) init_states(item);
-    team.barrier.wait(local.members);
+    if (copies_states() || split.dealt) {  // and where a member may take over a panel whose input product another has made
+      if (local.member == 0 && item.done == 0) init_states(item);
+      team.barrier.wait(local.members);
+    }
     Walk<O> walk(packed.w_hh, packed.gates, s.state, item, s.steps, local.member, local.members, INT64_MAX, team.deal.get(),
                  row_groups(s, split, packed.gates));
     const int64_t chunk = chunk_steps();
@@ -122,6 +124,8 @@ class Forward {
   }
   S* output_row(int64_t row, int64_t lane) const { return at<S>(x.output, (row * s.lanes + lane) * s.state); }
 
+  // A state that the scan does not keep itself is read where the caller left it.
+  bool copies_states() const { return operand || hidden_state || cell_state || unprojected; }
   void init_states(const Item& item) const {
     for (int64_t lane = item.lane; lane < item.lane_end; ++lane)
       for (int64_t b = item.first; b < item.end; ++b) {

@@ -87,9 +87,7 @@ void generate(const ForwardArgs* layers, int64_t count, const HeadArgs& head_arg
         run_items(scan, layers[l].shape, split, local, thread, threads, team);  // ends with all of its output written
       }
       head(head_args, thread, threads);
-      all.wait(threads);
-      if (thread == 0) more = next(context);
-      all.wait(threads);
+      all.wait(threads, [&] { more = next(context); });
     } while (more);
   });
 }
