@@ -77,7 +77,8 @@ class Forward {
   void run_item(Item item, const Local& local, Team& team) const {
     const bool together = split.together();
     if (together && !table) make_gates_x(item, local, 0);
-    if (copies_states() || split.dealt) {  // and where a member may take over a panel whose input product another has made
+    // Nobody goes on before states are copied, nor, where panels are dealt, before all of their input products are made.
+    if (copies_states() || split.dealt) {
       if (local.member == 0 && item.done == 0) init_states(item);
       team.barrier.wait(local.members);
     }
