@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from rnnfast import dispatch, functional
-from rnnfast.cells import with_article
 
 
 class _DropInCell(nn.RNNCellBase):
@@ -64,8 +63,7 @@ class _DropInCell(nn.RNNCellBase):
             raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
         is_lstm = kind == "lstm"
         if hx is not None and not is_lstm and not isinstance(hx, Tensor):
-            given = with_article(type(hx).__name__)
-            raise RuntimeError(f"the state of {with_article(name)} is one tensor h, got {given}")
+            raise RuntimeError(f"{name} takes one tensor h as its state, got {type(hx).__name__}")
         states: list[Tensor] = [] if hx is None else list(functional._pair(hx)) if is_lstm else [hx]
         for index, state in enumerate(states):
             if state.dim() not in (1, 2):

@@ -36,8 +36,3 @@ CELLS = {
         Cell("gru", 3, ("reset_gate", "update_gate", "candidate", "recurrent_candidate")),
     )
 }
-
-
-def with_article(name: str) -> str:
-    """For messages: "an LSTM", "a GRU", "an int"."""
-    return f"{'an' if name.lower().startswith(('a', 'e', 'i', 'o', 'lstm', 'rnn')) else 'a'} {name}"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from rnnfast import table
-from rnnfast.cells import CELLS, with_article
+from rnnfast.cells import CELLS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -343,7 +343,7 @@ def explain(layer: Any, input: Tensor | PackedSequence) -> Choice:
         TypeError: it is not one of ours, so nothing chooses for it.
     """
     if not hasattr(layer, "backend"):
-        name = with_article(type(layer).__name__)
+        name = type(layer).__name__
         raise TypeError(f"explain takes an rnnfast layer, cell or Stack, got {name}; rnnfast.accelerate it first")
     data = input if isinstance(input, torch.Tensor) else input.data
     if hasattr(layer, "request"):

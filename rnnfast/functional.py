@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rnnfast import dispatch
 from rnnfast.backends import torch_nn
-from rnnfast.cells import CELLS, with_article
+from rnnfast.cells import CELLS
 from rnnfast.scan import Weights, _stack_lanes, is_mapped, is_transformed, lstm_states, scan_layer
 from rnnfast.sequences import is_known
 
@@ -294,8 +294,7 @@ def _check(
     if batch_sizes is not None:
         is_tensor = isinstance(batch_sizes, Tensor)
         if not is_tensor or (batch_sizes.dtype, batch_sizes.device.type) != (torch.int64, "cpu"):
-            name = with_article(type(batch_sizes).__name__)
-            given = f"{batch_sizes.dtype} on {batch_sizes.device}" if is_tensor else name
+            given = f"{batch_sizes.dtype} on {batch_sizes.device}" if is_tensor else type(batch_sizes).__name__
             raise RuntimeError(f"batch_sizes must be an int64 tensor on the CPU, as in PackedSequence, got {given}")
     if (input if batch_sizes is None else batch_sizes).shape[0] == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
@@ -305,8 +304,7 @@ def _check(
     _check_state("h_0", h_0, w_hh, (len(weights), batch, w_hh.shape[1]))
     if (c_0 is not None) != CELLS[cell].has_cell_state:
         takes = "a pair (h_0, c_0)" if CELLS[cell].has_cell_state else "one tensor h_0"
-        given = "a pair" if c_0 is not None else "one tensor"
-        raise RuntimeError(f"the state of {with_article(cell)} is {takes}, got {given}")
+        raise RuntimeError(f"{cell} takes {takes} as its state, got {'a pair' if c_0 is not None else 'one tensor'}")
     if c_0 is not None:
         _check_state("c_0", c_0, w_hh, (len(weights), batch, w_hh.shape[0] // CELLS[cell].gates))
     if not token_ids:
@@ -323,13 +321,11 @@ def _check(
 def _pair(hx: Any) -> tuple[Tensor, Tensor]:
     """The state of an LSTM as it must be given."""
     if not isinstance(hx, tuple | list) or len(hx) != 2:
-        given = f"{len(hx)} of them" if isinstance(hx, tuple | list) else with_article(type(hx).__name__)
+        given = f"{len(hx)} of them" if isinstance(hx, tuple | list) else type(hx).__name__
         raise RuntimeError(f"the state of an LSTM is a pair of tensors (h_0, c_0), got {given}")
     for part in hx:
         if not isinstance(part, Tensor):
-            raise RuntimeError(
-                f"the state of an LSTM is a pair of tensors (h_0, c_0), got {with_article(type(part).__name__)} in it"
-            )
+            raise RuntimeError(f"the state of an LSTM is a pair of tensors (h_0, c_0), got {type(part).__name__} in it")
     return hx[0], hx[1]
 
 
@@ -350,8 +346,7 @@ def _check_weights(cell: str, weights: Sequence[Weights], directions: int) -> No
     hidden, dtype, device = rows // CELLS[cell].gates, weights[0].w_hh.dtype, weights[0].w_hh.device
     projected, biased = weights[0].w_hr is not None, weights[0].b_ih is not None
     if hidden * CELLS[cell].gates != rows or (state != hidden and not projected):
-        wanted = f"({CELLS[cell].gates} H, H)"
-        raise RuntimeError(f"w_hh of {with_article(cell)} must have shape {wanted}, got {(rows, state)}")
+        raise RuntimeError(f"w_hh of {cell} must have shape ({CELLS[cell].gates} H, H), got {(rows, state)}")
     for index, lane in enumerate(weights):
         shapes = (
             (rows, inputs if index < directions else directions * state),

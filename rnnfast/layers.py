@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnfast import direct, dispatch, functional, sequences
-from rnnfast.cells import with_article
 from rnnfast.sequences import Segments
 
 
@@ -328,8 +327,7 @@ def _check_state_form(layer: Any, hx: Any) -> None:
     if layer.mode == "LSTM":
         functional._pair(hx)
     elif not isinstance(hx, Tensor):
-        name, given = with_article(type(layer).__name__), with_article(type(hx).__name__)
-        raise RuntimeError(f"the state of {name} is one tensor h_0, got {given}")
+        raise RuntimeError(f"{type(layer).__name__} takes one tensor h_0 as its state, got {type(hx).__name__}")
 
 
 def _check_state_dims(layer: Any, hx: Any, batched: bool, input_dims: int) -> None:

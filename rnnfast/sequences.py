@@ -16,8 +16,6 @@ import torch.nn.functional as F
 from torch import _C, Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnfast.cells import with_article
-
 
 class Segments(NamedTuple):
     """Where the rows and states of a padded batch (T, B) lie in its ragged batch of S segments; made by `cut`.
@@ -297,10 +295,10 @@ def _check_lengths(steps: int, batch: int, lengths: Tensor | Sequence[int] | Non
     if lengths is None:
         return torch.full((batch,), steps, device="cpu")
     if not isinstance(lengths, Tensor):
-        is_list = hasattr(lengths, "__len__") and not isinstance(lengths, str | dict)
-        if not is_list or (len(lengths) and isinstance(lengths[0], str)):
-            raise TypeError(f"lengths must be a tensor or a list, one for each sequence, got {lengths!r}")
-        lengths = torch.as_tensor(lengths, device="cpu") if len(lengths) else _count(0)
+        try:
+            lengths = torch.as_tensor(lengths, device="cpu") if len(lengths) else _count(0)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"lengths must be a tensor or a list, one for each sequence, got {lengths!r}") from None
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
         raise TypeError(f"lengths must be integers, got {lengths.dtype}")
     if lengths.shape != (batch,):
@@ -310,7 +308,7 @@ def _check_lengths(steps: int, batch: int, lengths: Tensor | Sequence[int] | Non
 
 def _check_reset_type(reset: Any) -> None:
     if not isinstance(reset, Tensor):
-        raise TypeError(f"reset must be a bool tensor, got {with_article(type(reset).__name__)}; use torch.as_tensor")
+        raise TypeError(f"reset must be a bool tensor, got {type(reset).__name__}; use torch.as_tensor")
     if reset.dtype != torch.bool:
         raise TypeError(f"reset must be a bool tensor, got {reset.dtype}; use reset.bool() if nonzero means a reset")
 

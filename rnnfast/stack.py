@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from rnnfast import dispatch, functional, sequences
 from rnnfast.backends.reference import Extension, Norms
-from rnnfast.cells import CELLS, with_article
+from rnnfast.cells import CELLS
 from rnnfast.extended import scan_extended
 from rnnfast.layers import _map_state
 from rnnfast.regularisation import Masks, dropout_mask
@@ -142,7 +142,7 @@ class Stack(nn.Module):
         if not all(0 <= p <= 1 for p in self.zoneout):
             raise ValueError(f"zoneout is a probability in [0, 1], got {self.zoneout}")
         if self.zoneout[1] > 0 and not CELLS[self.cell].has_cell_state:
-            raise ValueError(f"{with_article(self.cell)} has no cell state: give zoneout as one number")
+            raise ValueError(f"{self.cell} has no cell state: give zoneout as one number")
         if self.layer_norm and self.cell not in ("lstm", "gru"):
             raise ValueError(f"layer_norm is for lstm and gru, got {self.cell}")
         if self.peepholes and self.cell != "lstm":

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rnnfast.cells import with_article
 from rnnfast.layers import _map_state
 from rnnfast.stack import Stack
 from rnnfast.swap import is_ours
@@ -119,8 +118,7 @@ class Stream:
         if self._is_alone:
             state = {} if state is None else {"": state}
         if not isinstance(state, dict):
-            given = with_article(type(state).__name__)
-            raise TypeError(f"the state of a model is a dict by its layers' names, got {given}")
+            raise TypeError(f"the state of a model is a dict by its layers' names, got {type(state).__name__}")
         unknown = set(state) - set(self._layers)
         if unknown:
             raise ValueError(f"the model has no recurrent layer {', '.join(sorted(unknown))}")

@@ -37,6 +37,12 @@ def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture
+def matplotlib() -> None:
+    """For tests that draw."""
+    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'rnnfast[plot]'")
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     if torch.cuda.is_available():

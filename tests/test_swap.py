@@ -133,7 +133,7 @@ def test_a_swapped_layer_has_all_that_rnnfasts_has() -> None:
     layer.backend = "reference"  # type: ignore[assignment]
     assert rnnfast.explain(layer, INPUT).backend == "reference"
     torch.testing.assert_close(layer(INPUT), twin(INPUT))
-    with pytest.raises(RuntimeError, match=r"the state of an LSTM is a pair of tensors \(h_0, c_0\), got a Tensor"):
+    with pytest.raises(RuntimeError, match=r"the state of an LSTM is a pair of tensors \(h_0, c_0\), got Tensor"):
         layer(INPUT, torch.zeros(2, 3, 8))
 
 

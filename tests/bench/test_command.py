@@ -65,8 +65,8 @@ def run_bench(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int,
     return status, out, err
 
 
+@pytest.mark.usefixtures("matplotlib")
 def test_json_and_chart(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'rnnfast[plot]'")
     out = tmp_path / "results" / "x.json"
     monkeypatch.setattr(command, "copy_bandwidth", lambda: 12.5)  # a quarter of a gigabyte is not for a test
     small = ("--cells", "gru", "--hidden-sizes", "8", "--batches", "2", "--steps", "3", "--seconds", "0.01")

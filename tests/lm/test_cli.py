@@ -41,8 +41,8 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 # What works
 
 
+@pytest.mark.usefixtures("matplotlib")
 def test_train_generate_info(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'rnnfast[plot]'")
     assert {path.name for path in run.iterdir()} == {FILE_NAME, "config.json", "log.jsonl", "perplexity.png"}
     assert main(["generate", str(run), "--prefix", "the", "--num-chars", "20"]) == 0
     greedy = capsys.readouterr().out
@@ -78,8 +78,8 @@ def test_help_names_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
         assert flag in out
 
 
+@pytest.mark.usefixtures("matplotlib")
 def test_a_config_file_sets_defaults_and_flags_override(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'rnnfast[plot]'")
     config = tmp_path / "config.yaml"
     config.write_text("cell: gru\nhidden_size: 12\nscratch: false\nembedding_size: 5\nepochs: 7\n")
     argv = ["train", "--config", str(config), *TINY, "--epochs", "1", "--out"]
@@ -97,8 +97,8 @@ def test_a_config_file_sets_defaults_and_flags_override(tmp_path: Path, capsys: 
     assert "--hidden-size" in refused(capsys, "train", "--config", str(config))
 
 
+@pytest.mark.usefixtures("matplotlib")
 def test_resume_takes_the_runs_own_settings(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'rnnfast[plot]'")
     assert main(["train", "--resume", str(run), "--epochs", "3"]) == 0
     assert load(run).progress["epoch"] == 3
     assert "finished its 3 epochs" in refused(capsys, "train", "--resume", str(run))

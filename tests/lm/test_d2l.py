@@ -182,8 +182,8 @@ def test_training_prints_what_the_book_prints(capsys: pytest.CaptureFixture[str]
     assert len(lines[3]) == len("traveller") + 50
 
 
+@pytest.mark.usefixtures("matplotlib")
 def test_accumulator_timer_animator(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'rnnfast[plot]'")
     metric = d2l.Accumulator(2)
     metric.add(1, 2)
     metric.add(3, torch.tensor(4))

@@ -153,8 +153,8 @@ def test_a_run_is_not_replaced_unasked(tmp_path: Path) -> None:
     ],
     ids=["scratch", "gru, adamw"],
 )
+@pytest.mark.usefixtures("matplotlib")
 def test_it_learns(config: TrainConfig, time_machine: str, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'rnnfast[plot]'")
     config = replace(config, corpus="timemachine", max_tokens=3000, batch_size=8, steps=20, sample_every=0)
     result = train(config, tmp_path)
     assert result.records[0]["perplexity"] > 15
