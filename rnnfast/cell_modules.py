@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rnnfast import dispatch, functional
+from rnnfast import dispatch, functional, scan
 
 
 class _DropInCell(nn.RNNCellBase):
@@ -47,12 +47,16 @@ class _DropInCell(nn.RNNCellBase):
 
         Raises:
             ValueError, RuntimeError: as torch.nn does, for dimensions, sizes and dtypes that do not fit.
+            TypeError: the input is no tensor.
             IndexError: a token id outside [0, I).
         """
+        if not isinstance(input, Tensor):
+            raise TypeError(f"a cell takes a tensor, got {type(input).__name__}")
         token_ids = not (input.is_floating_point() or input.is_complex() or input.dtype == torch.bool)
         weight = self.weight_hh
         kind = dispatch.cell_of(self)
-        backend = dispatch.choose_name(self.backend, None, kind, weight.device.type, weight.dtype, token_ids, False)
+        request = (kind, weight.device.type, weight.dtype, token_ids, False, scan.is_transformed())
+        backend = dispatch.choose_name(self.backend, None, *request)
         if backend == "torch" and not token_ids:
             return _OF_TORCH.get(kind, nn.RNNCell).forward(self, input, hx)  # type: ignore[arg-type]
 

@@ -12,16 +12,14 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from rnnfast import table
 from rnnfast.cells import CELLS
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from torch.nn.utils.rnn import PackedSequence
 
 AUTO = "auto"
 # Extensions of a request. The first is on the tape of every scan.
@@ -340,12 +338,14 @@ def explain(layer: Any, input: Tensor | PackedSequence) -> Choice:
         input: what the layer would be called with: a floating tensor, token ids, or a PackedSequence.
 
     Raises:
-        TypeError: it is not one of ours, so nothing chooses for it.
+        TypeError: it is not one of ours, so nothing chooses for it; or the input is of no type that it takes.
     """
     if not hasattr(layer, "backend"):
         name = type(layer).__name__
         raise TypeError(f"explain takes an rnnfast layer, cell or Stack, got {name}; rnnfast.accelerate it first")
-    data = input if isinstance(input, torch.Tensor) else input.data
+    if not isinstance(input, Tensor | PackedSequence):
+        raise TypeError(f"explain takes a tensor or a PackedSequence as input, got {type(input).__name__}")
+    data = input if isinstance(input, Tensor) else input.data
     if hasattr(layer, "request"):
         choice = choose(layer.request(data), layer.backend)
         return choice._replace(elsewhere=_elsewhere(choice, layer.request(data)))
@@ -367,7 +367,7 @@ def cell_of(module: Any) -> str:
     """The key in `rnnfast.cells.CELLS` of a layer or cell of torch.nn's, or ours.
 
     Raises:
-        RuntimeError: a RNNCell with another nonlinearity, which torch.nn's constructor lets pass.
+        RuntimeError: an RNNCell with another nonlinearity, which torch.nn's constructor lets pass.
     """
     if isinstance(module, torch.nn.RNNBase):
         return module.mode.lower()

@@ -22,7 +22,7 @@ from rnnfast.backends import reference
 from rnnfast.backends.reference import Extension, Norms
 from rnnfast.batching import ROWS, ROWS_OF_LANES, STATES
 from rnnfast.cells import CELLS
-from rnnfast.scan import Weights, _library, _stack_lanes, is_plain_inference, is_transformed
+from rnnfast.scan import Weights, _library, _stack_lanes, is_plain_inference, is_traced
 
 # D lanes: the gains (D, G*H) but for gain_c (D, H), bias_c (D, H), peepholes (D, 3, H), recurrent_mask (D, B, P),
 # zoneout_h bool (D, N, P) and zoneout_c (D, N, H), or a share of the old state in the new one, 0 for none. The rest is
@@ -72,7 +72,7 @@ def scan_extended(
         packed = native.packed_weights(lanes, cell, not input.is_floating_point(), extended=True)
         output, h_n, c_n, _ = _FORMULAS[backend].op(*arguments, packed)
         return output, h_n, c_n
-    formula, eager_training = _FORMULAS[backend], save_tape and not is_transformed()
+    formula, eager_training = _FORMULAS[backend], save_tape and not is_traced()
     output, h_n, c_n, _ = derivatives.Scan.apply(formula, *arguments) if eager_training else formula.op(*arguments)
     return output, h_n, c_n
 

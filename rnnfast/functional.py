@@ -16,7 +16,7 @@ from torch import Tensor
 from rnnfast import dispatch
 from rnnfast.backends import torch_nn
 from rnnfast.cells import CELLS
-from rnnfast.scan import Weights, _stack_lanes, is_mapped, is_transformed, lstm_states, scan_layer
+from rnnfast.scan import Weights, _stack_lanes, is_traced, is_transformed, lstm_states, scan_layer
 from rnnfast.sequences import is_known
 
 __all__ = ["Weights", "gru", "lane_weights", "lstm", "rnn", "states", "step"]
@@ -107,7 +107,7 @@ def gru(
 
 def lane_weights(layer: Any) -> list[Weights]:
     """The parameters of an RNN, LSTM or GRU, torch.nn's or ours, as these functions take them."""
-    if is_transformed():
+    if is_traced():
         # Tensors of a transform or a compiler, which the module must not keep.
         flat: Any = iter([getattr(layer, name) for name in layer._flat_weights_names])
     else:
@@ -204,7 +204,7 @@ def _choose(
     w_hh, size = weights.w_hh, None
     if w_hh.device.type in dispatch.TABLED:
         size = dispatch.size_of(cell, w_hh, rows, steps, differentiable)
-    request = (cell, w_hh.device.type, w_hh.dtype, token_ids, weights.w_hr is not None, is_mapped())
+    request = (cell, w_hh.device.type, w_hh.dtype, token_ids, weights.w_hr is not None, is_transformed())
     return dispatch.choose_name(backend, None if size is None else tuple(size), *request)
 
 
@@ -224,7 +224,7 @@ def states(
     """
     directions = 2 if bidirectional else 1
     _check("lstm", input, *_pair(hx), weights, batch_sizes, directions)
-    w_hh, token_ids, mapped = weights[0].w_hh, not input.is_floating_point(), is_mapped()
+    w_hh, token_ids, mapped = weights[0].w_hh, not input.is_floating_point(), is_transformed()
     tensors = [input, *hx, *(parameter for lane in weights for parameter in lane if parameter is not None)]
     # A transform of torch.func may want gradients of tensors that say nothing of them.
     differentiable = torch.is_grad_enabled() and (mapped or any(tensor.requires_grad for tensor in tensors))
@@ -312,7 +312,7 @@ def _check(
             raise RuntimeError(f"input has dtype {input.dtype}, the weights have {w_ih.dtype}; convert one of them")
         if input.shape[-1] != w_ih.shape[1]:
             raise RuntimeError(f"input has {input.shape[-1]} features, w_ih takes {w_ih.shape[1]}")
-    elif input.device.type == "cpu" and not is_transformed() and input.numel():
+    elif input.device.type == "cpu" and not is_traced() and input.numel():
         low, high = (int(bound) for bound in input.aminmax())
         if low < 0 or high >= w_ih.shape[1]:
             raise IndexError(f"token ids must be in [0, {w_ih.shape[1]}), got {low if low < 0 else high}")

@@ -222,8 +222,11 @@ class LSTM(_DropIn, nn.LSTM):
             h (T, L*D, B, P) and c (T, L*D, B, hidden_size), also with batch_first; zeros behind a sequence's end.
 
         Raises:
+            ValueError, TypeError: the input is not batched, or no tensor, which a PackedSequence is not.
             RuntimeError: as `forward`; or the layer's backend was asked for by name and cannot give them.
         """
+        if not isinstance(input, Tensor):
+            raise TypeError(f"states takes a tensor, and lengths= for a ragged batch, got {type(input).__name__}")
         dims = 3 if input.is_floating_point() else 2
         if input.dim() != dims:
             raise ValueError(f"states takes {dims}D batched input, got {input.dim()}D")

@@ -95,23 +95,23 @@ def _call(
     save_tape = derivatives.needs_gradient(tensors)
     arguments = (*contiguous, batch_sizes, cell, bidirectional, save_tape)
     # What the operator's Autograd kernel does, without the way there through the dispatcher and back into Python.
-    eager_training = save_tape and not is_transformed()
+    eager_training = save_tape and not is_traced()
     results = derivatives.Scan.apply(formula, *arguments) if eager_training else formula.op(*arguments)
     return results  # type: ignore[no-any-return]
 
 
-def is_transformed() -> bool:
+def is_traced() -> bool:
     """A compiler, an exporter, a torch.func transform or forward-mode AD looks at what runs now."""
-    return bool(torch.compiler.is_compiling() or is_mapped())
+    return bool(torch.compiler.is_compiling() or is_transformed())
 
 
-def is_mapped() -> bool:
+def is_transformed() -> bool:
     """A torch.func transform or forward-mode AD looks at what runs now; while a compiler traces, at what it traces."""
     return bool(_C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0)
 
 
 # torch.compile calls it while it traces, which is inside the same transforms.
-is_mapped._dynamo_marked_constant = True  # type: ignore[attr-defined]
+is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def lstm_states(
@@ -190,7 +190,7 @@ def is_plain_inference(tensors: Sequence[Tensor | None]) -> bool:
     given = [tensor for tensor in tensors if tensor is not None]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
         return False
-    if is_transformed() or _C._len_torch_dispatch_stack() or _C._get_tracing_state() is not None:
+    if is_traced() or _C._len_torch_dispatch_stack() or _C._get_tracing_state() is not None:
         return False
     return all(type(tensor) in _PLAIN for tensor in given)
 

@@ -17,7 +17,7 @@ from rnnfast.cells import CELLS
 from rnnfast.extended import scan_extended
 from rnnfast.layers import _map_state
 from rnnfast.regularisation import Masks, dropout_mask
-from rnnfast.scan import is_mapped
+from rnnfast.scan import is_transformed
 
 State = Any  # of one layer: h, or (h, c) of an LSTM
 
@@ -277,6 +277,8 @@ class Stack(nn.Module):
         """
         if self.bidirectional:
             raise RuntimeError("a bidirectional stack reads the whole sequence at once: it has no step")
+        if not isinstance(input, Tensor):
+            raise TypeError(f"a step takes a tensor, got {type(input).__name__}")
         if input.dim() != (2 if input.is_floating_point() else 1):
             raise RuntimeError(f"a step takes (B, {self.input_size}) input or (B,) token ids, got {tuple(input.shape)}")
         states = self._states("hx", hx, len(input), input.device)
@@ -289,7 +291,7 @@ class Stack(nn.Module):
         extensions = tuple(name for name, is_there in zip(dispatch.EXTENDED_RECURRENCE, there, strict=True) if is_there)
         weight, token_ids = self._parameter("weight_hh_l0"), not input.is_floating_point()
         kind = self.cell, weight.device.type, weight.dtype, token_ids, self.proj_size > 0
-        return dispatch.Request(*kind, is_mapped(), extensions=extensions)
+        return dispatch.Request(*kind, is_transformed(), extensions=extensions)
 
     def _run(
         self, rows: Tensor, states: list[tuple[Tensor, ...]], resets: list[tuple[Tensor, ...]] | None, masks: Masks
@@ -399,7 +401,7 @@ class Stack(nn.Module):
         for layer, (state, parts) in enumerate(zip(given, sizes, strict=True)):
             pair = tuple(state) if isinstance(state, tuple | list) else (state,)
             expected = [(directions, batch, size) if batched else (directions, size) for size in parts]
-            shapes = [tuple(part.shape) for part in pair]
+            shapes = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in pair]
             one_for_all = name == "reset_to" and batched and shapes == [(directions, 1, size) for size in parts]
             if shapes != expected and not one_for_all:
                 form = f"(h, c) of shapes {expected}" if is_lstm else f"h of shape {expected[0]}"

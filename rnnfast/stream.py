@@ -99,6 +99,8 @@ class Stream:
                 handle.remove()
 
     def _feed(self, layer: Any, input: Tensor) -> Tensor:
+        if not isinstance(input, Tensor):
+            raise TypeError(f"a stream of a layer takes a tensor, got {type(input).__name__}")
         state, steps = self._states.get(""), input.dim() - (1 if input.is_floating_point() else 0)
         result: tuple[Tensor, Any] = layer.step(input, state) if steps == 1 else layer(input, state)
         output, self._states[""] = result

@@ -168,3 +168,16 @@ def test_further_errors_are_clear(name: str) -> None:
 def test_unknown_nonlinearity() -> None:
     with pytest.raises(RuntimeError, match="Unknown nonlinearity: gelu"):
         rnnfast.RNNCell(INPUTS, HIDDEN, nonlinearity="gelu")(torch.randn(BATCH, INPUTS))
+
+
+@pytest.mark.filterwarnings("error")  # torch warns where it falls back to a loop
+@pytest.mark.parametrize("token_ids", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", CELLS)
+def test_vmap_over_a_batch_more(name: str, dtype: torch.dtype, token_ids: bool) -> None:
+    """Half precision, which torch.nn's kernels have on a CPU, and those of the cpu backend have not."""
+    _, cell = pair(name, dtype=dtype)
+    input = torch.randint(INPUTS, (2, BATCH)) if token_ids else torch.randn(2, BATCH, INPUTS, dtype=dtype)
+    expected = [torch.stack(part) for part in zip(*(parts(cell(each)) for each in input), strict=True)]
+    bounds = {"atol": 2e-3, "rtol": 2e-3} if dtype is torch.float16 else {}  # two roundings of a number of size 1
+    torch.testing.assert_close(list(parts(torch.vmap(cell)(input))), expected, **bounds)

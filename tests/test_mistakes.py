@@ -21,7 +21,7 @@ H, PAIR = torch.zeros(1, 2, 4), (torch.zeros(1, 2, 4), torch.zeros(1, 2, 4))
 LSTM, GRU = rnnfast.LSTM(3, 4), rnnfast.GRU(3, 4)
 W_IH, W_HH, B_IH, B_HH = (p.detach() for p in GRU.parameters())
 GOOD, SHORT = Weights(W_IH, W_HH, B_IH, B_HH), Weights(W_IH, W_HH, B_IH[:4], B_HH)
-CELL = rnnfast.GRUCell(3, 4)
+CELL, STACK = rnnfast.GRUCell(3, 4), rnnfast.Stack("gru", 3, [4])
 
 
 def gru(*weights: Any, input: torch.Tensor = INPUT, layers: int = 1, **options: Any) -> Any:
@@ -38,22 +38,30 @@ MISTAKES: list[tuple[type[Exception], str, Callable[[], Any]]] = [
     # what is no tensor
     (TypeError, "input must be a tensor or a PackedSequence, got list", lambda: GRU([1, 2])),
     (TypeError, "input must be a tensor or a PackedSequence, got ndarray", lambda: GRU(INPUT.numpy())),
-    (TypeError, "input must be a tensor or a PackedSequence, got list", lambda: rnnfast.Stack("gru", 3, [4])([1])),
+    (TypeError, "input must be a tensor or a PackedSequence, got list", lambda: STACK([1])),
     (TypeError, "reset must be a bool tensor, got list", lambda: GRU(INPUT, reset=RESET.tolist())),
     (TypeError, "lengths must be a tensor or a list, one for each", lambda: GRU(INPUT, lengths=3)),
     (TypeError, "one for each sequence, got 'ab'", lambda: GRU(INPUT, lengths="ab")),
     (TypeError, "one for each sequence, got {1, 2}", lambda: GRU(INPUT, lengths={1, 2})),
     (TypeError, "one for each sequence, got ['a', 'b']", lambda: GRU(INPUT, lengths=["a", "b"])),
     (TypeError, "a step takes a tensor, got list", lambda: GRU.step([1])),
+    (TypeError, "a step takes a tensor, got list", lambda: STACK.step([1])),
+    (TypeError, "a stream of a layer takes a tensor, got list", lambda: rnnfast.Stream(GRU)([1])),
+    (TypeError, "a cell takes a tensor, got list", lambda: CELL([1.0])),
+    (TypeError, "states takes a tensor, and lengths= for a ragged batch, got PackedSequence",
+     lambda: LSTM.states(PackedSequence(INPUT[0], torch.tensor([2])))),
+    (TypeError, "explain takes a tensor or a PackedSequence as input, got list", lambda: rnnfast.explain(GRU, [1])),
     (TypeError, "got a nested tensor; pad it, use lengths=",
      lambda: GRU(torch.nested.nested_tensor([INPUT[:3, 0], INPUT[:, 1]], layout=torch.jagged))),
     (ValueError, "token ids to be 1D or 2D, got 3D torch.int64 instead; of vectors, one-hot or others, make floating "
      "input: input.float()", lambda: LSTM(INPUT.long())),
     (ValueError, "0D or 1D, got 2D torch.int64 instead; of vectors", lambda: CELL(INPUT[0].long())),
-    (ValueError, "1D or 2D, got 3D torch.bool instead; of vectors", lambda: rnnfast.Stack("gru", 3, [4])(INPUT > 0)),
+    (ValueError, "1D or 2D, got 3D torch.bool instead; of vectors", lambda: STACK(INPUT > 0)),
     # states of another form
     (RuntimeError, "a pair of tensors (h_0, c_0), got NoneType in it", lambda: LSTM(INPUT, (H, None))),
     (RuntimeError, "a pair of tensors (h_0, c_0), got int in it", lambda: LSTM(INPUT, reset=RESET, reset_to=(0, 0))),
+    (RuntimeError, "hx[0] must be (h, c) of shapes [(1, 2, 4), (1, 2, 4)], got [(1, 2, 4), 'NoneType']",
+     lambda: rnnfast.Stack("lstm", 3, [4])(INPUT, [(H, None)])),
     (RuntimeError, "GRU takes one tensor h_0 as its state, got int", lambda: GRU.step(INPUT[0], 0)),
     (RuntimeError, "(h_0, c_0), got Tensor", lambda: LSTM.states(INPUT, H)),
     (RuntimeError, "the state of an LSTM is a pair of tensors (h_0, c_0), got Tensor", lambda: LSTM(INPUT, H)),
