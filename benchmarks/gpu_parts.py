@@ -23,6 +23,7 @@ from rnnfast.tuning import CELLS, NUMBERS, arithmetic, seconds_in_turns
 
 Report = dict[str, Any]
 Task = tuple[Report, Callable[[], Report]]
+Work = dict[str, Callable[[], object]]
 DEVICE = "cuda"
 
 # What a step may take, in microseconds: the goals for an H200 at H=512, B=32.
@@ -271,36 +272,46 @@ def _replayed_s(work: Callable[[], None]) -> float:
 
 
 def _scan_step_us(cell: str, hidden: int, batch: int, numbers: str, plan: Plan | None) -> dict[str, float]:
-    """Microseconds a step of the scan operators alone: the slope between two lengths."""
-    lengths, times = (256, 1280), []
+    """Microseconds a step of the scan operators alone."""
+
+    def work(steps: int) -> Work:
+        layer = _scan_arguments(cell, hidden, batch, steps, NUMBERS[numbers])
+        layer[0] = torch.randint(1, (steps * batch,), device=DEVICE)  # ids: no input product
+        output, _, _, tape = _forward(layer)
+        backward = partial(_backward, torch.ones_like(output), layer, output, tape, False)
+        return {"forward": partial(_forward, layer), "backward": backward}
+
     with arithmetic(numbers), launch.use_plans(plan, plan):
-        for steps in lengths:
-            layer = _scan_arguments(cell, hidden, batch, steps, NUMBERS[numbers])
-            layer[0] = torch.randint(1, (steps * batch,), device=DEVICE)  # ids: no input product
-            output, _, _, tape = _forward(layer)
-            backward = partial(_backward, torch.ones_like(output), layer, output, tape, False)
-            measured = seconds_in_turns({"forward": partial(_forward, layer), "backward": backward}, 0.05)
-            times.append({way: values["median"] for way, values in measured.items()})
-    return {way: 1e6 * (times[1][way] - times[0][way]) / (lengths[1] - lengths[0]) for way in times[0]}
+        return _slope_us(work)
 
 
 def _layer_step_us(layer: nn.Module, batch: int, dtype: torch.dtype) -> dict[str, float]:
-    """Microseconds a step of a whole layer, input product included: the slope between two lengths."""
-    lengths, times = (256, 1280), []
-    for steps in lengths:
+    """Microseconds a step of a whole layer, input product included."""
+
+    def work(steps: int) -> Work:
         input = torch.randn(steps, batch, 128, device=DEVICE, dtype=dtype)
 
-        def forward(input: Tensor = input) -> None:
+        def forward() -> None:
             with torch.no_grad():
                 layer(input)
 
-        def both(input: Tensor = input) -> None:
+        def both() -> None:
             output, _ = layer(input)
             torch.autograd.grad(output, list(layer.parameters()), torch.ones_like(output))
 
-        measured = seconds_in_turns({"forward": forward, "both": both}, 0.05)
-        times.append({way: values["median"] for way, values in measured.items()})
-    return {way: 1e6 * (times[1][way] - times[0][way]) / (lengths[1] - lengths[0]) for way in times[0]}
+        return {"forward": forward, "both": both}
+
+    return _slope_us(work)
+
+
+def _slope_us(work: Callable[[int], Work]) -> dict[str, float]:
+    """Microseconds a step: the slope between two lengths, which take turns, as the card's clock changes meanwhile."""
+    short, long = 256, 1280
+    of_short, of_long = work(short), work(long)
+    calls = {f"{way}, short": call for way, call in of_short.items()}
+    calls |= {f"{way}, long": call for way, call in of_long.items()}
+    times = {name: values["median"] for name, values in seconds_in_turns(calls, 0.1).items()}
+    return {way: 1e6 * (times[f"{way}, long"] - times[f"{way}, short"]) / (long - short) for way in of_short}
 
 
 def _scan_arguments(cell: str, hidden: int, batch: int, steps: int, dtype: torch.dtype) -> list[Any]:

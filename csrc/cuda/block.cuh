@@ -15,6 +15,18 @@
 
 namespace rnnfast::cuda {
 
+// Ends a kernel with a message where a peer never comes (a fault, a debugger), rather than hanging the device.
+class Watchdog {
+  static constexpr uint32_t kPatience = 8;  // times 2^32 cycles: some twenty seconds
+  const uint32_t begin_ = hw::clock_high();
+
+ public:
+  // After each look that was in vain.
+  RNNFAST_DEVICE void look(const char* message, int which) const {
+    if (hw::clock_high() - begin_ > kPatience) hw::fail(message, which);
+  }
+};
+
 template <class Operand>
 class BlockExchange {
   const Layout& layout_;
@@ -60,10 +72,22 @@ class BlockSums {
     sums_[(split * layout_.rows + row) * layout_.columns + column] = sum;
   }
   RNNFAST_DEVICE void wait(int) { hw::block_barrier(); }
-  RNNFAST_DEVICE Sum of(int, int row, int column) const {
-    Sum sum = 0;
-    for (int s = 0; s < layout_.splits; ++s) sum += sums_[(s * layout_.rows + row) * layout_.columns + column];
-    return sum;
+  RNNFAST_DEVICE Sum of(int step, int row, int column) const {
+    Sum sum[1];
+    of(step, row, column, 0, sum);
+    return sum[0];
+  }
+  // Of COUNT columns that lie `apart`, side by side rather than one after the other.
+  template <int COUNT>
+  RNNFAST_DEVICE void of(int, int row, int column, int apart, Sum (&sum)[COUNT]) const {
+    const Sum* from = sums_ + row * layout_.columns + column;
+    const int next = layout_.rows * layout_.columns;
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) sum[i] = 0;
+#pragma unroll 1
+    for (int s = 0; s < layout_.splits; ++s, from += next)
+#pragma unroll
+      for (int i = 0; i < COUNT; ++i) sum[i] += from[i * apart];
   }
   RNNFAST_DEVICE void finish() {}
 };

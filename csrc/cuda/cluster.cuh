@@ -5,6 +5,7 @@
 // step t only after it has read step t - 1, whose buffer step t + 1 overwrites.
 #pragma once
 
+#include "block.cuh"
 #include "layout.h"
 #include "math.cuh"
 
@@ -31,7 +32,10 @@ class Arrivals {
   // Bytes may arrive before they are expected: the phase stays open for thread 0's own arrival.
   RNNFAST_DEVICE void wait(int step, int bytes) {
     if (hw::thread() == 0) hw::mbarrier_expect(of(step), bytes);
-    hw::mbarrier_wait(of(step), (step - 1) >> 1 & 1);
+    const Watchdog watchdog;
+    while (!hw::mbarrier_try_wait(of(step), (step - 1) >> 1 & 1))
+      watchdog.look("what the cluster's blocks send did not arrive for step", step);
+    hw::warp_barrier();
   }
 };
 
@@ -42,8 +46,10 @@ class ClusterExchange {
   char* shared_;
   Arrivals arrivals_;
 
-  RNNFAST_DEVICE void send_word(int step, char* place, uint32_t word) {
-    for (int peer = 0; peer < layout_.blocks; ++peer) hw::remote_store(place, arrivals_.of(step), peer, word);
+  // To every `apart`-th peer. Each block begins with itself, so that not all send to one at a time; `blocks` is a power of two.
+  RNNFAST_DEVICE void send_word(int step, char* place, uint32_t word, int first, int apart) {
+    for (int i = first; i < layout_.blocks; i += apart)
+      hw::remote_store(place, arrivals_.of(step), (hw::block_x() + i) & (layout_.blocks - 1), word);
   }
 
  public:
@@ -65,12 +71,13 @@ class ClusterExchange {
   RNNFAST_DEVICE void send(int step, int row, int k, Operand value) {
     char* place = here(step) + row * layout_.stride + k * sizeof(Operand);
     if constexpr (sizeof(Operand) == 2) {
-      // The least that travels is four bytes: an even lane sends its neighbour's value with its own.
+      // The least that travels is four bytes, the values of two lanes, which share the peers.
       const uint32_t mine = bits<uint16_t>(value);
       const uint32_t next = hw::shuffle_xor(mine, 1);
-      if (hw::lane() % 2 == 0) send_word(step, place, mine | next << 16);
+      const int odd = hw::lane() & 1;
+      send_word(step, place - 2 * odd, odd ? next | mine << 16 : mine | next << 16, odd, 2);
     } else {
-      send_word(step, place, bits<uint32_t>(value));
+      send_word(step, place, bits<uint32_t>(value), 0, 1);
     }
   }
 

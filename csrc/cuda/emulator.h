@@ -354,7 +354,7 @@ inline uint32_t flag_acquire(const uint32_t* flag) {
   emulator::yield();
   return *flag;
 }
-inline uint64_t nanoseconds() { return emulator::machine()->nanoseconds; }
+inline uint32_t clock_high() { return static_cast<uint32_t>(emulator::machine()->nanoseconds >> 31); }
 inline void fail(const char* message, int64_t which) {
   emulator::machine()->failure = std::string(message) + ": " + std::to_string(which);
   for (;;) emulator::yield();  // the scheduler ends the launch
@@ -379,10 +379,14 @@ inline void mbarrier_expect(uint64_t* barrier, int bytes) {
   emulator::complete(b);
   ++emulator::machine()->progress;
 }
-inline void mbarrier_wait(uint64_t* barrier, int parity) {
-  auto& b = *reinterpret_cast<emulator::Mbarrier*>(barrier);
-  while (static_cast<int>(b.phase) == parity) emulator::yield();
+inline bool mbarrier_try_wait(uint64_t* barrier, int parity) {
+  const auto& b = *reinterpret_cast<emulator::Mbarrier*>(barrier);
+  if (static_cast<int>(b.phase) == parity) {
+    emulator::yield();
+    return false;
+  }
   ++emulator::machine()->progress;
+  return true;
 }
 inline void remote_store(void* local, uint64_t* barrier, int rank, uint32_t value) {
   emulator::Machine& m = *emulator::machine();

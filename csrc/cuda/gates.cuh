@@ -1,4 +1,4 @@
-// The large-size path: a step at a time, with the recurrent product a GEMM (torch's, see rnnfast/backends/cuda.py) and the
+// The large-size path: a step at a time, with the recurrent product a GEMM (torch's, see rnnfast/backends/cuda/launch.py) and the
 // rest one kernel. The states are kept in the accumulation type, and rounded once more for the product.
 #pragma once
 

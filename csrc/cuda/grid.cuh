@@ -1,15 +1,12 @@
 // The exchange across the whole chip: a block stores its values in global memory and raises its flag, and waits until all
-// flags of its team are up. All blocks must be resident at once, which a cooperative launch sees to; a peer that does not
-// arrive all the same (a fault, a debugger) ends the kernel with a message rather than hanging the device.
+// flags of its team are up. All blocks must be resident at once, which a cooperative launch sees to.
 #pragma once
 
+#include "block.cuh"
 #include "layout.h"
 #include "math.cuh"
 
 namespace rnnfast::cuda {
-
-constexpr uint64_t kWatchdogNanoseconds = 20'000'000'000;
-constexpr unsigned kPollsACheck = 16;  // of the clock, which is slow to read
 
 template <class Operand>
 class GridExchange {
@@ -39,13 +36,9 @@ class GridExchange {
 
   RNNFAST_DEVICE void wait(int step) {
     for (int peer = hw::thread(); peer < layout_.blocks; peer += hw::threads()) {
-      uint64_t deadline = 0;
-      for (unsigned polls = 1; hw::flag_acquire(flag(peer)) < static_cast<uint32_t>(step); ++polls) {
-        if (polls % kPollsACheck) continue;
-        const uint64_t now = hw::nanoseconds();
-        if (deadline == 0) deadline = now + kWatchdogNanoseconds;
-        if (now > deadline) hw::fail("a block of the grid scan did not arrive", peer);
-      }
+      const Watchdog watchdog;
+      while (hw::flag_acquire(flag(peer)) < static_cast<uint32_t>(step))
+        watchdog.look("a block of the grid scan did not arrive", peer);
     }
     hw::block_barrier();
     const int pieces = row_bytes() / 16;

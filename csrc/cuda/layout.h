@@ -62,6 +62,7 @@ struct Layout {
   int groups_per_warp, chunks_per_warp;
   int stride;                         // bytes from one row of the operand to the next
   float per_unit, per_split;          // 1 / units, 1 / splits: a division takes a GPU some twenty instructions
+  int rows_at_once;                   // rows whose pairs the threads take side by side
   int slots;                          // chunks that a warp keeps in shared memory
   int sums_at, operand_at, barrier_at, bias_at, shared_bytes;
 };
@@ -94,6 +95,7 @@ inline Layout make_layout(int gates, int hidden, Numbers numbers, Pass pass, int
   const int sums = (pass == Pass::backward_scatter ? 2 : 1) * l.splits * rows * l.columns * sum_bytes(numbers);
   l.operand_at = l.sums_at + round_up(sums, 128);
   l.barrier_at = l.operand_at + 2 * rows * l.stride;
+  l.rows_at_once = rows / std::max(1, ceil_div(rows * l.units, warps * 32));
   l.per_unit = 1.0f / l.units;
   l.per_split = 1.0f / l.splits;
   l.bias_at = l.barrier_at + 16;

@@ -29,10 +29,10 @@ struct Share {
   RNNFAST_DEVICE Share(const ScanParams& p, const Team& team, int j) {
     const Layout& l = p.layout;
     const int first = quotient(hw::thread(), l.per_unit);
-    row = first + j * (l.rows / PAIRS);
+    row = first + j * l.rows_at_once;
     unit = hw::thread() - first * l.units;
     at = {team.first_row + row, team.rank * l.units + unit};
-    owned = first < l.rows / PAIRS;
+    owned = first < l.rows_at_once && row < l.rows;
     real = owned && at.batch_row < p.batch && at.unit < p.hidden;
   }
 };
@@ -110,9 +110,9 @@ RNNFAST_DEVICE void scan_forward(const ScanParams& p) {
       if (!share.owned) continue;
       if (pairs[j].row >= 0) {
         Sum gh[kGates];
+        sums.of(step, share.row, share.unit, l.units, gh);
 #pragma unroll
-        for (int g = 0; g < kGates; ++g)
-          gh[g] = sums.of(step, share.row, g * l.units + share.unit) + bias[g * l.units + share.unit];
+        for (int g = 0; g < kGates; ++g) gh[g] += bias[g * l.units + share.unit];
         pairs[j].step(walk, share.at, gh);
       }
       if (step + 1 < p.steps)

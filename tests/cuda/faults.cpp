@@ -1,6 +1,7 @@
 // Small kernels, right and wrong, for the test of the emulator itself: does it find what a GPU would get wrong?
 #include <cstdio>
 
+#include "cluster.cuh"
 #include "grid.cuh"
 #include "instance.cuh"
 
@@ -28,7 +29,7 @@ void broadcast(int* out) {
     hw::mbarrier_expect(barrier, 4 * blocks);
     for (int peer = 0; peer < blocks; ++peer) hw::remote_store(values + rank, barrier, peer, static_cast<uint32_t>(rank));
   }
-  if (WAIT) hw::mbarrier_wait(barrier, 0);
+  while (WAIT && !hw::mbarrier_try_wait(barrier, 0)) continue;
   for (int i = hw::thread(); i < blocks; i += hw::threads()) out[rank * blocks + i] = values[i];
   hw::cluster_barrier();
 }
@@ -43,6 +44,13 @@ void absent_peer(uint32_t* flags) {
   p.flags = flags;
   p.layout.blocks = 2;
   GridExchange<float>(p, hw::shared_memory()).wait(1);
+}
+
+// Waits for bytes that no block of the cluster sends.
+void absent_bytes() {
+  Arrivals arrivals(Layout{}, hw::shared_memory());
+  arrivals.start();
+  arrivals.wait(1, 4);
 }
 
 }  // namespace
@@ -63,6 +71,7 @@ extern "C" const char* rnnfast_run_fault(const char* name, int* out) {
     if (kernel == "broadcast without a wait") emulator::run({4, 1, 1, 32, 4, 64}, [&] { broadcast<false>(out); });
     if (kernel == "half a barrier") emulator::run({1, 1, 1, 64, 1, 64}, [&] { half_a_barrier(out); });
     if (kernel == "absent peer") emulator::run({2, 1, 1, 32, 1, 64}, [&] { absent_peer(flags); });
+    if (kernel == "absent bytes") emulator::run({2, 1, 1, 32, 2, 64}, [&] { absent_bytes(); });
   } catch (const std::exception& error) {
     message = error.what();
   }

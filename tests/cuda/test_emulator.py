@@ -33,5 +33,12 @@ def test_a_barrier_that_not_all_reach_is_an_error(emulated):
     assert "deadlock" in _run(emulated, "half a barrier", 0)[1]
 
 
-def test_the_watchdog_of_the_grid_scan_says_who_is_missing(emulated):
-    assert "did not arrive" in _run(emulated, "absent peer", 0)[1]
+@pytest.mark.parametrize(
+    ("kernel", "message"),
+    [
+        ("absent peer", "a block of the grid scan did not arrive"),
+        ("absent bytes", "what the cluster's blocks send did not arrive for step: 1"),
+    ],
+)
+def test_the_watchdog_says_what_is_missing(emulated, kernel, message):
+    assert message in _run(emulated, kernel, 0)[1]

@@ -70,6 +70,12 @@ def test_tile_edges(schedule, monkeypatch, cell, numbers, hidden, batch, plan):
     check_against_truth(launch.forward, launch.backward, layer, numbers)
 
 
+@pytest.mark.parametrize("numbers", ["tf32", "bfloat16"])
+def test_relu_where_rounding_takes_sums_across_zero(schedule, monkeypatch, numbers):
+    use(monkeypatch, Plan("block", 1, 8, 16), numbers)
+    check_against_truth(launch.forward, launch.backward, random_layer("rnn_relu", 64, 8, 20, DTYPES[numbers]), numbers)
+
+
 @pytest.mark.parametrize("numbers", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kernel", ["block", "cluster", "grid"])
 def test_every_schedule_gives_the_same_bits(schedule, monkeypatch, kernel, numbers):
