@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rnnfast import dispatch, functional, scan
+from rnnfast.autocast import autocast_dtype
 
 
 class _DropInCell(nn.RNNCellBase):
@@ -80,7 +81,7 @@ class _DropInCell(nn.RNNCellBase):
         _check_sizes(self, input, states, token_ids)
         weights = functional.Weights(self.weight_ih, weight, self.bias_ih, self.bias_hh)
         h_0, c_0 = states[0].unsqueeze(0), states[1].unsqueeze(0) if is_lstm else None
-        if dispatch.autocast_dtype(weight.device.type) is not None:
+        if autocast_dtype(weight.device.type) is not None:
             input = input if token_ids else input.to(weight.dtype)
             h_0, c_0 = h_0.to(weight.dtype), None if c_0 is None else c_0.to(weight.dtype)
             with torch.autocast(weight.device.type, enabled=False):

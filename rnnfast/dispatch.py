@@ -261,20 +261,6 @@ def check_name(name: str) -> None:
         raise ValueError(f"unknown rnnfast backend '{name}'; choose from {', '.join([AUTO, *_BACKENDS])}")
 
 
-def autocast_dtype(device: str) -> torch.dtype | None:
-    """The type that autocast computes in on this kind of device; None where it is off, or unknown as on "meta"."""
-    if _has_autocast(device) and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return None
-
-
-def _has_autocast(device: str) -> bool:
-    return bool(torch.amp.is_autocast_available(device))
-
-
-_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined] # torch 2.11 and before cannot trace it
-
-
 class BackendStatus(NamedTuple):
     """A row of `backends()`."""
 

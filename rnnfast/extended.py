@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from rnnfast import batching, derivatives
+from rnnfast.autocast import without_autocast
 from rnnfast.backends import reference
 from rnnfast.backends.reference import Extension, Norms
 from rnnfast.batching import ROWS, ROWS_OF_LANES, STATES
@@ -127,10 +128,9 @@ def definition(
         )
         for d in range(w_hh.shape[0])
     ]
-    with torch.autocast(input.device.type, enabled=False):
-        output, h_n, c_n, _ = reference.forward(
-            input, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, batch_sizes, cell, bidirectional, False, extensions
-        )
+    output, h_n, c_n, _ = without_autocast(reference.forward)(
+        input, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, batch_sizes, cell, bidirectional, False, extensions
+    )
     return output, h_n, c_n
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnfast import direct, dispatch, functional, sequences
+from rnnfast.autocast import autocast_dtype
 from rnnfast.sequences import Segments
 
 
@@ -352,7 +353,7 @@ def _autocast(
     input: Tensor, state: Any, weights: list[functional.Weights] | None = None
 ) -> tuple[Tensor, Any, list[functional.Weights]]:
     """What is given, in the type that autocast computes in, where it is on."""
-    dtype, weights = dispatch.autocast_dtype(input.device.type), weights or []
+    dtype, weights = autocast_dtype(input.device.type), weights or []
     if dtype is None:
         return input, state, weights
 

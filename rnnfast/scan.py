@@ -16,6 +16,7 @@ from torch import _C, Tensor
 from torch.autograd import forward_ad
 
 from rnnfast import batching, derivatives
+from rnnfast.autocast import without_autocast
 from rnnfast.backends import reference, torch_nn
 from rnnfast.cells import CELLS
 
@@ -258,7 +259,7 @@ def _fake_backward(
 
 def _definition(*layer: Any) -> tuple[Tensor, ...]:
     arguments = (*layer, False)
-    return reference.forward(*arguments)[:3]
+    return without_autocast(reference.forward)(*arguments)[:3]  # type: ignore[no-any-return]
 
 
 def _states(backend: str, *arguments: Any) -> tuple[Tensor, ...]:
@@ -275,8 +276,7 @@ def _fake_states(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _states_definition(*layer: Any) -> tuple[Tensor, ...]:
     arguments = (*layer, True)
-    with torch.autocast(layer[0].device.type, enabled=False):
-        output, _, c_n, tape = reference.forward(*arguments)
+    output, _, c_n, tape = without_autocast(reference.forward)(*arguments)
     return output, _cells(tape, layer[7]), c_n
 
 
@@ -307,8 +307,11 @@ for _backend in (*BACKENDS, *(f"{name}_states" for name in STATES)):
             torch.library.register_vmap(_qualified, _rule, lib=_library)
 for _backend in STATES:
     _library.impl(f"scan_{_backend}_states", partial(_states, _backend), "CompositeExplicitAutograd")
-_library.impl("scan_reference", reference.forward, "CompositeExplicitAutograd")
-_library.impl("scan_reference_backward", reference.backward, "CompositeExplicitAutograd")
-_library.impl("scan_reference_states_backward", reference.states_backward, "CompositeExplicitAutograd")
+for _name, _implementation in (
+    ("scan_reference", reference.forward),
+    ("scan_reference_backward", reference.backward),
+    ("scan_reference_states_backward", reference.states_backward),
+):
+    _library.impl(_name, without_autocast(_implementation), "CompositeExplicitAutograd")
 _library.impl("scan_torch", torch_nn.forward, "CompositeExplicitAutograd")
 _library.impl("scan_torch_backward", torch_nn.backward, "CompositeExplicitAutograd")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnfast import dispatch, functional, sequences
+from rnnfast.autocast import autocast_dtype
 from rnnfast.backends.reference import Extension, Norms
 from rnnfast.cells import CELLS
 from rnnfast.extended import scan_extended
@@ -300,7 +301,7 @@ class Stack(nn.Module):
         if self.input_dropout > 0 and self.training and not rows.is_floating_point():
             raise ValueError("input_dropout drops features of floating input; give the stack embedded token ids")
         dtype, segments = self._parameter("weight_ih_l0").dtype, masks.segments
-        autocast = dispatch.autocast_dtype(rows.device.type)
+        autocast = autocast_dtype(rows.device.type)
         if autocast is not None and dtype != torch.float64:  # which autocast leaves alone
             dtype = autocast
             rows = rows.to(dtype) if rows.is_floating_point() else rows

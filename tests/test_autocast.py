@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import rnnfast
+from rnnfast import functional
 
 LAYERS = ["RNN", "LSTM", "GRU"]
 
@@ -153,3 +154,21 @@ def test_autocast_on_a_gpu(name: str) -> None:
     with torch.autocast("cuda", dtype=torch.float16):
         actual, expected = tree_leaves(ours(input)), tree_leaves(theirs(input))
     torch.testing.assert_close(actual, expected, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("within", [True, False])
+def test_operators_compute_in_the_dtypes_of_their_arguments(backend: str, within: bool) -> None:
+    """A functional call under autocast, its backward within or after it, has the bits that it has without."""
+    _, layer = build("GRU", backend)
+    weights, input = functional.lane_weights(layer), torch.randn(6, 4, 5, requires_grad=True)
+    state, leaves = torch.randn(2, 4, 7), [input, *layer.parameters()]
+    expected, _ = functional.gru(input, state, weights, backend=backend)
+    gradients = torch.autograd.grad(expected.sum(), leaves)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output, _ = functional.gru(input, state, weights, backend=backend)
+        with torch.autocast("cpu", enabled=within):
+            found = torch.autograd.grad(output.sum(), leaves)
+    assert torch.equal(output, expected)
+    for ours, theirs in zip(found, gradients, strict=True):
+        assert torch.equal(ours, theirs)

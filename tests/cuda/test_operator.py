@@ -42,6 +42,15 @@ def test_gradients_through_autograd(cell):
 
 
 @pytest.mark.usefixtures("_on_the_cpu")
+def test_autocast_does_not_reach_into_it():
+    *layer, cell, both = random_layer("gru", 9, 4, 3, torch.float32)
+    arguments = "cuda", layer[0], Weights(*layer[1:6]), *layer[6:], cell, both
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under_autocast = scan(*arguments)
+    assert all(torch.equal(a, b) for a, b in zip(under_autocast, scan(*arguments), strict=True))
+
+
+@pytest.mark.usefixtures("_on_the_cpu")
 def test_opcheck():
     layer = random_layer("lstm", 9, 4, 3, torch.float32, lanes=2)
     layer = [t.requires_grad_() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in layer]

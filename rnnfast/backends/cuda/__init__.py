@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-STATUS = "not yet run on a GPU"
+from rnnfast.autocast import without_autocast
 
 _library: torch.library.Library | None = None
 _failure: str | None = None
@@ -67,6 +67,6 @@ def register(key: str) -> torch.library.Library:
     from rnnfast.backends.cuda import launch
 
     library = torch.library.Library("rnnfast", "IMPL")
-    library.impl("scan_cuda", launch.forward, key)
-    library.impl("scan_cuda_backward", launch.backward, key)
+    library.impl("scan_cuda", without_autocast(launch.forward), key)
+    library.impl("scan_cuda_backward", without_autocast(launch.backward), key)
     return library

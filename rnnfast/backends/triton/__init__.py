@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-STATUS = "not yet run on a GPU"
+from rnnfast.autocast import without_autocast
 
 _library: torch.library.Library | None = None
 
@@ -59,6 +59,6 @@ def load() -> None:
         interpreter.repair()
     library = torch.library.Library("rnnfast", "IMPL")
     for key in ("CUDA", "CPU") if interpreted() else ("CUDA",):
-        library.impl("scan_triton", launch.forward, key)
-        library.impl("scan_triton_backward", launch.backward, key)
+        library.impl("scan_triton", without_autocast(launch.forward), key)
+        library.impl("scan_triton_backward", without_autocast(launch.backward), key)
     _library = library

@@ -1,0 +1,41 @@
+"""What torch's autocast has to do with recurrent layers: modules convert what they are given, operators never do."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The type that autocast computes in on this kind of device; None where it is off, or unknown as on "meta"."""
+    if _has_autocast(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return None
+
+
+def without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """The implementation of an operator, so that it computes in the dtypes of its arguments.
+
+    Autocast lets an operator that it does not know pass, and then changes the products within.
+    """
+
+    @functools.wraps(implementation)
+    def run(*arguments: Any) -> Any:
+        device = next(argument.device.type for argument in arguments if isinstance(argument, Tensor))
+        if autocast_dtype(device) is None:
+            return implementation(*arguments)
+        with torch.autocast(device, enabled=False):
+            return implementation(*arguments)
+
+    return run
+
+
+def _has_autocast(device: str) -> bool:
+    return bool(torch.amp.is_autocast_available(device))
+
+
+_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined] # torch 2.11 and before cannot trace it
