@@ -1,10 +1,11 @@
-// Registers the implementations; schemas, fakes and autograd are in rnnfast/scan.py.
+// Registers the implementations; the schemas are in Python: rnnfast/scan.py, extended.py, backends/native.py, bench/measure.py.
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/direct.h"
 #include "cpu/generate.h"
 #include "cpu/limits.h"
 #include "cpu/ops.h"
+#include "cpu/weight_samples.h"
 
 STABLE_TORCH_LIBRARY_IMPL(rnnfast, CPU, m) {
   m.impl("scan_cpu", TORCH_BOX(&rnnfast::scan_cpu));
@@ -15,6 +16,7 @@ STABLE_TORCH_LIBRARY_IMPL(rnnfast, CPU, m) {
   m.impl("scan_extended_cpu_backward", TORCH_BOX(&rnnfast::scan_extended_cpu_backward));
   m.impl("scan_cpu_pack", TORCH_BOX(&rnnfast::scan_cpu_pack));
   m.impl("scan_cpu_packed", TORCH_BOX(&rnnfast::scan_cpu_packed));
+  m.impl("weight_samples_cpu", TORCH_BOX(&rnnfast::weight_samples_cpu));
   m.impl("direct_plan_cpu", TORCH_BOX(&rnnfast::direct_plan_cpu));
   m.impl("direct_layer_cpu", TORCH_BOX(&rnnfast::direct_layer_cpu));
   m.impl("direct_tape_cpu", TORCH_BOX(&rnnfast::direct_tape_cpu));

@@ -65,6 +65,9 @@ class _Layer:
     has_cell_state: bool
     address: int  # of `kept`
     kept: Tensor
+    # The weights' memory as it is now: a parameter itself would follow what is assigned to its `.data` before backward.
+    memory: tuple[Tensor | None, ...]
+    memory_addresses: list[int]
 
 
 @dataclass(slots=True)
@@ -84,8 +87,9 @@ class _Plan:
     directions: int
     has_cell_state: bool
     packed: dict[bool, _Packed]
-    layers: dict[bool, list[_Layer]]
-    outputs: dict[tuple[int, ...], Tensor]  # of steps, for (B,): one to make others like it, quicker than by its sizes
+    layers: dict[bool, list[_Layer]]  # good while the weights have the addresses `described`
+    described: list[int]
+    step_output: Tensor  # of the last step: one to make others like it, quicker than by its sizes
 
     def has_shapes(self) -> bool:
         """No weight is a view of what it was, as `.data` can make it: the address and the version are the same then.
@@ -98,23 +102,27 @@ class _Plan:
         """What calls without gradients need; the versions are read first, so that a write meanwhile is seen later."""
         stamp = [*map(_version_of, self.weights), *map(_address_of, self.weights)]
         layers = [self.lanes[first : first + self.directions] for first in range(0, len(self.lanes), self.directions)]
+        samples = native.weight_samples(self.weights)
         packed = [native.packed_weights(lanes, self.cell, ids and not index) for index, lanes in enumerate(layers)]
-        kept = torch.ops.rnnfast.direct_plan_cpu(packed, [weight.detach() for weight in self.weights])
-        self.packed[ids] = found = _Packed(stamp, kept.data_ptr(), (kept, *packed))
+        kept = torch.ops.rnnfast.direct_plan_cpu(packed, samples)
+        self.packed[ids] = found = _Packed(stamp, kept.data_ptr(), (kept, samples, *packed))
         return found
 
     def describe(self, ids: bool) -> list[_Layer]:
         """What calls with gradients need."""
         cell, layers = CELLS[self.cell], []
+        self.described = [*map(_address_of, self.weights)]
         for index, lane in enumerate(self.lanes):
-            w_ih, w_hh, w_hr = (w if w is None else w.detach().unsqueeze(0) for w in (*lane[:2], lane.w_hr))
+            memory = tuple(w if w is None else w.detach() for w in lane)
+            w_ih, w_hh, *_, w_hr = (w if w is None else w.unsqueeze(0) for w in memory)
             first_ids = ids and not index
             kept = torch.ops.rnnfast.direct_layer_cpu(w_ih, w_hh, w_hr, self.cell, first_ids)
             form = lane, tuple(w is not None for w in lane), self.cell, self.dtype, first_ids
             tape_size = cell.tape * self.hidden_size
             large_rows = -(-_LARGE // (tape_size * self.dtype.itemsize)) if tape_size else 0
             sizes = self.state_size, self.hidden_size, tape_size, large_rows
-            layers.append(_Layer(*form, *sizes, cell.has_cell_state, kept.data_ptr(), kept))
+            addresses = kept.data_ptr(), kept, memory, _addresses(memory)
+            layers.append(_Layer(*form, *sizes, cell.has_cell_state, *addresses))
         self.layers[ids] = layers
         return layers
 
@@ -170,9 +178,9 @@ def step(layer: Any, input: Any, hx: Any) -> tuple[Tensor, Any] | None:
     tensors = _contiguous(plan, ids, input, shape, hx, batch)
     if tensors is None:
         return None
-    like = plan.outputs.get(batch)
-    if like is None:
-        like = plan.outputs[batch] = torch.empty(*batch, plan.state_size, dtype=plan.dtype)
+    like = plan.step_output
+    if len(like) != batch[0]:
+        like = plan.step_output = torch.empty(*batch, plan.state_size, dtype=plan.dtype)
     return _infer(plan, ids, *tensors, 1, batch, torch.empty_like(like))
 
 
@@ -204,7 +212,8 @@ def prepare(layer: Any, input: Tensor) -> None:
     cell, directions = layer.mode.lower(), 2 if layer.bidirectional else 1
     w_ih, w_hh, *_ = lanes[0]
     sizes = w_ih.shape[1], w_hh.shape[1], w_hh.shape[0] // CELLS[cell].gates, directions, CELLS[cell].has_cell_state
-    _plans[id(layer)] = _Plan(asked, names, weights, _signature(weights), lanes, cell, w_hh.dtype, *sizes, {}, {}, {})
+    form = asked, names, weights, _signature(weights), lanes, cell, w_hh.dtype, *sizes
+    _plans[id(layer)] = _Plan(*form, packed={}, layers={}, described=[], step_output=torch.empty(0))
 
 
 # ---- may it be done here? ------------------------------------------------------------------------------------------
@@ -323,7 +332,7 @@ def _infer(
     if status == _DONE:
         return output, h_n if c_n is None else (h_n, c_n)
     if status == _STALE:
-        del plan.packed[ids]
+        plan.packed.pop(ids, None)  # another thread may have found it as well
     return None
 
 
@@ -345,6 +354,8 @@ def _train(
     # would come here where the first has gone the general way.
     if plan.directions == 2 or plan.signature != _signature(plan.weights) or _top_saved_tensors_default_hooks(True):
         return None
+    if plan.described != [*map(_address_of, plan.weights)]:
+        plan.layers.clear()
     layers = plan.layers.get(ids) or plan.describe(ids)
     finals = []
     for index, layer in enumerate(layers):
@@ -397,11 +408,14 @@ class _Scan(derivatives.Function):
         tape = _empty_tape(layer, steps * rows, output) if layer.tape_size else None
         h_n = torch.empty(1, *batch, layer.state_size, dtype=dtype)
         c_n = torch.empty(1, *batch, layer.hidden_size, dtype=dtype) if layer.has_cell_state else None
-        kept = (input, h_0, c_0, *weights, output, tape)
-        if native.forward(_forward_call(layer.address, steps, rows, *_addresses((*kept, h_n, c_n)))) != _DONE:
+        given = (input, h_0, c_0)
+        addresses = *_addresses(given), *layer.memory_addresses, *_addresses((output, tape, h_n, c_n))
+        if native.forward(_forward_call(layer.address, steps, rows, *addresses)) != _DONE:
             return None, None
         ctx.layer, ctx.sizes = layer, (steps, rows)
-        ctx.save_for_backward(*kept)
+        # The tensors themselves for derivatives of the gradients, and what they hold now for the gradients.
+        memory = [None if tensor is None else tensor.detach() for tensor in given]
+        ctx.save_for_backward(*given, *weights, output, tape, *memory)
         ctx.set_materialize_grads(False)
         return (output, h_n) if c_n is None else (output, h_n, c_n)
 
@@ -409,16 +423,18 @@ class _Scan(derivatives.Function):
     def backward(ctx: Any, d_output: Tensor | None, d_h_n: Tensor | None, d_c_n: Tensor | None = None) -> Any:
         if d_output is None and d_h_n is None and d_c_n is None:
             return (None,) * 11
-        layer, kept, needs, given = ctx.layer, ctx.saved_tensors, ctx.needs_input_grad[3:], (d_output, d_h_n, d_c_n)
+        layer, saved, needs, given = ctx.layer, ctx.saved_tensors, ctx.needs_input_grad[3:], (d_output, d_h_n, d_c_n)
         need_weights = True in needs[3:]
+        memory = (*saved[10:], *layer.memory, *saved[8:10])
         # Not where it is itself to be differentiated, or somebody looks on.
         if not is_grad_enabled() and not _is_observed() and all(d is None or _is_plain(d, layer.dtype) for d in given):
             d_results = [d if d is None else d.contiguous() for d in given]
             wanted = needs[:3] + (layer.has_weight if need_weights else _NO_WEIGHT)
-            found = [torch.empty_like(tensor) if want else None for tensor, want in zip(kept, wanted, strict=False)]
-            addresses = _addresses((*d_results, *kept, *found))
+            found = [torch.empty_like(tensor) if want else None for tensor, want in zip(memory, wanted, strict=False)]
+            addresses = _addresses((*d_results, *memory, *found))
             if native.backward(_backward_call(layer.address, *ctx.sizes, *addresses)) == _DONE:
                 return (None, None, None, *found)
+        kept = saved[:10] if is_grad_enabled() else memory
         return (None, None, None, *_through_the_operator(ctx, given, kept, needs, need_weights))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -100,6 +101,39 @@ def test_changed_weights_are_seen(way: str, direct_calls: list[int]) -> None:
     torch.testing.assert_close(layer.step(input, state), general_step(layer, input, state), rtol=0, atol=0)
     layer.step(input, state)
     assert direct_calls[-1:] == [0]
+
+
+@pytest.mark.parametrize("place", [0, 7, 16, -1])
+@pytest.mark.parametrize("part", ["row", "column", "bias"])
+def test_a_row_or_column_written_through_data_is_seen(part: str, place: int, direct_calls: list[int]) -> None:
+    """Such a write counts no version, as where units or features are pruned."""
+    layer, cell = rnnfast.GRU(28, 64), rnnfast.GRUCell(28, 64, backend="cpu")
+    input = torch.randn(3, 2, 28)
+    for _ in range(2):
+        layer(input), cell(input[0])
+    state = warmed_up(layer, input[0])
+    for module in (layer, cell):
+        for name, weight in module.named_parameters():
+            if part == "bias" and "bias" in name:
+                weight.data[place] += 1
+            elif part == "row" and "weight" in name:
+                weight.data[place] = 1
+            elif part == "column" and "weight" in name:
+                weight.data[:, place] = 1
+    torch.testing.assert_close(layer(input), copy.deepcopy(layer)(input), rtol=0, atol=0)
+    torch.testing.assert_close(cell(input[0]), copy.deepcopy(cell)(input[0]), rtol=0, atol=0)
+    torch.testing.assert_close(layer.step(input[0], state), general_step(layer, input[0], state), rtol=0, atol=0)
+
+
+def test_steps_of_many_batch_sizes_keep_no_memory(direct_calls: list[int]) -> None:
+    layer = rnnfast.GRU(3, 8)
+    warmed_up(layer, torch.randn(1, 3))
+    held = []
+    for batch in range(1, 20):
+        layer.step(torch.randn(batch, 3), torch.zeros(1, batch, 8))
+        held.append(sum(type(each) is torch.Tensor for each in gc.get_objects()))
+    assert held[-1] == held[0]
+    assert direct_calls == [0] * 19
 
 
 def test_what_must_be_seen_goes_the_general_way(direct_calls: list[int]) -> None:

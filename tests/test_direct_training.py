@@ -166,6 +166,41 @@ def test_what_is_saved_may_not_change(direct_calls: list[str]) -> None:
     assert direct_calls == ["forward"] * 2
 
 
+@pytest.mark.parametrize("way", ["half", "double", "data", "smaller data", "twice", "input", "state"])
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_data_replaced_before_backward(name: str, way: str, direct_calls: list[str]) -> None:
+    """Gradients are those of what the forward call read, as where autograd keeps views."""
+    layer, input = getattr(rnnfast, name)(5, 8), torch.randn(4, 2, 5, requires_grad=True)
+    layer(input)
+    hx = tuple(torch.randn(1, 2, 8, requires_grad=True) for _ in range(1 + (name == "LSTM")))
+    leaves = [input, *hx, *layer.parameters()]
+
+    def output() -> Tensor:
+        found: Tensor = layer(input, hx if name == "LSTM" else hx[0])[0]
+        return found
+
+    expected = torch.autograd.grad(output().sum(), leaves)
+    loss = output().sum()
+    if way in ("half", "double"):
+        layer.to(torch.bfloat16 if way == "half" else torch.float64)
+    elif way == "smaller data":
+        layer.weight_hh_l0.data = torch.zeros(3, 1)
+    elif way in ("data", "twice"):
+        for _ in range(1 + (way == "twice")):  # the second may find the memory that the first has freed
+            for parameter in layer.parameters():
+                parameter.data = parameter.data * 2
+    else:
+        tensor = input if way == "input" else hx[-1]
+        tensor.data = torch.zeros(1)
+    if way in ("half", "double"):  # a parameter of another type is another leaf, but accumulates as it did
+        loss.backward()
+        found = [leaf.grad for leaf in leaves]
+    else:
+        found = list(torch.autograd.grad(loss, leaves))
+    assert_same(found, list(expected))
+    assert direct_calls == ["forward", "backward"] * 2
+
+
 @pytest.mark.parametrize("way", ["optimizer", "data", "sliced", "transposed", "double"])
 def test_changed_weights_are_seen(way: str, direct_calls: list[str]) -> None:
     layer, input = rnnfast.RNN(8, 8), torch.randn(4, 2, 8)

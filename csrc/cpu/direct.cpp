@@ -9,34 +9,16 @@
 #include "kernels.h"
 #include "memory.h"
 #include "tensors.h"
+#include "weight_samples.h"
 
 namespace rnnfast {
 namespace {
 
-constexpr int64_t SAMPLES = 16;
-
-// Some elements from all over a weight, to see a write that torch's version counter does not count.
-struct Sample {
-  const char* data;
-  int64_t elements, stride;  // in bytes
-  int64_t element_size;
-  char held[SAMPLES * 8];
-
-  bool is_as_it_was() const {
-    char now[sizeof held];
-    read(now);
-    return std::memcmp(now, held, size_t(elements * element_size)) == 0;
-  }
-  void read(char* to) const {
-    for (int64_t i = 0; i < elements; ++i) std::memcpy(to + i * element_size, data + i * stride, size_t(element_size));
-  }
-};
-
-// Followed in memory by the layers and the samples.
+// Followed in memory by the layers.
 struct Plan {
-  int64_t layers, samples;
+  int64_t layers;
+  const void* samples;  // of the weights that the layers' were packed from
   const PackedWeights* layer() const { return reinterpret_cast<const PackedWeights*>(this + 1); }
-  const Sample* sample() const { return reinterpret_cast<const Sample*>(layer() + layers); }
 };
 
 // The layer in a call of T steps of B rows.
@@ -97,21 +79,12 @@ int guarded(F run) {
 
 }  // namespace
 
-Tensor direct_plan_cpu(std::vector<Tensor> packed, std::vector<Tensor> weights) {
-  const size_t bytes = sizeof(Plan) + packed.size() * sizeof(PackedWeights) + weights.size() * sizeof(Sample);
-  Tensor kept = torch::stable::new_empty(packed.at(0), {int64_t(bytes)});
+Tensor direct_plan_cpu(std::vector<Tensor> packed, Tensor weight_samples) {
+  Tensor kept = torch::stable::new_empty(weight_samples, {int64_t(sizeof(Plan) + packed.size() * sizeof(PackedWeights))});
   Plan* plan = static_cast<Plan*>(kept.mutable_data_ptr());
-  *plan = {int64_t(packed.size()), int64_t(weights.size())};
+  *plan = {int64_t(packed.size()), weight_samples.const_data_ptr()};
   PackedWeights* layer = const_cast<PackedWeights*>(plan->layer());
   for (const Tensor& each : packed) *layer++ = unpack(each);
-  Sample* sample = const_cast<Sample*>(plan->sample());
-  for (const Tensor& weight : weights) {
-    const int64_t elements = weight.numel(), size = weight.element_size();
-    const int64_t apart = elements > SAMPLES ? elements / SAMPLES : 1;
-    *sample = {static_cast<const char*>(weight.const_data_ptr()), elements < SAMPLES ? elements : SAMPLES, apart * size, size, {}};
-    sample->read(sample->held);
-    ++sample;
-  }
   return kept;
 }
 
@@ -129,8 +102,7 @@ using namespace rnnfast;
 int rnnfast_infer_cpu(const DirectInfer* call) {
   const DirectInfer& c = *call;
   const Plan& plan = *static_cast<const Plan*>(c.plan);
-  for (int64_t i = 0; i < plan.samples; ++i)
-    if (!plan.sample()[i].is_as_it_was()) return DIRECT_STALE;
+  if (!are_as_they_were(plan.samples)) return DIRECT_STALE;
   return guarded([&] {
     const ScanShape first = shape_of_call(plan.layer()[0].layer, c.steps, c.batch);
     if (!ids_fit(first, c.input)) return DIRECT_FAILED;

@@ -10,9 +10,9 @@ namespace rnnfast {
 
 // Kept by Python as tensors of bytes. Their schemas are in rnnfast/backends/native.py.
 //
-// What calls without gradients need: the packed weights of every layer, which must outlive it, and a sample of every weight
-// they were packed from.
-Tensor direct_plan_cpu(std::vector<Tensor> packed, std::vector<Tensor> weights);
+// What calls without gradients need: the packed weights of every layer, and samples of the weights that they were packed from,
+// all of which must outlive it.
+Tensor direct_plan_cpu(std::vector<Tensor> packed, Tensor weight_samples);
 // What calls with gradients need: the ScanShape of one layer.
 Tensor direct_layer_cpu(Tensor w_ih, Tensor w_hh, OptionalTensor w_hr, std::string cell, bool ids);
 // A large tape, (1, rows, width) of the type of `like`.
@@ -20,7 +20,7 @@ Tensor direct_tape_cpu(Tensor like, int64_t rows, int64_t width);
 
 enum DirectStatus : int {
   DIRECT_DONE = 0,
-  DIRECT_STALE = 1,   // a weight's sample is not what it was: to be packed anew
+  DIRECT_STALE = 1,   // a weight's sample is not what it was: to be packed again
   DIRECT_FAILED = 2,  // for the operator to find out why: a token id outside the vocabulary, no memory
 };
 

@@ -45,7 +45,8 @@ _SCHEMAS = (
     "scan_extended_cpu_pack(Tensor w_ih, Tensor w_hh, Tensor? w_hr, str cell, bool ids) -> Tensor",
     "scan_cpu_packed(Tensor input, Tensor packed, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, bool bidirectional)"
     " -> (Tensor output, Tensor h_n, Tensor c_n)",
-    "direct_plan_cpu(Tensor[] packed, Tensor[] weights) -> Tensor",
+    "weight_samples_cpu(Tensor[] weights) -> Tensor",
+    "direct_plan_cpu(Tensor[] packed, Tensor weight_samples) -> Tensor",
     "direct_layer_cpu(Tensor w_ih, Tensor w_hh, Tensor? w_hr, str cell, bool ids) -> Tensor",
     "direct_tape_cpu(Tensor like, int rows, int width) -> Tensor",
     "generate_cpu(Tensor[] packed, Tensor? embedding, Tensor head_weight, Tensor? head_bias, Tensor h_0, Tensor? c_0,"
@@ -58,6 +59,7 @@ _library: Any = None
 infer: Any = None
 forward: Any = None
 backward: Any = None
+_are_as_they_were: Any = None  # of csrc/cpu/weight_samples.h
 _packed: dict[tuple[Any, ...], _Packed] = {}
 _loaded = False
 _failure: str | None = None
@@ -69,7 +71,7 @@ def load() -> None:
     Raises:
         RuntimeError: there is no library and it cannot be compiled; the message says why.
     """
-    global _loaded, _failure, _library, infer, forward, backward
+    global _loaded, _failure, _library, infer, forward, backward, _are_as_they_were
     if _loaded:
         return
     with _lock:
@@ -92,6 +94,8 @@ def load() -> None:
             )
             for function in (infer, forward, backward):
                 function.argtypes = [ctypes.c_char_p]
+            _are_as_they_were = functions.rnnfast_are_as_they_were
+            _are_as_they_were.argtypes = [ctypes.c_void_p]
         except (OSError, RuntimeError) as error:
             _failure = f"the native library failed to compile or load: {error}"
             # `auto` goes on without it, and slower, as `explain` tells those who ask.
@@ -130,8 +134,7 @@ def declines(request: Any) -> str | None:
 
 class _Packed(NamedTuple):
     stamp: tuple[Any, ...]
-    samples: list[Any]  # views of a few elements of each weight, and what they held
-    sampled: list[bytes]
+    samples: Any  # of `weight_samples`
     weights: Any
 
 
@@ -139,8 +142,8 @@ def packed_weights(lanes: Sequence[Sequence[Any]], cell: str, ids: bool, extende
     """Returns a layer's weights packed for `scan_packed`, from the last call's while they have not changed.
 
     A change is seen by the tensors' version counters and addresses. Writes through `.data` count no version: they are
-    seen by a sample of each weight's elements, so that only one that leaves all samples as they were needs
-    `forget_packed_weights()`. What is kept goes when a weight does.
+    seen by a sample of each weight, which has elements of every row and column, and all of a bias; only one that leaves
+    those as they were needs `forget_packed_weights()`. What is kept goes when a weight does.
 
     Args:
         lanes: for each direction its w_ih (G*H, I), w_hh (G*H, P), b_ih, b_hh (G*H,) or None, w_hr (P, H) or None.
@@ -155,8 +158,8 @@ def packed_weights(lanes: Sequence[Sequence[Any]], cell: str, ids: bool, extende
     if (
         found is not None
         and found.stamp == tuple([(tensor._version, tensor.data_ptr()) for tensor in tensors])
-        and found.sampled == [sample.tobytes() for sample in found.samples]
         and all(tensor.is_contiguous() for tensor in tensors)  # and not now a transpose of the same memory
+        and _are_as_they_were(found.samples.data_ptr())
     ):
         return found.weights
     return _pack(lanes, cell, ids, extended, key, tensors)
@@ -168,6 +171,11 @@ def _pack(
     import torch
 
     load()
+    # A tensor made in inference mode has no version, one that is not contiguous no samples: packed again every time.
+    is_kept = all(tensor.is_contiguous() and not tensor.is_inference() for tensor in tensors)
+    # All of this is read before the weights are packed, so that a write meanwhile is seen later.
+    stamp = tuple((tensor._version, tensor.data_ptr()) for tensor in tensors) if is_kept else ()
+    samples = weight_samples(tensors) if is_kept else None
     with torch.no_grad():
         stacked = [None if column[0] is None else torch.stack(column) for column in zip(*lanes, strict=True)]
         if extended:
@@ -175,28 +183,21 @@ def _pack(
             packed = torch.ops.rnnfast.scan_extended_cpu_pack(w_ih, w_hh, w_hr, cell, ids)
         else:
             packed = torch.ops.rnnfast.scan_cpu_pack(*stacked, cell, ids)
-    # A tensor made in inference mode has no version, and one that is not contiguous no samples: packed anew every time.
-    if any(tensor.is_inference() or not tensor.is_contiguous() for tensor in tensors):
+    if not is_kept:
         return packed
-    samples = [_sample(tensor) for tensor in tensors]
     if key not in _packed:
         for tensor in tensors:
             weakref.finalize(tensor, _packed.pop, key, None)
-    stamp = tuple((tensor._version, tensor.data_ptr()) for tensor in tensors)
-    _packed[key] = _Packed(stamp, samples, [sample.tobytes() for sample in samples], packed)
+    _packed[key] = _Packed(stamp, samples, packed)
     return packed
 
 
-def _sample(tensor: Any) -> Any:
-    """Some sixteen elements from all over a contiguous tensor, as a view that is quick to read again.
+def weight_samples(weights: Sequence[Any]) -> Any:
+    """What tells whether contiguous vectors and matrices hold what they do now, while they have the same addresses."""
+    import torch
 
-    The view goes by the address, good while `data_ptr` says the same: `tensor.numpy()` would bar the storage from being
-    resized, and FSDP resizes it.
-    """
-    import numpy
-
-    memory = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
-    return numpy.frombuffer(memory, dtype=f"i{tensor.element_size()}")[:: max(1, tensor.numel() // 16)]
+    load()
+    return torch.ops.rnnfast.weight_samples_cpu([weight.detach() for weight in weights])
 
 
 def forget_packed_weights() -> None:
