@@ -23,7 +23,7 @@ from rnnfast.backends import reference
 from rnnfast.backends.reference import Extension, Norms
 from rnnfast.batching import ROWS, ROWS_OF_LANES, STATES
 from rnnfast.cells import CELLS
-from rnnfast.scan import Weights, _library, _stack_lanes, is_plain_inference, is_traced
+from rnnfast.scan import Weights, _library, _stack_lanes, is_plain_inference, is_traced, may_need_gradient
 
 # D lanes: the gains (D, G*H) but for gain_c (D, H), bias_c (D, H), peepholes (D, 3, H), recurrent_mask (D, B, P),
 # zoneout_h bool (D, N, P) and zoneout_c (D, N, H), or a share of the old state in the new one, 0 for none. The rest is
@@ -62,7 +62,7 @@ def scan_extended(
         layer = (*tensors, batch_sizes, *shares, cell, bidirectional)
         return definition(*layer)
     contiguous = [None if t is None else t.contiguous() for t in tensors]
-    save_tape = derivatives.needs_gradient(tensors)
+    save_tape = may_need_gradient(tensors)
     arguments = (*contiguous, batch_sizes, *shares, cell, bidirectional, save_tape)
     if backend == "reference":
         output, h_n, c_n, _ = _FORMULAS[backend].op(*arguments)

@@ -93,7 +93,7 @@ def _call(
     bidirectional: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     contiguous = [None if t is None else t.contiguous() for t in tensors]
-    save_tape = derivatives.needs_gradient(tensors)
+    save_tape = may_need_gradient(tensors)
     arguments = (*contiguous, batch_sizes, cell, bidirectional, save_tape)
     # What the operator's Autograd kernel does, without the way there through the dispatcher and back into Python.
     eager_training = save_tape and not is_traced()
@@ -101,9 +101,15 @@ def _call(
     return results  # type: ignore[no-any-return]
 
 
+def may_need_gradient(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether a backward may follow: always in torch.jit.trace, which compares its trace with one without gradients."""
+    is_scripted = not torch.compiler.is_compiling() and _C._get_tracing_state() is not None
+    return derivatives.needs_gradient(tensors) or is_scripted
+
+
 def is_traced() -> bool:
-    """A compiler, an exporter, a torch.func transform or forward-mode AD looks at what runs now."""
-    return bool(torch.compiler.is_compiling() or is_transformed())
+    """A compiler, exporter or tracer, a torch.func transform or forward-mode AD looks at what runs now."""
+    return bool(torch.compiler.is_compiling() or is_transformed() or _C._get_tracing_state() is not None)
 
 
 def is_transformed() -> bool:
@@ -191,7 +197,7 @@ def is_plain_inference(tensors: Sequence[Tensor | None]) -> bool:
     given = [tensor for tensor in tensors if tensor is not None]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
         return False
-    if is_traced() or _C._len_torch_dispatch_stack() or _C._get_tracing_state() is not None:
+    if is_traced() or _C._len_torch_dispatch_stack():
         return False
     return all(type(tensor) in _PLAIN for tensor in given)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -213,6 +214,31 @@ def test_dimension_errors_are_those_of_torch(name: str) -> None:
         with pytest.raises(expected.type) as actual:
             ours(input, hx)
         assert str(actual.value) == str(expected.value)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: rnnfast.RNN(3, 4),
+        lambda: rnnfast.LSTM(3, 4, num_layers=2, bidirectional=True),
+        lambda: rnnfast.Stack("gru", 3, [4, 5], layer_norm=True),
+    ],
+)
+def test_a_trace_can_be_trained(build: Any, direct: bool, tmp_path: Path) -> None:
+    """With gradients on, as is torch's default; saved, loaded, and differentiated."""
+    layer, input = build(), torch.randn(5, 2, 3)
+    if direct:
+        layer(input)
+    torch.jit.trace(layer, input).save(tmp_path / "traced.pt")
+    traced = torch.jit.load(tmp_path / "traced.pt")
+    results = [(each(input)[0], dict(each.named_parameters())) for each in (layer, traced)]
+    gradients = [torch.autograd.grad(output.sin().sum(), list(weights.values())) for output, weights in results]
+    assert results[0][1].keys() == results[1][1].keys()
+    assert torch.equal(results[0][0], results[1][0])
+    for ours, of_trace in zip(*gradients, strict=True):
+        assert torch.equal(ours, of_trace)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
