@@ -4,6 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from rnnfast import functional, sequences
 from rnnfast.cell_modules import GRUCell, LSTMCell, RNNCell
+from rnnfast.direct import forget_packed_weights
 from rnnfast.dispatch import backends, explain, use_backend
 from rnnfast.layers import GRU, LSTM, RNN
 from rnnfast.stack import Stack
@@ -28,6 +29,7 @@ __all__ = [
     "accelerate",
     "backends",
     "explain",
+    "forget_packed_weights",
     "functional",
     "restore",
     "sequences",

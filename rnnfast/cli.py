@@ -116,7 +116,8 @@ def _train(options: Any) -> int:
     result = train(config, folder, resume=options.resume is not None, overwrite=options.overwrite)
     device = next(result.model.parameters()).device
     print(f"perplexity {result.perplexity:.2f}, {result.tokens_per_second:,.0f} tokens/s on {device}, kept in {folder}")
-    print(f'next: rnnfast generate {folder} --prefix "{config.prefix}"')
+    if not config.bidirectional:  # which cannot generate
+        print(f'next: rnnfast generate {folder} --prefix "{config.prefix}"')
     return 0
 
 

@@ -216,6 +216,18 @@ def prepare(layer: Any, input: Tensor) -> None:
     _plans[id(layer)] = _Plan(*form, packed={}, layers={}, described=[], step_output=torch.empty(0))
 
 
+def forget_packed_weights() -> None:
+    """Has every layer and cell pack its weights again, at its next call without gradients on the cpu backend.
+
+    Changed weights are noticed, but for one case: a write through `.data`, which torch does not count, to a few single
+    elements of a matrix. (All of a row or a column, or any element of a bias, is noticed.) Call this after such a one,
+    or write under `torch.no_grad()` instead.
+    """
+    native.packings.clear()
+    for plan in list(_plans.values()):
+        plan.packed.clear()
+
+
 # ---- may it be done here? ------------------------------------------------------------------------------------------
 
 

@@ -313,7 +313,7 @@ def _check(
         if input.shape[-1] != w_ih.shape[1]:
             raise RuntimeError(f"input has {input.shape[-1]} features, w_ih takes {w_ih.shape[1]}")
     elif input.device.type == "cpu" and not is_traced() and input.numel():
-        low, high = (int(bound) for bound in input.aminmax())
+        low, high = (int(bound) for bound in input.long().aminmax())
         if low < 0 or high >= w_ih.shape[1]:
             raise IndexError(f"token ids must be in [0, {w_ih.shape[1]}), got {low if low < 0 else high}")
 

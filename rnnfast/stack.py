@@ -138,8 +138,9 @@ class Stack(nn.Module):
                 f"proj_size is for lstm and below every one of hidden_sizes, got {self.proj_size} for {self.cell}"
             )
         for name in ("input_dropout", "dropout", "recurrent_dropout", "weight_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is a probability in [0, 1), got {getattr(self, name)}")
+            p = getattr(self, name)
+            if not isinstance(p, float | int) or not 0 <= p < 1:
+                raise ValueError(f"{name} is a probability in [0, 1), got {p!r}")
         if not all(0 <= p <= 1 for p in self.zoneout):
             raise ValueError(f"zoneout is a probability in [0, 1], got {self.zoneout}")
         if self.zoneout[1] > 0 and not CELLS[self.cell].has_cell_state:

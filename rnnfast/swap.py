@@ -123,7 +123,12 @@ def accelerate(model: nn.Module) -> SwapReport:
 
     Returns:
         What was swapped, and what was left and why. Print it.
+
+    Raises:
+        TypeError: it is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"accelerate takes a torch.nn.Module, got {type(model).__name__}")
     swaps = []
     for names, module in _recurrent_modules(model):
         reason = _why_not(module)

@@ -125,6 +125,17 @@ def test_a_row_or_column_written_through_data_is_seen(part: str, place: int, dir
     torch.testing.assert_close(layer.step(input[0], state), general_step(layer, input[0], state), rtol=0, atol=0)
 
 
+def test_packed_weights_can_be_forgotten(direct_calls: list[int]) -> None:
+    layer, cell, input = rnnfast.GRU(5, 16), rnnfast.GRUCell(5, 16, backend="cpu"), torch.randn(3, 2, 5)
+    for _ in range(2):
+        layer(input), cell(input[0])
+    layer.weight_hh_l0.data[3, 7] += 1  # a single element, off the diagonal
+    cell.weight_hh.data[3, 7] += 1
+    rnnfast.forget_packed_weights()
+    torch.testing.assert_close(layer(input), copy.deepcopy(layer)(input), rtol=0, atol=0)
+    torch.testing.assert_close(cell(input[0]), copy.deepcopy(cell)(input[0]), rtol=0, atol=0)
+
+
 def test_steps_of_many_batch_sizes_keep_no_memory(direct_calls: list[int]) -> None:
     layer = rnnfast.GRU(3, 8)
     warmed_up(layer, torch.randn(1, 3))

@@ -99,6 +99,9 @@ MISTAKES: list[tuple[type[Exception], str, Callable[[], Any]]] = [
      lambda: rnnfast.explain(nn.LSTM(3, 4), INPUT)),
     (RuntimeError, "this GRU is bidirectional: it reads the whole sequence at once, so it has no stream",
      lambda: rnnfast.Stream(rnnfast.GRU(3, 4, bidirectional=True))),
+    (TypeError, "accelerate takes a torch.nn.Module, got list", lambda: rnnfast.accelerate([1])),
+    (ValueError, "dropout is a probability in [0, 1), got 'a'", lambda: rnnfast.Stack("gru", 3, [4], dropout="a")),
+    (IndexError, "token ids must be in [0, 3), got 7", lambda: GRU(torch.tensor([[7]], dtype=torch.uint16))),
     (TypeError, "the state of a model is a dict by its layers' names, got Tensor",
      lambda: setattr(rnnfast.Stream(nn.Sequential(GRU)), "state", H)),
 ]  # fmt: skip

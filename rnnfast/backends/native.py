@@ -60,7 +60,7 @@ infer: Any = None
 forward: Any = None
 backward: Any = None
 _are_as_they_were: Any = None  # of csrc/cpu/weight_samples.h
-_packed: dict[tuple[Any, ...], _Packed] = {}
+packings: dict[tuple[Any, ...], _Packed] = {}  # what `packed_weights` keeps
 _loaded = False
 _failure: str | None = None
 
@@ -143,7 +143,7 @@ def packed_weights(lanes: Sequence[Sequence[Any]], cell: str, ids: bool, extende
 
     A change is seen by the tensors' version counters and addresses. Writes through `.data` count no version: they are
     seen by a sample of each weight, which has elements of every row and column, and all of a bias; only one that leaves
-    those as they were needs `forget_packed_weights()`. What is kept goes when a weight does.
+    those as they were needs `rnnfast.forget_packed_weights()`. What is kept goes when a weight does.
 
     Args:
         lanes: for each direction its w_ih (G*H, I), w_hh (G*H, P), b_ih, b_hh (G*H,) or None, w_hr (P, H) or None.
@@ -154,7 +154,7 @@ def packed_weights(lanes: Sequence[Sequence[Any]], cell: str, ids: bool, extende
     lanes = [(*lane[:2], None, None, *lane[4:]) for lane in lanes] if extended else lanes
     tensors = [tensor for lane in lanes for tensor in lane if tensor is not None]
     key = (cell, ids, extended, *map(id, tensors))
-    found = _packed.get(key)
+    found = packings.get(key)
     if (
         found is not None
         and found.stamp == tuple([(tensor._version, tensor.data_ptr()) for tensor in tensors])
@@ -185,10 +185,10 @@ def _pack(
             packed = torch.ops.rnnfast.scan_cpu_pack(*stacked, cell, ids)
     if not is_kept:
         return packed
-    if key not in _packed:
+    if key not in packings:
         for tensor in tensors:
-            weakref.finalize(tensor, _packed.pop, key, None)
-    _packed[key] = _Packed(stamp, samples, packed)
+            weakref.finalize(tensor, packings.pop, key, None)
+    packings[key] = _Packed(stamp, samples, packed)
     return packed
 
 
@@ -198,11 +198,6 @@ def weight_samples(weights: Sequence[Any]) -> Any:
 
     load()
     return torch.ops.rnnfast.weight_samples_cpu([weight.detach() for weight in weights])
-
-
-def forget_packed_weights() -> None:
-    """Drops all that `packed_weights` keeps."""
-    _packed.clear()
 
 
 def scan_packed(

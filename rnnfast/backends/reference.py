@@ -333,8 +333,8 @@ def _forward_lane(lane: _Lane, sizes: list[int], cell: str) -> tuple[Tensor, Sta
         outputs.append(state[0])
         tapes.append(torch.cat(saved, dim=-1) if saved else step_gates_x[:, :0])
     final = tuple(torch.cat(parts) for parts in zip(state, *reversed(finished), strict=True))
-    empty = gates_x[:, :0]
-    return _cat(outputs[order], empty.new_empty(0, state[0].shape[1])), final, _cat(tapes[order], empty)
+    # Of no rows the empty results are still made from the input and the weights, for autograd to see.
+    return _cat(outputs[order], gates_x[:, : state[0].shape[1]]), final, _cat(tapes[order], gates_x[:, :0])
 
 
 def backward(

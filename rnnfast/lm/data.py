@@ -195,6 +195,9 @@ def load_corpus(
     if not stream:
         raise UserError(f"the text {name} holds no letters A-Z: train on it as it is with --raw")
     vocab = Vocab(stream, min_freq)
+    if len(vocab) == 1:
+        most = vocab.token_freqs[0][1]
+        raise UserError(f"no token of the text {name} is seen {min_freq} times: give a --min-freq of at most {most}")
     ids = torch.tensor(vocab.encode(stream if max_tokens < 0 else stream[:max_tokens]))
     held_out = int(len(ids) * validation)
     return Corpus(name, vocab, ids[: len(ids) - held_out], ids[len(ids) - held_out :])

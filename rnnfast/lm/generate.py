@@ -48,12 +48,12 @@ def generate(
             and a token is drawn.
         top_k: draw among the k likeliest tokens only.
         top_p: draw among the likeliest tokens that together have this probability (nucleus sampling).
-        seed: of the draws; the global random state is neither read nor changed.
+        seed: of the draws, in [0, 2^63); the global random state is neither read nor changed.
 
     Raises:
         UserError: an empty prefix, an option outside its range, or a bidirectional model.
     """
-    _check(model, prefix, length, temperature, top_k, top_p)
+    _check(model, prefix, length, temperature, top_k, top_p, seed)
     return _generate(model, prefix, length, temperature, top_k, top_p, seed)
 
 
@@ -200,6 +200,7 @@ def _check(
     temperature: float,
     top_k: int | None,
     top_p: float | None,
+    seed: int,
 ) -> None:
     if getattr(model, "bidirectional", False):
         raise UserError(
@@ -216,6 +217,8 @@ def _check(
         raise UserError(f"top-k must be at least 1, not {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise UserError(f"top-p must be above 0 and at most 1, not {top_p}")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"the seed must be in [0, 2^63), not {seed}")
     if temperature == 0 and (top_k is not None or top_p is not None):
         raise UserError("top-k and top-p say what to draw from, but temperature 0 draws nothing: add --temperature 1")
 

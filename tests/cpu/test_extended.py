@@ -313,15 +313,15 @@ def test_inference_keeps_packed_weights_and_has_the_bits_of_training(cell: str, 
     options |= {"proj_size": 9} if cell == "lstm" else {}
     stack = rnnfast.Stack(cell, 5, [37, 11], backend="cpu", **options).eval()
     input = torch.randint(5, (6, 3)) if ids else torch.randn(6, 3, 5)
-    native.forget_packed_weights()
+    rnnfast.forget_packed_weights()
     for _ in range(2):
         expected = stack(input)[0].detach()
         with torch.no_grad():
             assert torch.equal(stack(input)[0], expected)
-            kept = {key: entry.weights for key, entry in native._packed.items()}
+            kept = {key: entry.weights for key, entry in native.packings.items()}
             assert torch.equal(stack(input)[0], expected)
             assert len(kept) == 2
-            assert all(native._packed[key].weights is weights for key, weights in kept.items())
+            assert all(native.packings[key].weights is weights for key, weights in kept.items())
             stack.weight_hh_l0.mul_(0.5)
             stack.weight_ih_l1.add_(0.1)
 

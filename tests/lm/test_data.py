@@ -134,6 +134,12 @@ def test_bad_files_get_one_clear_line(content: bytes | None, message: str, tmp_p
     assert "\n" not in str(error.value)
 
 
+def test_a_vocabulary_of_nothing_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("abcabca")
+    with pytest.raises(UserError, match=r"no token .* is seen 9 times: give a --min-freq of at most 3"):
+        load_corpus(str(tmp_path / "text.txt"), min_freq=9)
+
+
 def test_a_folder_is_no_text(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="directory"):
         load_corpus(str(tmp_path))

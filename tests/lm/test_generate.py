@@ -77,6 +77,8 @@ def test_temperature_scales_the_logits() -> None:
         ({"temperature": 1.0, "top_p": 1.5}, "top-p"),
         ({"top_k": 3}, "--temperature 1"),
         ({"length": -1}, "length"),
+        ({"temperature": 1.0, "seed": -1}, "seed"),
+        ({"temperature": 1.0, "seed": 2**63}, "seed"),
         ({"prefix": []}, "prefix is empty"),
     ],
 )
