@@ -52,8 +52,11 @@ class BuildNative(build_ext):
 
 
 extensions = []
-if importlib.util.find_spec("torch") is not None and native.why_not() is None:
-    extensions.append(Extension("rnnfast.librnnfast", [], optional=True))
+if importlib.util.find_spec("torch") is not None:
+    if native.why_not() is None:
+        extensions.append(Extension("rnnfast.librnnfast", [], optional=True))
+    else:
+        print(f"rnnfast: the native scan is not compiled now: {native.why_not()}", file=sys.stderr)
 # A toolkit and a torch for CUDA are what it takes; a GPU need not be here, where the package is built.
 if cuda.torch_cuda() is not None and cuda.why_not_compile() is None:
     extensions.append(Extension("rnnfast.librnnfast_cuda", [], optional=True))

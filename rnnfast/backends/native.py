@@ -1,15 +1,14 @@
 """The native library: finds the installed one, or compiles csrc/ on first use and keeps the result.
 
 Nothing here runs at import. A library that was installed with the package serves any torch from 2.10 on, as it uses
-torch's stable ABI only. One that is compiled on first use is kept under `cache_folder()`, in a folder whose name is a
-hash of the sources, the compiler and the torch version. setup.py imports this file without the package, so it imports
-torch only where it compiles or loads.
+torch's stable ABI only. One that is compiled on first use is kept in the user's cache, in a folder whose name is a hash
+of the sources, the compiler and the torch version. setup.py imports this file without the package, so it imports torch
+only where it compiles or loads.
 """
 
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import hashlib
 import importlib.util
 import os
@@ -19,17 +18,15 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-_PACKAGE = Path(__file__).resolve().parent.parent
-_TARGET_ABI = "0x020a000000000000"  # torch 2.10
+from rnnfast import building
+
 _FLAGS = (
     "-std=c++17 -O3 -g0 -fPIC -fopenmp -ffp-contract=off -fvisibility=hidden "
-    f"-Wall -Wextra -Wno-psabi -Wno-unknown-pragmas -DTORCH_TARGET_VERSION={_TARGET_ABI}ULL"
+    f"-Wall -Wextra -Wno-psabi -Wno-unknown-pragmas -DTORCH_TARGET_VERSION={building.TARGET_ABI}ULL"
 )
 _AVX2 = "-mavx2 -mfma"
 _AVX512 = f"{_AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl"
@@ -114,9 +111,9 @@ def why_not() -> str | None:
         return f"the native library is for Linux, this is {sys.platform}"
     if _installed() is not None:
         return None
-    if _sources() is None:
+    if building.sources() is None:
         return "the package was installed without the native library and without its sources"
-    if _compiler() is None:
+    if building.compiler() is None:
         return "no C++ compiler was found: install g++ (or set CXX), and the library compiles on first use"
     if _ninja() is None:
         return "ninja was not found: pip install ninja, and the library compiles on first use"
@@ -256,20 +253,18 @@ def generate(
     return result
 
 
-def cache_folder() -> Path:
-    """Where compiled libraries are kept: $RNNFAST_CACHE, or rnnfast under the user's cache folder."""
-    if folder := os.environ.get("RNNFAST_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rnnfast"
-
-
 def compile_library(target: Path) -> None:
     """Compiles csrc/ and puts the library at `target`, in one step, so that no one sees half of it.
 
     Raises:
         RuntimeError: the compiler failed; the message ends with what it said.
     """
-    sources, compiler, ninja, torch = _sources(), _compiler(), _ninja(), importlib.util.find_spec("torch")
+    sources, compiler, ninja, torch = (
+        building.sources(),
+        building.compiler(),
+        _ninja(),
+        importlib.util.find_spec("torch"),
+    )
     assert sources is not None
     assert compiler is not None
     assert ninja is not None
@@ -292,7 +287,7 @@ def compile_library(target: Path) -> None:
 
 def source_hash() -> str:
     """A hash of csrc/, which names the library that belongs to it."""
-    sources = _sources()
+    sources = building.sources()
     assert sources is not None
     digest = hashlib.sha256(repr((_FLAGS, _INSTRUCTION_SETS)).encode())
     for path in _source_files(sources):
@@ -335,48 +330,29 @@ def _compiled() -> Path:
     """The library in the cache, compiled now if it is not there."""
     import torch
 
-    compiler = Path(_compiler() or "").resolve()
+    compiler = Path(building.compiler() or "").resolve()
     stamp = f"{source_hash()}, {compiler}, {compiler.stat().st_mtime_ns}, {torch.__version__}"
-    library = cache_folder() / hashlib.sha256(stamp.encode()).hexdigest()[:16] / "librnnfast.so"
+    library = building.cache_folder() / hashlib.sha256(stamp.encode()).hexdigest()[:16] / "librnnfast.so"
     if not library.exists():
-        with _one_process(library.parent):
+        with building.one_process(library.parent):
             if not library.exists():
                 print(f"rnnfast: compiling the native scan into {library.parent} (once)", file=sys.stderr, flush=True)
                 compile_library(library)
     return library
 
 
-@contextmanager
-def _one_process(folder: Path) -> Iterator[None]:
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file closes, however the process ends
-        yield
-
-
 def _installed() -> Path | None:
     """The library beside the package, if it was compiled from the sources that are there, or there are none."""
-    found = sorted(_PACKAGE.glob("librnnfast-*.so"))
-    if not found or _sources() is None:
+    found = sorted(building.PACKAGE.glob("librnnfast-*.so"))
+    if not found or building.sources() is None:
         return found[0] if found else None
-    wanted = _PACKAGE / f"librnnfast-{source_hash()}.so"
+    wanted = building.PACKAGE / f"librnnfast-{source_hash()}.so"
     return wanted if wanted in found else None
-
-
-@cache
-def _sources() -> Path | None:
-    """csrc/: within the package where it was installed, beside it in a checkout."""
-    return next((f for f in (_PACKAGE / "csrc", _PACKAGE.parent / "csrc") if (f / "library.cpp").exists()), None)
 
 
 def _source_files(sources: Path) -> list[Path]:
     files = [path for folder in (sources, sources / "cpu") for path in folder.iterdir()]
     return sorted(path for path in files if path.suffix in (".h", ".cpp"))
-
-
-def _compiler() -> str | None:
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    return next((path for name in names if (path := shutil.which(name))), None)
 
 
 def _ninja() -> str | None:

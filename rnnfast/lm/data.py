@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rnnfast import building
 from rnnfast.lm.files import UserError, atomic_write, note, reason
 from rnnfast.lm.vocab import Vocab
 
@@ -23,13 +24,6 @@ DOWNLOAD_TIMEOUT = 10  # seconds
 
 class TextUnavailable(UserError):
     """The Time Machine is neither on this machine nor to be had from the network."""
-
-
-def cache_dir() -> Path:
-    """The folder downloads are kept in: RNNFAST_CACHE, or `rnnfast` in the user's cache folder (XDG)."""
-    if folder := os.environ.get("RNNFAST_CACHE"):
-        return Path(folder).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rnnfast"
 
 
 def _is_time_machine(data: bytes) -> bool:
@@ -55,7 +49,7 @@ def time_machine() -> str:
                     f"unset RNNFAST_DATA, or train on that file with --corpus {given}"
                 )
             return data.decode("utf-8")
-    cached = cache_dir() / "timemachine.txt"
+    cached = building.cache_folder() / "timemachine.txt"
     if cached.is_file() and _is_time_machine(data := _read_bytes(cached)):
         return data.decode("utf-8")
     data = _download(TIME_MACHINE_URL)

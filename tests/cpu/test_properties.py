@@ -165,9 +165,9 @@ def test_packed_weights_give_the_same_bits(cell: str, dtype: torch.dtype, ids: b
         got = native.scan_packed(arguments[0], changed, *arguments[6:9], bidirectional=True)
         assert all(map(torch.equal, got, torch.ops.rnnfast.scan_cpu(*arguments, False)))
 
-        kept = len(native._packed)
+        kept = len(native.packings)
         del lanes
-        assert len(native._packed) == kept - 1
+        assert len(native.packings) == kept - 1
 
 
 def test_packed_weights_that_do_not_fit() -> None:

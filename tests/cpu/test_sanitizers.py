@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from rnnfast import building
 from rnnfast.backends import native
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc/cpu"
-COMPILER = native._compiler()
+COMPILER = building.compiler()
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler was found")
 

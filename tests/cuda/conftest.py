@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rnnfast import building
 from rnnfast.backends import native
 from rnnfast.backends.cuda import build, launch
 from rnnfast.tuning import arithmetic
@@ -47,7 +48,7 @@ def _compile(ninja: str, ninja_file: str, library: Path) -> None:
 @pytest.fixture(scope="session")
 def emulated() -> ctypes.CDLL:
     """The library with its operators registered for the CPU in the namespace `rnnfast_cuda_emulated`."""
-    compiler, ninja = native._compiler(), native._ninja()
+    compiler, ninja = building.compiler(), native._ninja()
     if compiler is None or ninja is None:
         pytest.skip("no C++ compiler or no ninja")
     ours = sorted(HERE.glob("*.cpp"))
@@ -56,9 +57,9 @@ def emulated() -> ctypes.CDLL:
     stamp = hashlib.sha256((text + torch.__version__).encode())
     for path in files + ours:
         stamp.update(path.read_bytes())
-    library = native.cache_folder() / f"emulated-{stamp.hexdigest()[:16]}" / "emulated.so"
+    library = building.cache_folder() / f"emulated-{stamp.hexdigest()[:16]}" / "emulated.so"
     if not library.exists():
-        with native._one_process(library.parent):  # of several that run the tests
+        with building.one_process(library.parent):  # of several that run the tests
             if not library.exists():
                 _compile(ninja, text, library)
     torch.ops.load_library(str(library))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rnnfast.backends import native
+from rnnfast import building
 from rnnfast.backends.cuda import build
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,7 +61,7 @@ def test_on_first_use_it_is_compiled_for_the_devices(toolkit, monkeypatch, tmp_p
     targets = []
     monkeypatch.setenv("RNNFAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", named)
-    monkeypatch.setattr(native, "_PACKAGE", tmp_path)
+    monkeypatch.setattr(building, "PACKAGE", tmp_path)
     monkeypatch.setattr(build, "_capabilities", lambda: seen)
     monkeypatch.setattr(build, "compile_library", lambda target, architectures: targets.append(architectures))
     build.library()
@@ -85,7 +85,7 @@ def test_where_compiled_code_runs(architecture, capability, runs):
 
 
 def test_an_installed_library_is_used_if_it_is_of_these_sources_and_for_these_devices(monkeypatch, tmp_path):
-    monkeypatch.setattr(native, "_PACKAGE", tmp_path)
+    monkeypatch.setattr(building, "PACKAGE", tmp_path)
     monkeypatch.setattr(build, "_capabilities", lambda: [(9, 0)])
     assert build._installed() is None
     (tmp_path / "librnnfast_cuda-0123456789ab-80-90a.so").touch()
@@ -107,7 +107,7 @@ def test_what_is_missing_is_told(monkeypatch, toolkit, tmp_path):
 
 
 def test_a_library_appears_whole_or_not_at_all(toolkit, monkeypatch, tmp_path):
-    monkeypatch.setattr(native, "_compiler", lambda: str(toolkit))
+    monkeypatch.setattr(building, "compiler", lambda: str(toolkit))
     target = tmp_path / "out" / "library.so"
     build.compile_library(target, ("80", "90a"))
     assert target.read_text() == "made\n"

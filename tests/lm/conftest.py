@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rnnfast import building
 from rnnfast.lm import data
 from rnnfast.lm.config import check_backend
 
@@ -19,7 +20,7 @@ def _offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def refuse(url: str, timeout: float) -> None:
         raise urllib.error.URLError("no network in tests")
 
-    monkeypatch.setattr(data, "cache_dir", lambda: tmp_path / "cache")
+    monkeypatch.setattr(building, "cache_folder", lambda: tmp_path / "cache")
     monkeypatch.setattr(data.urllib.request, "urlopen", refuse)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rnnfast import building
 from rnnfast.lm import Batches, UserError, Vocab, data, load_corpus, random_batches, sequential_batches
 
 needs_time_machine = pytest.mark.skipif(not os.environ.get("RNNFAST_DATA"), reason="RNNFAST_DATA is not set")
@@ -107,7 +108,7 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.delenv("RNNFAST_DATA", raising=False)
-    monkeypatch.setattr(data, "cache_dir", lambda: tmp_path / "file" / "cache")
+    monkeypatch.setattr(building, "cache_folder", lambda: tmp_path / "file" / "cache")
     monkeypatch.setattr(data, "_download", lambda url: b"x")
     monkeypatch.setattr(data, "TIME_MACHINE_SHA1", hashlib.sha1(b"x").hexdigest())
     assert data.time_machine() == "x"
@@ -221,6 +222,6 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", "/xdg")
         patch.delenv("RNNFAST_CACHE", raising=False)
-        assert data.cache_dir() == Path("/xdg/rnnfast")
+        assert building.cache_folder() == Path("/xdg/rnnfast")
         patch.setenv("RNNFAST_CACHE", "/mine")
-        assert data.cache_dir() == Path("/mine")
+        assert building.cache_folder() == Path("/mine")

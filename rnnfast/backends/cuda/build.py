@@ -21,9 +21,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from rnnfast.backends import native
+from rnnfast import building
 
-_ABI = f"-DTORCH_TARGET_VERSION={native._TARGET_ABI}ULL"
+_ABI = f"-DTORCH_TARGET_VERSION={building.TARGET_ABI}ULL"
 _NVCC_FLAGS = f"-std=c++17 -O3 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden -DUSE_CUDA {_ABI}"
 _CXX_FLAGS = f"-std=c++17 -O2 -fPIC -fvisibility=hidden -Wall -Wextra {_ABI}"
 DEFAULT_ARCHITECTURES = ("80", "90a")
@@ -43,7 +43,7 @@ def why_not_compile() -> str | None:
     cuda = torch_cuda()
     if cuda is not None and _nvcc_release().split(".")[0] != cuda.split(".")[0]:
         return f"nvcc is of CUDA {_nvcc_release()}, PyTorch of CUDA {cuda}: set CUDA_HOME to one that matches"
-    if native._compiler() is None:
+    if building.compiler() is None:
         return "no C++ compiler was found: install g++ (or set CXX), and the kernels compile on first use"
     return None
 
@@ -64,9 +64,9 @@ def library() -> Path:
 
     targets = device_architectures() or named_architectures() or DEFAULT_ARCHITECTURES
     stamp = repr((source_hash(), targets, torch.__version__, nvcc(), _nvcc_version())).encode()
-    target = native.cache_folder() / hashlib.sha256(stamp).hexdigest()[:16] / "librnnfast_cuda.so"
+    target = building.cache_folder() / hashlib.sha256(stamp).hexdigest()[:16] / "librnnfast_cuda.so"
     if not target.exists():
-        with native._one_process(target.parent):
+        with building.one_process(target.parent):
             if not target.exists():
                 print(f"rnnfast: compiling the CUDA scan into {target.parent} (once)", file=sys.stderr, flush=True)
                 compile_library(target, targets)
@@ -142,7 +142,7 @@ def nvcc() -> str | None:
 
 def _installed() -> Path | None:
     """The library beside the package, if it is of the sources that are there and runs on every device."""
-    for path in sorted(native._PACKAGE.glob("librnnfast_cuda-*.so")):
+    for path in sorted(building.PACKAGE.glob("librnnfast_cuda-*.so")):
         _, sources, *architectures = path.stem.split("-")
         current = _sources() is None or sources == source_hash()
         if current and all(any(_runs_on(a, device) for a in architectures) for device in _capabilities()):
@@ -175,7 +175,7 @@ def _commands(architectures: tuple[str, ...], work: Path) -> list[list[str]]:
     include = ["-isystem", f"{folder}/include", "-isystem", f"{folder}/include/torch/csrc/api/include"]
     compilers = {
         ".cu": [nvcc() or "", *_NVCC_FLAGS.split(), *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures)],
-        ".cpp": [native._compiler() or "", *_CXX_FLAGS.split()],
+        ".cpp": [building.compiler() or "", *_CXX_FLAGS.split()],
     }
     commands, objects = [], []
     for path in _files():
@@ -206,7 +206,7 @@ def _nvcc_version() -> str:
 
 
 def _sources() -> Path | None:
-    sources = native._sources()
+    sources = building.sources()
     return sources / "cuda" if sources is not None and (sources / "cuda").is_dir() else None
 
 

@@ -1,0 +1,45 @@
+"""What compiling the native and the CUDA library has in common: sources, compiler, and the folder they are kept in.
+
+setup.py imports this file without the package, so it imports no torch.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent
+TARGET_ABI = "0x020a000000000000"  # torch 2.10
+
+
+def cache_folder() -> Path:
+    """Where libraries, measurements and texts are kept: $RNNFAST_CACHE, or rnnfast in the user's cache folder (XDG)."""
+    if folder := os.environ.get("RNNFAST_CACHE"):
+        return Path(folder).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rnnfast"
+
+
+@cache
+def sources() -> Path | None:
+    """csrc/: within the package where it was installed, beside it in a checkout."""
+    return next((f for f in (PACKAGE / "csrc", PACKAGE.parent / "csrc") if (f / "library.cpp").exists()), None)
+
+
+def compiler() -> str | None:
+    """The C++ compiler: $CXX, or the first that is found."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    return next((path for name in names if (path := shutil.which(name))), None)
+
+
+@contextmanager
+def one_process(folder: Path) -> Iterator[None]:
+    """Makes the folder, and lets no other process in here with it meanwhile."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file closes, however the process ends
+        yield
