@@ -37,7 +37,7 @@ def run_page(page: str, kind: str = "python", **names: Any) -> dict[str, Any]:
     return names
 
 
-@pytest.mark.parametrize("page", ["sequences.md", "modules.md", "regularisation.md"])
+@pytest.mark.parametrize("page", ["install.md", "sequences.md", "modules.md", "regularisation.md"])
 def test_examples_run(page: str) -> None:
     run_page(page)
 
@@ -177,7 +177,7 @@ def place(quote: Quote, row: Any) -> str:
 
 
 def line(quote: Quote) -> str:
-    """A row of a table, of the file's rows; `test_the_summaries_are_those_of_the_rows` holds them against its summary."""
+    """A row of a table, computed from the rows of the file."""
     rows = read(quote.name)["benchmarks"][quote.name]["rows"]
     by_kind: dict[str, list[float]] = {}
     for row in rows:
