@@ -116,7 +116,7 @@ IN_DETAIL = (
     Quote("peers", "forward+backward, against the better of torch.nn and JAX", "best"),
     Quote("peers-forward", "forward, against the best of torch.nn, ONNX Runtime and JAX", "best"),
     Quote("packed", "ragged PackedSequence, forward+backward, against torch.nn", "torch.nn"),
-    Quote("stream", "a step, against torch.nn", "torch.nn", ("cell", "hidden_size")),
+    Quote("stream", "a step, against torch.nn", "torch.nn", ("cell",)),
     Quote("stream", "a step, against ONNX Runtime", "onnxruntime"),
     Quote("memory", "torch.nn's peak over rnnfast's", "torch.nn"),
     Quote("bfloat16", "forward+backward, against rnnfast's float32", "our float32"),
