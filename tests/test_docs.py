@@ -1,17 +1,28 @@
-"""The examples in the documentation run as they stand: the code of a page, block after block, is one program."""
+"""What the pages say holds: examples run as they stand, figures are those of the result files, links lead somewhere.
+
+The code of a page, block after block, is one program. The figures are quoted in two tables, in README.md and in
+docs/benchmarks.md, which `python -m tests.test_docs` writes from benchmarks/results.
+"""
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 import rnnfast
 
-DOCS = Path(__file__).parent.parent / "docs"
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.glob("*.md")])
+
+
+# ---- examples -------------------------------------------------------------------------------------------------------
 
 
 def run_page(page: str, kind: str = "python", **names: Any) -> dict[str, Any]:
@@ -26,9 +37,27 @@ def run_page(page: str, kind: str = "python", **names: Any) -> dict[str, Any]:
     return names
 
 
-@pytest.mark.parametrize("page", ["sequences.md", "modules.md", "regularisation.md"])
+@pytest.mark.parametrize("page", ["install.md", "sequences.md", "modules.md", "regularisation.md"])
 def test_examples_run(page: str) -> None:
     run_page(page)
+
+
+def test_the_swap_of_the_readme_runs() -> None:
+    names = run_page("../README.md", torch=torch, input=torch.randn(35, 4, 28), model=torch.nn.Sequential())
+    assert names["output"].shape == (35, 4, 256)
+
+
+def test_the_example_of_the_pipeline_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rnnfast import lm
+
+    def config(**settings: Any) -> Any:
+        return Config(**(settings | {"corpus": "pydoc", "max_tokens": 1500, "hidden_size": 16, "epochs": 1}))
+
+    Config = lm.TrainConfig
+    monkeypatch.setattr(lm, "TrainConfig", config)
+    monkeypatch.chdir(tmp_path)
+    run_page("pipeline.md")
+    assert (tmp_path / "runs/gru/checkpoint.safetensors").exists()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
@@ -58,3 +87,190 @@ def test_example_of_onnx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.chdir(tmp_path)
     run_page("transforms.md", "python onnx", torch=torch, layer=rnnfast.LSTM(5, 7), sizes=SIZES)
     assert (tmp_path / "layer.onnx").exists()
+
+
+# ---- figures --------------------------------------------------------------------------------------------------------
+
+RESULTS = ROOT / "benchmarks" / "results" / "intel-xeon"
+BEGIN, END = "<!-- begin: written by python -m tests.test_docs -->\n", "<!-- end -->\n"
+CHAPTER, WITHOUT_GRADIENTS = "the chapter's loop", "the chapter's loop without gradients"
+
+
+class Quote(NamedTuple):
+    """A row of a table: what of a benchmark it quotes.
+
+    `name`: the benchmark, which is also its file's name. `what`: its first column. `of`: what the ratios are to; "best"
+    for the better of several libraries, or "peak" and "limit" for the shares of those. `by`: the mean of each kind of
+    case is quoted, too, by these fields of the case.
+    """
+
+    name: str
+    what: str
+    of: str
+    by: tuple[str, ...] = ()
+
+
+IN_DETAIL = (
+    Quote("layers", "forward+backward, against torch.nn", "torch.nn", ("cell",)),
+    Quote("peers", "forward+backward, against torch.nn", "torch.nn"),
+    Quote("peers", "forward+backward, against the better of torch.nn and JAX", "best"),
+    Quote("peers-forward", "forward, against the best of torch.nn, ONNX Runtime and JAX", "best"),
+    Quote("packed", "ragged PackedSequence, forward+backward, against torch.nn", "torch.nn"),
+    Quote("stream", "a step, against torch.nn", "torch.nn", ("cell",)),
+    Quote("stream", "a step, against ONNX Runtime", "onnxruntime"),
+    Quote("memory", "torch.nn's peak over rnnfast's", "torch.nn"),
+    Quote("bfloat16", "forward+backward, against rnnfast's float32", "our float32"),
+    Quote("training", "against the chapter's loop", CHAPTER, ("cell",)),
+    Quote("training-bfloat16", "RNN 512, against the chapter's float32 loop", CHAPTER, ("dtype",)),
+    Quote("generation", "greedy, against the chapter's loop", CHAPTER),
+    Quote("generation", "greedy, against the chapter's loop without gradients", WITHOUT_GRADIENTS),
+    Quote("scan", "share of the FMA peak", "peak", ("direction",)),
+    Quote("scan", "share of the limit", "limit", ("direction",)),
+)
+AT_A_GLANCE = (
+    Quote("layers", "a layer, forward and backward, against torch.nn", "torch.nn", ("cell",)),
+    Quote("peers", "the same against the better of torch.nn and JAX, B 1 and 32", "best"),
+    Quote("packed", "a ragged PackedSequence, forward and backward, against torch.nn", "torch.nn"),
+    Quote("stream", "one step of a stream, against torch.nn", "torch.nn"),
+    Quote("stream", "one step of a stream, against ONNX Runtime", "onnxruntime"),
+    Quote("generation", "greedy text, against the d2l chapter's loop", CHAPTER),
+    Quote("generation", "the same against that loop without gradients", WITHOUT_GRADIENTS),
+)
+NAMES = {"rnn": "RNN", "lstm": "LSTM", "gru": "GRU", "onnxruntime": "ONNX Runtime", "jax": "JAX"}
+
+
+def read(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def value(quote: Quote, row: Any) -> float:
+    if quote.of in ("peak", "limit"):
+        found = row["share_of_fma_peak" if quote.of == "peak" else "share_of_limit"]
+    else:
+        found = min(row["ratios"].values()) if quote.of == "best" else row["ratios"][quote.of]
+    return float(found)
+
+
+def mean(values: list[float]) -> float:
+    return math.exp(math.fsum(map(math.log, values)) / len(values))
+
+
+def shown(quote: Quote, number: float) -> str:
+    if quote.of in ("peak", "limit"):
+        return f"{number:.0%}"
+    return f"{number:.1f}x" if number >= 5 else f"{number:.2f}x"
+
+
+def place(quote: Quote, row: Any) -> str:
+    """Which case a row is, in a few words, and against whom."""
+    case = row["case"]
+    words = [NAMES[case["cell"]], f"{case['hidden_size']} units"]
+    if case.get("steps", 1) > 1:
+        words += [f"B={case['batch']}", f"T={case['steps']}"]
+    if case["dtype"] != "float32":
+        words.append(case["dtype"])
+    if quote.name == "scan":
+        words.append(case["direction"])
+    if quote.of == "best":
+        words.append("against " + (lambda peer: NAMES.get(peer, peer))(min(row["ratios"], key=row["ratios"].get)))
+    return ", ".join(words)
+
+
+def line(quote: Quote) -> str:
+    """A row of a table, computed from the rows of the file."""
+    rows = read(quote.name)["benchmarks"][quote.name]["rows"]
+    by_kind: dict[str, list[float]] = {}
+    for row in rows:
+        kind = " ".join(NAMES.get(str(row["case"][key]), str(row["case"][key])) for key in quote.by)
+        by_kind.setdefault(kind, []).append(value(quote, row))
+    values = [value(quote, row) for row in rows]
+    worst = min(rows, key=lambda row: value(quote, row))
+    kinds = ", ".join(f"{kind} {shown(quote, mean(found))}" for kind, found in by_kind.items())
+    average = shown(quote, mean(values)) + (f" ({kinds})" if quote.by else "")
+    slower = "" if quote.of in ("peak", "limit") else f"{sum(number < 1 for number in values)} of {len(values)}"
+    bottom = f"{shown(quote, value(quote, worst))} ({place(quote, worst)})"
+    return f"| {quote.what} | {average} | {bottom} | {slower} |\n"
+
+
+def detailed() -> str:
+    """What docs/benchmarks.md quotes."""
+    machine = read("layers")["machine"]
+    peaks = [
+        row["fma_peak_gflops"]
+        for quote in IN_DETAIL
+        for row in read(quote.name)["benchmarks"][quote.name]["rows"]
+        if row["fma_peak_gflops"]
+    ]
+    torch_version = machine["torch"].split("+")[0]
+    text = (
+        f"{machine['cpu'].replace('(R)', '')}, {machine['cores']} virtual cores, {machine['torch_threads']} threads, "
+    )
+    text += f"torch {torch_version}; FMA peak {min(peaks):.0f} to {max(peaks):.0f} GFLOP/s.\n\n"
+    text += "| | geometric mean | worst | points below 1x |\n|---|---|---|---|\n"
+    return text + "".join(line(quote._replace(what=f"`{quote.name}`: {quote.what}")) for quote in IN_DETAIL)
+
+
+def at_a_glance() -> str:
+    """What README.md quotes."""
+    text = "| | geometric mean | worst | points below 1x |\n|---|---|---|---|\n"
+    return text + "".join(map(line, AT_A_GLANCE))
+
+
+TABLES = {ROOT / "README.md": at_a_glance, DOCS / "benchmarks.md": detailed}
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, id=page.name) for page in TABLES])
+def test_figures_are_those_of_the_result_files(page: Path) -> None:
+    _, rest = page.read_text().split(BEGIN)
+    found, expected = rest.split(END)[0].splitlines(), TABLES[page]().splitlines()
+    for written, right in zip(found, expected, strict=False):
+        assert written == right, f"{page.name} quotes\n{written}\nwhere the result files have\n{right}\n{HINT}"
+    assert len(found) == len(expected), f"{page.name}: a row is missing or too many; {HINT}"
+
+
+HINT = "`python -m tests.test_docs` writes the tables of README.md and docs/benchmarks.md"
+
+
+@pytest.mark.parametrize("quote", [pytest.param(q, id=f"{q.name}-{q.of}") for q in IN_DETAIL])
+def test_the_summaries_are_those_of_the_rows(quote: Quote) -> None:
+    of = {"best": "ratio to the best peer", "peak": "share of FMA peak", "limit": "share of limit"}
+    benchmark = read(quote.name)["benchmarks"][quote.name]
+    summary, values = benchmark["summary"][of.get(quote.of, f"ratio to {quote.of}")], []
+    values = [value(quote, row) for row in benchmark["rows"]]
+    assert summary["geometric_mean"] == pytest.approx(mean(values))
+    assert summary["worst"] == pytest.approx(min(values))
+
+
+def test_no_other_figure_is_quoted_as_a_ratio() -> None:
+    """Outside the tables the pages have no figure like 2.74x, which nothing would hold against a file."""
+    for page in TABLES:
+        before, rest = page.read_text().split(BEGIN)
+        found = re.findall(r"\b\d+\.\d+x\b", before + rest.split(END)[1])
+        assert not found, f"{page.name} quotes {', '.join(found)} outside the tables that are held against files"
+
+
+# ---- links ----------------------------------------------------------------------------------------------------------
+
+
+def anchors(page: Path) -> set[str]:
+    """Those of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, id=page.name) for page in PAGES])
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"^```.*?^```|`[^`\n]*`", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        assert "://" not in link, f"{page.name} links to {link}, which no test can follow"
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), f"{page.name} links to {link}: there is no such file"
+        assert not anchor or anchor in anchors(target), f"{page.name} links to {link}: there is no such heading"
+
+
+if __name__ == "__main__":
+    for page, table in TABLES.items():
+        before, rest = page.read_text().split(BEGIN)
+        page.write_text(before + BEGIN + table() + END + rest.split(END)[1])
+        print(table())

@@ -74,7 +74,8 @@ def token_ids(nn: Any) -> None:
 
 
 @feature(
-    "lengths of a padded batch: `layer(x, lengths=...)`", "torch.nn: by PackedSequence, with the lengths on the CPU"
+    "lengths of a padded batch: `layer(x, lengths=...)`",
+    "torch.nn: through PackedSequence, with the lengths on the CPU",
 )
 def lengths(nn: Any) -> None:
     layer, x = nn.LSTM(3, 8, bidirectional=True), torch.randn(5, 3, 3)
@@ -203,7 +204,7 @@ def per_sample_gradients(nn: Any) -> None:
     torch.testing.assert_close({name: gradient[1] for name, gradient in found.items()}, expected)
 
 
-@feature("`torch.compile(fullgraph=True)`", "one operator a layer, dynamic T and B")
+@feature("`torch.compile(fullgraph=True)`", "one operator per layer, dynamic T and B")
 def compiled(nn: Any) -> None:
     torch._dynamo.reset()
     layer, x = nn.GRU(3, 4), torch.randn(5, 2, 3)
@@ -264,7 +265,7 @@ def batch_invariance(nn: Any) -> None:
                 assert torch.equal(layer(x)[0][:, :1], layer(x[:, :1])[0])
 
 
-@feature("steps one by one have the bits of the whole sequence", "on a CPU")
+@feature("steps one by one are bit-for-bit equal to the whole sequence", "on a CPU")
 def chunk_invariance(nn: Any) -> None:
     for kind in (nn.RNN, nn.LSTM, nn.GRU):
         for hidden, batch in sizes():
@@ -286,14 +287,16 @@ def reproducible(nn: Any) -> None:
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
-@feature("the implementation can be asked for by name, and is explained", "`backend=`, `explain`, `backends()`")
+@feature("a backend can be asked for by name, and the choice is explained", "`backend=`, `explain`, `backends()`")
 def backends(nn: Any) -> None:
     layer = nn.GRU(3, 8, backend="reference")
     assert "asked for by name" in str(nn.explain(layer, torch.randn(5, 2, 3)))
     assert nn.backends()
 
 
-@feature("an existing model's layers swapped in place, types and references kept, and back: `accelerate`, `restore`")
+@feature(
+    "an existing model's layers swapped in place, types and references kept, and swapped back: `accelerate`, `restore`"
+)
 def accelerate(nn: Any) -> None:
     model = torch_nn.Sequential(torch_nn.GRU(3, 8))
     parameter, x = model[0].weight_hh_l0, torch.randn(5, 2, 3)
@@ -313,7 +316,7 @@ def layer_sizes(nn: Any) -> None:
     assert nn.Stack("gru", 3, [8, 4])(torch.randn(5, 2, 3))[0].shape == (5, 2, 4)
 
 
-@feature("variational dropout: one mask a sequence", "on every backend")
+@feature("variational dropout: one mask per sequence", "on every backend")
 def variational(nn: Any) -> None:
     stack = nn.Stack("rnn_relu", 3, [8, 8], input_dropout=0.2, dropout=0.5, bias=False)
     with torch.no_grad():
