@@ -19,13 +19,12 @@ struct ScanShape {
   bool ids;                    // the input is (N,) int64 token ids
   const int64_t* batch_sizes;  // (T,), or null: every step has B rows
   const int64_t* offsets;      // (T,) first row of each step, null with batch_sizes
+  bool has_projection;
 
   int64_t gates() const { return gate_count(cell); }
   int64_t size_at(int64_t t) const { return batch_sizes ? batch_sizes[t] : batch; }
   int64_t offset_at(int64_t t) const { return offsets ? offsets[t] : t * batch; }
   bool reversed(int64_t lane) const { return bidirectional && (lane & 1); }
-  bool projected() const { return has_projection; }
-  bool has_projection;
 };
 
 struct ForwardArgs {

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -288,8 +285,7 @@ def test_the_backend_table_tells(gpu_backends: list[str], monkeypatch: pytest.Mo
     assert dispatch.HINT not in str(rnnfast.backends())
 
 
-@pytest.mark.parametrize("batch_first", [False, True])
-def test_the_size_of_a_call(batch_first: bool) -> None:
+def test_the_size_of_a_call() -> None:
     weight = torch.zeros(4 * 7, 7, requires_grad=True, device="meta")
     assert dispatch.size_of("lstm", weight, 6, 5, (weight,)) == Size(0, 7, 6, 5, True)
     with torch.no_grad():
@@ -341,22 +337,6 @@ def test_a_compiled_graph_looks_it_up_too(gpu_backends: list[str], monkeypatch: 
     for rows in (32, 8, 9, 100):
         assert torch.equal(compiled(torch.zeros(rows)), call(torch.zeros(rows)))
     assert chosen[-1] == "torch"
-
-
-def test_threads_find_the_same_table() -> None:
-    write()
-    found: list[object] = []
-    threads = [threading.Thread(target=lambda: found.append(table.of(0).table.points == POINTS)) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == [True] * 4
-
-
-def test_points_are_told_apart_by_value() -> None:
-    assert replace(POINTS[0], hidden=1) != POINTS[0]
-    assert json.loads(write().read_text())["points"][0]["hidden"] == 512
 
 
 def test_an_exported_graph_is_not_bound_to_the_sizes_of_its_example(gpu_backends: list[str]) -> None:

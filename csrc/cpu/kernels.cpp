@@ -11,8 +11,6 @@
 #include "near.h"
 #endif
 
-#define RNNFAST_STRING_(x) #x
-#define RNNFAST_STRING(x) RNNFAST_STRING_(x)
 
 namespace rnnfast::RNNFAST_ISA {
 
@@ -148,7 +146,7 @@ template <class S, class O>
 void extended_forward(const ExtendedForwardArgs& x, int available) {
   const ScanShape& s = x.scan.shape;
   const Panels panels = ExtendedForward<S, O>::panels_of(s);
-  const Split split = split_work(s, panels.total_vectors * units<O>(s.hidden), panels.count(), available);
+  const Split split = split_work(s, panels.total_vectors * units<O>(s.state), panels.count(), available);
   ExtendedForward<S, O> scan(x, split);
   Carver shared(nullptr), own(nullptr);
   scan.carve(shared);
@@ -182,7 +180,7 @@ size_t extended_pack(const ExtendedForwardArgs& x) {
 template <class S, class O>
 void extended_backward(const ExtendedBackwardArgs& x, int available) {
   const ScanShape& s = x.scan.shape;
-  const Panels panels = plain_panels(s.hidden, LANES<O>);
+  const Panels panels = plain_panels(s.state, LANES<O>);
   const Split split = split_work(s, panels.total_vectors * units<O>(s.gates() * s.hidden), panels.count(), available);
   ExtendedBackward<S, O> scan(x, split);
   // Biases are added behind a normalisation, so the gradients they come from are not those of the products.
@@ -223,7 +221,6 @@ auto by_dtype(DType dtype, F32_ f32, F64_ f64, BF16_ bf16_, const Args&... args)
 
 extern const Kernels kernels;
 const Kernels kernels{
-    RNNFAST_STRING(RNNFAST_ISA),
 #if defined(__AVX512BF16__)
     // What the processor's bfloat16 product makes different from plain AVX-512.
     forward<bf16, bf16>,

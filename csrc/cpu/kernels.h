@@ -17,7 +17,6 @@ struct HeadArgs {
 };
 
 struct Kernels {
-  const char* isa;
   void (*forward)(const ForwardArgs&, int threads);
   void (*backward)(const BackwardArgs&, int threads);
   size_t (*pack)(const ForwardArgs&);  // into `packed`, or returns the bytes it takes where that is null

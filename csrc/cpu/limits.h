@@ -6,8 +6,8 @@
 
 namespace rnnfast {
 
-// GFLOP/s in float32 of `rounds` rounds of 16 independent multiply-adds on registers alone, of the widest vectors this
-// processor has; a multiply-add counts as two operations.
+// GFLOP/s in float32 of `rounds` rounds of independent multiply-adds on registers alone, of the widest vectors this processor
+// has and as many as keep its units busy; a multiply-add counts as two operations.
 double fma_peak_cpu(int64_t rounds);
 
 // GFLOP/s in float32 of the scan's product of `batch` rows and one panel of weights, `depth` deep, over and over: the

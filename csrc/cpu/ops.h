@@ -1,4 +1,4 @@
-// The CPU implementations of the scan operators, on tensors. Their schemas are in rnnfast/scan.py.
+// The CPU implementations of the scan operators, on tensors. Their schemas are in rnnfast/scan.py and extended.py.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

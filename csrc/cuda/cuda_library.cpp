@@ -1,4 +1,4 @@
-// The operators that rnnfast/backends/cuda.py is built on, registered through PyTorch's stable ABI. The products that are
+// The operators that rnnfast/backends/cuda/launch.py is built on, registered through PyTorch's stable ABI. The products that are
 // parallel in time are torch's; here are the plan, the scans, and the kernel of one step.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -104,7 +104,6 @@ void run_over(Numbers numbers, Cell cell, bool backward, const LaunchShape& shap
   STD_TORCH_CHECK(false, "there is no float64 cluster scan");
 }
 
-// The sizes, and the team's layout; `team` is what plan() returns.
 ScanParams make_params(const Tensor& h_0, const Tensor& output, const OptionalTensor& offsets, const std::string& cell,
                        bool bidirectional, int64_t steps) {
   ScanParams p{};
@@ -119,6 +118,7 @@ ScanParams make_params(const Tensor& h_0, const Tensor& output, const OptionalTe
   return p;
 }
 
+// `team` is what plan() returns.
 void run(ScanParams& p, const Tensor& h_0, const std::string& cell_name, const std::string& numbers_name, bool backward,
          const Ints& team) {
   const Cell cell = parse_cell(cell_name);

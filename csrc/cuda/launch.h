@@ -21,7 +21,7 @@ class GridExchange;
 struct LaunchShape {
   int blocks_x, blocks_y, blocks_z;  // a team's, teams of a lane, lanes; a step's kernel has its blocks along x
   int threads, cluster;              // cluster: blocks of one cluster, 1 for none
-  bool cooperative;                          // all blocks must be resident at once
+  bool cooperative;                  // all blocks must be resident at once
   int shared_bytes;
 };
 

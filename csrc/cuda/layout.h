@@ -139,5 +139,4 @@ struct StepParams {
   void* operand;                 // of the next product: forward (D, B, H), backward (D, B, G*H)
 };
 
-
 }  // namespace rnnfast::cuda

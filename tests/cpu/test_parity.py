@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -49,6 +50,7 @@ def grid(shapes: list[tuple[int, ...]]) -> list[Case]:
 
 def check(case: Case, dtype: torch.dtype) -> None:
     for name, error in compare(case, dtype).items():
+        assert math.isfinite(error.truth), f"{name} of {case}: the reference is not finite"
         floor = FLOOR[dtype][name.startswith("d_")] * max(error.truth, LEAST_RMS)
         bound = floor if dtype is torch.bfloat16 else floor + 2 * error.reference
         assert error.native <= bound, f"{name} of {case} in {dtype}: {error}"

@@ -273,12 +273,3 @@ def test_a_reader_that_goes_is_no_error(run: Path) -> None:
     assert process.stderr is not None
     assert process.stderr.read() == b""
     process.stderr.close()
-
-
-def test_the_core_imports_nothing_of_the_pipeline() -> None:
-    code = "import sys, torch; before = set(sys.modules); import rnnfast; print(*set(sys.modules) - before)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    imported = set(done.stdout.split())
-    assert "rnnfast.scan" in imported
-    heavy = {"tqdm", "safetensors", "jsonargparse", "matplotlib", "rnnfast.lm", "rnnfast.cli", "rnnfast.d2l"}
-    assert not imported & heavy
