@@ -124,6 +124,8 @@ def _check_sizes(cell: Any, input: Tensor, states: list[Tensor], token_ids: bool
     if not token_ids and input.shape[1] != cell.input_size:
         raise RuntimeError(f"input has inconsistent input_size: got {input.shape[1]} expected {cell.input_size}")
     for index, state in enumerate(states):
+        if state.dim() != 2:  # as torch 2.15 says; before, it compares sizes that are something else
+            raise RuntimeError(f"Expected 2D hidden{index} (batch x hidden_size), but got {state.dim()}D tensor")
         if state.shape[0] != input.shape[0]:
             raise RuntimeError(
                 f"Input batch size {input.shape[0]} doesn't match hidden{index} batch size {state.shape[0]}"
