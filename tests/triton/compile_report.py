@@ -52,6 +52,7 @@ def resources(kernel: Any, direction: str, planned: str) -> dict[str, Any]:
         usage = subprocess.run(
             [CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
         )
+    starts = re.findall(r"tt\.dot %\S+, %\S+, (%\w+)", kernel.asm["ttgir"])
     registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage.stdout).groups()
     return {
         "direction": direction,
@@ -61,6 +62,7 @@ def resources(kernel: Any, direction: str, planned: str) -> dict[str, Any]:
         "spilled_bytes": int(stack) + int(local),
         "shared_bytes": kernel.metadata.shared,
         "warps": kernel.metadata.num_warps,
+        "continued_sums": sum(not start.startswith("%cst") for start in starts),
         "hash": kernel.hash,
     }
 
