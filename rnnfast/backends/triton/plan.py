@@ -141,7 +141,9 @@ def candidates(cell: str, hidden: int, batch: int, lanes: int, numbers: str, car
         block.append(Plan("shared", rows=16, units=units, warps=IN_SHARED_MEMORY[cell][units]))
     step = []
     if ample and units <= RESIDENT[cell] and numbers != "tf32":
-        step.append(Plan("resident", rows=16, units=32 if half else 16, warps=8, depth=units))
+        # Tensor cores give a tile of 32 units work for 4 warps, whose registers hold no odd H's addresses besides.
+        warps = 4 if half and hidden % 16 == 0 else 8
+        step.append(Plan("resident", rows=16, units=32 if half else 16, warps=warps, depth=units))
     step.append(
         Plan(
             "step",
