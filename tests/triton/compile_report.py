@@ -88,14 +88,15 @@ def compile_case(case: dict[str, Any]) -> list[dict[str, Any]]:
         w_ih = torch.zeros(lanes, gates * hidden, 3, dtype=dtype)
         w_hh = torch.zeros(lanes, gates * hidden, hidden, dtype=dtype)
         bias = torch.zeros(lanes, gates * hidden, dtype=dtype)
-        h_0 = torch.zeros(lanes, batch, hidden, dtype=dtype)
-        c_0 = h_0.clone() if cell == "lstm" else None
+        # A second layer's states are a slice of all layers', aligned or not.
+        h_0 = torch.zeros(2, lanes, batch, hidden, dtype=dtype)[1]
+        c_0 = h_0 if cell == "lstm" else None
         sizes = torch.full((steps,), batch) if case["ragged"] else None
         layer = (input, w_ih, w_hh, bias, bias, None, h_0, c_0, sizes, cell, lanes > 1)
         output, _, _, tape = launch.forward(*layer, True)
         forward_kernels = {kernel.hash: kernel for kernel in compiled}
         compiled.clear()
-        launch.backward(output, None, None, *layer, output, tape, False, False)
+        launch.backward(output, h_0, c_0, *layer, output, tape, False, False)
         backward_kernels = {kernel.hash: kernel for kernel in compiled}
         planned = launch._plan(cell, h_0).kernel
     finally:

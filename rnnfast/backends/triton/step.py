@@ -23,7 +23,7 @@ read along k would lie in shared memory so that 16 threads wait for the same ban
 import triton
 import triton.language as tl
 
-from rnnfast.backends.triton.access import load_gates, load_step, step_rows
+from rnnfast.backends.triton.access import SLICES, load_gates, load_step, step_rows
 
 CHAIN = tl.constexpr(64)
 
@@ -58,7 +58,10 @@ def add_product(total, a, w, FMA: tl.constexpr, PRECISION: tl.constexpr):
         return tl.dot(a.to(w.dtype), w, acc=total, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=["first_step", "last_step", "T", "B", "D", "N"])
+@triton.jit(
+    do_not_specialize=["first_step", "last_step", "T", "B", "D", "N"],
+    do_not_specialize_on_alignment=SLICES,
+)
 def scan_forward(
     gx,
     ids,
@@ -190,7 +193,10 @@ def scan_forward(
             wait_for_peers(arrivals + tile * 16, (i + 1 - first_step).to(tl.int64) * tl.num_programs(0))
 
 
-@triton.jit(do_not_specialize=["first_step", "last_step", "T", "B", "D", "N"])
+@triton.jit(
+    do_not_specialize=["first_step", "last_step", "T", "B", "D", "N"],
+    do_not_specialize_on_alignment=SLICES,
+)
 def scan_backward(
     d_output,
     d_h_n,
