@@ -259,7 +259,10 @@ def _capture(scan: Scan, stream: torch.cuda.Stream) -> Loop:
     with torch.cuda.device(scan.device), torch.cuda.stream(stream):
         loop = Loop(scan, own_weights=True)
         if stream not in _places:
-            _places[stream] = (torch.cuda.Stream(), torch.cuda.MemPool())
+            aside = torch.cuda.Stream()
+            if aside == stream:  # torch hands out the same 32 streams in turn
+                aside = torch.cuda.Stream()
+            _places[stream] = (aside, torch.cuda.MemPool())
         aside, pool = _places[stream]
         # cuBLAS cannot be set up in a capture. Its workspace, on the other hand, must come from the graphs' own pool,
         # and so be asked for in a capture, because torch may free the one of a stream while a graph still uses it.
