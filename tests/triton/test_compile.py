@@ -47,6 +47,8 @@ def cases() -> Iterator[dict[str, Any]]:
         odd = {**COMMON, "cell": "lstm", "arch": arch, "lanes": 2, "ragged": True}
         for hidden, dtype in ((3, "float32"), (31, "float16"), (63, "float32"), (63, "float16"), (501, "float16")):
             yield {**odd, "hidden": hidden, "dtype": dtype}
+        yield {**odd, "hidden": 496, "dtype": "bfloat16"}
+        yield {**odd, "cell": "gru", "hidden": 501, "dtype": "float32"}
         yield {**odd, "cell": "gru", "hidden": 112, "dtype": "float16"}
         yield {**odd, "hidden": 50, "dtype": "float32", "token_ids": True}
         for cell in ("lstm", "gru"):
