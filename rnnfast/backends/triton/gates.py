@@ -17,7 +17,7 @@ FIRST_ADDRESS = tl.constexpr(3)
 ADDRESSES = 8
 
 
-@triton.jit(do_not_specialize=range(1, 11))
+@triton.jit(do_not_specialize=range(1, 11))  # all but the table
 def begin(
     table,
     T: tl.int64,
