@@ -10,6 +10,10 @@ sees while it is compiled.
 import triton
 import triton.language as tl
 
+# Arguments that are slices, such as a layer's part of all layers' states: their alignment depends on the batch, and is
+# not worth a variant of a kernel, because they are read once or one value at a time.
+SLICES = ("ids", "h_0", "c_0", "d_h_n", "d_c_n")
+
 
 @triton.jit
 def step_rows(t, T, B, offsets):

@@ -10,7 +10,7 @@ a power of two; `w_hh` comes padded with zeros, (D, G, UNITS, UNITS), so padded 
 import triton
 import triton.language as tl
 
-from rnnfast.backends.triton.access import load_gates, load_step, step_rows
+from rnnfast.backends.triton.access import SLICES, load_gates, load_step, step_rows
 
 
 @triton.jit
@@ -25,7 +25,7 @@ def product(a, w, DOT: tl.constexpr, PRECISION: tl.constexpr):
         return tl.sum(a[:, :, None] * w[None, :, :].to(tl.float32), axis=1)
 
 
-@triton.jit(do_not_specialize=["T", "B", "D", "N"])
+@triton.jit(do_not_specialize=["T", "B", "D", "N"], do_not_specialize_on_alignment=SLICES)
 def scan_forward(
     gx,
     ids,
@@ -116,7 +116,7 @@ def scan_forward(
         tl.store(c_n + state, c.to(c_n.dtype.element_ty), mask=in_batch)
 
 
-@triton.jit(do_not_specialize=["T", "B", "D", "N"])
+@triton.jit(do_not_specialize=["T", "B", "D", "N"], do_not_specialize_on_alignment=SLICES)
 def scan_backward(
     d_output,
     d_h_n,

@@ -6,8 +6,8 @@ Forward:  `cell(x, g, h, c) -> (h', c', tape)`
 Backward: `cell_backward(d_h, d_c, tape, h_after, h_before, c_before) -> (d_x, d_g, d_h_direct, d_c_before)`
     d_h_direct: the part of the gradient of h_before that does not pass through the recurrent product.
 
-Everything is float32. The formulas are those of `docs/design.md`; only exp and a division are asked of Triton, so the
-kernels need no device library and run in Triton's interpreter as they stand.
+Everything is float32. The formulas are those of `backends/reference.py`; only exp and a division are asked of Triton,
+so the kernels need no device library and run in Triton's interpreter as they stand.
 """
 
 # mypy: ignore-errors

@@ -14,24 +14,39 @@ import triton.language as tl
 from rnnfast.backends.triton.access import load_gates, load_step, step_rows
 
 FIRST_ADDRESS = tl.constexpr(3)
+ADDRESSES = 8
 
 
-@triton.jit(do_not_specialize=["T", "N"], do_not_specialize_on_alignment=["addresses"])
-def begin(table, T, N, addresses):
+@triton.jit(do_not_specialize=range(1, 11))  # all but the table
+def begin(
+    table,
+    T: tl.int64,
+    N: tl.int64,
+    address_0: tl.int64,
+    address_1: tl.int64,
+    address_2: tl.int64,
+    address_3: tl.int64,
+    address_4: tl.int64,
+    address_5: tl.int64,
+    address_6: tl.int64,
+    address_7: tl.int64,
+):
     """Fills the table for a scan; the addresses are those that `step_forward` or `step_backward` reads, in order.
 
-    Triton takes no None in a tuple: where there is no such tensor, any other holds its place.
+    They come as numbers, and one by one, so that no tensor's type, alignment or absence makes a variant of the kernel.
     """
-    tl.store(table, 0)
-    tl.store(table + 1, T)
-    tl.store(table + 2, N)
-    for i in tl.static_range(len(addresses)):
-        tl.store(table + FIRST_ADDRESS + i, addresses[i].to(tl.int64))
+    values = (0, T, N, address_0, address_1, address_2, address_3, address_4, address_5, address_6, address_7)
+    for i in tl.static_range(len(values)):
+        tl.store(table + i, values[i])
 
 
 @triton.jit
-def address(table, index: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """One of the addresses given to `begin`, as a pointer."""
+def address(table, index: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr = False):
+    """One of the addresses given to `begin`, as a pointer.
+
+    ALIGNED, to 16 bytes: asked of what is read or written row by row. Initial states are slices of all layers' states,
+    so that their alignment depends on the batch, which shall make no variant.
+    """
     pointer = tl.load(table + FIRST_ADDRESS + index).to(tl.pointer_type(TYPE))
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
@@ -79,13 +94,13 @@ def step_forward(
     output = address(table, 1, dtype, ALIGNED)
     ids = None
     if IDS:
-        ids = address(table, 2, tl.int64, ALIGNED)
+        ids = address(table, 2, tl.int64)
     b_hh = None
     if BIAS:
         b_hh = address(table, 3, dtype, ALIGNED)
     offsets = None
     if RAGGED:
-        offsets = address(table, 4, tl.int64, ALIGNED)
+        offsets = address(table, 4, tl.int64)
 
     t = backwards * (T - 1) + i * (1 - 2 * backwards)
     start, size = step_rows(t, T, B, offsets)
@@ -158,7 +173,7 @@ def step_backward(
     i += tl.load(table)
     T = tl.load(table + 1)
     N = tl.load(table + 2)
-    h_0 = address(table, 0, dtype, ALIGNED)
+    h_0 = address(table, 0, dtype)
     output = address(table, 1, dtype, ALIGNED) + lane64 * H
     d_gx = address(table, 2, dtype, ALIGNED) + lane64 * GATES * H
     d_output = None
@@ -169,7 +184,7 @@ def step_backward(
         tape = address(table, 4, dtype, ALIGNED) + lane64 * N * TAPE * H
     offsets = None
     if RAGGED:
-        offsets = address(table, 5, tl.int64, ALIGNED)
+        offsets = address(table, 5, tl.int64)
 
     direction = 1 - 2 * backwards
     t = (1 - backwards) * (T - 1) - i * direction
@@ -184,7 +199,7 @@ def step_backward(
     h_first = tl.load(h_0 + state, mask=begins, other=0.0).to(tl.float32)
     c_first = None
     if d_c_state is not None:
-        c_0 = address(table, 6, dtype, ALIGNED)
+        c_0 = address(table, 6, dtype)
         c_first = tl.load(c_0 + state, mask=begins, other=0.0).to(tl.float32)
     stride = D.to(tl.int64) * H
     saved, h_after, d_out, h_before, c_before = load_step(

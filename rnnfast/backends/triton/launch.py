@@ -159,8 +159,10 @@ def scan_forward(
             loop.forward(cell, how, walk, gx, ids, w_hh, b_hh, h_0, c_0, output, tape, h_n, c_n)
             return
         w = _pad_units(w_hh, how)
-        tensors = (gx, ids, w, b_hh, h_0, c_0, walk.offsets, output, h_n, c_n, tape)
         constants = {"CELL": cells.FORWARD[cell], **_constants(cell, h_0.dtype, how)}
+        if constants.get("FMA"):
+            w = w.mT.contiguous()
+        tensors = (gx, ids, w, b_hh, h_0, c_0, walk.offsets, output, h_n, c_n, tape)
         if how.kernel in ("registers", "shared"):
             _launch_block(block.scan_forward, how, walk, tensors, constants)
         else:
@@ -215,11 +217,14 @@ def _pad_units(w_hh: Tensor, how: Plan) -> Tensor:
 
 
 def _constants(cell: str, dtype: torch.dtype, how: Plan) -> dict[str, Any]:
-    return {
+    constants = {
         "PRECISION": "tf32" if numbers(dtype) == "tf32" else "ieee",
         "num_stages": how.stages,
         **how.constants(cell),
     }
+    if how.kernel in ("resident", "step"):
+        constants["FMA"] = numbers(dtype) == "float32"
+    return constants
 
 
 def _launch_block(kernel: Any, how: Plan, walk: Walk, tensors: Any, constants: dict[str, Any]) -> None:

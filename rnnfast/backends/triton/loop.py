@@ -68,7 +68,7 @@ def forward(
         "RAGGED": walk.offsets is not None,
         "SAVE": tape is not None,
     }
-    loop = _loop_for(_scan(True, cell, how, walk, h_0, addresses, flags), walk.steps)
+    loop = _loop_for(_scan(True, cell, how, walk, h_0, (gx, output, b_hh, tape), flags), walk.steps)
     with loop.lock:
         loop.begin(walk, addresses, w_hh, h_0, c_0)
         if loop.operand is not loop.h:
@@ -103,7 +103,8 @@ def backward(
         "RAGGED": walk.offsets is not None,
         "SPLIT": d_g_last is not None,
     }
-    loop = _loop_for(_scan(False, cell, how, walk, h_0, addresses, flags), walk.steps)
+    by_row = (output, d_gx, d_output, tape, d_g_last)
+    loop = _loop_for(_scan(False, cell, how, walk, h_0, by_row, flags), walk.steps)
     with loop.lock:
         loop.begin(walk, addresses, w_hh, d_h_n, d_c_n)
         loop.product.zero_()
@@ -113,8 +114,8 @@ def backward(
             d_c_0.copy_(loop.c)
 
 
-def _scan(forward: bool, cell: str, how: Plan, walk: Walk, h_0: Tensor, addresses: Any, flags: dict[str, bool]) -> Scan:
-    aligned = all(tensor.data_ptr() % 16 == 0 for tensor in addresses if tensor is not None)
+def _scan(forward: bool, cell: str, how: Plan, walk: Walk, h_0: Tensor, by_row: Any, flags: dict[str, bool]) -> Scan:
+    aligned = all(tensor.data_ptr() % 16 == 0 for tensor in by_row if tensor is not None)
     return Scan(
         forward,
         cell,
@@ -164,8 +165,9 @@ class Loop:
 
     def begin(self, walk: Walk, addresses: Any, w_hh: Tensor, h: Tensor, c: Tensor | None) -> None:
         """Makes the buffers ready for a scan that starts from h and c."""
-        present = tuple(self.table if tensor is None else tensor for tensor in addresses)
-        gates.begin[(1,)](self.table, walk.steps, walk.rows, present, num_warps=1)
+        numbers = [0 if tensor is None else tensor.data_ptr() for tensor in addresses]
+        numbers += [0] * (gates.ADDRESSES - len(numbers))
+        gates.begin[(1,)](self.table, walk.steps, walk.rows, *numbers, num_warps=1)
         if self.graph is None:
             self.w_hh = w_hh
         else:
@@ -257,7 +259,10 @@ def _capture(scan: Scan, stream: torch.cuda.Stream) -> Loop:
     with torch.cuda.device(scan.device), torch.cuda.stream(stream):
         loop = Loop(scan, own_weights=True)
         if stream not in _places:
-            _places[stream] = (torch.cuda.Stream(), torch.cuda.MemPool())
+            aside = torch.cuda.Stream()
+            if aside == stream:  # torch hands out the same 32 streams in turn
+                aside = torch.cuda.Stream()
+            _places[stream] = (aside, torch.cuda.MemPool())
         aside, pool = _places[stream]
         # cuBLAS cannot be set up in a capture. Its workspace, on the other hand, must come from the graphs' own pool,
         # and so be asked for in a capture, because torch may free the one of a stream while a graph still uses it.

@@ -2,7 +2,7 @@
 
 The limits of the block scan are the sizes that compile without a spill for sm_80 and sm_90
 (tests/triton/test_compile.py holds them to it). Which of the other kernels comes first is a design estimate: speed has
-not been measured on a GPU yet. `MEASURED` is where measurements overrule it.
+not been measured on a GPU yet.
 """
 
 from __future__ import annotations
@@ -104,20 +104,10 @@ AMPLE_SHARED_BYTES = 163 * 1024
 ADDRESSED_WEIGHTS = 1 << 31
 GATES = Plan("gates", rows=4, units=128, warps=4)
 
-# Kernels by regime, where they have been measured: plan() takes them before its own estimate. Empty until then.
-MEASURED: dict[tuple[str, int, int, str], str] = {}
-
-
-def regime(cell: str, hidden: int, rows: int, numbers: str) -> tuple[str, int, int, str]:
-    """The layers that share an entry of `MEASURED`: hidden units and rows (of all lanes) count by powers of two."""
-    return cell, _power_of_two(hidden), _power_of_two(rows), numbers
-
 
 def plan(cell: str, hidden: int, batch: int, lanes: int, numbers: str, card: Card) -> Plan:
-    """Returns the kernel and tiles for a layer: what was measured to be best, else the first candidate."""
-    able = candidates(cell, hidden, batch, lanes, numbers, card)
-    best = MEASURED.get(regime(cell, hidden, batch * lanes, numbers))
-    return next((how for how in able if how.kernel == best), able[0])
+    """Returns the kernel and tiles for a layer: the first candidate."""
+    return candidates(cell, hidden, batch, lanes, numbers, card)[0]
 
 
 @cache
@@ -141,7 +131,9 @@ def candidates(cell: str, hidden: int, batch: int, lanes: int, numbers: str, car
         block.append(Plan("shared", rows=16, units=units, warps=IN_SHARED_MEMORY[cell][units]))
     step = []
     if ample and units <= RESIDENT[cell] and numbers != "tf32":
-        step.append(Plan("resident", rows=16, units=32 if half else 16, warps=8, depth=units))
+        # Tensor cores give a tile of 32 units work for 4 warps, whose registers hold no odd H's addresses besides.
+        warps = 4 if half and hidden % 16 == 0 else 8
+        step.append(Plan("resident", rows=16, units=32 if half else 16, warps=warps, depth=units))
     step.append(
         Plan(
             "step",

@@ -11,6 +11,10 @@ The same kernel is launched in one of two ways:
 The state passes between programs through global memory in float32. `w_hh` comes padded with zeros to `padded` units, a
 multiple of all tiles, (D, G, padded, padded); a program reads its share of it once (RESIDENT: DEPTH = padded) or again
 at each step.
+
+FMA: products are float32 without TF32, chains of multiply-adds and not tensor cores'. Their rounding errors grow with
+the chain, so each CHAIN of k has a sum of its own. The forward then takes each gate's `w_hh` transposed, because tiles
+read along k would lie in shared memory so that 16 threads wait for the same bank.
 """
 
 # mypy: ignore-errors
@@ -19,7 +23,9 @@ at each step.
 import triton
 import triton.language as tl
 
-from rnnfast.backends.triton.access import load_gates, load_step, step_rows
+from rnnfast.backends.triton.access import SLICES, load_gates, load_step, step_rows
+
+CHAIN = tl.constexpr(64)
 
 
 @triton.jit
@@ -32,7 +38,30 @@ def wait_for_peers(arrivals, expected):
     tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["first_step", "last_step", "T", "B", "D", "N"])
+@triton.jit
+def load_weights(w_hh, g, k, unit, padded, ALONG_UNITS: tl.constexpr):
+    """A tile (k, units) of gate g, whose matrix lies with k (ALONG_UNITS) or with the units as its rows."""
+    if ALONG_UNITS:
+        at = (g * padded + k)[:, None] * padded + unit[None, :]
+    else:
+        at = (g * padded + unit)[None, :] * padded + k[:, None]
+    return tl.load(w_hh + at)
+
+
+@triton.jit
+def add_product(total, a, w, FMA: tl.constexpr, PRECISION: tl.constexpr):
+    """Returns total + a w."""
+    if FMA:
+        # Told of no limit, the compiler makes the total the start of the product's own chain.
+        return total + tl.dot(a, w, input_precision=PRECISION, max_num_imprecise_acc=CHAIN)
+    else:
+        return tl.dot(a.to(w.dtype), w, acc=total, input_precision=PRECISION)
+
+
+@triton.jit(
+    do_not_specialize=["first_step", "last_step", "T", "B", "D", "N"],
+    do_not_specialize_on_alignment=SLICES,
+)
 def scan_forward(
     gx,
     ids,
@@ -65,6 +94,7 @@ def scan_forward(
     DEPTH: tl.constexpr,
     RESIDENT: tl.constexpr,
     PRECISION: tl.constexpr,
+    FMA: tl.constexpr,
     SYNCHRONISE: tl.constexpr,
 ):
     """h_state (2, D, B, padded) holds the states before even and odd steps, c_state (D, B, H) the cell state."""
@@ -91,11 +121,13 @@ def scan_forward(
     if tape is not None:
         tape += lane64 * N * TAPE * H
 
-    k = tl.arange(0, DEPTH)
+    PIECE: tl.constexpr = CHAIN if FMA and DEPTH > CHAIN else DEPTH
+    k = tl.arange(0, PIECE)
     w = ()
     if RESIDENT:
-        for g in tl.static_range(GATES):
-            w = w + (tl.load(w_hh + (g * padded + unit)[None, :] * padded + k[:, None]),)
+        for j in tl.static_range(DEPTH // PIECE):
+            for g in tl.static_range(GATES):
+                w = w + (load_weights(w_hh, g, k + j * PIECE, unit, padded, ALONG_UNITS=FMA),)
 
     for i in range(first_step, last_step):
         t = backwards * (T - 1) + i * (1 - 2 * backwards)
@@ -113,19 +145,24 @@ def scan_forward(
         for _ in tl.static_range(GATES):
             a = a + (tl.zeros((ROWS, UNITS), tl.float32),)
         if RESIDENT:
-            h_k = tl.load(h_read + k[None, :], mask=(row < B)[:, None], other=0.0, cache_modifier=".cg")
-            sums = ()
-            for g in tl.static_range(GATES):
-                sums = sums + (tl.dot(h_k.to(w[g].dtype), w[g], acc=a[g], input_precision=PRECISION),)
-            a = sums
+            # All of h is asked for before the first product.
+            h_k = ()
+            for j in tl.static_range(DEPTH // PIECE):
+                h_at = h_read + (k + j * PIECE)[None, :]
+                h_k = h_k + (tl.load(h_at, mask=(row < B)[:, None], other=0.0, cache_modifier=".cg"),)
+            for j in tl.static_range(DEPTH // PIECE):
+                sums = ()
+                for g in tl.static_range(GATES):
+                    sums = sums + (add_product(a[g], h_k[j], w[j * GATES + g], FMA, PRECISION),)
+                a = sums
         else:
             for k_first in range(0, H, DEPTH):
                 h_at = h_read + (k_first + k)[None, :]
                 h_k = tl.load(h_at, mask=(row < B)[:, None], other=0.0, cache_modifier=".cg")
                 sums = ()
                 for g in tl.static_range(GATES):
-                    w_k = tl.load(w_hh + (g * padded + unit)[None, :] * padded + (k_first + k)[:, None])
-                    sums = sums + (tl.dot(h_k.to(w_k.dtype), w_k, acc=a[g], input_precision=PRECISION),)
+                    w_k = load_weights(w_hh, g, k_first + k, unit, padded, ALONG_UNITS=FMA)
+                    sums = sums + (add_product(a[g], h_k, w_k, FMA, PRECISION),)
                 a = sums
         if b_hh is not None:
             sums = ()
@@ -156,7 +193,10 @@ def scan_forward(
             wait_for_peers(arrivals + tile * 16, (i + 1 - first_step).to(tl.int64) * tl.num_programs(0))
 
 
-@triton.jit(do_not_specialize=["first_step", "last_step", "T", "B", "D", "N"])
+@triton.jit(
+    do_not_specialize=["first_step", "last_step", "T", "B", "D", "N"],
+    do_not_specialize_on_alignment=SLICES,
+)
 def scan_backward(
     d_output,
     d_h_n,
@@ -191,6 +231,7 @@ def scan_backward(
     DEPTH: tl.constexpr,
     RESIDENT: tl.constexpr,
     PRECISION: tl.constexpr,
+    FMA: tl.constexpr,
     SYNCHRONISE: tl.constexpr,
 ):
     """Steps 0..T: step i adds to d_h what step i - 1's gates send back through W_hh, then runs the cell's backward.
@@ -223,11 +264,13 @@ def scan_backward(
         tape += lane64 * N * TAPE * H
     w_hh += lane64 * GATES * padded * padded
 
-    k = tl.arange(0, DEPTH)
+    PIECE: tl.constexpr = CHAIN if FMA and DEPTH > CHAIN else DEPTH
+    k = tl.arange(0, PIECE)
     w = ()
     if RESIDENT:
-        for g in tl.static_range(GATES):
-            w = w + (tl.load(w_hh + (g * padded + k)[:, None] * padded + unit[None, :]),)
+        for j in tl.static_range(DEPTH // PIECE):
+            for g in tl.static_range(GATES):
+                w = w + (load_weights(w_hh, g, k + j * PIECE, unit, padded, ALONG_UNITS=True),)
 
     direction = 1 - 2 * backwards
     for i in range(first_step, last_step):
@@ -240,23 +283,29 @@ def scan_backward(
             TAPE,
         )  # fmt: skip
 
-        d_h = tl.load(d_h_state + state, mask=in_batch, other=0.0)
+        d_back = tl.zeros((ROWS, UNITS), tl.float32)
         for g in tl.static_range(GATES):
             if g == GATES - 1 and d_g_last is not None:
                 d_done = d_g_last + (start_done + row)[:, None] * stride
             else:
                 d_done = d_gx + (start_done + row)[:, None] * stride * GATES + g * H
             if RESIDENT:
-                d_mask = (row < size_done)[:, None] & (k < H)[None, :]
-                d_k = tl.load(d_done + k[None, :], mask=d_mask, other=0.0, cache_modifier=".cg")
-                d_h = tl.dot(d_k, w[g], acc=d_h, input_precision=PRECISION)
+                d_k = ()
+                for j in tl.static_range(DEPTH // PIECE):
+                    d_mask = (row < size_done)[:, None] & (k + j * PIECE < H)[None, :]
+                    d_at = d_done + (k + j * PIECE)[None, :]
+                    d_k = d_k + (tl.load(d_at, mask=d_mask, other=0.0, cache_modifier=".cg"),)
+                for j in tl.static_range(DEPTH // PIECE):
+                    d_back = add_product(d_back, d_k[j], w[j * GATES + g], FMA, PRECISION)
             else:
                 for k_first in range(0, H, DEPTH):
                     d_mask = (row < size_done)[:, None] & (k_first + k < H)[None, :]
                     d_k = tl.load(d_done + (k_first + k)[None, :], mask=d_mask, other=0.0, cache_modifier=".cg")
-                    w_k = tl.load(w_hh + (g * padded + k_first + k)[:, None] * padded + unit[None, :])
-                    d_h = tl.dot(d_k, w_k, acc=d_h, input_precision=PRECISION)
+                    w_k = load_weights(w_hh, g, k_first + k, unit, padded, ALONG_UNITS=True)
+                    d_back = add_product(d_back, d_k, w_k, FMA, PRECISION)
 
+        # Added last, so that its size adds nothing to the rounding errors of the sum.
+        d_h = tl.load(d_h_state + state, mask=in_batch, other=0.0) + d_back
         d_c = d_h
         if c_0 is not None:
             d_c = tl.load(d_c_state + state, mask=in_batch, other=0.0)
