@@ -108,7 +108,7 @@ def _train_parser() -> ArgumentParser:
 def _train(options: Any) -> int:
     config = TrainConfig(**{setting.name: options[setting.name] for setting in fields(TrainConfig)})
     if options.resume is not None and options.out is not None:
-        raise UserError("--resume goes on in the run's own folder: leave --out out")
+        raise UserError("--resume continues in the run's own folder: leave --out out")
     if options.resume is not None:
         folder = checkpoint.find(options.resume).parent
     else:
@@ -134,7 +134,7 @@ def _new_folder(config: TrainConfig) -> Path:
 def _generate_parser() -> ArgumentParser:
     parser = _parser("generate CHECKPOINT", GENERATE)
     parser.add_argument("checkpoint", type=str, help="a run's folder, or its checkpoint.safetensors")
-    parser.add_argument("--prefix", type=str, default="time traveller", help="the text to go on from")
+    parser.add_argument("--prefix", type=str, default="time traveller", help="the text to continue")
     parser.add_argument("--num-chars", type=int, default=50, help="characters to write (words, for a model of words)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest; 1 draws as trained")
     parser.add_argument("--top-k", type=int | None, help="draw among the k likeliest only")

@@ -167,7 +167,7 @@ _AUTO: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "torch", "reference")}
 _AUTO_ELSEWHERE = ("torch", "reference")
 TABLED = ("cuda",)  # kinds of device whose cards have tables; a call's size matters there
 _USUAL_ROWS, _USUAL_STEPS = 32, 128
-HINT = "`rnnfast tune` measures the GPU kernels on this card; until then auto leaves them alone"
+HINT = "`rnnfast tune` measures the GPU kernels on this card; until then `auto` does not use them"
 
 _loaded: set[str] = set()
 
@@ -224,7 +224,7 @@ def choose(request: Request, backend: str = AUTO) -> Choice:
         if refusal is None:
             if request.size is not None:
                 slower = [other for other in table.BACKENDS if other in order[order.index(name) + 1 :]]
-                passed_over += [(other, "it was slower here, by the card's table") for other in slower]
+                passed_over += [(other, "the measurements of this card rank it slower") for other in slower]
             return Choice(name, _BACKENDS[name].description, tuple(passed_over))
         passed_over.append((name, refusal))
     raise AssertionError("the reference backend declines nothing")
@@ -238,7 +238,7 @@ def _order(request: Request) -> tuple[tuple[str, ...], str]:
     device, hidden, rows, steps, training = request.size
     found = table.of(device)
     if found.table is None:
-        return order, f"no table has verified it here, {found.why_not}; {HINT}"
+        return order, f"no measurement has verified it on this card, {found.why_not}; {HINT}"
     ranking = found.table.ranking(table.Regime.of(request.cell, request.dtype, hidden, rows, steps, training))
     return (*ranking, *order), "the card's table has not found it right at this size"
 

@@ -339,9 +339,9 @@ def _token_ids_error(name: str, expected: str, input: Tensor) -> str:
 
 def _check_weights(cell: str, weights: Sequence[Weights], directions: int) -> None:
     if not weights or len(weights) % directions:
-        raise ValueError(f"weights must hold one entry a layer and direction, got {len(weights)}")
+        raise ValueError(f"weights must hold one entry per layer and direction, got {len(weights)}")
     if not all(isinstance(lane, Weights) for lane in weights):
-        raise TypeError("weights must be a list of rnnfast.functional.Weights, one a layer and direction")
+        raise TypeError("weights must be a list of rnnfast.functional.Weights, one per layer and direction")
     (rows, state), inputs = weights[0].w_hh.shape, weights[0].w_ih.shape[-1]
     hidden, dtype, device = rows // CELLS[cell].gates, weights[0].w_hh.dtype, weights[0].w_hh.device
     projected, biased = weights[0].w_hr is not None, weights[0].b_ih is not None

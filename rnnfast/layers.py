@@ -115,7 +115,7 @@ class _DropIn(nn.RNNBase):
             _check_state_dims(self, reset_to, batched, input.dim())
         if not batched:
             if lengths is not None:
-                raise ValueError("lengths= is for a batch of sequences; of an unbatched one pass the steps there are")
+                raise ValueError("lengths= is for a batch of sequences; give an unbatched one without its padding")
             input = input.unsqueeze(1)
             hx, reset_to = (_map_state(value, lambda state: state.unsqueeze(1)) for value in (hx, reset_to))
             reset = reset if reset is None else reset.unsqueeze(-1)

@@ -89,7 +89,7 @@ class Stack(nn.Module):
         super().__init__()
         dispatch.check_name(backend)
         if not isinstance(hidden_sizes, Sequence) or not all(isinstance(size, int) for size in hidden_sizes):
-            raise ValueError(f"hidden_sizes is a list of the units of each layer, got {hidden_sizes!r}")
+            raise ValueError(f"hidden_sizes must be a list, the number of units of each layer, got {hidden_sizes!r}")
         self.cell, self.input_size, self.hidden_sizes = cell, input_size, tuple(hidden_sizes)
         self.bias, self.batch_first, self.bidirectional, self.proj_size = bias, batch_first, bidirectional, proj_size
         self.input_dropout, self.dropout, self.recurrent_dropout = input_dropout, dropout, recurrent_dropout
@@ -236,9 +236,7 @@ class Stack(nn.Module):
             sequences.check_reset_shape(reset, data, dims)
             if not batched:
                 if lengths is not None:
-                    raise ValueError(
-                        "lengths= is for a batch of sequences; of an unbatched one pass the steps there are"
-                    )
+                    raise ValueError("lengths= is for a batch of sequences; give an unbatched one without its padding")
                 data, reset = data.unsqueeze(1), None if reset is None else reset.unsqueeze(1)
             elif self.batch_first:
                 data, reset = data.transpose(0, 1), None if reset is None else reset.transpose(0, 1)

@@ -73,8 +73,8 @@ MISTAKES: list[tuple[type[Exception], str, Callable[[], Any]]] = [
     (RuntimeError, "GRU takes one tensor h_0 as its state, got tuple", lambda: GRU(INPUT, PAIR)),
     (RuntimeError, "GRUCell takes one tensor h as its state, got tuple", lambda: CELL(INPUT[0], PAIR)),
     # weights of another form
-    (ValueError, "one entry a layer and direction, got 0", lambda: gru()),
-    (ValueError, "one entry a layer and direction, got 1", lambda: gru(GOOD, bidirectional=True)),
+    (ValueError, "one entry per layer and direction, got 0", lambda: gru()),
+    (ValueError, "one entry per layer and direction, got 1", lambda: gru(GOOD, bidirectional=True)),
     (TypeError, "weights must be a list of rnnfast.functional.Weights", lambda: gru((W_IH, W_HH))),
     (RuntimeError, "w_hh of gru must have shape (3 H, H), got (12, 3)", lambda: gru(Weights(W_IH, W_IH))),
     (RuntimeError, "w_hh of lstm must have shape (4 H, H)", lambda: functional.lstm(INPUT, PAIR, [GOOD])),

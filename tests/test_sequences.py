@@ -397,7 +397,7 @@ def test_errors_are_clear() -> None:
         (RuntimeError, "reset_to has dtype", input, {"reset": reset, "reset_to": state_of(layer).double()}),
         (RuntimeError, "Expected hidden size", input, {"reset": reset, "hx": state_of(layer, batch=3)}),
         (ValueError, "a PackedSequence has lengths of its own", packed, {"lengths": [9, 5, 3, 1]}),
-        (ValueError, "of an unbatched one pass the steps there are", input[:, 0], {"lengths": [3]}),
+        (ValueError, "give an unbatched one without its padding", input[:, 0], {"lengths": [3]}),
         (IndexError, "token ids must be in", torch.full((STEPS, BATCH), 7), {"lengths": [9, 5, 3, 1]}),
         (RuntimeError, "Expected sequence length to be larger than 0", input[:0], {"lengths": [0] * BATCH}),
         (RuntimeError, "Expected 3, got 4", torch.randn(STEPS, BATCH, 4), {"lengths": [9, 5, 3, 1]}),

@@ -477,7 +477,7 @@ def test_variational_dropout_of_any_sequence() -> None:
     [
         (("elman", 3, [4]), {}, "unknown cell"),
         (("lstm", 3, []), {}, "hidden_sizes must be positive"),
-        (("lstm", 3, 4), {}, "hidden_sizes is a list of the units of each layer, got 4"),
+        (("lstm", 3, 4), {}, "hidden_sizes must be a list, the number of units of each layer, got 4"),
         (("lstm", 3, [4]), {"zoneout": (0.1, 0.2, 0.3)}, "a pair for h and for c"),
         (("lstm", 3, [4]), {"dropout": 1.0}, r"dropout is a probability in \[0, 1\)"),
         (("lstm", 3, [4]), {"zoneout": 1.5}, "zoneout is a probability"),

@@ -23,7 +23,7 @@ DOWNLOAD_TIMEOUT = 10  # seconds
 
 
 class TextUnavailable(UserError):
-    """The Time Machine is neither on this machine nor to be had from the network."""
+    """The Time Machine is neither on this machine nor available for download."""
 
 
 def _is_time_machine(data: bytes) -> bool:

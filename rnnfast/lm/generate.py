@@ -24,10 +24,10 @@ def encode_prefix(prefix: str, vocab: Vocab, tokens: str = "char", tell: bool = 
     """
     parts = prefix.split() if tokens == "word" else list(prefix)
     if not parts:
-        raise UserError('the prefix is empty: give the text to go on from, such as --prefix "time traveller"')
+        raise UserError('the prefix is empty: give the text to continue, such as --prefix "time traveller"')
     unknown = [repr(part) for part in dict.fromkeys(parts) if part not in vocab]
     if unknown and tell:
-        note(f"the vocabulary lacks {', '.join(unknown)} of the prefix: taken as <unk>")
+        note(f"the vocabulary lacks {', '.join(unknown)} of the prefix: replaced by <unk>")
     return vocab.encode(parts)
 
 
@@ -104,9 +104,9 @@ class NativeParts(NamedTuple):
 def native_parts(model: nn.Module) -> NativeParts | None:
     """The model's parts if the native loop can run it, else None: the loop in Python then calls the model.
 
-    It can if the model is a RNNLM or RNNLMScratch itself, in float32 or float64, on the CPU, where the `cpu` backend is
-    what its layers run on, without autocast. Both loops have the same hidden states, bit for bit, and the same draws;
-    logits may differ in their last bit. The parts hold the weights as they are now.
+    It can if the model is an RNNLM or RNNLMScratch itself, in float32 or float64, on the CPU, where its layers run on
+    the `cpu` backend, without autocast. Both loops have the same hidden states, bit for bit, and the same draws; logits
+    may differ in their last bit. The parts hold the weights as they are now.
     """
     layers: list[Any]
     if type(model) is RNNLM:

@@ -351,7 +351,7 @@ def train(
     elif folder is not None and folder.is_file():
         raise UserError(f"{folder} is a file, and a run needs a folder of its own: choose another --out")
     elif folder is not None and checkpoints.find(folder).exists() and not overwrite:
-        raise UserError(f"{folder} holds a run already: --resume {folder} goes on with it, --overwrite replaces it")
+        raise UserError(f"{folder} holds a run already: --resume {folder} continues it, --overwrite replaces it")
     check_backend(config.backend, pick_device(config.device))  # before a text is downloaded
     corpus = load_corpus(
         config.corpus,
@@ -363,7 +363,9 @@ def train(
     )
     config = replace(config, corpus=corpus.name)
     if config.bidirectional:
-        note("a bidirectional model reads the token it is to predict: its perplexity says nothing, it cannot generate")
+        note(
+            "a bidirectional model reads the token it is to predict: its perplexity means nothing, and it cannot generate"
+        )
     trainer = Trainer(config, corpus)
     encode_prefix(config.prefix, corpus.vocab, config.tokens)  # an empty one is refused now, not in mid-run
     records: list[dict[str, Any]] = []
@@ -395,7 +397,9 @@ def _loop(trainer: Trainer, run: Run | None, records: list[dict[str, Any]], repo
             if run is not None and (caught or time.monotonic() - run.saved_at > config.save_every):
                 run.save()
             if caught:
-                where = f"saved in {run.folder}; --resume {run.folder} goes on" if run else "nothing was to be saved"
+                where = (
+                    f"saved in {run.folder}; --resume {run.folder} continues it" if run else "there was nothing to save"
+                )
                 raise Interrupted(f"interrupted in epoch {trainer.epoch + 1}: {where}", caught[0])
 
     with bar, _caught_signals() as caught:

@@ -128,7 +128,7 @@ def test_unknown_characters_are_taken_as_unk_and_named_once(run: Path, capsys: p
     assert main(["generate", str(run), "--prefix", "Töö Time", "--num-chars", "5"]) == 0
     captured = capsys.readouterr()
     assert captured.out.startswith("Töö Time")
-    assert captured.err.splitlines() == ["rnnfast: the vocabulary lacks 'T', 'ö' of the prefix: taken as <unk>"]
+    assert captured.err.splitlines() == ["rnnfast: the vocabulary lacks 'T', 'ö' of the prefix: replaced by <unk>"]
 
 
 # What does not
@@ -208,7 +208,7 @@ def test_full_disk(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
 def test_bidirectional_models_do_not_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*TRAIN, "--bidirectional", "--sample-every", "1", "--out", str(tmp_path)]) == 0
-    assert "perplexity says nothing" in capsys.readouterr().err
+    assert "perplexity means nothing" in capsys.readouterr().err
     assert "backward direction" in refused(capsys, "generate", str(tmp_path))
 
 

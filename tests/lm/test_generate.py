@@ -95,7 +95,7 @@ def test_bidirectional_is_refused_with_the_reason() -> None:
 def test_prefix_and_rendering(capsys: pytest.CaptureFixture[str]) -> None:
     vocab = Vocab("abc")
     assert encode_prefix("axbyx", vocab) == [1, 0, 2, 0, 0]
-    assert capsys.readouterr().err == "rnnfast: the vocabulary lacks 'x', 'y' of the prefix: taken as <unk>\n"
+    assert capsys.readouterr().err == "rnnfast: the vocabulary lacks 'x', 'y' of the prefix: replaced by <unk>\n"
     with pytest.raises(UserError, match="empty"):
         encode_prefix("", vocab)
     words = Vocab(["the", "time"])
