@@ -363,9 +363,7 @@ def train(
     )
     config = replace(config, corpus=corpus.name)
     if config.bidirectional:
-        note(
-            "a bidirectional model reads the token it is to predict: its perplexity means nothing, and it cannot generate"
-        )
+        note("a bidirectional model reads the token it is to predict: its perplexity means nothing, it cannot generate")
     trainer = Trainer(config, corpus)
     encode_prefix(config.prefix, corpus.vocab, config.tokens)  # an empty one is refused now, not in mid-run
     records: list[dict[str, Any]] = []
@@ -373,7 +371,7 @@ def train(
         trainer.restore(saved, folder)
         records = _read_log(folder / "log.jsonl", trainer.epoch)
         if trainer.epoch >= config.epochs:
-            raise UserError(f"this run has finished its {trainer.epoch} epochs: --epochs N goes on to more")
+            raise UserError(f"this run has finished its {trainer.epoch} epochs: --epochs N trains more")
     run = None if folder is None else Run(folder, trainer, records)
     _loop(trainer, run, records, report)
     return TrainResult(
