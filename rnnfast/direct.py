@@ -102,7 +102,7 @@ class _Plan:
         """What calls without gradients need; the versions are read first, so that a write meanwhile is seen later."""
         stamp = [*map(_version_of, self.weights), *map(_address_of, self.weights)]
         layers = [self.lanes[first : first + self.directions] for first in range(0, len(self.lanes), self.directions)]
-        samples = native.weight_samples(self.weights)
+        samples = native.weight_samples(self.weights, self.hidden_size)
         packed = [native.packed_weights(lanes, self.cell, ids and not index) for index, lanes in enumerate(layers)]
         kept = torch.ops.rnnfast.direct_plan_cpu(packed, samples)
         self.packed[ids] = found = _Packed(stamp, kept.data_ptr(), (kept, samples, *packed))
@@ -219,9 +219,9 @@ def prepare(layer: Any, input: Tensor) -> None:
 def forget_packed_weights() -> None:
     """Has every layer and cell pack its weights again, at its next call without gradients on the cpu backend.
 
-    Changed weights are noticed, but for one case: a write through `.data`, which torch does not count, to a few single
-    elements of a matrix. (All of a row or a column, or any element of a bias, is noticed.) Call this after such a one,
-    or write under `torch.no_grad()` instead.
+    Changed weights are noticed, except for one case: a write through `.data`, which torch does not count, to a few
+    elements of a matrix. (All of a column, of a gate or of a unit in all its gates, and any element of a bias, is
+    noticed.) Call this after such a write, or write under `torch.no_grad()` instead.
     """
     native.packings.clear()
     for plan in list(_plans.values()):

@@ -104,8 +104,8 @@ def test_changed_weights_are_seen(way: str, direct_calls: list[int]) -> None:
 
 
 @pytest.mark.parametrize("place", [0, 7, 16, -1])
-@pytest.mark.parametrize("part", ["row", "column", "bias"])
-def test_a_row_or_column_written_through_data_is_seen(part: str, place: int, direct_calls: list[int]) -> None:
+@pytest.mark.parametrize("part", ["unit", "gate", "column", "bias"])
+def test_what_is_written_through_data_is_seen(part: str, place: int, direct_calls: list[int]) -> None:
     """Such a write counts no version, as where units or features are pruned."""
     layer, cell = rnnfast.GRU(28, 64), rnnfast.GRUCell(28, 64, backend="cpu")
     input = torch.randn(3, 2, 28)
@@ -116,8 +116,10 @@ def test_a_row_or_column_written_through_data_is_seen(part: str, place: int, dir
         for name, weight in module.named_parameters():
             if part == "bias" and "bias" in name:
                 weight.data[place] += 1
-            elif part == "row" and "weight" in name:
-                weight.data[place] = 1
+            elif part == "unit" and "weight" in name:
+                weight.data.view(3, 64, -1)[:, place] = 1
+            elif part == "gate" and "weight" in name:
+                weight.data.view(3, 64, -1)[place % 3] = 1
             elif part == "column" and "weight" in name:
                 weight.data[:, place] = 1
     torch.testing.assert_close(layer(input), copy.deepcopy(layer)(input), rtol=0, atol=0)

@@ -14,21 +14,22 @@ namespace {
 // Followed in memory by what its elements held.
 struct Sample {
   const char* data;
-  int64_t rows, columns, element_size;
-  int64_t count() const { return rows && columns ? std::max(rows, columns) : 0; }
+  int64_t rows, columns, units, element_size;
+  int64_t count() const { return !rows || !columns ? 0 : rows == 1 ? columns : std::max(units, columns); }
   int64_t bytes() const { return (int64_t(sizeof *this) + count() * element_size + 7) / 8 * 8; }
   char* held() { return reinterpret_cast<char*>(this + 1); }
   const char* held() const { return reinterpret_cast<const char*>(this + 1); }
 
-  // Calls see(i-th element of the sample, i) for all of them, in straight runs along the diagonal.
+  // Calls see(element of the sample, its index) for all: unit by unit and column by column, each unit in the next gate.
   template <class T, class F>
   void each(F see) const {
     const T* elements = reinterpret_cast<const T*>(data);
-    for (int64_t i = 0, n = count(); i < n;) {
-      const int64_t row = i % rows, column = i % columns, run = std::min({rows - row, columns - column, n - i});
-      const T* first = elements + row * columns + column;
-      for (int64_t k = 0; k < run; ++k) see(first[k * (columns + 1)], i + k);
-      i += run;
+    int64_t unit = 0, column = 0, gate = 0;
+    for (int64_t i = 0, n = count(); i < n; ++i) {
+      see(elements[(gate * units + unit) * columns + column], i);
+      if (++unit == units) unit = 0;
+      if (++column == columns) column = 0;
+      if (++gate * units == rows) gate = 0;
     }
   }
   template <class T>
@@ -54,16 +55,18 @@ auto by_size(int64_t element_size, F f) {
 
 }  // namespace
 
-Tensor weight_samples_cpu(std::vector<Tensor> weights) {
+Tensor weight_samples_cpu(std::vector<Tensor> weights, int64_t units) {
   std::vector<Sample> samples;
   int64_t bytes = sizeof(int64_t);
   for (const Tensor& weight : weights) {
-    const int64_t columns = weight.dim() == 2 ? weight.size(1) : weight.numel();
+    const bool matrix = weight.dim() == 2;
+    const int64_t rows = matrix ? weight.size(0) : 1, columns = matrix ? weight.size(1) : weight.numel();
     const int64_t size = weight.element_size();
     check(weight.dim() <= 2 && weight.is_contiguous() && (size == 2 || size == 4 || size == 8),
           "samples are taken of contiguous vectors and matrices");
-    samples.push_back(
-        {static_cast<const char*>(weight.const_data_ptr()), weight.dim() == 2 ? weight.size(0) : 1, columns, size});
+    // A projection's rows are no gates.
+    const int64_t step = units > 0 && rows % units == 0 ? units : rows;
+    samples.push_back({static_cast<const char*>(weight.const_data_ptr()), rows, columns, step, size});
     bytes += samples.back().bytes();
   }
   Tensor kept = torch::stable::new_empty(weights.at(0), {bytes}, ScalarType::Byte);

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rnnfast import building
+from rnnfast.cells import CELLS
 
 _FLAGS = (
     "-std=c++17 -O3 -g0 -fPIC -fopenmp -ffp-contract=off -fvisibility=hidden "
@@ -42,7 +43,7 @@ _SCHEMAS = (
     "scan_extended_cpu_pack(Tensor w_ih, Tensor w_hh, Tensor? w_hr, str cell, bool ids) -> Tensor",
     "scan_cpu_packed(Tensor input, Tensor packed, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, bool bidirectional)"
     " -> (Tensor output, Tensor h_n, Tensor c_n)",
-    "weight_samples_cpu(Tensor[] weights) -> Tensor",
+    "weight_samples_cpu(Tensor[] weights, int units) -> Tensor",
     "direct_plan_cpu(Tensor[] packed, Tensor weight_samples) -> Tensor",
     "direct_layer_cpu(Tensor w_ih, Tensor w_hh, Tensor? w_hr, str cell, bool ids) -> Tensor",
     "direct_tape_cpu(Tensor like, int rows, int width) -> Tensor",
@@ -139,8 +140,8 @@ def packed_weights(lanes: Sequence[Sequence[Any]], cell: str, ids: bool, extende
     """Returns a layer's weights packed for `scan_packed`, from the last call's while they have not changed.
 
     A change is seen by the tensors' version counters and addresses. Writes through `.data` count no version: they are
-    seen by a sample of each weight, which has elements of every row and column, and all of a bias; only one that leaves
-    those as they were needs `rnnfast.forget_packed_weights()`. What is kept goes when a weight does.
+    seen by a sample of each weight, which has elements of every unit, gate and column, and all of a bias; only one that
+    leaves those as they were needs `rnnfast.forget_packed_weights()`. What is kept goes when a weight does.
 
     Args:
         lanes: for each direction its w_ih (G*H, I), w_hh (G*H, P), b_ih, b_hh (G*H,) or None, w_hr (P, H) or None.
@@ -172,7 +173,8 @@ def _pack(
     is_kept = all(tensor.is_contiguous() and not tensor.is_inference() for tensor in tensors)
     # All of this is read before the weights are packed, so that a write meanwhile is seen later.
     stamp = tuple((tensor._version, tensor.data_ptr()) for tensor in tensors) if is_kept else ()
-    samples = weight_samples(tensors) if is_kept else None
+    units = lanes[0][1].shape[0] // CELLS[cell].gates
+    samples = weight_samples(tensors, units) if is_kept else None
     with torch.no_grad():
         stacked = [None if column[0] is None else torch.stack(column) for column in zip(*lanes, strict=True)]
         if extended:
@@ -189,12 +191,12 @@ def _pack(
     return packed
 
 
-def weight_samples(weights: Sequence[Any]) -> Any:
-    """What tells whether contiguous vectors and matrices hold what they do now, while they have the same addresses."""
+def weight_samples(weights: Sequence[Any], units: int) -> Any:
+    """What tells whether contiguous weights of so many units hold what they do now, while they are where they are."""
     import torch
 
     load()
-    return torch.ops.rnnfast.weight_samples_cpu([weight.detach() for weight in weights])
+    return torch.ops.rnnfast.weight_samples_cpu([weight.detach() for weight in weights], units)
 
 
 def scan_packed(
