@@ -127,6 +127,15 @@ def test_what_is_written_through_data_is_seen(part: str, place: int, direct_call
     torch.testing.assert_close(layer.step(input[0], state), general_step(layer, input[0], state), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("gate", range(4))
+def test_a_gate_of_one_unit_written_through_data_is_seen(gate: int, direct_calls: list[int]) -> None:
+    layer, input = rnnfast.LSTM(1, 1), torch.randn(3, 2, 1)
+    for _ in range(2):
+        layer(input)
+    layer.weight_hh_l0.data[gate] += 1
+    torch.testing.assert_close(layer(input), copy.deepcopy(layer)(input), rtol=0, atol=0)
+
+
 def test_packed_weights_can_be_forgotten(direct_calls: list[int]) -> None:
     layer, cell, input = rnnfast.GRU(5, 16), rnnfast.GRUCell(5, 16, backend="cpu"), torch.randn(3, 2, 5)
     for _ in range(2):

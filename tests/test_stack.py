@@ -514,16 +514,3 @@ def test_mistaken_calls() -> None:
         stack(input, reset=torch.zeros(BATCH, STEPS, dtype=torch.bool))
     with pytest.raises(ValueError, match="lengths of its own"):
         stack(pack_padded_sequence(input, torch.tensor([5, 4, 3])), lengths=[1, 2, 3])
-
-
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("options", [{"zoneout": 0.5}, {"recurrent_dropout": 0.5}, {"layer_norm": True}])
-def test_gradients_of_an_empty_batch(options: Any, backend: str) -> None:
-    stack, input = (
-        rnnfast.Stack("lstm", 3, [4, 5], backend=backend, **options),
-        torch.zeros(5, 0, 3, requires_grad=True),
-    )
-    stack(input)[0].sum().backward()
-    assert input.grad is not None
-    assert input.grad.shape == input.shape
-    assert all(parameter.grad is None or not parameter.grad.any() for parameter in stack.parameters())

@@ -204,3 +204,14 @@ def test_export(strict: bool) -> None:
     for lengths, steps in (([1, 4, 0, 5], 5), ([1], 1)):
         input, ends = torch.randn(len(lengths), steps, INPUTS), torch.tensor(lengths)
         torch.testing.assert_close(program.module()(input, lengths=ends), stack(input, lengths=ends))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("options", [{"zoneout": 0.5}, {"recurrent_dropout": 0.5}, {"layer_norm": True}])
+def test_gradients_of_an_empty_batch(options: Any, backend: str) -> None:
+    stack = rnnfast.Stack("lstm", 3, [4, 5], backend=backend, **options)
+    input = torch.zeros(5, 0, 3, requires_grad=True)
+    stack(input)[0].sum().backward()
+    assert input.grad is not None
+    assert input.grad.shape == input.shape
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in stack.parameters())

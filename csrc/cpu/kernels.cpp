@@ -11,7 +11,6 @@
 #include "near.h"
 #endif
 
-
 namespace rnnfast::RNNFAST_ISA {
 
 #if defined(__AVX512BF16__)

@@ -15,7 +15,7 @@ namespace {
 struct Sample {
   const char* data;
   int64_t rows, columns, units, element_size;
-  int64_t count() const { return !rows || !columns ? 0 : rows == 1 ? columns : std::max(units, columns); }
+  int64_t count() const { return !rows || !columns ? 0 : rows == 1 ? columns : std::max({units, columns, rows / units}); }
   int64_t bytes() const { return (int64_t(sizeof *this) + count() * element_size + 7) / 8 * 8; }
   char* held() { return reinterpret_cast<char*>(this + 1); }
   const char* held() const { return reinterpret_cast<const char*>(this + 1); }

@@ -261,12 +261,8 @@ def compile_library(target: Path) -> None:
     Raises:
         RuntimeError: the compiler failed; the message ends with what it said.
     """
-    sources, compiler, ninja, torch = (
-        building.sources(),
-        building.compiler(),
-        _ninja(),
-        importlib.util.find_spec("torch"),
-    )
+    sources, compiler, ninja = building.sources(), building.compiler(), _ninja()
+    torch = importlib.util.find_spec("torch")
     assert sources is not None
     assert compiler is not None
     assert ninja is not None
