@@ -105,11 +105,6 @@ def scan_forward(
     lane64 = lane.to(tl.int64)
     backwards = bidirectional & (lane % 2)
 
-    b = ()
-    if b_hh is not None:
-        for g in tl.static_range(GATES):
-            b = b + (tl.load(b_hh + (lane * GATES + g) * H + unit, mask=in_units, other=0.0).to(tl.float32),)
-
     state = (lane64 * B + row)[:, None] * H + unit[None, :]
     in_batch = (row < B)[:, None] & in_units[None, :]
     h_row = (lane64 * B + row)[:, None] * padded
@@ -133,6 +128,11 @@ def scan_forward(
         t = backwards * (T - 1) + i * (1 - 2 * backwards)
         start, size = step_rows(t, T, B, offsets)
         x = load_gates(gx, start + row, row < size, ids, gx_stride, unit, H, GATES)
+
+        b = ()
+        if b_hh is not None:
+            for g in tl.static_range(GATES):
+                b = b + (tl.load(b_hh + (lane * GATES + g) * H + unit, mask=in_units, other=0.0).to(tl.float32),)
 
         # h is read past the first-level cache, which other programs' writes do not reach.
         h_read = h_state + (i % 2) * h_size + h_row
@@ -184,10 +184,10 @@ def scan_forward(
                 saved_at = tape + at_row * TAPE * H + (s * H + unit)[None, :]
                 tl.store(saved_at, saved[s].to(tape.dtype.element_ty), mask=valid)
 
-        last = in_batch & (i == T - 1)
-        tl.store(h_n + state, h.to(h_n.dtype.element_ty), mask=last)
-        if c_0 is not None:
-            tl.store(c_n + state, c.to(c_n.dtype.element_ty), mask=last)
+        if i == T - 1:
+            tl.store(h_n + state, h.to(h_n.dtype.element_ty), mask=in_batch)
+            if c_0 is not None:
+                tl.store(c_n + state, c.to(c_n.dtype.element_ty), mask=in_batch)
         if SYNCHRONISE:
             tile = lane * tl.num_programs(1) + tl.program_id(1)
             wait_for_peers(arrivals + tile * 16, (i + 1 - first_step).to(tl.int64) * tl.num_programs(0))
@@ -324,10 +324,10 @@ def scan_backward(
         if c_0 is not None:
             tl.store(d_c_state + state, d_c, mask=in_batch)
 
-        last = in_batch & (i == T)
-        tl.store(d_h_0 + state, d_h.to(d_h_0.dtype.element_ty), mask=last)
-        if c_0 is not None:
-            tl.store(d_c_0 + state, d_c.to(d_c_0.dtype.element_ty), mask=last)
+        if i == T:
+            tl.store(d_h_0 + state, d_h.to(d_h_0.dtype.element_ty), mask=in_batch)
+            if c_0 is not None:
+                tl.store(d_c_0 + state, d_c.to(d_c_0.dtype.element_ty), mask=in_batch)
         if SYNCHRONISE:
             tile = lane * tl.num_programs(1) + tl.program_id(1)
             wait_for_peers(arrivals + tile * 16, (i + 1 - first_step).to(tl.int64) * tl.num_programs(0))
