@@ -129,6 +129,7 @@ def scan_forward(
         start, size = step_rows(t, T, B, offsets)
         x = load_gates(gx, start + row, row < size, ids, gx_stride, unit, H, GATES)
 
+        # Read again at each step, because kept through the loop its registers make half types spill with Triton 3.9.
         b = ()
         if b_hh is not None:
             for g in tl.static_range(GATES):
