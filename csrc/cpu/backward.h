@@ -226,7 +226,7 @@ class Backward {
     RowsAhead ahead(walk.count());
     if (step == 0) return ahead;
     const int64_t t = time(lane, step - 1), rows = alive(s, item, t);
-    if (fetches(rows)) fetch_rows(ahead, lane, s.offset_at(t) + item.first, rows, 0, s.hidden);
+    if (fetches(rows)) fetch_rows(ahead, lane, t, item.first, rows, 0, s.hidden);
     return ahead;
   }
   RowsAhead of_next_piece(const Item& item, const Walk<O>& walk, const Piece& piece, int64_t step) const {
@@ -236,12 +236,13 @@ class Backward {
     const int64_t t = time(next->lane, step), rows = alive(s, item, t), first = next->first(rows, walk.groups());
     const int64_t of_panel = states.vectors * V, unit = next->panel * of_panel;
     if (fetches(rows))
-      fetch_rows(ahead, next->lane, s.offset_at(t) + item.first + first, next->end(rows, walk.groups()) - first, unit,
+      fetch_rows(ahead, next->lane, t, item.first + first, next->end(rows, walk.groups()) - first, unit,
                  min64(unit + of_panel, s.hidden));
     return ahead;
   }
-  void fetch_rows(RowsAhead& ahead, int64_t lane, int64_t row, int64_t rows, int64_t unit, int64_t end) const {
+  void fetch_rows(RowsAhead& ahead, int64_t lane, int64_t t, int64_t b, int64_t rows, int64_t unit, int64_t end) const {
     if (s.has_projection) return;
+    const int64_t row = s.offset_at(t) + b, before = row_before(s, lane, t, b);
     const int64_t bytes = (end - unit) * int64_t(sizeof(S)), hidden = s.hidden * int64_t(sizeof(S));
     const int64_t gate_bytes = (end - unit) * int64_t(sizeof(O)), stride = d.stride * int64_t(sizeof(O));
     const int64_t tape = tape_count(s.cell), in_tape = (lane * s.rows + row) * tape * s.hidden + unit;
@@ -253,7 +254,14 @@ class Backward {
       ahead.add(gates, gate_bytes, rows * (d.width / s.hidden), s.hidden * int64_t(sizeof(O)));
     if (x.tape) ahead.add(at<S>(x.tape, in_tape), bytes, rows * tape, hidden);
     if (x.d_output) ahead.add(at<S>(x.d_output, in_output), bytes, rows, s.lanes * hidden);
-    if (s.cell != Cell::lstm) ahead.add(at<S>(x.output, in_output), bytes, rows, s.lanes * hidden);
+    if (s.gates() == 1) ahead.add(at<S>(x.output, in_output), bytes, rows, s.lanes * hidden);
+    if (s.gates() == 1 || before < 0) return;
+    // The state before, c or h: it is new here, and stands in the tape or the output of the step that comes next.
+    if (s.cell == Cell::lstm)
+      ahead.add(at<S>(x.tape, (lane * s.rows + before) * tape * s.hidden + (tape - 1) * s.hidden + unit), bytes, rows,
+                tape * hidden);
+    else
+      ahead.add(at<S>(x.output, (before * s.lanes + lane) * s.hidden + unit), bytes, rows, s.lanes * hidden);
   }
 
   // Row r of d_gates_h, as every block of the walk's panels multiplies it.

@@ -346,7 +346,16 @@ class RowsAhead {
     if (!lines_) return {};
     tile += piece.before % pieces_ * tiles;
     tiles *= pieces_;
-    const int64_t blocks = ceil_div(k_units, Ahead::BLOCK), each = ceil_div(lines_, tiles * blocks);
+    const int64_t blocks = ceil_div(k_units, Ahead::BLOCK);
+    int64_t each = ceil_div(lines_, tiles * blocks);
+    // A tile fetches of one part only; with few tiles each then has to take more.
+    const auto needed = [&] {
+      int64_t n = 0;
+      for (int i = 0; i < count_; ++i) n += ceil_div(parts_[i].lines, each * blocks);
+      return n;
+    };
+    if (tiles >= count_)
+      while (needed() > tiles) ++each;
     for (int i = 0; i < count_; ++i) {
       const Part& part = parts_[i];
       const int64_t fetching = ceil_div(part.lines, each * blocks), line = tile * each * blocks;
