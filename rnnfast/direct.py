@@ -33,7 +33,7 @@ from rnnfast.cells import CELLS
 # Of csrc/cpu/direct.h: what its functions return, and the structures they take.
 _DONE, _STALE = 0, 1
 _infer_call, _forward_call, _backward_call = (Struct(f"{fields}q").pack for fields in (9, 15, 24))
-_LARGE = 4 << 20  # LARGE_BLOCK of csrc/cpu/memory.h, in bytes
+_LARGE = 128 << 10  # LARGE_BLOCK of csrc/cpu/memory.h, in bytes
 
 _base: Any = torch._C.TensorBase
 _version_of, _shape_of, _dtype_of = _base._version.__get__, _base.shape.__get__, _base.dtype.__get__

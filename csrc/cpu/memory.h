@@ -1,4 +1,4 @@
-// Blocks of memory that are kept from one call to the next: scratch, and the tapes of large scans. Not templates, and no
+// Blocks of memory that are kept from one call to the next: scratch, and tapes. Not templates, and no
 // torch: one copy serves all.
 #pragma once
 
@@ -8,7 +8,8 @@
 namespace rnnfast {
 
 constexpr size_t HUGE_PAGE = size_t(2) << 20;
-constexpr size_t LARGE_BLOCK = size_t(4) << 20;
+// From here on the C library's allocator may hand the pages of a block back to the system each time.
+constexpr size_t LARGE_BLOCK = size_t(128) << 10;
 
 // Asks for huge pages where a block spans some: a first touch of small pages costs more than computing what goes there.
 void wish_huge_pages(void* data, size_t bytes);
