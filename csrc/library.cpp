@@ -4,6 +4,7 @@
 #include "cpu/direct.h"
 #include "cpu/generate.h"
 #include "cpu/limits.h"
+#include "cpu/loss.h"
 #include "cpu/ops.h"
 #include "cpu/weight_samples.h"
 
@@ -21,6 +22,8 @@ STABLE_TORCH_LIBRARY_IMPL(rnnfast, CPU, m) {
   m.impl("direct_layer_cpu", TORCH_BOX(&rnnfast::direct_layer_cpu));
   m.impl("direct_tape_cpu", TORCH_BOX(&rnnfast::direct_tape_cpu));
   m.impl("generate_cpu", TORCH_BOX(&rnnfast::generate_cpu));
+  m.impl("linear_cross_entropy_cpu", TORCH_BOX(&rnnfast::linear_cross_entropy_cpu));
+  m.impl("linear_cross_entropy_cpu_backward", TORCH_BOX(&rnnfast::linear_cross_entropy_cpu_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rnnfast, CompositeExplicitAutograd, m) {  // they take no tensor, so no device is known

@@ -33,7 +33,7 @@ from rnnfast.cells import CELLS
 # Of csrc/cpu/direct.h: what its functions return, and the structures they take.
 _DONE, _STALE = 0, 1
 _infer_call, _forward_call, _backward_call = (Struct(f"{fields}q").pack for fields in (9, 15, 24))
-_LARGE = 128 << 10  # LARGE_BLOCK of csrc/cpu/memory.h, in bytes
+_KEPT = 128 << 10  # KEPT_TAPE of csrc/cpu/memory.h, in bytes
 
 _base: Any = torch._C.TensorBase
 _version_of, _shape_of, _dtype_of = _base._version.__get__, _base.shape.__get__, _base.dtype.__get__
@@ -61,7 +61,7 @@ class _Layer:
     state_size: int
     hidden_size: int
     tape_size: int  # of a row
-    large_rows: int  # their tape is kept by the library from one call to the next; less is not worth the operator
+    kept_rows: int  # their tape is kept by the library from one call to the next; less is not worth the operator
     has_cell_state: bool
     address: int  # of `kept`
     kept: Tensor
@@ -119,8 +119,8 @@ class _Plan:
             kept = torch.ops.rnnfast.direct_layer_cpu(w_ih, w_hh, w_hr, self.cell, first_ids)
             form = lane, tuple(w is not None for w in lane), self.cell, self.dtype, first_ids
             tape_size = cell.tape * self.hidden_size
-            large_rows = -(-_LARGE // (tape_size * self.dtype.itemsize)) if tape_size else 0
-            sizes = self.state_size, self.hidden_size, tape_size, large_rows
+            kept_rows = -(-_KEPT // (tape_size * self.dtype.itemsize)) if tape_size else 0
+            sizes = self.state_size, self.hidden_size, tape_size, kept_rows
             addresses = kept.data_ptr(), kept, memory, _addresses(memory)
             layers.append(_Layer(*form, *sizes, cell.has_cell_state, *addresses))
         self.layers[ids] = layers
@@ -388,7 +388,7 @@ def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
 
 
 def _empty_tape(layer: _Layer, rows: int, like: Tensor) -> Tensor:
-    if rows < layer.large_rows:
+    if rows < layer.kept_rows:
         return torch.empty(1, rows, layer.tape_size, dtype=layer.dtype)
     tape: Tensor = torch.ops.rnnfast.direct_tape_cpu.default(like, rows, layer.tape_size)
     return tape

@@ -8,6 +8,7 @@
 #include "head.h"
 #include "weights.h"
 #if !defined(__AVX512BF16__)
+#include "cross_entropy.h"
 #include "near.h"
 #endif
 
@@ -229,6 +230,8 @@ const Kernels kernels{
     extended_backward<bf16, bf16>,
     extended_pack<bf16, bf16>,
     nullptr,  // generation is in float32 or float64
+    nullptr,  // the loss is in float32
+    nullptr,
     nullptr,  // the limits are told in float32
     nullptr,
 #else
@@ -256,6 +259,10 @@ const Kernels kernels{
     [](const ForwardArgs* layers, int64_t count, const HeadArgs& head, int threads, bool (*next)(void*), void* context) {
       const auto run = head.dtype == DType::float64 ? generate<double> : generate<float>;
       run(layers, count, head, threads, next, context);
+    },
+    [](const LossArgs& x, int threads) { return LinearCrossEntropy(x).forward(threads); },
+    [](const LossArgs& x, const LossGradients& d, float scale, int threads) {
+      LinearCrossEntropy(x).backward(d, scale, threads);
     },
     near_product,
     near_gates,

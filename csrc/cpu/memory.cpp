@@ -18,7 +18,6 @@ namespace rnnfast {
 namespace {
 
 constexpr int MOST_KEPT = 64;
-constexpr size_t RECLAIMABLE = size_t(4) << 20;  // a block that the kernel is told that it may take
 
 // Trivially destructible, all of it: the last tensor may give its block back when static destructors have run.
 std::mutex kept_mutex;  // guards what follows; held across fork, so that the child finds it whole
@@ -75,12 +74,12 @@ void wish_huge_pages(void* data, size_t bytes) {
 }
 
 Block take_block(size_t bytes, bool briefly) {
-  constexpr size_t PAGE = 4096;
+  constexpr size_t PAGE = 4096, WORTH_IT = size_t(128) << 10;
   // What is held for long takes no huge page that it does not fill.
-  const size_t page = bytes >= (briefly ? LARGE_BLOCK : HUGE_PAGE) ? HUGE_PAGE : PAGE;
+  const size_t page = bytes >= (briefly ? WORTH_IT : HUGE_PAGE) ? HUGE_PAGE : PAGE;
   const size_t capacity = std::max((bytes + page - 1) / page * page, page);
   // What is held for long may waste half of its size; small needs do not take what large ones come back for.
-  const size_t most = capacity < LARGE_BLOCK ? LARGE_BLOCK - 1 : briefly ? SIZE_MAX : capacity / 2 * 3;
+  const size_t most = !briefly ? capacity / 2 * 3 : capacity < LARGE_BLOCK ? LARGE_BLOCK - 1 : SIZE_MAX;
   Unwanted unwanted;
   std::lock_guard<std::mutex> lock(kept_mutex);
   int best = -1;
@@ -106,7 +105,7 @@ void give_back(Block block) {
 #if defined(MADV_FREE)
   // The kernel may take its pages when others need memory, so that an idle process holds none; those that it has left by the
   // next use cost no fault.
-  if (block.capacity >= RECLAIMABLE) madvise(block.data, block.capacity, MADV_FREE);
+  if (large_bytes(block)) madvise(block.data, block.capacity, MADV_FREE);
 #endif
   Unwanted unwanted;
   std::lock_guard<std::mutex> lock(kept_mutex);

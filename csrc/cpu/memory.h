@@ -8,8 +8,9 @@
 namespace rnnfast {
 
 constexpr size_t HUGE_PAGE = size_t(2) << 20;
-// From here on the C library's allocator may hand the pages of a block back to the system each time.
-constexpr size_t LARGE_BLOCK = size_t(128) << 10;
+constexpr size_t LARGE_BLOCK = size_t(4) << 20;
+// From here on a tape is worth a block: the C library may give its pages back to the system, and get new ones, in each call.
+constexpr size_t KEPT_TAPE = size_t(128) << 10;
 
 // Asks for huge pages where a block spans some: a first touch of small pages costs more than computing what goes there.
 void wish_huge_pages(void* data, size_t bytes);

@@ -17,7 +17,7 @@ Tensor tape_tensor(const Tensor& like, const Sizes& sizes) {
   int64_t stride = 1;
   for (size_t i = sizes.size(); i-- > 0; stride *= sizes[i]) strides[i] = stride;
   const size_t bytes = size_t(stride) * like.element_size();
-  if (bytes < LARGE_BLOCK || !torch_from_blob) return empty(like, sizes);
+  if (bytes < KEPT_TAPE || !torch_from_blob) return empty(like, sizes);
   constexpr int32_t NO_INDEX = -1;
   int32_t dtype;
   check(aoti_torch_get_dtype(like.get(), &dtype) == AOTI_TORCH_SUCCESS, "a tape is to be like a tensor without a type");

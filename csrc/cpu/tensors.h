@@ -30,7 +30,7 @@ void check(bool holds, const Parts&... message) {
 }
 
 inline void wish_huge_pages_if_large(void* data, size_t bytes) {
-  if (bytes >= 2 * HUGE_PAGE) wish_huge_pages(data, bytes);
+  if (bytes >= LARGE_BLOCK) wish_huge_pages(data, bytes);
 }
 inline Tensor empty(const Tensor& like, const Sizes& sizes) {
   Tensor tensor = torch::stable::new_empty(like, sizes);

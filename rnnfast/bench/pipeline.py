@@ -63,7 +63,7 @@ def load_text() -> lm.Corpus:
     return lm.load_corpus(max_tokens=10_000)
 
 
-def _models(case: PipelineCase, corpus: lm.Corpus, backend: str) -> tuple[nn.Module, chapter.ChapterModel]:
+def _models(case: PipelineCase, corpus: lm.Corpus, backend: str) -> tuple[Any, chapter.ChapterModel]:
     """Ours and the chapter's, with the same weights; the global random state is left as it was."""
     vocab_size = len(corpus.vocab)
     with torch.random.fork_rng(devices=[]):

@@ -1,7 +1,8 @@
 """The language models: recurrent layers from token ids to the logits of the next token.
 
 Each is called as `logits, state = model(ids, state)`: ids (T, B), int64; logits (T, B, vocabulary); state None at the
-start. Its attribute `bidirectional` tells whether it reads the text both ways.
+start. `hidden_states` is that without the head, whose weight (vocabulary, hidden) and bias `head_weights` returns; its
+attribute `bidirectional` tells whether it reads the text both ways.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ class RNNLM(nn.Module):
                 "or leave --tie-weights out"
             )
         self.bidirectional = bidirectional
+        self.backend = backend
         self.embedding = None if embedding_size is None else nn.Embedding(vocab_size, embedding_size)
         layer = {"rnn": rnnfast.RNN, "rnn_relu": rnnfast.RNN, "lstm": rnnfast.LSTM, "gru": rnnfast.GRU}[cell]
         options: dict[str, Any] = {"nonlinearity": "relu"} if cell == "rnn_relu" else {}
@@ -74,10 +76,17 @@ class RNNLM(nn.Module):
             self.head.weight = self.embedding.weight
             nn.init.normal_(self.head.weight, std=features**-0.5)  # logits of order 1 at the start
 
-    def forward(self, ids: Tensor, state: State = None) -> tuple[Tensor, State]:
+    def hidden_states(self, ids: Tensor, state: State = None) -> tuple[Tensor, State]:
         inputs = ids if self.embedding is None else self.dropout(self.embedding(ids))
         output, state = self.rnn(inputs, state)
-        return self.head(self.dropout(output)), state
+        return self.dropout(output), state
+
+    def head_weights(self) -> tuple[Tensor, Tensor]:
+        return self.head.weight, self.head.bias
+
+    def forward(self, ids: Tensor, state: State = None) -> tuple[Tensor, State]:
+        hidden, state = self.hidden_states(ids, state)
+        return self.head(hidden), state
 
 
 class RNNLMScratch(nn.Module):
@@ -97,11 +106,17 @@ class RNNLMScratch(nn.Module):
         self.W_hq = scratch_weight(hidden_size, vocab_size)
         self.b_q = nn.Parameter(torch.zeros(vocab_size))
 
-    def forward(self, ids: Tensor, state: State = None) -> tuple[Tensor, State]:
+    def hidden_states(self, ids: Tensor, state: State = None) -> tuple[Tensor, State]:
         if state is None:
             state = self.b_h.new_zeros(1, ids.shape[1], len(self.b_h))
-        output, state = scratch_rnn(ids, state, self.W_xh, self.W_hh, self.b_h, self.backend)
-        return F.linear(output, self.W_hq.t(), self.b_q), state
+        return scratch_rnn(ids, state, self.W_xh, self.W_hh, self.b_h, self.backend)
+
+    def head_weights(self) -> tuple[Tensor, Tensor]:
+        return self.W_hq.t(), self.b_q
+
+    def forward(self, ids: Tensor, state: State = None) -> tuple[Tensor, State]:
+        hidden, state = self.hidden_states(ids, state)
+        return F.linear(hidden, *self.head_weights()), state
 
 
 def scratch_weight(rows: int, columns: int, device: torch.device | None = None) -> nn.Parameter:

@@ -21,7 +21,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -31,7 +30,8 @@ from rnnfast.lm.config import TrainConfig, build_model, check_backend, flag, pic
 from rnnfast.lm.data import Batches, Corpus, check_length, load_corpus, sequential_batches
 from rnnfast.lm.files import UserError, atomic_write, note, reason
 from rnnfast.lm.generate import encode_prefix, generate, render
-from rnnfast.lm.model import State, detach
+from rnnfast.lm.loss import cross_entropy
+from rnnfast.lm.model import RNNLM, RNNLMScratch, State, detach
 from rnnfast.lm.plot import plot
 from rnnfast.lm.vocab import Vocab
 
@@ -39,7 +39,7 @@ LOOK_EVERY = 32  # steps between looks at the loss, the clock and the progress b
 
 
 def train_step(
-    model: nn.Module,
+    model: RNNLM | RNNLMScratch,
     optimizer: torch.optim.Optimizer,
     inputs: Tensor,
     targets: Tensor,
@@ -61,23 +61,33 @@ def train_step(
     loss, state = loss_of(model, inputs, targets, state, precision)
     optimizer.zero_grad()
     loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), clip)
+    clip_gradients([p.grad for p in model.parameters() if p.grad is not None], clip)
     optimizer.step()
     return loss.detach(), detach(state)
 
 
+@torch.no_grad()
+def clip_gradients(gradients: list[Tensor], max_norm: float) -> None:
+    """Scales gradients down to a norm, of all of them together, if they exceed it; nobody waits for the device.
+
+    `nn.utils.clip_grad_norm_` for tensors of one device and type: its search for these takes longer than the arithmetic
+    of a small model.
+    """
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+
+
 def loss_of(
-    model: nn.Module, inputs: Tensor, targets: Tensor, state: State, precision: str = "float32"
+    model: RNNLM | RNNLMScratch, inputs: Tensor, targets: Tensor, state: State, precision: str = "float32"
 ) -> tuple[Tensor, State]:
     """The mean cross entropy in nats, in float32 or wider, and the state; arguments as in `train_step`."""
     with torch.autocast(inputs.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        logits, state = model(inputs, state)
-    logits = logits.float() if precision == "bfloat16" else logits
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten()), state
+        hidden, state = model.hidden_states(inputs, state)
+        return cross_entropy(hidden, *model.head_weights(), targets, model.backend), state
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, inputs: Tensor, targets: Tensor, precision: str = "float32") -> float:
+def evaluate(model: RNNLM | RNNLMScratch, inputs: Tensor, targets: Tensor, precision: str = "float32") -> float:
     """Perplexity on batches (N, T, B) in text order, the state carried through (but for a bidirectional model)."""
     model.eval()
     total, state = torch.zeros((), dtype=torch.float64, device=inputs.device), None

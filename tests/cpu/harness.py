@@ -111,7 +111,7 @@ def in_reverse(name: str, tensor: Tensor | None, case: Case) -> Tensor | None:
 def reference(
     case: Case, arguments: list[Any], d_outputs: list[Any], saved: list[Tensor], reverse: bool = False
 ) -> dict[str, Tensor]:
-    """All that the reference computes, its gradients from the output and the tape given; its sums the other way round or not.
+    """All that the reference computes, with its sums in their order or the other way round.
 
     Gradients from the same output and tape: the two backends' tapes can be exchanged, and a relu's kink is no matter.
     """

@@ -1,0 +1,62 @@
+"""The loss of a language model, from its hidden states."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rnnfast import dispatch
+from rnnfast.backends import native
+
+
+def cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, backend: str = "auto") -> Tensor:
+    """The mean cross entropy of the next tokens, in nats: that of a linear head's logits.
+
+    On a CPU in float32 it is one operator, which turns logits into their gradients while they are near; elsewhere it is
+    torch's product and cross entropy, in float32 or wider.
+
+    Args:
+        hidden: (T, B, hidden).
+        weight, bias: the head's, (vocabulary, hidden) and (vocabulary).
+        targets: token ids (T, B), int64.
+        backend: the scan's; the operator is the cpu backend's.
+
+    Raises:
+        RuntimeError: a target is not in the vocabulary.
+    """
+    rows, targets = hidden.flatten(0, -2), targets.flatten()
+    if dispatch.asked(backend) in (dispatch.AUTO, "cpu") and _is_native(rows, weight, bias):
+        loss: Tensor = _LinearCrossEntropy.apply(
+            rows.contiguous(), weight.contiguous(), bias.contiguous(), targets.contiguous()
+        )
+        return loss
+    logits = F.linear(rows, weight, bias)
+    return F.cross_entropy(logits.float() if logits.dtype.itemsize < 4 else logits, targets)
+
+
+def _is_native(*tensors: Tensor) -> bool:
+    if any(t.device.type != "cpu" or t.dtype != torch.float32 or not t.numel() for t in tensors):
+        return False
+    if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        return False
+    if native.why_not() is not None:
+        return False
+    native.load()
+    return True
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
+        loss, d_logits = torch.ops.rnnfast.linear_cross_entropy_cpu.default(hidden, weight, bias, targets)
+        ctx.save_for_backward(hidden, weight, d_logits)
+        return loss  # type: ignore[no-any-return]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_loss: Tensor) -> Any:
+        return *torch.ops.rnnfast.linear_cross_entropy_cpu_backward.default(d_loss, *ctx.saved_tensors), None
