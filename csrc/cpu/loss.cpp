@@ -27,8 +27,9 @@ LossArgs loss_args(const Tensor& hidden, const Tensor& weight, const OptionalTen
 
 std::tuple<Tensor, Tensor> linear_cross_entropy_cpu(Tensor hidden, Tensor weight, OptionalTensor bias, Tensor targets) {
   check(parse_dtype(hidden) == DType::float32 && parse_dtype(weight) == DType::float32, "the loss is computed in float32");
-  check(hidden.size(1) == weight.size(1) && targets.numel() == hidden.size(0) && hidden.numel() && weight.numel(),
-        "hidden states, weight and targets do not fit each other, or are empty");
+  const bool fit = hidden.size(1) == weight.size(1) && targets.numel() == hidden.size(0);
+  check(fit && (!bias || bias->numel() == weight.size(0)) && hidden.numel() && weight.numel(),
+        "hidden states, weight, bias and targets do not fit each other, or are empty");
   Tensor loss = empty(hidden, {});
   Tensor d_logits = tape_tensor(hidden, {hidden.size(0), (weight.size(0) + STRIDE - 1) / STRIDE * STRIDE});
   const LossArgs x = loss_args(hidden, weight, bias, &targets, d_logits);

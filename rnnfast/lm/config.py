@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_type_hints
 
 import torch
-from torch import nn
 
 from rnnfast import functional
 from rnnfast.lm.files import UserError
@@ -113,7 +112,7 @@ def _fits(value: Any, hint: Any) -> bool:
     return type(value) in choices
 
 
-def build_model(config: TrainConfig, vocab_size: int) -> nn.Module:
+def build_model(config: TrainConfig, vocab_size: int) -> RNNLM | RNNLMScratch:
     """The model of a configuration, on the current default device, its start drawn from torch's global generator.
 
     Raises:

@@ -61,7 +61,8 @@ def train_step(
     loss, state = loss_of(model, inputs, targets, state, precision)
     optimizer.zero_grad()
     loss.backward()
-    clip_gradients([p.grad for p in model.parameters() if p.grad is not None], clip)
+    trained = (p for group in optimizer.param_groups for p in group["params"])  # a list already, unlike the model's
+    clip_gradients([p.grad for p in trained if p.grad is not None], clip)
     optimizer.step()
     return loss.detach(), detach(state)
 

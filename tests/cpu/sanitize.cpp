@@ -168,6 +168,26 @@ void run(Cell cell, DType dtype, int64_t lanes, int64_t steps, int64_t batch, in
   }
 }
 
+void run_cross_entropy(int64_t rows, int64_t columns, int64_t classes, bool biased, int threads) {
+  const int64_t stride = (classes + 15) / 16 * 16;
+  const DType dtype = DType::float32;
+  const auto hidden = make(dtype, rows * columns, true), weight = make(dtype, classes * columns, true);
+  const auto bias = make(dtype, classes, true), d_logits = make(dtype, rows * stride, false);
+  const auto d_hidden = make(dtype, hidden.count, false), d_weight = make(dtype, weight.count, false);
+  const auto d_bias = make(dtype, classes, false);
+  std::vector<int64_t> targets(rows);
+  for (int64_t i = 0; i < rows; ++i) targets[i] = i * 7 % classes;
+  const auto floats = [](const Tensor& tensor) { return static_cast<float*>(tensor.data()); };
+  const LossArgs x{rows, columns, classes, stride, floats(hidden), floats(weight), biased ? floats(bias) : nullptr,
+                   targets.data(), floats(d_logits)};
+  const Kernels& kernels = choose_kernels(dtype);
+  if (!std::isfinite(kernels.loss(x, threads))) std::exit(1);
+  kernels.loss_backward(x, {floats(d_hidden), floats(d_weight), floats(d_bias)}, 0.5f, threads);
+  require_finite(d_hidden, "d_hidden");
+  require_finite(d_weight, "d_weight");
+  require_finite(d_bias, "d_bias");
+}
+
 void run_kernels() {
   // The last has more gates than a block of the backward product.
   const int64_t shapes[][5] = {{1, 1, 1, 1, 1},    {2, 5, 3, 17, 33}, {1, 4, 7, 3, 130},
@@ -188,6 +208,12 @@ void run_kernels() {
         run(cell, dtype, 1, 12, 40, 5, 40, 0, false, ragged, 2);
         run(cell, dtype, 2, 3, 21, 5, 520, 0, false, ragged, 2);
       }
+  for (int64_t classes : {1, 16, 28, 300})
+    for (int64_t columns : {1, 33, 130}) {
+      run_cross_entropy(1, columns, classes, false, 1);
+      run_cross_entropy(150, columns, classes, true, 1);
+    }
+  run_cross_entropy(700, 70, 300, true, 2);
 }
 
 }  // namespace

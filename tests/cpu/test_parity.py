@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from tests.cpu import test_extended
+from tests.cpu import test_cross_entropy, test_extended
 from tests.cpu.harness import Case, compare, native
 
 pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
@@ -104,3 +104,4 @@ if __name__ == "__main__":
         for case in grid([SHAPES[2], SHAPES[4], SHAPES[6]]):
             check(case, dtype)
     test_extended.check_an_instruction_set()
+    test_cross_entropy.check_an_instruction_set()
