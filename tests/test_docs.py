@@ -6,9 +6,11 @@ docs/benchmarks.md, which `python -m tests.test_docs` writes from benchmarks/res
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,7 +93,8 @@ def test_example_of_onnx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 # ---- figures --------------------------------------------------------------------------------------------------------
 
-RESULTS = ROOT / "benchmarks" / "results" / "intel-xeon"
+RESULTS = ROOT / "benchmarks" / "results"
+MACHINES = {"intel-xeon": "Intel Xeon with AMX", "amd-epyc": "AMD EPYC"}
 BEGIN, END = "<!-- begin: written by python -m tests.test_docs -->\n", "<!-- end -->\n"
 CHAPTER, WITHOUT_GRADIENTS = "the chapter's loop", "the chapter's loop without gradients"
 
@@ -101,26 +104,31 @@ class Quote(NamedTuple):
 
     `name`: the benchmark, which is also its file's name. `what`: its first column. `of`: what the ratios are to; "best"
     for the better of several libraries, or "peak" and "limit" for the shares of those. `by`: the mean of each kind of
-    case is quoted, too, by these fields of the case.
+    case is quoted, too, by these fields of the case. `at_limit`: the ratios as they would be with rnnfast at its limit.
     """
 
     name: str
     what: str
     of: str
     by: tuple[str, ...] = ()
+    at_limit: bool = False
 
 
 IN_DETAIL = (
     Quote("layers", "forward+backward, against torch.nn", "torch.nn", ("cell",)),
+    Quote("layers", "the same, were rnnfast at the limit", "torch.nn", ("cell",), at_limit=True),
     Quote("peers", "forward+backward, against torch.nn", "torch.nn"),
     Quote("peers", "forward+backward, against the better of torch.nn and JAX", "best"),
+    Quote("peers", "the same, were rnnfast at the limit", "best", at_limit=True),
     Quote("peers-forward", "forward, against the best of torch.nn, ONNX Runtime and JAX", "best"),
+    Quote("peers-forward", "the same, were rnnfast at the limit", "best", at_limit=True),
     Quote("packed", "ragged PackedSequence, forward+backward, against torch.nn", "torch.nn"),
     Quote("stream", "a step, against torch.nn", "torch.nn", ("cell",)),
     Quote("stream", "a step, against ONNX Runtime", "onnxruntime"),
     Quote("memory", "torch.nn's peak over rnnfast's", "torch.nn"),
     Quote("bfloat16", "forward+backward, against rnnfast's float32", "our float32"),
     Quote("training", "against the chapter's loop", CHAPTER, ("cell",)),
+    Quote("training", "the same, were rnnfast at the limit", CHAPTER, ("cell",), at_limit=True),
     Quote("training-bfloat16", "RNN 512, against the chapter's float32 loop", CHAPTER, ("dtype",)),
     Quote("generation", "greedy, against the chapter's loop", CHAPTER),
     Quote("generation", "greedy, against the chapter's loop without gradients", WITHOUT_GRADIENTS),
@@ -139,15 +147,21 @@ AT_A_GLANCE = (
 NAMES = {"rnn": "RNN", "lstm": "LSTM", "gru": "GRU", "onnxruntime": "ONNX Runtime", "jax": "JAX"}
 
 
-def read(name: str) -> Any:
-    return json.loads((RESULTS / f"{name}.json").read_text())
+@functools.cache
+def read(machine: str, name: str) -> Any:
+    return json.loads((RESULTS / machine / f"{name}.json").read_text())
+
+
+def ratios(quote: Quote, row: Any) -> dict[str, float]:
+    found: dict[str, float] = row["ratios_at_limit" if quote.at_limit else "ratios"]
+    return found
 
 
 def value(quote: Quote, row: Any) -> float:
     if quote.of in ("peak", "limit"):
         found = row["share_of_fma_peak" if quote.of == "peak" else "share_of_limit"]
     else:
-        found = min(row["ratios"].values()) if quote.of == "best" else row["ratios"][quote.of]
+        found = min(ratios(quote, row).values()) if quote.of == "best" else ratios(quote, row)[quote.of]
     return float(found)
 
 
@@ -172,13 +186,16 @@ def place(quote: Quote, row: Any) -> str:
     if quote.name == "scan":
         words.append(case["direction"])
     if quote.of == "best":
-        words.append("against " + (lambda peer: NAMES.get(peer, peer))(min(row["ratios"], key=row["ratios"].get)))
+        words.append(
+            "against "
+            + (lambda peer: NAMES.get(peer, peer))(min(found := ratios(quote, row), key=lambda peer: found[peer]))
+        )
     return ", ".join(words)
 
 
-def line(quote: Quote) -> str:
-    """A row of a table, computed from the rows of the file."""
-    rows = read(quote.name)["benchmarks"][quote.name]["rows"]
+def cells(machine: str, quote: Quote) -> tuple[str, str, str]:
+    """The mean, the worst case and the count of those below 1x, computed from the rows of the file."""
+    rows = read(machine, quote.name)["benchmarks"][quote.name]["rows"]
     by_kind: dict[str, list[float]] = {}
     for row in rows:
         kind = " ".join(NAMES.get(str(row["case"][key]), str(row["case"][key])) for key in quote.by)
@@ -187,18 +204,31 @@ def line(quote: Quote) -> str:
     worst = min(rows, key=lambda row: value(quote, row))
     kinds = ", ".join(f"{kind} {shown(quote, mean(found))}" for kind, found in by_kind.items())
     average = shown(quote, mean(values)) + (f" ({kinds})" if quote.by else "")
-    slower = "" if quote.of in ("peak", "limit") else f"{sum(number < 1 for number in values)} of {len(values)}"
+    slower = (
+        ""
+        if quote.at_limit or quote.of in ("peak", "limit")
+        else f"{sum(number < 1 for number in values)} of {len(values)}"
+    )
     bottom = f"{shown(quote, value(quote, worst))} ({place(quote, worst)})"
-    return f"| {quote.what} | {average} | {bottom} | {slower} |\n"
+    return average, bottom, slower
+
+
+def table(header: str, rows: Iterable[Iterable[str]]) -> str:
+    lines = (" | ".join(row) for row in rows)
+    return f"{header}\n{'|---' * (header.count('|') - 1)}|\n" + "".join(f"| {line} |\n" for line in lines)
 
 
 def detailed() -> str:
     """What docs/benchmarks.md quotes."""
-    machine = read("layers")["machine"]
+    return "\n".join(map(of_machine, MACHINES))
+
+
+def of_machine(name: str) -> str:
+    machine = read(name, "layers")["machine"]
     peaks = [
         row["fma_peak_gflops"]
         for quote in IN_DETAIL
-        for row in read(quote.name)["benchmarks"][quote.name]["rows"]
+        for row in read(name, quote.name)["benchmarks"][quote.name]["rows"]
         if row["fma_peak_gflops"]
     ]
     torch_version = machine["torch"].split("+")[0]
@@ -206,14 +236,14 @@ def detailed() -> str:
         f"{machine['cpu'].replace('(R)', '')}, {machine['cores']} virtual cores, {machine['torch_threads']} threads, "
     )
     text += f"torch {torch_version}; FMA peak {min(peaks):.0f} to {max(peaks):.0f} GFLOP/s.\n\n"
-    text += "| | geometric mean | worst | points below 1x |\n|---|---|---|---|\n"
-    return text + "".join(line(quote._replace(what=f"`{quote.name}`: {quote.what}")) for quote in IN_DETAIL)
+    rows = ((f"`{quote.name}`: {quote.what}", *cells(name, quote)) for quote in IN_DETAIL)
+    return f"**{MACHINES[name]}.** {text}" + table("| | geometric mean | worst | points below 1x |", rows)
 
 
 def at_a_glance() -> str:
     """What README.md quotes."""
-    text = "| | geometric mean | worst | points below 1x |\n|---|---|---|---|\n"
-    return text + "".join(map(line, AT_A_GLANCE))
+    header = "| | " + " | worst | ".join(MACHINES.values()) + " | worst |"
+    return table(header, ((q.what, *(c for m in MACHINES for c in cells(m, q)[:2])) for q in AT_A_GLANCE))
 
 
 TABLES = {ROOT / "README.md": at_a_glance, DOCS / "benchmarks.md": detailed}
@@ -231,11 +261,13 @@ def test_figures_are_those_of_the_result_files(page: Path) -> None:
 HINT = "`python -m tests.test_docs` writes the tables of README.md and docs/benchmarks.md"
 
 
-@pytest.mark.parametrize("quote", [pytest.param(q, id=f"{q.name}-{q.of}") for q in IN_DETAIL])
-def test_the_summaries_are_those_of_the_rows(quote: Quote) -> None:
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("quote", [pytest.param(q, id=f"{q.name}-{q.of}-{q.at_limit}") for q in IN_DETAIL])
+def test_the_summaries_are_those_of_the_rows(machine: str, quote: Quote) -> None:
     of = {"best": "ratio to the best peer", "peak": "share of FMA peak", "limit": "share of limit"}
-    benchmark = read(quote.name)["benchmarks"][quote.name]
-    summary, values = benchmark["summary"][of.get(quote.of, f"ratio to {quote.of}")], []
+    benchmark = read(machine, quote.name)["benchmarks"][quote.name]
+    name = of.get(quote.of, f"ratio to {quote.of}") + (", ours at the limit" if quote.at_limit else "")
+    summary = benchmark["summary"][name]
     values = [value(quote, row) for row in benchmark["rows"]]
     assert summary["geometric_mean"] == pytest.approx(mean(values))
     assert summary["worst"] == pytest.approx(min(values))
@@ -270,7 +302,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 if __name__ == "__main__":
-    for page, table in TABLES.items():
+    for page, quoted in TABLES.items():
         before, rest = page.read_text().split(BEGIN)
-        page.write_text(before + BEGIN + table() + END + rest.split(END)[1])
-        print(table())
+        page.write_text(before + BEGIN + quoted() + END + rest.split(END)[1])
+        print(quoted())

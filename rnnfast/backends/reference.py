@@ -379,7 +379,7 @@ def backward(
         rows = _backward_lane(lane, d_every, d_final_of_lane, outputs[d], _widen(tape[d]), sizes, _STEPS[cell][1])
         lane_gradients.append(
             (
-                rows.d_gates_x @ lane.w_ih if need_input and input.is_floating_point() else None,
+                F.linear(rows.d_gates_x, _turned(lane.w_ih)) if need_input and input.is_floating_point() else None,
                 *(_weight_gradients(lane, rows) if need_weights else [None] * 5),
                 *rows.d_initial,
             )
@@ -429,7 +429,7 @@ def _backward_lane(
     steps = list(zip(d_steps, tapes, outputs, zip(*before, strict=True), strict=True))
 
     # The forward walk, mirrored: a row joins where its sequence ended and leaves where it began.
-    order = slice(None, None, 1 if lane.backwards else -1)
+    order, w_hh = slice(None, None, 1 if lane.backwards else -1), _turned(lane.w_hh)
     d_state = tuple(d[: sizes[order][0]] for d in d_final) if sizes else d_final
     left: list[State] = []
     d_gates_x, d_gates_h, d_projected = [], [], []
@@ -445,7 +445,8 @@ def _backward_lane(
         d_x, d_recurrent, d_direct = step_backward((d_h, *d_c), step_tape, out, state_before)
         d_gates_x.append(d_x)
         d_gates_h.append(d_recurrent)
-        d_state = (torch.addmm(d_direct[0], d_recurrent, lane.w_hh), *d_direct[1:])
+        # Added last: each product of a long sum that started from it would be rounded to its size.
+        d_state = (d_direct[0] + F.linear(d_recurrent, w_hh), *d_direct[1:])
     d_initial = tuple(torch.cat(parts) for parts in zip(d_state, *reversed(left), strict=True))
 
     no_gates = output.new_empty(0, lane.w_ih.shape[0])
@@ -461,6 +462,11 @@ def _backward_lane(
         unprojected,
         d_initial,
     )
+
+
+def _turned(weight: Tensor) -> Tensor:
+    """The transpose, laid out as F.linear reads it: of few rows some CPUs sum that product more accurately."""
+    return weight.t().contiguous()
 
 
 def _weight_gradients(lane: _Lane, rows: _RowGradients) -> list[Tensor | None]:
