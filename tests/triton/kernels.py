@@ -3,9 +3,10 @@
 import triton
 import triton.language as tl
 
-from rnnfast.backends.triton import cells
+from rnnfast.backends.triton.cells import sigmoid, tanh
+from rnnfast.backends.triton.step import opaque
 
-__all__ = ["cells", "evaluate"]
+__all__ = ["evaluate", "opaque", "sigmoid", "tanh"]
 
 
 @triton.jit

@@ -18,7 +18,7 @@ def _evaluate(device: torch.device, name: str, x: torch.Tensor) -> torch.Tensor:
 
     y = torch.empty_like(x, device=device)
     kernels.evaluate[(triton.cdiv(x.numel(), 1024),)](
-        x.to(device), y, x.numel(), FUNCTION=getattr(kernels.cells, name), BLOCK=1024
+        x.to(device), y, x.numel(), FUNCTION=getattr(kernels, name), BLOCK=1024
     )
     return y.cpu()
 
@@ -46,6 +46,11 @@ def test_accuracy(device, name):
 def test_special_values(device, name):
     x = torch.tensor([0.0, float("inf"), -float("inf"), float("nan")])
     torch.testing.assert_close(_evaluate(device, name, x), getattr(torch, name)(x), equal_nan=True, rtol=0, atol=0)
+
+
+def test_opaque_changes_nothing(device):
+    x = torch.randn(100)
+    assert torch.equal(_evaluate(device, "opaque", x), x)
 
 
 def test_import_imports_no_triton():

@@ -1,10 +1,11 @@
 """What Triton's own interpreter (TRITON_INTERPRET=1) needs before it runs our kernels; nothing here reaches a GPU.
 
-Three things in Triton 3.6 differ from the device, and are set right here so that no kernel need know of them:
+Four things in Triton 3.6 differ from the device, and are set right here so that no kernel need know of them:
 
 - `range(n)` refuses a kernel's integer argument (kept as an array of one element, which NumPy 2.4 turns into no int);
 - float32 becomes bfloat16 by cutting bits off, where the device rounds to nearest, ties to even;
-- `tl.dot` multiplies the bit patterns of bfloat16 operands as integers.
+- `tl.dot` multiplies the bit patterns of bfloat16 operands as integers;
+- inline assembly is refused, also where it leaves its operand as it is.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ def repair() -> None:
     interpreter._patch_lang_tensor = _patch_lang_tensor
     interpreter._convert_float = _convert_float
     interpreter.InterpreterBuilder.create_dot = _create_dot
+    interpreter.InterpreterBuilder.create_inline_asm = _create_inline_asm
 
 
 def _patch_lang_tensor(tensor: Any, scope: Any) -> None:
@@ -56,3 +58,14 @@ def _create_dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num
         for x in (a, b)
     )
     return _original_dot(self, a, b, d, input_precision, max_num_imprecise_acc)
+
+
+class _Unchanged:
+    def __init__(self, values: Any) -> None:
+        self.get_result = values.__getitem__
+
+
+def _create_inline_asm(self: Any, asm: str, constraints: str, values: Any, *_: Any) -> Any:
+    if (asm, constraints) != ("// $0", "=r,0"):
+        raise NotImplementedError(f"the interpreter knows no assembly: {asm}")
+    return _Unchanged(values)
