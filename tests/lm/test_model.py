@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rnnfast.lm import RNNLM, RNNLMScratch, UserError
+from rnnfast.lm.train import loss_of
 
 IDS = torch.randint(28, (7, 3), generator=torch.Generator().manual_seed(0))
 
@@ -26,6 +27,16 @@ def test_rnnlm_equals_torch_on_one_hot(cell: str, num_layers: int) -> None:
         output, expected_state = reference(F.one_hot(ids, 28).float(), expected_state)
         assert logits.shape == (7, 3, 28)
         torch.testing.assert_close(logits, model.head(output))
+
+
+def test_hidden_states_and_head_weights_make_the_model() -> None:
+    embedded = RNNLM(28, "gru", 16, 2, dropout=0.5, embedding_size=16, tie_weights=True).eval()
+    for model in (RNNLM(28, "lstm", 16), RNNLM(28, hidden_size=8, bidirectional=True), embedded, RNNLMScratch(28, 16)):
+        logits, _ = model(IDS)
+        hidden, _ = model.hidden_states(IDS)
+        assert torch.equal(F.linear(hidden, *model.head_weights()), logits)
+        loss, _ = loss_of(model, IDS, IDS.flip(0), None)
+        torch.testing.assert_close(loss, F.cross_entropy(logits.flatten(0, 1), IDS.flip(0).flatten()))
 
 
 def test_scratch_equals_the_chapters_loop() -> None:
