@@ -38,7 +38,7 @@ inline Tensor empty(const Tensor& like, const Sizes& sizes) {
   return tensor;
 }
 
-// As `empty`, but a large one is a block of memory.h's, which goes back there with the tensor, where torch can have that
+// As `empty`, but one of KEPT_TAPE bytes and more is a block of memory.h's, which goes back there with the tensor, where torch can have that
 // (2.11 and later). Its content is one call's alone, of no meaning to users: what they see is torch's memory.
 Tensor tape_tensor(const Tensor& like, const Sizes& sizes);
 

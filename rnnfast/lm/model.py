@@ -77,11 +77,13 @@ class RNNLM(nn.Module):
             nn.init.normal_(self.head.weight, std=features**-0.5)  # logits of order 1 at the start
 
     def hidden_states(self, ids: Tensor, state: State = None) -> tuple[Tensor, State]:
+        """What the head reads, (T, B, hidden), and the state."""
         inputs = ids if self.embedding is None else self.dropout(self.embedding(ids))
         output, state = self.rnn(inputs, state)
         return self.dropout(output), state
 
     def head_weights(self) -> tuple[Tensor, Tensor]:
+        """Weight (vocabulary, hidden) and bias (vocabulary)."""
         return self.head.weight, self.head.bias
 
     def forward(self, ids: Tensor, state: State = None) -> tuple[Tensor, State]:
@@ -107,11 +109,13 @@ class RNNLMScratch(nn.Module):
         self.b_q = nn.Parameter(torch.zeros(vocab_size))
 
     def hidden_states(self, ids: Tensor, state: State = None) -> tuple[Tensor, State]:
+        """What the head reads, (T, B, hidden), and the state."""
         if state is None:
             state = self.b_h.new_zeros(1, ids.shape[1], len(self.b_h))
         return scratch_rnn(ids, state, self.W_xh, self.W_hh, self.b_h, self.backend)
 
     def head_weights(self) -> tuple[Tensor, Tensor]:
+        """Weight (vocabulary, hidden) and bias (vocabulary)."""
         return self.W_hq.t(), self.b_q
 
     def forward(self, ids: Tensor, state: State = None) -> tuple[Tensor, State]:

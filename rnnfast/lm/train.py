@@ -153,9 +153,8 @@ class Trainer:
             ids = corpus.validation.to(self.device)
             self.validation = sequential_batches(ids, config.batch_size, config.steps)
         kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[config.optimizer]
-        options = {"lr": config.lr, "weight_decay": config.weight_decay}
-        # One pass over each parameter: AdamW is several times as fast so.
-        self.optimizer = kind(self.model.parameters(), fused=True, **options)
+        # Fused: one pass over each parameter, with which AdamW is several times as fast.
+        self.optimizer = kind(self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
         self.scheduler: torch.optim.lr_scheduler.LambdaLR | None = None
         if config.schedule != "constant" or config.warmup:
             factor = learning_rate_factor(config, config.epochs * len(self.batches))
