@@ -20,7 +20,7 @@ STABLE_TORCH_LIBRARY_IMPL(rnnfast, CPU, m) {
   m.impl("weight_samples_cpu", TORCH_BOX(&rnnfast::weight_samples_cpu));
   m.impl("direct_plan_cpu", TORCH_BOX(&rnnfast::direct_plan_cpu));
   m.impl("direct_layer_cpu", TORCH_BOX(&rnnfast::direct_layer_cpu));
-  m.impl("direct_tape_cpu", TORCH_BOX(&rnnfast::direct_tape_cpu));
+  m.impl("direct_empty_cpu", TORCH_BOX(&rnnfast::direct_empty_cpu));
   m.impl("generate_cpu", TORCH_BOX(&rnnfast::generate_cpu));
   m.impl("linear_cross_entropy_cpu", TORCH_BOX(&rnnfast::linear_cross_entropy_cpu));
   m.impl("linear_cross_entropy_cpu_backward", TORCH_BOX(&rnnfast::linear_cross_entropy_cpu_backward));

@@ -14,9 +14,10 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from operator import is_
 from struct import Struct
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,7 @@ from rnnfast.cells import CELLS
 # Of csrc/cpu/direct.h: what its functions return, and the structures they take.
 _DONE, _STALE = 0, 1
 _infer_call, _forward_call, _backward_call = (Struct(f"{fields}q").pack for fields in (9, 15, 24))
-_KEPT = 128 << 10  # KEPT_TAPE of csrc/cpu/memory.h, in bytes
+_KEPT = 128 << 10  # WORTH_KEEPING of csrc/cpu/memory.h, in bytes
 
 _base: Any = torch._C.TensorBase
 _version_of, _shape_of, _dtype_of = _base._version.__get__, _base.shape.__get__, _base.dtype.__get__
@@ -61,12 +62,11 @@ class _Layer:
     state_size: int
     hidden_size: int
     tape_size: int  # of a row
-    kept_rows: int  # their tape is kept by the library from one call to the next; less is not worth the operator
     has_cell_state: bool
     address: int  # of `kept`
     kept: Tensor
     # The weights' memory as it is now: a parameter itself would follow what is assigned to its `.data` before backward.
-    memory: tuple[Tensor | None, ...]
+    memory: tuple[Any, ...]  # tensors, or None where the layer has none
     memory_addresses: list[int]
 
 
@@ -113,16 +113,14 @@ class _Plan:
         cell, layers = CELLS[self.cell], []
         self.described = [*map(_address_of, self.weights)]
         for index, lane in enumerate(self.lanes):
-            memory = tuple(w if w is None else w.detach() for w in lane)
+            memory: tuple[Any, ...] = tuple(w if w is None else w.detach() for w in lane)
             w_ih, w_hh, *_, w_hr = (w if w is None else w.unsqueeze(0) for w in memory)
             first_ids = ids and not index
             kept = torch.ops.rnnfast.direct_layer_cpu(w_ih, w_hh, w_hr, self.cell, first_ids)
             form = lane, tuple(w is not None for w in lane), self.cell, self.dtype, first_ids
             tape_size = cell.tape * self.hidden_size
-            kept_rows = -(-_KEPT // (tape_size * self.dtype.itemsize)) if tape_size else 0
-            sizes = self.state_size, self.hidden_size, tape_size, kept_rows
-            addresses = kept.data_ptr(), kept, memory, _addresses(memory)
-            layers.append(_Layer(*form, *sizes, cell.has_cell_state, *addresses))
+            sizes = self.state_size, self.hidden_size, tape_size, cell.has_cell_state
+            layers.append(_Layer(*form, *sizes, kept.data_ptr(), kept, memory, _addresses(memory)))
         self.layers[ids] = layers
         return layers
 
@@ -160,7 +158,7 @@ def run(layer: Any, input: Any, hx: Any) -> tuple[Tensor, Any] | None:
     elif dropout > 0 or not plan.has_shapes():
         return None
     else:
-        output = torch.empty(steps, *batch, plan.state_size * plan.directions, dtype=plan.dtype)
+        output = _empty(plan.weights[0], steps, *batch, plan.state_size * plan.directions)
         result = _infer(plan, ids, *tensors, steps, batch, output)
     return result if result is None or not transposed else (result[0].transpose(0, 1), result[1])
 
@@ -387,11 +385,15 @@ def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
     return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
-def _empty_tape(layer: _Layer, rows: int, like: Tensor) -> Tensor:
-    if rows < layer.kept_rows:
-        return torch.empty(1, rows, layer.tape_size, dtype=layer.dtype)
-    tape: Tensor = torch.ops.rnnfast.direct_tape_cpu.default(like, rows, layer.tape_size)
-    return tape
+def _empty(like: Tensor, *sizes: int) -> Tensor:
+    """The library keeps the memory of a large one from call to call; a small one is not worth the operator."""
+    if prod(sizes) * like.itemsize < _KEPT:
+        return torch.empty(sizes, dtype=like.dtype)
+    return cast("Tensor", torch.ops.rnnfast.direct_empty_cpu.default(like, sizes))
+
+
+def _empty_like(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor) if tensor.nbytes < _KEPT else _empty(tensor, *tensor.shape)
 
 
 _NO_WEIGHT = (False,) * 5
@@ -415,9 +417,9 @@ class _Scan(derivatives.Function):
         c_0: Tensor | None,
         *weights: Tensor | None,
     ) -> Any:
-        rows, dtype = batch[0] if batch else 1, layer.dtype
-        output = torch.empty(steps, *batch, layer.state_size, dtype=dtype)
-        tape = _empty_tape(layer, steps * rows, output) if layer.tape_size else None
+        rows, dtype, like = batch[0] if batch else 1, layer.dtype, layer.memory[1]
+        output = _empty(like, steps, *batch, layer.state_size)
+        tape = _empty(like, 1, steps * rows, layer.tape_size) if layer.tape_size else None
         h_n = torch.empty(1, *batch, layer.state_size, dtype=dtype)
         c_n = torch.empty(1, *batch, layer.hidden_size, dtype=dtype) if layer.has_cell_state else None
         given = (input, h_0, c_0)
@@ -442,7 +444,7 @@ class _Scan(derivatives.Function):
         if not is_grad_enabled() and not _is_observed() and all(d is None or _is_plain(d, layer.dtype) for d in given):
             d_results = [d if d is None else d.contiguous() for d in given]
             wanted = needs[:3] + (layer.has_weight if need_weights else _NO_WEIGHT)
-            found = [torch.empty_like(tensor) if want else None for tensor, want in zip(memory, wanted, strict=False)]
+            found = [_empty_like(tensor) if want else None for tensor, want in zip(memory, wanted, strict=False)]
             addresses = _addresses((*d_results, *memory, *found))
             if native.backward(_backward_call(layer.address, *ctx.sizes, *addresses)) == _DONE:
                 return (None, None, None, *found)

@@ -114,7 +114,6 @@ int rnnfast_infer_cpu(const DirectInfer* call) {
     const size_t half = aligned(bytes.output);
     std::optional<Scratch> between;
     if (plan.layers > 1) between.emplace(half * (plan.layers > 2 ? 2 : 1));
-    wish_huge_pages_if_large(c.output, bytes.output);
     for (int64_t l = 0; l < plan.layers; ++l) {
       ForwardArgs x{};
       x.shape = shape_of_call(plan.layer()[l].layer, c.steps, c.batch);
@@ -140,7 +139,6 @@ int rnnfast_forward_cpu(const DirectForward* call) {
     if (!ids_fit(s, c.input)) return DIRECT_FAILED;
     const Bytes bytes(s);
     const StandIns zeros(s, !c.h_0);
-    wish_huge_pages_if_large(c.output, bytes.output);
     const ForwardArgs x{s,
                         c.input,
                         c.w_ih,
@@ -165,7 +163,6 @@ int rnnfast_backward_cpu(const DirectBackward* call) {
   return guarded([&] {
     const ScanShape s = shape_of_call(*c.layer, c.steps, c.batch);
     const StandIns zeros(s, !c.h_0);
-    wish_huge_pages_if_large(c.d_input, Bytes(s).output / size_t(s.state) * size_t(s.input));
     const BackwardArgs x{s,
                          c.d_output,
                          c.d_h_n,

@@ -15,8 +15,8 @@ namespace rnnfast {
 Tensor direct_plan_cpu(std::vector<Tensor> packed, Tensor weight_samples);
 // What calls with gradients need: the ScanShape of one layer.
 Tensor direct_layer_cpu(Tensor w_ih, Tensor w_hh, OptionalTensor w_hr, std::string cell, bool ids);
-// A large tape, (1, rows, width) of the type of `like`.
-Tensor direct_tape_cpu(Tensor like, int64_t rows, int64_t width);
+// A large tensor of the type of `like`, of undefined content.
+Tensor direct_empty_cpu(Tensor like, std::vector<int64_t> sizes);
 
 enum DirectStatus : int {
   DIRECT_DONE = 0,

@@ -48,7 +48,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scan_extended_cpu(
                                 share_h, share_c, cell);
   Tensor output = empty(h_0, {s.rows, s.lanes * s.state}), h_n = empty(h_0, {s.lanes, s.batch, s.state});
   Tensor c_n = c_0 ? empty(h_0, {s.lanes, s.batch, s.hidden}) : empty(h_0, {0});
-  Tensor tape = save_tape ? tape_tensor(h_0, {s.lanes, s.rows, ExtendedTape(s, e).width}) : empty(h_0, {0});
+  Tensor tape = save_tape ? empty(h_0, {s.lanes, s.rows, ExtendedTape(s, e).width}) : empty(h_0, {0});
   if (s.rows) {
     const Kernels& kernels = choose_kernels(s.dtype);
     ExtendedForwardArgs args{{s,         data(input), data(w_ih),  data(w_hh), data(b_ih), data(b_hh), data(w_hr),

@@ -31,7 +31,7 @@ std::tuple<Tensor, Tensor> linear_cross_entropy_cpu(Tensor hidden, Tensor weight
   check(fit && (!bias || bias->numel() == weight.size(0)) && hidden.numel() && weight.numel(),
         "hidden states, weight, bias and targets do not fit each other, or are empty");
   Tensor loss = empty(hidden, {});
-  Tensor d_logits = tape_tensor(hidden, {hidden.size(0), (weight.size(0) + STRIDE - 1) / STRIDE * STRIDE});
+  Tensor d_logits = empty(hidden, {hidden.size(0), (weight.size(0) + STRIDE - 1) / STRIDE * STRIDE});
   const LossArgs x = loss_args(hidden, weight, bias, &targets, d_logits);
   for (int64_t row = 0; row < x.rows; ++row)
     check(x.targets[row] >= 0 && x.targets[row] < x.classes, "target ", x.targets[row], " in row ", row, " is outside [0, ",

@@ -24,6 +24,7 @@ std::mutex kept_mutex;  // guards what follows; held across fork, so that the ch
 Block kept[MOST_KEPT];  // in the order in which they were given back
 int kept_count = 0;
 size_t kept_bytes = 0, used_bytes = 0, most_used = 0;  // of large blocks
+size_t small_kept_bytes = 0;
 static_assert(std::is_trivially_destructible_v<std::mutex>);
 
 const size_t most_kept_bytes = size_t(sysconf(_SC_PHYS_PAGES)) * size_t(sysconf(_SC_PAGESIZE)) / 16;
@@ -36,6 +37,7 @@ Block remove(int index) {
   std::copy(kept + index + 1, kept + kept_count, kept + index);
   --kept_count;
   kept_bytes -= large_bytes(block);
+  small_kept_bytes -= block.capacity - large_bytes(block);
   return block;
 }
 
@@ -53,6 +55,14 @@ class Unwanted {
         add(remove(i));
       else
         ++i;
+    }
+  }
+  void drop_until_small_kept_are(size_t bytes) {
+    for (int i = 0; small_kept_bytes > bytes;) {
+      if (large_bytes(kept[i]))
+        ++i;
+      else
+        add(remove(i));
     }
   }
 
@@ -74,10 +84,10 @@ void wish_huge_pages(void* data, size_t bytes) {
 }
 
 Block take_block(size_t bytes, bool briefly) {
-  constexpr size_t PAGE = 4096, WORTH_IT = size_t(128) << 10;
+  constexpr size_t PAGE = 4096;
+  const size_t alignment = bytes >= (briefly ? WORTH_KEEPING : HUGE_PAGE) ? HUGE_PAGE : PAGE;
   // What is held for long takes no huge page that it does not fill.
-  const size_t page = bytes >= (briefly ? WORTH_IT : HUGE_PAGE) ? HUGE_PAGE : PAGE;
-  const size_t capacity = std::max((bytes + page - 1) / page * page, page);
+  const size_t unit = briefly ? alignment : PAGE, capacity = std::max((bytes + unit - 1) / unit * unit, unit);
   // What is held for long may waste half of its size; small needs do not take what large ones come back for.
   const size_t most = !briefly ? capacity / 2 * 3 : capacity < LARGE_BLOCK ? LARGE_BLOCK - 1 : SIZE_MAX;
   Unwanted unwanted;
@@ -92,8 +102,10 @@ Block take_block(size_t bytes, bool briefly) {
   } else {
     const size_t used = used_bytes + large_bytes(block);
     unwanted.drop_until_large_kept_are(std::max(most_used, used) - used);
-    block.data = static_cast<char*>(std::aligned_alloc(page, capacity));
-    if (!block.data) throw std::runtime_error("no memory for a block of " + std::to_string(capacity) + " bytes");
+    void* data = nullptr;
+    if (posix_memalign(&data, alignment, capacity))
+      throw std::runtime_error("no memory for a block of " + std::to_string(capacity) + " bytes");
+    block.data = static_cast<char*>(data);
     wish_huge_pages(block.data, capacity);
   }
   used_bytes += large_bytes(block);
@@ -111,10 +123,13 @@ void give_back(Block block) {
   std::lock_guard<std::mutex> lock(kept_mutex);
   used_bytes -= large_bytes(block);
   if (large_bytes(block) > most_kept_bytes) return unwanted.add(block);
+  const size_t small_bytes = block.capacity - large_bytes(block);
   unwanted.drop_until_large_kept_are(most_kept_bytes - large_bytes(block));
+  unwanted.drop_until_small_kept_are(SMALL_KEPT - small_bytes);
   if (kept_count == MOST_KEPT) unwanted.add(remove(0));
   kept[kept_count++] = block;
   kept_bytes += large_bytes(block);
+  small_kept_bytes += small_bytes;
 }
 
 }  // namespace rnnfast

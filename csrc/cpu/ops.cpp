@@ -37,7 +37,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scan_cpu(
   const int64_t tape_width = tape_count(s.cell) * s.hidden;
   Tensor output = empty(h_0, {s.rows, s.lanes * s.state}), h_n = empty(h_0, {s.lanes, s.batch, s.state});
   Tensor c_n = c_0 ? empty(h_0, {s.lanes, s.batch, s.hidden}) : empty(h_0, {0});
-  Tensor tape = save_tape ? tape_tensor(h_0, {s.lanes, s.rows, tape_width}) : empty(h_0, {0});
+  Tensor tape = save_tape ? empty(h_0, {s.lanes, s.rows, tape_width}) : empty(h_0, {0});
   if (s.rows) {
     const ForwardArgs args{s,         data(input), data(w_ih), data(w_hh), data(b_ih), data(b_hh), data(w_hr),
                            data(h_0), data(c_0),   out(output), out(h_n),  out(c_n),   out(tape), nullptr};

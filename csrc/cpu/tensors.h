@@ -29,18 +29,9 @@ void check(bool holds, const Parts&... message) {
   throw std::runtime_error(text.str());
 }
 
-inline void wish_huge_pages_if_large(void* data, size_t bytes) {
-  if (bytes >= LARGE_BLOCK) wish_huge_pages(data, bytes);
-}
-inline Tensor empty(const Tensor& like, const Sizes& sizes) {
-  Tensor tensor = torch::stable::new_empty(like, sizes);
-  wish_huge_pages_if_large(tensor.numel() ? tensor.mutable_data_ptr() : nullptr, size_t(tensor.numel()) * tensor.element_size());
-  return tensor;
-}
-
-// As `empty`, but one of KEPT_TAPE bytes and more is a block of memory.h's, which goes back there with the tensor, where torch can have that
-// (2.11 and later). Its content is one call's alone, of no meaning to users: what they see is torch's memory.
-Tensor tape_tensor(const Tensor& like, const Sizes& sizes);
+// A contiguous tensor of undefined content, of the type of `like`. One of WORTH_KEEPING bytes and more is a block of memory.h's,
+// which goes back there with the tensor, where torch can have that (2.11 and later).
+Tensor empty(const Tensor& like, const Sizes& sizes);
 
 inline const void* data(const Tensor& tensor) { return tensor.const_data_ptr(); }
 inline const void* data(const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }

@@ -46,7 +46,7 @@ _SCHEMAS = (
     "weight_samples_cpu(Tensor[] weights, int units) -> Tensor",
     "direct_plan_cpu(Tensor[] packed, Tensor weight_samples) -> Tensor",
     "direct_layer_cpu(Tensor w_ih, Tensor w_hh, Tensor? w_hr, str cell, bool ids) -> Tensor",
-    "direct_tape_cpu(Tensor like, int rows, int width) -> Tensor",
+    "direct_empty_cpu(Tensor like, int[] sizes) -> Tensor",
     "generate_cpu(Tensor[] packed, Tensor? embedding, Tensor head_weight, Tensor? head_bias, Tensor h_0, Tensor? c_0,"
     " int token, int length, Tensor? uniforms, float temperature, int? top_k, float? top_p)"
     " -> (Tensor ids, Tensor h_n, Tensor c_n)",

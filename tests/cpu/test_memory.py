@@ -1,7 +1,9 @@
-"""Blocks kept between calls, large tapes among them: no page faults, no more memory, and each graph its own."""
+"""Blocks kept between calls, also for large tensors: no page faults, no more memory, and each tensor its own."""
 
 from __future__ import annotations
 
+import copy
+import io
 import subprocess
 import sys
 from typing import Any
@@ -17,7 +19,7 @@ STEPS, BATCH, INPUTS, HIDDEN = 64, 64, 8, 80  # a tape of 5 x 80 floats a row is
 
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="counts what Linux counts")
-keeps_tapes = pytest.mark.skipif(
+keeps_tensors = pytest.mark.skipif(
     torch.torch_version.TorchVersion(torch.__version__) < (2, 11), reason="this torch takes no memory of the library's"
 )
 
@@ -46,7 +48,7 @@ def use():
 
 
 @linux
-@keeps_tapes
+@keeps_tensors
 def test_a_repeated_step_makes_few_page_faults() -> None:
     code = """
 rows = 128, 256
@@ -58,14 +60,51 @@ for _ in range(3):
         step(*rows)
     print(use().ru_minflt - before)
 """
-    # The least of three: an output, which is torch's memory, may come from new pages now and then.
+    # The least of three: what else torch and Python allocate may come from new pages now and then.
     faults = min(run_alone(code))
-    tape = 5 * 128 * 4 * 128 * 256 // 4096  # pages; the gradients of the gates take as many, less a fifth
-    assert faults < tape / 4  # in three steps
+    output = 128 * 4 * 128 * 256 // 4096  # pages, of which the tape has five times as many
+    assert faults < output / 4  # in three steps
 
 
 @linux
-@keeps_tapes
+@keeps_tensors
+def test_a_repeated_call_without_gradients_makes_few_page_faults() -> None:
+    code = """
+torch.set_grad_enabled(False)
+ids = torch.randint(8, (128, 256))
+for _ in range(4):
+    layer(ids)
+for _ in range(3):
+    before = use().ru_minflt
+    for _ in range(3):
+        layer(ids)
+    print(use().ru_minflt - before)
+"""
+    faults = min(run_alone(code))
+    assert faults < 128 * 4 * 128 * 256 // 4096 / 4  # a quarter of an output's pages, in three calls
+
+
+@linux
+@keeps_tensors
+def test_outputs_that_come_and_go_are_kept_within_a_bound() -> None:
+    code = """
+torch.set_grad_enabled(False)
+ids = torch.randint(8, (16, 256))
+outputs = [layer(ids)[0] for _ in range(100)]  # 2 MB each
+outputs.clear()
+with open("/proc/self/statm") as statm:
+    before = int(statm.read().split()[1])
+outputs = [layer(ids)[0] for _ in range(100)]
+with open("/proc/self/statm") as statm:
+    held = int(statm.read().split()[1])
+print((held - before) * 4)
+"""
+    (taken_anew,) = run_alone(code)  # KB
+    assert taken_anew > 100 * 2048 - 80_000  # at most 64 MB had stayed
+
+
+@linux
+@keeps_tensors
 def test_sequences_of_many_lengths_take_no_more_memory_than_the_longest() -> None:
     code = """
 for _ in range(2):
@@ -76,7 +115,7 @@ for steps in (100, 31, 127, 9, 77, 50, 113, 64, 90, 20, 128):
 print(use().ru_maxrss - before)
 """
     (grown,) = run_alone(code)
-    assert grown < 80_000  # in KB, less than one more tape; the memory of outputs, which is torch's, grows a little
+    assert grown < 80_000  # in KB, less than one more tape
 
 
 def call(layer: Any, input: Tensor) -> Tensor:
@@ -130,30 +169,65 @@ def test_a_compiled_layer_has_large_tapes(layer: Any) -> None:
         torch.testing.assert_close(gradients(loss, layer), gradients(call(layer, input), layer))
 
 
-def test_a_tape_is_an_ordinary_tensor() -> None:
+def test_a_kept_block_makes_an_ordinary_tensor() -> None:
     native.load()
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         like = torch.zeros(1, dtype=dtype)
-        tape = torch.ops.rnnfast.direct_tape_cpu(like, 3000, 1000)
-        assert tape.shape == (1, 3000, 1000)
-        assert (tape.dtype, tape.device, tape.layout) == (dtype, like.device, torch.strided)
-        assert tape.is_contiguous()
-        assert tape.untyped_storage().nbytes() == tape.numel() * tape.element_size()
-        assert tape.fill_(2).sum(dtype=torch.float64) == 6e6
+        tensor = torch.ops.rnnfast.direct_empty_cpu(like, [3, 1000, 1000])
+        assert tensor.shape == (3, 1000, 1000)
+        assert (tensor.dtype, tensor.device, tensor.layout) == (dtype, like.device, torch.strided)
+        assert tensor.is_contiguous()
+        assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+        assert tensor.fill_(2).sum(dtype=torch.float64) == 6e6
+
+
+def test_what_users_do_with_a_large_output(layer: Any) -> None:
+    with torch.no_grad():
+        output, _ = layer(torch.randn(STEPS, BATCH, INPUTS))
+        assert output.nbytes > 128 << 10
+        expected = output.clone()
+        saved = io.BytesIO()
+        torch.save(output, saved)
+        saved.seek(0)
+        copied = [copy.deepcopy(output), torch.load(saved), torch.from_numpy(output.numpy()), torch.from_dlpack(output)]
+        assert_same(copied, [expected] * 4)
+        assert_same([output.share_memory_()], [expected])
+        assert output.is_shared()
+        output, _ = layer(torch.randn(STEPS, BATCH, INPUTS))  # takes a block that the first had, if any
+        assert_same([output.mul_(0).resize_(3, 4)], [torch.zeros(3, 4)])
+
+
+@keeps_tensors
+def test_what_a_large_output_cannot_do_is_torch_s_error(layer: Any) -> None:
+    with torch.no_grad():
+        output, _ = layer(torch.randn(STEPS, BATCH, INPUTS))
+        with pytest.raises(RuntimeError, match="not resizable"):
+            output.resize_(10 * output.numel())
+        assert output.clone().resize_(10 * output.numel()).numel() == 10 * output.numel()
+
+
+def test_outputs_that_live_share_no_memory(layer: Any) -> None:
+    with torch.no_grad():
+        inputs = [torch.randn(STEPS, BATCH, INPUTS) for _ in range(4)]
+        alone = [layer(input)[0].clone() for input in inputs]
+        together = [layer(input)[0] for input in inputs]
+        del together[1]
+        together.insert(1, layer(inputs[1])[0])
+    assert_same(together, alone)
 
 
 @linux
-def test_tapes_in_a_forked_child_and_at_exit() -> None:
+def test_kept_tensors_in_a_forked_child_and_at_exit() -> None:
     code = """
 from rnnfast.backends import native
 native.load()
 like = torch.zeros(1)
-tapes = [torch.ops.rnnfast.direct_tape_cpu(like, 3000, 1000).fill_(i) for i in range(3)]
+tapes = [torch.ops.rnnfast.direct_empty_cpu(like, [1, 3000, 1000]).fill_(i) for i in range(3)]
 del tapes[1]  # kept when the process forks
 for _ in range(2):
     pid = os.fork()
     if pid == 0:
-        new = torch.ops.rnnfast.direct_tape_cpu(like, 3000, 1000)
+        new = torch.ops.rnnfast.direct_empty_cpu(like, [1, 3000, 1000])
         new.numpy()[:] = 7  # torch's own parallel operations hang here
         same = (tapes[0].numpy() == 0).all() and (tapes[1].numpy() == 2).all() and (new.numpy() == 7).all()
         tapes.clear()

@@ -1,4 +1,4 @@
-// Tapes: tensors of blocks from memory.h.
+// Tensors of blocks from memory.h.
 #include "direct.h"
 #include "memory.h"
 #include "tensors.h"
@@ -12,28 +12,32 @@ extern "C" __attribute__((weak, visibility("default"))) AOTITorchError torch_fro
 
 namespace rnnfast {
 
-Tensor tape_tensor(const Tensor& like, const Sizes& sizes) {
+Tensor empty(const Tensor& like, const Sizes& sizes) {
   Sizes strides(sizes.size());
   int64_t stride = 1;
   for (size_t i = sizes.size(); i-- > 0; stride *= sizes[i]) strides[i] = stride;
   const size_t bytes = size_t(stride) * like.element_size();
-  if (bytes < KEPT_TAPE || !torch_from_blob) return empty(like, sizes);
+  if (bytes < WORTH_KEEPING || !torch_from_blob) {
+    Tensor tensor = torch::stable::new_empty(like, sizes);
+    if (bytes >= LARGE_BLOCK) wish_huge_pages(tensor.mutable_data_ptr(), bytes);
+    return tensor;
+  }
   constexpr int32_t NO_INDEX = -1;
   int32_t dtype;
-  check(aoti_torch_get_dtype(like.get(), &dtype) == AOTI_TORCH_SUCCESS, "a tape is to be like a tensor without a type");
+  check(aoti_torch_get_dtype(like.get(), &dtype) == AOTI_TORCH_SUCCESS, "a tensor is to be like one without a type");
   const Block block = take_block(bytes, false);
   const auto give = [](void* data, void* capacity) {
     give_back({static_cast<char*>(data), reinterpret_cast<size_t>(capacity)});
   };
-  AtenTensorHandle tape;
+  AtenTensorHandle tensor;
   const auto status = torch_from_blob(block.data, int64_t(sizes.size()), sizes.data(), strides.data(), 0, dtype,
-                                      aoti_torch_device_type_cpu(), NO_INDEX, &tape, aoti_torch_layout_strided(), nullptr, 0,
-                                      give, reinterpret_cast<void*>(block.capacity));
+                                      aoti_torch_device_type_cpu(), NO_INDEX, &tensor, aoti_torch_layout_strided(), nullptr,
+                                      0, give, reinterpret_cast<void*>(block.capacity));
   if (status != AOTI_TORCH_SUCCESS) give_back(block);
-  check(status == AOTI_TORCH_SUCCESS, "torch does not take ", bytes, " bytes for a tape");
-  return Tensor(tape);
+  check(status == AOTI_TORCH_SUCCESS, "torch does not take ", bytes, " bytes for a tensor");
+  return Tensor(tensor);
 }
 
-Tensor direct_tape_cpu(Tensor like, int64_t rows, int64_t width) { return tape_tensor(like, {1, rows, width}); }
+Tensor direct_empty_cpu(Tensor like, std::vector<int64_t> sizes) { return empty(like, sizes); }
 
 }  // namespace rnnfast
