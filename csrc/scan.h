@@ -25,6 +25,8 @@ struct ScanShape {
   int64_t size_at(int64_t t) const { return batch_sizes ? batch_sizes[t] : batch; }
   int64_t offset_at(int64_t t) const { return offsets ? offsets[t] : t * batch; }
   bool reversed(int64_t lane) const { return bidirectional && (lane & 1); }
+  // Where in time a lane is at a step of its own.
+  int64_t time(int64_t lane, int64_t step) const { return reversed(lane) ? steps - 1 - step : step; }
 };
 
 struct ForwardArgs {

@@ -36,3 +36,8 @@ CELLS = {
         Cell("gru", 3, ("reset_gate", "update_gate", "candidate", "recurrent_candidate")),
     )
 }
+
+
+def cell_of(layer: str) -> Cell:
+    """The cell of a layer as configurations name it: "rnn" (tanh), "rnn_relu", "lstm" or "gru"."""
+    return CELLS["rnn_tanh" if layer == "rnn" else layer]

@@ -16,9 +16,9 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 import rnnfast
 from rnnfast.bench import command as bench
+from rnnfast.files import UserError, note
 from rnnfast.lm import checkpoint
 from rnnfast.lm.config import TrainConfig, flag, pick_device
-from rnnfast.lm.files import UserError, note
 from rnnfast.lm.generate import encode_prefix, generate, render
 from rnnfast.lm.train import train
 

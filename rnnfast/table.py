@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -22,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from rnnfast import building
+from rnnfast.files import atomic_write
 
 FORMAT = 1
 SHIPPED = Path(__file__).parent / "tables"
@@ -132,14 +131,14 @@ class Table:
         return sum(min(times, key=lambda name: times[name]) == backend for times in calls), len(calls)
 
     def write(self, path: Path) -> None:
-        """Writes the table, whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+        """Writes the table, whole or not at all.
+
+        Raises:
+            UserError: the folder cannot be written, or the disk is full.
+        """
         head = {"format": FORMAT, **self.identity._asdict(), "time": self.time}
         points = ",\n".join(json.dumps(asdict(point)) for point in self.points)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            file.write(f'{json.dumps(head)[:-1]}, "points": [\n{points}\n]}}\n')
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, path)
+        atomic_write(path, f'{json.dumps(head)[:-1]}, "points": [\n{points}\n]}}\n'.encode())
 
 
 class Found(NamedTuple):

@@ -67,6 +67,7 @@ def tune(
         ValueError: an unknown backend.
         RuntimeError: there is no GPU, no backend can run on it, or a kernel has broken the device; what was measured
             before is kept.
+        UserError: the user's cache cannot be written.
     """
     start = time.perf_counter()
     place = _cuda_device(device)

@@ -136,11 +136,6 @@ class Backward {
     int64_t lane, row, b, t;
   };
 
-  static int64_t first_panel(const Panels& panels, const Local& local) { return panels.count() * local.member / local.members; }
-  static int64_t end_panel(const Panels& panels, const Local& local) {
-    return panels.count() * (local.member + 1) / local.members;
-  }
-  int64_t time(int64_t lane, int64_t step) const { return s.reversed(lane) ? s.steps - 1 - step : step; }
   T* carry_row(T* carry, int64_t lane, int64_t b) const { return carry + (lane * s.batch + b) * d.hidden_stride; }
 
   void init_carries(const Item& item) const {
@@ -169,7 +164,7 @@ class Backward {
     RowsAhead ahead;
     walk.begin(step);
     for (Piece piece; walk.take(piece);) {
-      const int64_t t = time(piece.lane, step), rows = alive(s, item, t);
+      const int64_t t = s.time(piece.lane, step), rows = alive(s, item, t);
       // Rows [0, followed) have a step after this one; the others end here, and get the gradient of the final state.
       const int64_t after = s.reversed(piece.lane) ? t - 1 : t + 1;
       const int64_t followed = after < 0 || after >= s.steps ? 0 : min64(rows, alive(s, item, after));
@@ -225,7 +220,7 @@ class Backward {
   RowsAhead of_next_step(const Item& item, const Walk<O>& walk, int64_t lane, int64_t step) const {
     RowsAhead ahead(walk.count());
     if (step == 0) return ahead;
-    const int64_t t = time(lane, step - 1), rows = alive(s, item, t);
+    const int64_t t = s.time(lane, step - 1), rows = alive(s, item, t);
     if (fetches(rows)) fetch_rows(ahead, lane, t, item.first, rows, 0, s.hidden);
     return ahead;
   }
@@ -233,7 +228,7 @@ class Backward {
     RowsAhead ahead;
     const auto next = walk.next(piece);
     if (!next) return ahead;
-    const int64_t t = time(next->lane, step), rows = alive(s, item, t), first = next->first(rows, walk.groups());
+    const int64_t t = s.time(next->lane, step), rows = alive(s, item, t), first = next->first(rows, walk.groups());
     const int64_t of_panel = states.vectors * V, unit = next->panel * of_panel;
     if (fetches(rows))
       fetch_rows(ahead, next->lane, t, item.first + first, next->end(rows, walk.groups()) - first, unit,
@@ -321,12 +316,13 @@ class Backward {
 
   void through_projection(const Item& item, const Local& local, int64_t lane, int64_t step) const {
     alignas(64) static constexpr T zeros[MAX_VECTORS * V] = {};
-    const int64_t t = time(lane, step), rows = alive(s, item, t), first_row = s.offset_at(t) + item.first;
+    const int64_t t = s.time(lane, step), rows = alive(s, item, t), first_row = s.offset_at(t) + item.first;
     for (int64_t r = 0; r < rows; ++r) {
       local.a[r] = d.state + (lane * s.rows + first_row + r) * d.state_stride;
       local.start[r] = zeros;
     }
-    for (int64_t p = first_panel(units_, local); p < end_panel(units_, local); ++p) {
+    const Slice slice = slice_of(units_.count(), local.member, local.members);
+    for (int64_t p = slice.first; p < slice.end; ++p) {
       const O* w = w_hr + lane * packed_size<O>(units_, s.state) + panel_offset<O>(units_, p, s.state);
       const int width = units_.width(p);
       for_tiles(rows, width, [&](int64_t row, int count, int64_t, int64_t) {

@@ -121,7 +121,8 @@ RNNFAST_INLINE int64_t item_rows(const ScanShape& s, const Split& split) {
 // Rows [first, end) of n that are a member's, where the members of a team share them.
 template <class Local, class F>
 void own_rows(const Local& local, int64_t n, F f) {
-  for (int64_t r = n * local.member / local.members; r < n * (local.member + 1) / local.members; ++r) f(r);
+  const Slice slice = slice_of(n, local.member, local.members);
+  for (int64_t r = slice.first; r < slice.end; ++r) f(r);
 }
 
 // ---- forward -------------------------------------------------------------------------------------------------------
@@ -225,7 +226,7 @@ class ExtendedForward {
       if (step % chunk_steps() == 0 && !has_table) multiply_inputs(item, local, input_walk, step);
       multiply_rows(walk, panels, s.state, step, local.a,
                     [&](int64_t lane) {
-                      const int64_t rows = alive(s, item, time(lane, step));
+                      const int64_t rows = alive(s, item, s.time(lane, step));
                       for (int64_t r = 0; r < rows; ++r)
                         local.a[r] = operand + (lane * s.batch + item.first + r) * state_stride;
                       return rows;
@@ -254,11 +255,10 @@ class ExtendedForward {
   T* products_h(const Item& item, const Local& local, int64_t lane) const {
     return products_x(item, local, lane) + (has_table ? 0 : chunk_rows()) * stride;
   }
-  int64_t time(int64_t lane, int64_t step) const { return s.reversed(lane) ? s.steps - 1 - step : step; }
   // Rows of the chunk that come before those of this step.
   int64_t chunk_row(const Item& item, int64_t lane, int64_t step) const {
     int64_t row = 0;
-    for (int64_t i = step - step % chunk_steps(); i < step; ++i) row += alive(s, item, time(lane, i));
+    for (int64_t i = step - step % chunk_steps(); i < step; ++i) row += alive(s, item, s.time(lane, i));
     return row;
   }
 
@@ -334,8 +334,8 @@ class ExtendedForward {
   }
   void gather_inputs(const Item& item, const Local& local, int64_t lane, int64_t step) const {
     T* out = products_x(item, local, lane);
-    const int64_t first = panels.count() * local.member / local.members * panels.vectors * V;
-    const int64_t end = panels.count() * (local.member + 1) / local.members * panels.vectors * V;
+    const Slice slice = slice_of(panels.count(), local.member, local.members);
+    const int64_t first = slice.first * panels.vectors * V, end = slice.end * panels.vectors * V;
     for_chunk(item, lane, step, [&](int64_t row) {
       gather(out, lane, *at<int64_t>(x.input, row), first, end);
       out += stride;
@@ -345,13 +345,13 @@ class ExtendedForward {
   template <class F>
   void for_chunk(const Item& item, int64_t lane, int64_t step, F f) const {
     for (int64_t i = step; i < min64(step + chunk_steps(), s.steps); ++i) {
-      const int64_t t = time(lane, i), n = alive(s, item, t), first = s.offset_at(t) + item.first;
+      const int64_t t = s.time(lane, i), n = alive(s, item, t), first = s.offset_at(t) + item.first;
       for (int64_t row = first; row < first + n; ++row) f(row);
     }
   }
 
   void finish_rows(const Item& item, const Local& local, int64_t lane, int64_t step) const {
-    const int64_t t = time(lane, step), first_row = s.offset_at(t) + item.first;
+    const int64_t t = s.time(lane, step), first_row = s.offset_at(t) + item.first;
     const T *of_input = products_x(item, local, lane), *of_state = products_h(item, local, lane);
     if (!has_table) of_input += chunk_row(item, lane, step) * stride;
     own_rows(local, alive(s, item, t), [&](int64_t r) {
@@ -450,7 +450,7 @@ class ExtendedForward {
   void project(const Item& item, const Local& local, Walk<O>& walk, int64_t step, Barrier& barrier) const {
     multiply_rows(walk, projection, s.hidden, step, local.a,
                   [&](int64_t lane) {
-                    const int64_t rows = alive(s, item, time(lane, step));
+                    const int64_t rows = alive(s, item, s.time(lane, step));
                     for (int64_t r = 0; r < rows; ++r)
                       local.a[r] = unprojected + (lane * s.batch + item.first + r) * hidden_stride;
                     return rows;
@@ -458,7 +458,7 @@ class ExtendedForward {
                   [&](int64_t lane) { return products_h(item, local, lane); }, stride);
     barrier.wait(local.members);
     for (int64_t lane = item.lane; lane < item.lane_end; ++lane) {
-      const int64_t t = time(lane, step), row = s.offset_at(t) + item.first;
+      const int64_t t = s.time(lane, step), row = s.offset_at(t) + item.first;
       own_rows(local, alive(s, item, t), [&](int64_t r) {
         const T* product = products_h(item, local, lane) + r * stride;
         for (int64_t j = 0; j < s.state; j += V)

@@ -115,7 +115,7 @@ class ExtendedBackward {
       team.share(item, s.steps - 1 - step);
       // Of the rows of a step, those come first that have a step after it.
       multiply(item, local, walk, step, [&](int64_t lane) { return followed(item, lane, step); },
-               [&](int64_t lane, int64_t) { return time(lane, step + 1); });
+               [&](int64_t lane, int64_t) { return s.time(lane, step + 1); });
       team.end_step(local.members);
       if (s.has_projection) through_projection(item, local, projection_walk, step, team.barrier);
       each_row(item, local, step, [&](const Place& place, const T* from_after, const T* from_projection) {
@@ -182,11 +182,10 @@ class ExtendedBackward {
     }
   }
 
-  int64_t time(int64_t lane, int64_t step) const { return s.reversed(lane) ? s.steps - 1 - step : step; }
   // How many rows of a step have a step after it.
   int64_t followed(const Item& item, int64_t lane, int64_t step) const {
     if (step + 1 == s.steps) return 0;
-    return min64(alive(s, item, time(lane, step)), alive(s, item, time(lane, step + 1)));
+    return min64(alive(s, item, s.time(lane, step)), alive(s, item, s.time(lane, step + 1)));
   }
   const T* product(const Item& item, const Local& local, int64_t lane, int64_t r) const {
     return local.products + ((lane - item.lane) * s.batch * split.together() + r) * product_stride;
@@ -208,7 +207,7 @@ class ExtendedBackward {
   template <class F>
   void each_row(const Item& item, const Local& local, int64_t step, F f) const {
     for (int64_t lane = item.lane; lane < item.lane_end; ++lane) {
-      const int64_t t = time(lane, step), row = s.offset_at(t) + item.first, n = followed(item, lane, step);
+      const int64_t t = s.time(lane, step), row = s.offset_at(t) + item.first, n = followed(item, lane, step);
       own_rows(local, alive(s, item, t), [&](int64_t r) {
         const T* p = product(item, local, lane, r);
         f({lane, row + r, item.first + r, t}, r < n ? p : nullptr, p);
@@ -225,7 +224,7 @@ class ExtendedBackward {
     barrier.wait(local.members);
     multiply_rows(walk, units_, s.state, step, local.a,
                   [&](int64_t lane) {
-                    const int64_t t = time(lane, step), rows = alive(s, item, t);
+                    const int64_t t = s.time(lane, step), rows = alive(s, item, t);
                     const int64_t row = lane * s.rows + s.offset_at(t) + item.first;
                     for (int64_t r = 0; r < rows; ++r) local.a[r] = gates.state + (row + r) * state_stride;
                     return rows;

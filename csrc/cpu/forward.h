@@ -103,17 +103,12 @@ class Forward {
   int64_t item_rows() const { return split.items_per_lane ? ceil_div(s.batch, split.items_per_lane) : s.batch; }
   int64_t chunk_steps() const { return max64(1, CHUNK_ROWS / max64(1, item_rows())); }
   int64_t chunk_rows() const { return chunk_steps() * item_rows(); }
-  int64_t time(int64_t lane, int64_t step) const { return s.reversed(lane) ? s.steps - 1 - step : step; }
-  static int64_t first_panel(const Panels& panels, const Local& local) { return panels.count() * local.member / local.members; }
-  static int64_t end_panel(const Panels& panels, const Local& local) {
-    return panels.count() * (local.member + 1) / local.members;
-  }
   // Rows of the chunk that come before those of this step.
   int64_t chunk_row(const Item& item, int64_t lane, int64_t step) const {
     const int64_t first = step - step % chunk_steps();
     if (!s.batch_sizes) return (step - first) * (item.end - item.first);
     int64_t row = 0;
-    for (int64_t i = first; i < step; ++i) row += alive(s, item, time(lane, i));
+    for (int64_t i = first; i < step; ++i) row += alive(s, item, s.time(lane, i));
     return row;
   }
   T* gates_x(const Item& item, const Local& local, int64_t lane, int64_t step) const {
@@ -165,7 +160,7 @@ class Forward {
     const T* bias = packed.bias + lane * columns;
     int64_t rows = 0;
     for (int64_t i = step; i < end; ++i) {
-      const int64_t t = time(lane, i), n = alive(s, item, t), row = s.offset_at(t) + item.first;
+      const int64_t t = s.time(lane, i), n = alive(s, item, t), row = s.offset_at(t) + item.first;
       for (int64_t r = 0; r < n; ++r, ++rows) {
         if (s.ids) {
           gather(out + rows * columns, lane, *at<int64_t>(x.input, row + r), local);
@@ -184,7 +179,8 @@ class Forward {
     }
     if (s.ids) return;
     const Panels& panels = packed.gates;
-    for (int64_t p = first_panel(panels, local); p < end_panel(panels, local); ++p) {
+    const Slice slice = slice_of(panels.count(), local.member, local.members);
+    for (int64_t p = slice.first; p < slice.end; ++p) {
       const O* w = packed.w_ih + lane * packed.ih_size() + panel_offset<O>(panels, p, s.input);
       const int64_t column = p * panels.vectors * V;
       const int width = panels.width(p);
@@ -198,7 +194,8 @@ class Forward {
   void gather(T* out, int64_t lane, int64_t id, const Local& local) const {
     const Panels& panels = packed.gates;
     const int64_t gate_rows = s.gates() * s.hidden;
-    for (int64_t p = first_panel(panels, local); p < end_panel(panels, local); ++p)
+    const Slice slice = slice_of(panels.count(), local.member, local.members);
+    for (int64_t p = slice.first; p < slice.end; ++p)
       for (int c = 0; c < panels.width(p); ++c) {
         const int64_t column = (p * panels.vectors + c) * V;
         for (int e = 0; e < V; ++e) {
@@ -225,7 +222,7 @@ class Forward {
   }
 
   void find_rows(const Item& item, const Local& local, int64_t lane, int64_t step) const {
-    const int64_t t = time(lane, step), rows = alive(s, item, t), first_row = s.offset_at(t) + item.first;
+    const int64_t t = s.time(lane, step), rows = alive(s, item, t), first_row = s.offset_at(t) + item.first;
     const int64_t x_row = table ? 0 : chunk_row(item, lane, step);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t b = item.first + r;
@@ -242,7 +239,7 @@ class Forward {
 
   void run_piece(const Item& item, const Local& local, const Walk<O>& walk, const Piece& piece, int64_t step,
                  const RowsAhead& ahead) const {
-    const int64_t lane = piece.lane, t = time(lane, step), rows = alive(s, item, t), first_row = s.offset_at(t) + item.first;
+    const int64_t lane = piece.lane, t = s.time(lane, step), rows = alive(s, item, t), first_row = s.offset_at(t) + item.first;
     const Panels& panels = packed.gates;
     const int64_t p = piece.panel, first = piece.first(rows, walk.groups()), end = piece.end(rows, walk.groups());
     const T* last = s.cell == Cell::gru ? packed.bias_n + lane * round_up(s.hidden, V) + p * V : nullptr;
@@ -273,7 +270,7 @@ class Forward {
   RowsAhead of_next_step(const Item& item, const Walk<O>& walk, int64_t lane, int64_t step) const {
     RowsAhead ahead(walk.count());
     if (step + 1 == s.steps) return ahead;
-    const int64_t t = time(lane, step + 1), rows = alive(s, item, t), first = s.offset_at(t) + item.first;
+    const int64_t t = s.time(lane, step + 1), rows = alive(s, item, t), first = s.offset_at(t) + item.first;
     if (fetches(rows)) fetch_rows(ahead, lane, first, rows, 0, s.hidden);
     return ahead;
   }
@@ -281,7 +278,7 @@ class Forward {
     RowsAhead ahead;
     const auto next = walk.next(piece);
     if (!next) return ahead;
-    const int64_t t = time(next->lane, step), rows = alive(s, item, t), first = next->first(rows, walk.groups());
+    const int64_t t = s.time(next->lane, step), rows = alive(s, item, t), first = next->first(rows, walk.groups());
     const int64_t unit = next->panel * packed.gates.units_per_panel;
     if (fetches(rows))
       fetch_rows(ahead, next->lane, s.offset_at(t) + item.first + first, next->end(rows, walk.groups()) - first, unit,
@@ -355,14 +352,15 @@ class Forward {
   }
 
   void project(const Item& item, const Local& local, int64_t lane, int64_t step) const {
-    const int64_t t = time(lane, step), rows = alive(s, item, t), first_row = s.offset_at(t) + item.first;
+    const int64_t t = s.time(lane, step), rows = alive(s, item, t), first_row = s.offset_at(t) + item.first;
     alignas(64) static constexpr T zeros[MAX_VECTORS * V] = {};
     for (int64_t r = 0; r < rows; ++r) {
       local.a[r] = unprojected + (lane * s.batch + item.first + r) * hidden_stride;
       local.start[r] = zeros;
     }
     const Panels& panels = packed.projection;
-    for (int64_t p = first_panel(panels, local); p < end_panel(panels, local); ++p) {
+    const Slice slice = slice_of(panels.count(), local.member, local.members);
+    for (int64_t p = slice.first; p < slice.end; ++p) {
       const O* w = packed.w_hr + lane * packed.hr_size() + panel_offset<O>(panels, p, s.hidden);
       const int width = panels.width(p);
       for_tiles(rows, width, [&](int64_t row, int count, int64_t, int64_t) {

@@ -232,8 +232,8 @@ struct Piece {
   int64_t before;  // of this member in this step
   int64_t next;    // the number of the piece to follow, as far as is known, or -1
   // Its rows, of n.
-  int64_t first(int64_t n, int64_t groups) const { return n * group / groups; }
-  int64_t end(int64_t n, int64_t groups) const { return n * (group + 1) / groups; }
+  int64_t first(int64_t n, int64_t groups) const { return slice_of(n, group, groups).first; }
+  int64_t end(int64_t n, int64_t groups) const { return slice_of(n, group, groups).end; }
 };
 
 // How a member of a team walks through the weights of a scan: its pieces of a step from the first to the last, and of the next
@@ -249,8 +249,8 @@ class Walk {
         k_(depth),
         lane_(item.lane),
         lanes_(item.lane_end - item.lane),
-        first_(of.count() * member / members),
-        count_(of.count() * (member + 1) / members - first_),
+        first_(slice_of(of.count(), member, members).first),
+        count_(slice_of(of.count(), member, members).end - first_),
         groups_(groups),
         block_(max64(1, min64(block, units<O>(depth)))),
         near_(near_bytes() / (max64(1, of.vectors) * block_ * VECTOR_BYTES)),

@@ -232,6 +232,14 @@ RNNFAST_INLINE void for_tiles(int64_t n, int vectors, F f) {
 
 // Columns are dealt in panels of `vectors` vectors, the last panel perhaps narrower. A panel holds, for each k unit,
 // its vectors side by side, so that the product reads w from end to end.
+// [first, end) of n that belongs to one of so many members.
+struct Slice {
+  int64_t first, end;
+};
+RNNFAST_INLINE Slice slice_of(int64_t n, int64_t member, int64_t members) {
+  return {n * member / members, n * (member + 1) / members};
+}
+
 struct Panels {
   int64_t vectors, total_vectors;
   int64_t count() const { return ceil_div(total_vectors, vectors); }

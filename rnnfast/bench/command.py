@@ -23,8 +23,8 @@ from rnnfast.bench.measure import copy_bandwidth, cpu_model, fma_peak
 from rnnfast.bench.presets import FLAGS, PRESETS, Grid, cases
 from rnnfast.bench.report import Report
 from rnnfast.bench.stream import threads
+from rnnfast.files import UserError, atomic_write, note, reason
 from rnnfast.lm.config import check_backend
-from rnnfast.lm.files import UserError, atomic_write, note, reason
 
 DESCRIPTION = "Time rnnfast beside torch.nn and other libraries on this machine, after a comparison of their results."
 FORMAT = 1

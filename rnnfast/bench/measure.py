@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from rnnfast.backends import native
-from rnnfast.lm.files import UserError, note
+from rnnfast.cells import cell_of
+from rnnfast.files import UserError, note
 
 Turn = Callable[[int], float]
 """Does its work so many times, and returns the seconds that took."""
@@ -186,8 +187,7 @@ def _least_seconds(work: Work, operators: Any) -> float:
         return found * 1e9
 
     def gates(units: float, backward: bool) -> float:
-        name = "rnn_tanh" if work.cell == "rnn" else work.cell
-        return units / float(operators.gate_limit_cpu(name, backward, GATE_ROUNDS)) if units else 0.0
+        return units / float(operators.gate_limit_cpu(cell_of(work.cell).name, backward, GATE_ROUNDS)) if units else 0.0
 
     seconds = work.recurrent_flops / product(min(work.batch, FULL_BATCH))
     if work.parallel_flops:

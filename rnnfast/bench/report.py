@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rnnfast.bench.measure import NO_LIMITS, Limits, Sample
-from rnnfast.lm.files import atomic_write, note
+from rnnfast.files import atomic_write, note
 
 OURS, TORCH = "rnnfast", "torch.nn"
 BEST = "the best peer"

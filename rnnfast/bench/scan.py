@@ -11,8 +11,8 @@ from torch import Tensor
 from rnnfast import dispatch
 from rnnfast.bench.measure import TOLERANCE, Work, alternate_with_limits, check_same, timed
 from rnnfast.bench.report import OURS, Row
-from rnnfast.cells import CELLS
-from rnnfast.lm.files import UserError
+from rnnfast.cells import Cell, cell_of
+from rnnfast.files import UserError
 
 VOCABULARY = 28
 FORWARD_RESULTS = ("output", "h_n", "c_n", "tape")
@@ -40,18 +40,18 @@ class ScanCase:
         """The recurrent product, 2 B H G H a step; backward its transpose, as many."""
         units = float(self.steps * self.batch * self.hidden_size)
         gate_math = (units, 0.0) if self.direction == "forward" else (0.0, units)
-        flops = 2 * units * CELLS[self._cell].gates * self.hidden_size
+        flops = 2 * units * self._cell.gates * self.hidden_size
         return Work(self.cell, self.batch, self.hidden_size, flops, 0.0, *gate_math)
 
     @property
-    def _cell(self) -> str:
-        return "rnn_tanh" if self.cell == "rnn" else self.cell
+    def _cell(self) -> Cell:
+        return cell_of(self.cell)
 
     def arguments(self) -> list[Any]:
         """Those of the forward operator but for `save_tape`: one lane, token ids."""
         generator = torch.Generator().manual_seed(0)
         dtype = getattr(torch, self.dtype)
-        gate_rows, bound = CELLS[self._cell].gates * self.hidden_size, self.hidden_size**-0.5
+        gate_rows, bound = self._cell.gates * self.hidden_size, self.hidden_size**-0.5
 
         def uniform(*shape: int) -> Tensor:
             return torch.empty(shape).uniform_(-bound, bound, generator=generator).to(dtype)
@@ -61,7 +61,7 @@ class ScanCase:
         states = (uniform(1, self.batch, self.hidden_size) for _ in range(2))
         h_0, c_0 = states
         ids = torch.randint(VOCABULARY, (self.steps * self.batch,), generator=generator)
-        return [ids, *weights, *biases, None, h_0, c_0 if self.cell == "lstm" else None, None, self._cell, False]
+        return [ids, *weights, *biases, None, h_0, c_0 if self.cell == "lstm" else None, None, self._cell.name, False]
 
 
 def measure_scan(case: ScanCase, seconds: float, backend: str = "auto") -> Row:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rnnfast import building
-from rnnfast.lm.files import UserError, atomic_write, note, reason
+from rnnfast.files import UserError, atomic_write, note, reason
 from rnnfast.lm.vocab import Vocab
 
 TIME_MACHINE_URL = "http://d2l-data.s3-accelerate.amazonaws.com/timemachine.txt"

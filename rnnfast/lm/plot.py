@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from rnnfast.lm.files import atomic_write, note
+from rnnfast.files import atomic_write, note
 
 
 def plot(records: list[dict[str, Any]], path: Path, title: str = "") -> None:

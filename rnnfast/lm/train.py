@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from rnnfast.files import UserError, atomic_write, note, reason
 from rnnfast.lm import checkpoint as checkpoints
 from rnnfast.lm.checkpoint import Checkpoint
 from rnnfast.lm.config import TrainConfig, build_model, check_backend, flag, pick_device
 from rnnfast.lm.data import Batches, Corpus, check_length, load_corpus, sequential_batches
-from rnnfast.lm.files import UserError, atomic_write, note, reason
 from rnnfast.lm.generate import encode_prefix, generate, render
 from rnnfast.lm.loss import cross_entropy
 from rnnfast.lm.model import RNNLM, RNNLMScratch, State, detach
