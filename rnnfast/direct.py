@@ -393,7 +393,7 @@ def _empty(like: Tensor, *sizes: int) -> Tensor:
 
 
 def _empty_like(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor) if tensor.nbytes < _KEPT else _empty(tensor, *tensor.shape)
+    return torch.empty_like(tensor) if tensor.numel() * tensor.itemsize < _KEPT else _empty(tensor, *tensor.shape)
 
 
 _NO_WEIGHT = (False,) * 5

@@ -246,9 +246,10 @@ def test_per_sample_gradients_in_a_graph(backend: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's compiler looks at it
+@pytest.mark.parametrize("hidden_size", [8, 200], ids=["small", "kept"])  # of the latter the library has the memory
 @pytest.mark.parametrize("name", ["RNN", "LSTM"])
-def test_compiled_autograd_of_an_eager_layer(name: str) -> None:
-    layer = getattr(rnnfast, name)(4, 8)
+def test_compiled_autograd_of_an_eager_layer(name: str, hidden_size: int) -> None:
+    layer = getattr(rnnfast, name)(4, hidden_size)
 
     def gradients(x: Tensor) -> list[Tensor]:
         layer.zero_grad()

@@ -90,6 +90,7 @@ def load() -> None:
             _library = torch.library.Library("rnnfast", "FRAGMENT")
             for schema in _SCHEMAS:
                 _library.define(schema)
+            torch.library.register_fake("rnnfast::direct_empty_cpu", _empty, lib=_library)
             functions = ctypes.CDLL(str(path))
             infer, forward, backward = (
                 getattr(functions, f"rnnfast_{name}_cpu") for name in ("infer", "forward", "backward")
@@ -104,6 +105,11 @@ def load() -> None:
             print(f"rnnfast: {_failure}", file=sys.stderr, flush=True)
             raise RuntimeError(_failure) from error
         _loaded = True
+
+
+def _empty(like: Any, sizes: list[int]) -> Any:
+    """`direct_empty_cpu` without memory, for torch's compiler, which compiled autograd shows this function."""
+    return like.new_empty(sizes)
 
 
 def why_not() -> str | None:
