@@ -17,6 +17,12 @@ def autocast_dtype(device: str) -> torch.dtype | None:
     return None
 
 
+def dtype_of_products(weight: Tensor) -> torch.dtype:
+    """The type of a layer's products: that of its weights, or autocast's, which leaves float64 alone."""
+    autocast = autocast_dtype(weight.device.type)
+    return weight.dtype if autocast is None or weight.dtype == torch.float64 else autocast
+
+
 def without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
     """The implementation of an operator, so that it computes in the dtypes of its arguments.
 

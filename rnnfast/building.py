@@ -5,7 +5,6 @@ setup.py imports this file without the package, so it imports no torch.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -39,6 +38,8 @@ def compiler() -> str | None:
 @contextmanager
 def one_process(folder: Path) -> Iterator[None]:
     """Makes the folder, and lets no other process in here with it meanwhile."""
+    import fcntl  # not on Windows, where nothing is compiled
+
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file closes, however the process ends

@@ -57,7 +57,7 @@ class _DropInCell(nn.RNNCellBase):
         weight = self.weight_hh
         kind = dispatch.cell_of(self)
         request = (kind, weight.device.type, weight.dtype, token_ids, False, scan.is_transformed())
-        backend = dispatch.choose_name(self.backend, None, *request)
+        backend = dispatch.choose_name(dispatch.asked(self.backend), None, *request)
         if backend == "torch" and not token_ids:
             return _OF_TORCH.get(kind, nn.RNNCell).forward(self, input, hx)  # type: ignore[arg-type]
 

@@ -96,7 +96,7 @@ def _train_parser() -> ArgumentParser:
     for setting in fields(TrainConfig):
         help = setting.metadata["help"]
         if hints[setting.name] is bool:
-            parser.add_argument(flag(setting.name), action="store_true", help=help)
+            parser.add_argument(flag(setting.name), action=argparse.BooleanOptionalAction, default=False, help=help)
         else:
             parser.add_argument(flag(setting.name), type=hints[setting.name], default=setting.default, help=help)
     parser.add_argument("--out", type=str | None, metavar="DIR", help="the run's folder (default: a new one in runs/)")

@@ -24,6 +24,7 @@ from rnnfast.swap import is_ours
 
 __all__ = [
     "Accumulator",
+    "Animator",
     "RNNModel",
     "RNNModelScratch",
     "SeqDataLoader",

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, is_autocast_enabled, is_grad_enabled
 from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
-from torch._C._autograd import _top_saved_tensors_default_hooks
+from torch._C._autograd import _profiler_enabled, _top_saved_tensors_default_hooks
 from torch._C._functorch import maybe_current_level
 from torch.autograd import forward_ad
 
@@ -195,6 +195,8 @@ def prepare(layer: Any, input: Tensor) -> None:
         return
     names = tuple(layer._flat_weights_names)
     weights = [layer._parameters.get(name) for name in names]
+    if plan is not None and any(w is not None and not w.is_cpu for w in weights):
+        del _plans[id(layer)]  # it would hold the memory that they had here
     # torch.func.functional_call puts other tensors there for a while, perhaps with a graph, which must not be kept.
     if not all(type(w) is torch.nn.Parameter and w.is_cpu and w.layout is torch.strided for w in weights):
         return
@@ -224,6 +226,7 @@ def forget_packed_weights() -> None:
     native.packings.clear()
     for plan in list(_plans.values()):
         plan.packed.clear()
+        plan.layers.clear()
 
 
 # ---- may it be done here? ------------------------------------------------------------------------------------------
@@ -243,7 +246,7 @@ def _plan_of(layer: Any) -> _Plan | None:
 
 
 def _is_observed() -> bool:
-    """Whether something (autocast, a mode, a transform, a tracer) must see the operations themselves.
+    """Whether something (autocast, a mode, a transform, a tracer, a profiler) must see the operations themselves.
 
     Where nothing does, a new tensor is memory of the CPU, whatever the default device.
     """
@@ -254,6 +257,7 @@ def _is_observed() -> bool:
         or maybe_current_level() is not None
         or forward_ad._current_level >= 0
         or _get_tracing_state() is not None
+        or _profiler_enabled()
     )
 
 

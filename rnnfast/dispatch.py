@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnfast import table
+from rnnfast.autocast import dtype_of_products
 from rnnfast.cells import CELLS
 
 AUTO = "auto"
@@ -63,7 +64,7 @@ class Choice(NamedTuple):
     passed_over: tuple[tuple[str, str], ...]
     elsewhere: tuple[tuple[str, str], ...] = ()
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         lines = [f"{self.backend}: {self.reason}"]
         lines += [f"  not {name}: {why}" for name, why in self.passed_over]
         lines += [f"  {what}: {where}" for what, where in self.elsewhere]
@@ -165,6 +166,7 @@ _BACKENDS = {
 # the kind has run and timed is not in it. On a GPU, what the card's table ranks comes first.
 _AUTO: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "torch", "reference")}
 _AUTO_ELSEWHERE = ("torch", "reference")
+_PLACES = ("", " (2nd)", " (3rd)")  # in an order of `auto`
 TABLED = ("cuda",)  # kinds of device whose cards have tables; a call's size matters there
 _USUAL_ROWS, _USUAL_STEPS = 32, 128
 HINT = "`rnnfast tune` measures the GPU kernels on this card; until then `auto` does not use them"
@@ -173,7 +175,8 @@ _loaded: set[str] = set()
 
 
 class _Context(threading.local):
-    backend = AUTO
+    def __init__(self) -> None:
+        self.backend = AUTO  # of the object, where torch's compiler sees a change
 
 
 _context = _Context()
@@ -196,7 +199,10 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def asked(backend: str) -> str:
-    """Returns the name that `backend` stands for here: that of `use_backend` where it is "auto"."""
+    """Returns the name that `backend` stands for here: that of `use_backend` where it is "auto".
+
+    Who calls `choose_name`, which a compiler does not look into, asks first, so that the compiler sees it.
+    """
     return _context.backend if backend == AUTO else backend
 
 
@@ -291,9 +297,11 @@ def backends() -> BackendTable:
     for backend in _BACKENDS.values():
         why_not = backend.why_not()
         note = why_not or backend.description
-        picked_on = tuple(device for device, names in _AUTO.items() if backend.name in names)
+        picked_on = tuple(
+            device + _PLACES[names.index(backend.name)] for device, names in _AUTO.items() if backend.name in names
+        )
         if backend.name in _AUTO_ELSEWHERE:
-            picked_on += ("other devices",)
+            picked_on += ("other devices" + _PLACES[_AUTO_ELSEWHERE.index(backend.name)],)
         if why_not is None and backend.name in table.BACKENDS and tables:
             verdicts = [_verdict(backend.name, found) for found in tables]
             note = "; ".join([note, *dict.fromkeys(verdict for verdict, _ in verdicts)])
@@ -327,21 +335,24 @@ def explain(layer: Any, input: Tensor | PackedSequence) -> Choice:
         TypeError: it is not one of ours, so nothing chooses for it; or the input is of no type that it takes.
     """
     if not hasattr(layer, "backend"):
-        name = type(layer).__name__
-        raise TypeError(f"explain takes an rnnfast layer, cell or Stack, got {name}; rnnfast.accelerate it first")
+        is_recurrent = isinstance(layer, torch.nn.RNNBase | torch.nn.RNNCellBase)
+        advice = "rnnfast.accelerate it first" if is_recurrent else "explain one of its layers"
+        raise TypeError(f"explain takes an rnnfast layer, cell or Stack, got {type(layer).__name__}; {advice}")
     if not isinstance(input, Tensor | PackedSequence):
         raise TypeError(f"explain takes a tensor or a PackedSequence as input, got {type(input).__name__}")
     data = input if isinstance(input, Tensor) else input.data
     if hasattr(layer, "request"):
         choice = choose(layer.request(data), layer.backend)
         return choice._replace(elsewhere=_elsewhere(choice, layer.request(data)))
-    if isinstance(layer, torch.nn.RNNCellBase):
+    if isinstance(layer, torch.nn.RNNCellBase):  # which computes in its weights' type under autocast, too
         weight, projected = layer.weight_hh, False
+        dtype = weight.dtype
     else:
         weight, projected = layer.weight_hh_l0, layer.proj_size > 0
+        dtype = dtype_of_products(weight)
     cell = cell_of(layer)
     size = _size_of_input(cell, layer, input, weight)
-    request = Request(cell, weight.device.type, weight.dtype, not data.is_floating_point(), projected, size=size)
+    request = Request(cell, weight.device.type, dtype, not data.is_floating_point(), projected, size=size)
     choice = choose(request, layer.backend)
     elsewhere = _elsewhere(choice, request)
     if isinstance(layer, torch.nn.LSTM):

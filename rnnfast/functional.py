@@ -205,7 +205,7 @@ def _choose(
     if w_hh.device.type in dispatch.TABLED:
         size = dispatch.size_of(cell, w_hh, rows, steps, differentiable)
     request = (cell, w_hh.device.type, w_hh.dtype, token_ids, weights.w_hr is not None, is_transformed())
-    return dispatch.choose_name(backend, None if size is None else tuple(size), *request)
+    return dispatch.choose_name(dispatch.asked(backend), None if size is None else tuple(size), *request)
 
 
 def states(
@@ -231,7 +231,7 @@ def states(
     extensions = (dispatch.CELL_STATE_GRADIENTS,) if differentiable else (dispatch.CELL_STATES,)
     projected = weights[0].w_hr is not None
     request = ("lstm", w_hh.device.type, w_hh.dtype, token_ids, projected, mapped, None, extensions)
-    chosen = dispatch.choose_name(backend, None, *request)
+    chosen = dispatch.choose_name(dispatch.asked(backend), None, *request)
     rows = input.long() if token_ids else input
     rows = rows if batch_sizes is not None else rows.flatten(0, 1)
     h: list[Tensor] = []
@@ -281,6 +281,11 @@ def _check(
     directions: int,
 ) -> None:
     """Raises the one clear error that a mistaken call deserves, before any kernel reads a wrong address."""
+    if cell not in CELLS:
+        raise ValueError(f"unknown cell '{cell}'; choose from {', '.join(CELLS)}")
+    for name, tensor in (("input", input), ("h_0", h_0)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     _check_weights(cell, weights, directions)
     w_ih, w_hh, *_ = weights[0]
     if input.device != w_hh.device:
@@ -345,6 +350,8 @@ def _check_weights(cell: str, weights: Sequence[Weights], directions: int) -> No
     (rows, state), inputs = weights[0].w_hh.shape, weights[0].w_ih.shape[-1]
     hidden, dtype, device = rows // CELLS[cell].gates, weights[0].w_hh.dtype, weights[0].w_hh.device
     projected, biased = weights[0].w_hr is not None, weights[0].b_ih is not None
+    if projected and cell != "lstm":
+        raise RuntimeError(f"w_hr projects the state of an lstm, {cell} has none")
     if hidden * CELLS[cell].gates != rows or (state != hidden and not projected):
         raise RuntimeError(f"w_hh of {cell} must have shape ({CELLS[cell].gates} H, H), got {(rows, state)}")
     for index, lane in enumerate(weights):

@@ -88,6 +88,8 @@ class _DropIn(nn.RNNBase):
                 )
             data, batch_sizes, sorted_indices, unsorted_indices = input
             if hx is not None:
+                if sequences.is_known(batch_sizes):  # else the operator looks when it runs
+                    _check_state_size(self, hx, _batch(data, batch_sizes))
                 hx = self.permute_hidden(hx, sorted_indices)
             output, state = _run(self, data, hx, batch_sizes)
             return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), self.permute_hidden(
@@ -96,10 +98,7 @@ class _DropIn(nn.RNNBase):
 
         if not isinstance(input, Tensor):
             raise TypeError(f"input must be a tensor or a PackedSequence, got {type(input).__name__}")
-        if input.is_nested:
-            raise TypeError(
-                "input must be a padded tensor or a PackedSequence, got a nested tensor; pad it, use lengths="
-            )
+        _refuse_nested(input)
         feature_dims = 1 if input.is_floating_point() or input.is_complex() else 0
         dims = input.dim() - feature_dims
         if dims not in (1, 2):
@@ -137,7 +136,8 @@ class _DropIn(nn.RNNBase):
         """Runs one time step of a stream; feeding the state back gives the bits of one call over the whole sequence.
 
         In bfloat16 the state is rounded between the calls, and the bits may differ. On the cpu backend without
-        gradients a step costs its arithmetic and some ten microseconds.
+        gradients a step costs its arithmetic and some ten microseconds. Where the layer has hooks, they run: a step is
+        then a call of the layer with a sequence of one step.
 
         Args:
             input: (B, I) of the weights' dtype, or (B,) integer token ids.
@@ -151,16 +151,21 @@ class _DropIn(nn.RNNBase):
             RuntimeError: the layer is bidirectional, so that its first output needs the last input.
             Further errors are those of `forward`.
         """
-        may_be_direct = hx is not None and not torch.compiler.is_compiling()
+        hooked = is_hooked(self)
+        may_be_direct = hx is not None and not hooked and not torch.compiler.is_compiling()
         if may_be_direct and (result := direct.step(self, input, hx)) is not None:
             return result
         if self.bidirectional:
             raise RuntimeError("a bidirectional layer reads the whole sequence at once: it has no step")
         if not isinstance(input, Tensor):
             raise TypeError(f"a step takes a tensor, got {type(input).__name__}")
-        weights = functional.lane_weights(self)
         if input.dim() != (2 if input.is_floating_point() else 1):
             raise RuntimeError(f"a step takes (B, {self.input_size}) input or (B,) token ids, got {tuple(input.shape)}")
+        if hooked:
+            time = 1 if self.batch_first else 0
+            output, state = self(input.unsqueeze(time), hx)
+            return output.squeeze(time), state
+        weights = functional.lane_weights(self)
         if hx is None:
             hx = _zero_state(self, input.shape[0], weights[0].w_hh.dtype, input.device)
         else:
@@ -228,9 +233,11 @@ class LSTM(_DropIn, nn.LSTM):
         """
         if not isinstance(input, Tensor):
             raise TypeError(f"states takes a tensor, and lengths= for a ragged batch, got {type(input).__name__}")
-        dims = 3 if input.is_floating_point() else 2
+        _refuse_nested(input)
+        dims = 3 if input.is_floating_point() or input.is_complex() else 2
         if input.dim() != dims:
             raise ValueError(f"states takes {dims}D batched input, got {input.dim()}D")
+        input, hx = _after_pre_hooks(self, input, hx)
         sequences.check_reset_shape(reset, input, 2)
         if self.batch_first:
             input, reset = input.transpose(0, 1), None if reset is None else reset.transpose(0, 1)
@@ -256,6 +263,28 @@ class LSTM(_DropIn, nn.LSTM):
 
 
 # ---- what the methods are made of: functions of a layer, be it ours or torch.nn's ------------------------------
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a call runs hooks. Some make the weights anew, as those of pruning, weight_norm and spectral_norm do."""
+    return bool(module._forward_pre_hooks or module._forward_hooks)
+
+
+def _after_pre_hooks(layer: Any, input: Tensor, hx: Any) -> tuple[Tensor, Any]:
+    """Runs the hooks that a call would run first; the arguments as they leave them."""
+    args: tuple[Any, ...] = (input, hx)
+    kwargs: dict[str, Any] = {}
+    for key, hook in list(layer._forward_pre_hooks.items()):
+        if key in layer._forward_pre_hooks_with_kwargs:
+            args, kwargs = hook(layer, args, kwargs) or (args, kwargs)
+        elif (result := hook(layer, args)) is not None:
+            args = result if isinstance(result, tuple) else (result,)
+    return args[0], args[1] if len(args) > 1 else kwargs.get("hx")
+
+
+def _refuse_nested(input: Tensor) -> None:
+    if input.is_nested:
+        raise TypeError("input must be a padded tensor or a PackedSequence, got a nested tensor; pad it, use lengths=")
 
 
 def _run(layer: Any, data: Tensor, hx: Any, batch_sizes: Tensor | None) -> tuple[Tensor, Any]:

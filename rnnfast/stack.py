@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import operator
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnfast import dispatch, functional, sequences
-from rnnfast.autocast import autocast_dtype
+from rnnfast.autocast import dtype_of_products
 from rnnfast.backends.reference import Extension, Norms
 from rnnfast.cells import CELLS
 from rnnfast.extended import scan_extended
-from rnnfast.layers import _map_state
+from rnnfast.layers import _map_state, _refuse_nested, is_hooked
 from rnnfast.regularisation import Masks, dropout_mask
 from rnnfast.scan import is_transformed
 
@@ -88,9 +90,13 @@ class Stack(nn.Module):
     ) -> None:
         super().__init__()
         dispatch.check_name(backend)
-        if not isinstance(hidden_sizes, Sequence) or not all(isinstance(size, int) for size in hidden_sizes):
-            raise ValueError(f"hidden_sizes must be a list, the number of units of each layer, got {hidden_sizes!r}")
-        self.cell, self.input_size, self.hidden_sizes = cell, input_size, tuple(hidden_sizes)
+        try:
+            sizes = tuple(operator.index(size) for size in hidden_sizes)
+        except TypeError:
+            raise ValueError(
+                f"hidden_sizes must be a list, the number of units of each layer, got {hidden_sizes!r}"
+            ) from None
+        self.cell, self.input_size, self.hidden_sizes = cell, input_size, sizes
         self.bias, self.batch_first, self.bidirectional, self.proj_size = bias, batch_first, bidirectional, proj_size
         self.input_dropout, self.dropout, self.recurrent_dropout = input_dropout, dropout, recurrent_dropout
         self.weight_dropout, self.zoneout, self.layer_norm = weight_dropout, _pair(zoneout), layer_norm
@@ -158,12 +164,23 @@ class Stack(nn.Module):
         """Draws weights and biases from U(-1/sqrt(H), 1/sqrt(H)) as torch.nn does; gains begin at 1, shifts at 0."""
         begin = {"gain_ih": 1.0, "gain_hh": 1.0, "gain_c": 1.0, "bias_c": 0.0, "highway_bias": -1.0}
         for name, parameter in self.named_parameters():
-            kind, _, layer = name.removesuffix("_reverse").rpartition("_l")
+            # Its own, also as a parametrization or pruning renames them; not those of modules that a subclass adds.
+            of_layer = re.fullmatch(r"(?:parametrizations\.)?(\w+)_l(\d+)(?:_reverse)?(?:_\w+|\.\w+)?", name)
+            if of_layer is None:
+                continue
+            kind, layer = of_layer.groups()
             if kind in begin:
                 nn.init.constant_(parameter, begin[kind])
             else:
                 bound = 1 / math.sqrt(self.hidden_sizes[int(layer)])
                 nn.init.uniform_(parameter, -bound, bound)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.hidden_sizes)
+
+    def flatten_parameters(self) -> None:
+        """Nothing: there is no other memory for them, and code written for torch.nn's layers calls it."""
 
     def _suffixes(self, layer: int) -> list[str]:
         return [f"_l{layer}", f"_l{layer}_reverse"] if self.bidirectional else [f"_l{layer}"]
@@ -216,6 +233,8 @@ class Stack(nn.Module):
         packed = input if isinstance(input, PackedSequence) else None
         if packed is None and not isinstance(input, Tensor):
             raise TypeError(f"input must be a tensor or a PackedSequence, got {type(input).__name__}")
+        if packed is None:
+            _refuse_nested(input)
         data, batched, segments = input if packed is None else packed.data, True, None
         if reset_to is not None and reset is None:
             raise ValueError("reset_to is the state that reset= returns to: give reset= as well")
@@ -227,9 +246,10 @@ class Stack(nn.Module):
             segments = sequences.of_packed(packed)
             steps, batch = segments.shape
         else:
-            dims = data.dim() - (1 if data.is_floating_point() else 0)
+            feature_dims = 1 if data.is_floating_point() or data.is_complex() else 0
+            dims = data.dim() - feature_dims
             if dims not in (1, 2):
-                if data.is_floating_point():
+                if feature_dims:
                     raise ValueError(f"Stack: Expected input to be 2D or 3D, got {data.dim()}D instead")
                 raise ValueError(functional._token_ids_error("Stack", "1D or 2D", data))
             batched = dims == 2
@@ -260,7 +280,8 @@ class Stack(nn.Module):
         """Runs one time step of a stream: what a call over a sequence of one step does.
 
         In evaluation mode, feeding the state back gives on the cpu backend the bits of one call over the whole
-        sequence, but for highway connections. In training every step draws masks of its own.
+        sequence, but for highway connections. In training every step draws masks of its own. Where the stack has hooks,
+        they run: a step is then a call with a sequence of one step.
 
         Args:
             input: (B, I) of the weights' dtype, or (B,) integer token ids.
@@ -281,6 +302,10 @@ class Stack(nn.Module):
             raise TypeError(f"a step takes a tensor, got {type(input).__name__}")
         if input.dim() != (2 if input.is_floating_point() else 1):
             raise RuntimeError(f"a step takes (B, {self.input_size}) input or (B,) token ids, got {tuple(input.shape)}")
+        if is_hooked(self):
+            time = 1 if self.batch_first else 0
+            output, final = self(input.unsqueeze(time), hx, generator=generator)
+            return output.squeeze(time), final
         states = self._states("hx", hx, len(input), input.device)
         output, final = self._run(input.unsqueeze(0), states, None, Masks((1, len(input)), None, generator))
         return output.squeeze(0), final
@@ -290,7 +315,7 @@ class Stack(nn.Module):
         there = (self.training and self.recurrent_dropout > 0, any(self.zoneout), self.layer_norm, self.peepholes)
         extensions = tuple(name for name, is_there in zip(dispatch.EXTENDED_RECURRENCE, there, strict=True) if is_there)
         weight, token_ids = self._parameter("weight_hh_l0"), not input.is_floating_point()
-        kind = self.cell, weight.device.type, weight.dtype, token_ids, self.proj_size > 0
+        kind = self.cell, weight.device.type, dtype_of_products(weight), token_ids, self.proj_size > 0
         return dispatch.Request(*kind, is_transformed(), extensions=extensions)
 
     def _run(
@@ -299,15 +324,14 @@ class Stack(nn.Module):
         """Rows (T, B, I), or ragged (N, I), through all layers."""
         if self.input_dropout > 0 and self.training and not rows.is_floating_point():
             raise ValueError("input_dropout drops features of floating input; give the stack embedded token ids")
-        dtype, segments = self._parameter("weight_ih_l0").dtype, masks.segments
-        autocast = autocast_dtype(rows.device.type)
-        if autocast is not None and dtype != torch.float64:  # which autocast leaves alone
-            dtype = autocast
+        weight, segments = self._parameter("weight_ih_l0"), masks.segments
+        dtype = dtype_of_products(weight)
+        if dtype != weight.dtype:
             rows = rows.to(dtype) if rows.is_floating_point() else rows
             states = _map_state(states, lambda part: part.to(dtype))
             resets = _map_state(resets, lambda part: part.to(dtype))
-        request = self.request(rows)._replace(dtype=dtype)
-        extended = dispatch.choose_name(self.backend, None, *request) if request.extensions else None
+        request, backend = self.request(rows), dispatch.asked(self.backend)
+        extended = dispatch.choose_name(backend, None, *request) if request.extensions else None
         final: list[State] = []
         for layer, state in enumerate(states):
             below, p = rows, self.dropout if layer else self.input_dropout
@@ -414,6 +438,6 @@ class Stack(nn.Module):
 def _pair(zoneout: float | tuple[float, float]) -> tuple[float, float]:
     if isinstance(zoneout, float | int):
         return zoneout, zoneout
-    if len(zoneout) != 2:
+    if not isinstance(zoneout, tuple | list) or len(zoneout) != 2:
         raise ValueError(f"zoneout is a number, or a pair for h and for c, got {zoneout}")
     return float(zoneout[0]), float(zoneout[1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rnnfast.layers import _map_state
@@ -64,7 +65,8 @@ class Stream:
             For a layer or a stack, the output of the step (B, P) or of the chunk; for a model, what it returns.
 
         Raises:
-            RuntimeError: a layer of the model ran twice in one call; and what the module raises.
+            RuntimeError: a layer of the model ran twice in one call, or none ran where it could be seen; and what the
+                module raises.
         """
         if self._is_alone:
             return self._feed(self.module, *args, **kwargs)
@@ -93,12 +95,23 @@ class Stream:
                     layer.register_forward_pre_hook(enter(name), with_kwargs=True),
                     layer.register_forward_hook(leave(name)),
                 ]
-            return self.module(*args, **kwargs)
+            result = self.module(*args, **kwargs)
+            if not ran:
+                raise RuntimeError(
+                    "no recurrent layer was seen to run, so no state was kept. A model that was compiled and called "
+                    "before hides its layers: stream the one that is not compiled, or call torch._dynamo.reset() first"
+                )
+            return result
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _feed(self, layer: Any, input: Tensor) -> Tensor:
+    def _feed(self, layer: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if len(args) != 1 or kwargs:
+            raise TypeError(
+                "a stream of a layer takes the input alone: it keeps the state, and all rows go on together"
+            )
+        (input,) = args
         if not isinstance(input, Tensor):
             raise TypeError(f"a stream of a layer takes a tensor, got {type(input).__name__}")
         state, steps = self._states.get(""), input.dim() - (1 if input.is_floating_point() else 0)
@@ -147,6 +160,8 @@ class Stream:
 
 
 def _with_rows(state: Tensor, rows: Tensor | Sequence[int], begin: Tensor) -> Tensor:
+    if isinstance(rows, Tensor) and (rows.is_floating_point() or rows.dtype == torch.uint8):
+        raise TypeError(f"rows are integer indices or a bool mask, got {rows.dtype}; of a mask make rows.bool()")
     state = state.clone()
     state[:, rows] = begin[:, rows].to(state.dtype)
     return state

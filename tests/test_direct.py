@@ -13,6 +13,7 @@ import torch
 from torch.nn.utils import parametrizations, prune
 
 import rnnfast
+from rnnfast import direct
 from rnnfast.backends import native
 
 
@@ -156,6 +157,25 @@ def test_steps_of_many_batch_sizes_keep_no_memory(direct_calls: list[int]) -> No
         held.append(sum(type(each) is torch.Tensor for each in gc.get_objects()))
     assert held[-1] == held[0]
     assert direct_calls == [0] * 19
+
+
+def test_a_profiler_sees_the_operators() -> None:
+    layer, input = rnnfast.GRU(5, 16), torch.randn(3, 2, 5)
+    layer(input)
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        layer(input)
+    assert "rnnfast::scan_cpu_packed" in {event.name for event in profile.events()}
+
+
+def test_a_layer_that_has_moved_leaves_no_memory_behind() -> None:
+    layer, input = rnnfast.LSTM(64, 512), torch.randn(3, 2, 64)
+    for _ in range(2):
+        layer(input)
+        layer(input)[0].sum().backward()
+    assert id(layer) in direct._plans
+    layer.to("meta")
+    layer(input.to("meta"))
+    assert id(layer) not in direct._plans
 
 
 def test_what_must_be_seen_goes_the_general_way(direct_calls: list[int]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -58,6 +59,46 @@ def test_context_holds_within_its_block_and_thread() -> None:
         assert rnnfast.explain(layer, input).backend == "reference"
     assert rnnfast.explain(layer, input).backend == before
     assert elsewhere == [before]
+
+
+@pytest.mark.parametrize("what", ["layer", "stack", "states", "cell"])
+def test_context_holds_in_a_compiled_graph(what: str) -> None:
+    layer, stack = rnnfast.LSTM(3, 4), rnnfast.Stack("lstm", 3, [4], zoneout=0.1)
+    cell, input = rnnfast.LSTMCell(3, 4), torch.randn(5, 2, 3)
+    calls: dict[str, Any] = {"layer": layer, "stack": stack, "states": layer.states, "cell": lambda x: cell(x[0])}
+    call, graphs = calls[what], []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph.code)
+        return graph
+
+    def within(x: torch.Tensor) -> Any:
+        with rnnfast.use_backend("reference"):
+            return call(x)
+
+    def around(x: torch.Tensor) -> Any:
+        return call(x)
+
+    torch._dynamo.reset()
+    torch.compile(within, fullgraph=True, backend=backend)(input)
+    compiled = torch.compile(around, fullgraph=True, backend=backend)
+    compiled(input)
+    with rnnfast.use_backend("reference"):
+        compiled(input)
+    compiled(input)
+    chosen = ["_reference" in code for code in graphs]
+    assert chosen == [True, False, True]
+
+
+def test_explain_knows_of_autocast() -> None:
+    input = torch.randn(5, 2, 3)
+    for layer in (rnnfast.LSTM(3, 4), rnnfast.Stack("lstm", 3, [4], layer_norm=True)):
+        assert rnnfast.explain(layer, input).backend == "cpu"
+        with torch.autocast("cpu", torch.float16):
+            choice = rnnfast.explain(layer, input)
+            assert choice.backend != "cpu"
+            layer(input)
+        assert "float16" in repr(choice) or "float32, float64 and bfloat16" in repr(choice)
 
 
 def test_explain_tells_what_was_passed_over_and_why() -> None:

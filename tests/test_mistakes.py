@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import rnnfast
 from rnnfast import functional
@@ -26,6 +26,12 @@ CELL, STACK = rnnfast.GRUCell(3, 4), rnnfast.Stack("gru", 3, [4])
 
 def gru(*weights: Any, input: torch.Tensor = INPUT, layers: int = 1, **options: Any) -> Any:
     return functional.gru(input, torch.zeros(layers, 2, 4), list(weights), **options)
+
+
+def streamed() -> rnnfast.Stream:
+    stream = rnnfast.Stream(GRU)
+    stream(INPUT)
+    return stream
 
 
 def call_with(name: str, weight: torch.Tensor) -> Any:
@@ -57,7 +63,23 @@ MISTAKES: list[tuple[type[Exception], str, Callable[[], Any]]] = [
      "input: input.float()", lambda: LSTM(INPUT.long())),
     (ValueError, "0D or 1D, got 2D torch.int64 instead; of vectors", lambda: CELL(INPUT[0].long())),
     (ValueError, "1D or 2D, got 3D torch.bool instead; of vectors", lambda: STACK(INPUT > 0)),
+    (TypeError, "input must be a tensor, got ndarray", lambda: gru(GOOD, input=INPUT.numpy())),
+    (TypeError, "h_0 must be a tensor, got NoneType", lambda: functional.gru(INPUT, None, [GOOD])),
+    (TypeError, "got a nested tensor; pad it, use lengths=",
+     lambda: STACK(torch.nested.nested_tensor([INPUT[:3, 0], INPUT[:, 1]], layout=torch.jagged))),
+    (TypeError, "got a nested tensor; pad it, use lengths=",
+     lambda: LSTM.states(torch.nested.nested_tensor([INPUT[:3, 0], INPUT[:, 1]], layout=torch.jagged))),
+    (TypeError, "a stream of a layer takes the input alone", lambda: rnnfast.Stream(GRU)(INPUT, lengths=[5, 5])),
+    (TypeError, "rows are integer indices or a bool mask, got torch.float32; of a mask make rows.bool()",
+     lambda: streamed().reset(torch.tensor([1.0, 0.0]))),
+    (RuntimeError, "input must be floating, or integer token ids, got torch.complex64", lambda: STACK(INPUT + 0j)),
+    (RuntimeError, "input must be floating, or integer token ids, got torch.complex64",
+     lambda: LSTM.states(INPUT + 0j)),
     # states of another form
+    (RuntimeError, "Expected hidden size (1, 2, 4), got [1, 3, 4]",
+     lambda: GRU(pack_sequence([INPUT[:, 0], INPUT[:2, 1]], enforce_sorted=False), torch.zeros(1, 3, 4))),
+    (RuntimeError, "Expected hidden size (1, 2, 4), got [1, 1, 4]",
+     lambda: GRU(pack_sequence([INPUT[:2, 0], INPUT[:, 1]], enforce_sorted=False), torch.zeros(1, 1, 4))),
     (RuntimeError, "a pair of tensors (h_0, c_0), got NoneType in it", lambda: LSTM(INPUT, (H, None))),
     (RuntimeError, "a pair of tensors (h_0, c_0), got int in it", lambda: LSTM(INPUT, reset=RESET, reset_to=(0, 0))),
     (RuntimeError, "hx[0] must be (h, c) of shapes [(1, 2, 4), (1, 2, 4)], got [(1, 2, 4), 'NoneType']",
@@ -95,8 +117,13 @@ MISTAKES: list[tuple[type[Exception], str, Callable[[], Any]]] = [
     (RuntimeError, "got torch.int32 on cpu",
      lambda: gru(GOOD, input=INPUT.flatten(0, 1), batch_sizes=torch.full((5,), 2, dtype=torch.int32))),
     # the rest
-    (TypeError, "explain takes an rnnfast layer, cell or Stack, got LSTM",
+    (TypeError, "explain takes an rnnfast layer, cell or Stack, got LSTM; rnnfast.accelerate it first",
      lambda: rnnfast.explain(nn.LSTM(3, 4), INPUT)),
+    (TypeError, "got Sequential; explain one of its layers", lambda: rnnfast.explain(nn.Sequential(GRU), INPUT)),
+    (ValueError, "unknown cell 'elman'; choose from rnn_tanh",
+     lambda: functional.step("elman", INPUT[0], H, None, [GOOD])),
+    (RuntimeError, "w_hr projects the state of an lstm, gru has none",
+     lambda: gru(Weights(W_IH, W_HH, B_IH, B_HH, torch.zeros(4, 4)))),
     (RuntimeError, "this GRU is bidirectional: it reads the whole sequence at once, so it has no stream",
      lambda: rnnfast.Stream(rnnfast.GRU(3, 4, bidirectional=True))),
     (TypeError, "accelerate takes a torch.nn.Module, got list", lambda: rnnfast.accelerate([1])),

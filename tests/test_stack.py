@@ -6,11 +6,13 @@ import copy
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
+from torch.nn.utils import prune
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import rnnfast
@@ -408,6 +410,35 @@ def test_copies_pickles_and_parametrizations() -> None:
     torch.testing.assert_close(seeded(stack, input)[0], seeded(other, input)[0])
 
 
+def test_parameters_are_drawn_anew_in_whatever_form_they_are() -> None:
+    class Tagger(rnnfast.Stack):
+        def __init__(self) -> None:
+            super().__init__("lstm", INPUTS, [HIDDEN, 9], layer_norm=True, bidirectional=True)
+            self.head = nn.Linear(18, 2)
+
+    stack = Tagger()
+    nn.utils.parametrizations.weight_norm(stack, "weight_hh_l0")
+    prune.l1_unstructured(stack, "weight_ih_l1_reverse", 0.5)
+    prune.l1_unstructured(stack, "gain_ih_l0", 0.5)
+    with torch.no_grad():
+        for parameter in stack.parameters():
+            parameter.fill_(7)
+    stack.reset_parameters()
+    assert (stack.head.weight == 7).all()  # of a module of its own
+    for name, parameter in stack.named_parameters():
+        if name.startswith("gain"):
+            assert (parameter == 1).all()
+        elif not name.startswith(("head", "bias_c")):
+            assert 0 < parameter.abs().max() <= (9 if "_l1" in name else HIDDEN) ** -0.5
+
+
+def test_what_code_for_torch_s_layers_asks_for() -> None:
+    stack = rnnfast.Stack("gru", INPUTS, np.array([4, 5]))
+    assert stack.num_layers == 2
+    assert stack.hidden_sizes == (4, 5)
+    stack.flatten_parameters()
+
+
 def test_autocast() -> None:
     for options in ({}, {"layer_norm": True, "zoneout": 0.1, "connection": "highway"}):
         stack, input = rnnfast.Stack("lstm", INPUTS, [HIDDEN, HIDDEN], **options), input_of().float()
@@ -478,7 +509,9 @@ def test_variational_dropout_of_any_sequence() -> None:
         (("elman", 3, [4]), {}, "unknown cell"),
         (("lstm", 3, []), {}, "hidden_sizes must be positive"),
         (("lstm", 3, 4), {}, "hidden_sizes must be a list, the number of units of each layer, got 4"),
+        (("lstm", 3, ["4"]), {}, "hidden_sizes must be a list, the number of units of each layer, got"),
         (("lstm", 3, [4]), {"zoneout": (0.1, 0.2, 0.3)}, "a pair for h and for c"),
+        (("lstm", 3, [4]), {"zoneout": None}, "a pair for h and for c, got None"),
         (("lstm", 3, [4]), {"dropout": 1.0}, r"dropout is a probability in \[0, 1\)"),
         (("lstm", 3, [4]), {"zoneout": 1.5}, "zoneout is a probability"),
         (("gru", 3, [4]), {"zoneout": (0.1, 0.1)}, "no cell state"),

@@ -130,6 +130,19 @@ def test_truncated_backpropagation() -> None:
     assert not input.grad[:6].any()
 
 
+def test_a_model_that_hides_its_layers_is_refused() -> None:
+    model, input = Tagger(), torch.randint(0, 5, (4, 2))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    compiled(input)
+    stream = rnnfast.Stream(compiled)
+    with pytest.raises(RuntimeError, match="no recurrent layer was seen to run"):
+        stream(input)
+    torch._dynamo.reset()
+    parts = torch.cat([rnnfast.Stream(compiled)(input)])
+    torch.testing.assert_close(parts, model(input))
+
+
 def test_errors_are_clear() -> None:
     with pytest.raises(RuntimeError, match="layer 'rnn' is bidirectional: it reads the whole sequence at once"):
         rnnfast.Stream(nn.ModuleDict({"rnn": rnnfast.GRU(3, 4, bidirectional=True)}))

@@ -101,6 +101,8 @@ def load() -> None:
             _are_as_they_were.argtypes = [ctypes.c_void_p]
         except (OSError, RuntimeError) as error:
             _failure = f"the native library failed to compile or load: {error}"
+            if isinstance(error, OSError) and error.filename is not None:
+                _failure += "; set RNNFAST_CACHE to a folder that can be written"
             # `auto` goes on without it, and slower, as `explain` tells those who ask.
             print(f"rnnfast: {_failure}", file=sys.stderr, flush=True)
             raise RuntimeError(_failure) from error

@@ -113,7 +113,8 @@ def load_parameters(model: nn.Module, tensors: dict[str, Tensor], where: Path | 
     for name, parameter in parameters.items():
         if parameter.shape != tensors[name].shape:
             raise UserError(f"{where} does not fit its own configuration (the shape of {name}): take another copy")
-        parameter.data.copy_(tensors[name])
+        with torch.no_grad():
+            parameter.copy_(tensors[name])
 
 
 class Trained(NamedTuple):

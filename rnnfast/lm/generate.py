@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rnnfast import dispatch, functional
 from rnnfast.files import UserError, note
+from rnnfast.layers import is_hooked
 from rnnfast.lm.model import RNNLM, RNNLMScratch, State
 from rnnfast.lm.vocab import Vocab
 
@@ -104,11 +105,13 @@ class NativeParts(NamedTuple):
 def native_parts(model: nn.Module) -> NativeParts | None:
     """The model's parts if the native loop can run it, else None: the loop in Python then calls the model.
 
-    It can if the model is an RNNLM or RNNLMScratch itself, in float32 or float64, on the CPU, where its layers run on
-    the `cpu` backend, without autocast. Both loops have the same hidden states, bit for bit, and the same draws; logits
-    may differ in their last bit. The parts hold the weights as they are now.
+    It can if the model is an RNNLM or RNNLMScratch itself, without hooks, in float32 or float64, on the CPU, where its
+    layers run on the `cpu` backend, without autocast. Both loops have the same hidden states, bit for bit, and the same
+    draws; logits may differ in their last bit. The parts hold the weights as they are now.
     """
     layers: list[Any]
+    if any(map(is_hooked, model.modules())):
+        return None
     if type(model) is RNNLM:
         layers, cell, backend = functional.lane_weights(model.rnn), model.rnn.mode.lower(), model.rnn.backend
         embedding = None if model.embedding is None else model.embedding.weight

@@ -43,7 +43,7 @@ def _is_native(backend: str, *tensors: Tensor) -> bool:
     if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return False
     # Where a scan of that type would run on the cpu backend: that is loaded then.
-    return dispatch.choose_name(backend, None, "rnn_tanh", "cpu", torch.float32, False, False) == "cpu"
+    return dispatch.choose_name(dispatch.asked(backend), None, "rnn_tanh", "cpu", torch.float32, False, False) == "cpu"
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
