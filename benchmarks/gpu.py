@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -59,11 +59,11 @@ def compile_kernels(deadline: float, save: Save) -> Report:
     return {**report, **json.loads(done.stdout.splitlines()[-1])}
 
 
-def run_tests(folder: str, deadline: float, save: Save) -> Report:
-    """The tests of a folder that need a GPU; plugins and warnings are as the machine has them."""
+def run_tests(paths: Sequence[str], deadline: float, save: Save) -> Report:
+    """The tests of files and folders that need a GPU; plugins and warnings are as the machine has them."""
     # The pinned configuration may ask for plugins that this machine lacks.
     options = ["-q", "--tb=short", "-m", "gpu", "-o", "addopts=", "-o", "filterwarnings=", "-p", "no:cacheprovider"]
-    command = [sys.executable, "-m", "pytest", *options, "-p", "benchmarks.gpu_pytest", folder]
+    command = [sys.executable, "-m", "pytest", *options, "-p", "benchmarks.gpu_pytest", *paths]
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "tests.jsonl"
         known = -1
@@ -236,13 +236,13 @@ class Part(NamedTuple):
 PARTS = {
     "build": Part(0.22, run=compile_kernels, backend=""),
     "goals": Part(0.27, tasks=gpu_parts.goals, limit=20),
-    "tests": Part(0.43, run=partial(run_tests, "tests/cuda")),
+    "tests": Part(0.43, run=partial(run_tests, ("tests/cuda", "tests/test_sequences.py", "tests/test_autocast.py"))),
     "tune": Part(0.53, run=run_tune),
     "pipeline": Part(0.58, tasks=gpu_parts.pipeline, limit=20),
     "calibration": Part(0.62, tasks=gpu_parts.calibration, limit=20),
     "grid": Part(0.68, tasks=partial(gpu_parts.grid, "cuda"), limit=30),
     "triton_grid": Part(0.74, tasks=partial(gpu_parts.grid, "triton"), limit=60, backend="triton"),
-    "triton_tests": Part(0.87, run=partial(run_tests, "tests/triton"), backend="triton"),
+    "triton_tests": Part(0.87, run=partial(run_tests, ("tests/triton",)), backend="triton"),
     "sanitizer": Part(0.99, run=run_sanitizer),
 }
 STOPPED = 124  # the status of a program whose time was over

@@ -17,7 +17,7 @@ namespace rnnfast::cuda {
 
 // Ends a kernel with a message where a peer never comes (a fault, a debugger), rather than hanging the device.
 class Watchdog {
-  static constexpr uint32_t kPatience = 8;  // times 2^32 cycles: some twenty seconds
+  static constexpr uint32_t kPatience = 1;  // times 2^32 cycles: two to five seconds
   const uint32_t begin_ = hw::clock_high();
 
  public:
@@ -61,7 +61,7 @@ class BlockExchange {
 template <class Sum>
 class BlockSums {
   const Layout& layout_;
-  Sum* sums_;  // (splits, rows, columns)
+  Sum* sums_;  // (splits, rows, sum_stride)
 
  public:
   RNNFAST_DEVICE BlockSums(const ScanParams& p, char* shared)
@@ -69,7 +69,7 @@ class BlockSums {
 
   RNNFAST_DEVICE void start() {}
   RNNFAST_DEVICE void put(int, int split, int row, int column, Sum sum) {
-    sums_[(split * layout_.rows + row) * layout_.columns + column] = sum;
+    sums_[(split * layout_.rows + row) * layout_.sum_stride + column] = sum;
   }
   RNNFAST_DEVICE void wait(int) { hw::block_barrier(); }
   RNNFAST_DEVICE Sum of(int step, int row, int column) const {
@@ -80,8 +80,8 @@ class BlockSums {
   // Of COUNT columns that lie `apart`, side by side rather than one after the other.
   template <int COUNT>
   RNNFAST_DEVICE void of(int, int row, int column, int apart, Sum (&sum)[COUNT]) const {
-    const Sum* from = sums_ + row * layout_.columns + column;
-    const int next = layout_.rows * layout_.columns;
+    const Sum* from = sums_ + row * layout_.sum_stride + column;
+    const int next = layout_.rows * layout_.sum_stride;
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) sum[i] = 0;
 #pragma unroll 1

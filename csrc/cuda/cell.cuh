@@ -57,12 +57,17 @@ template <class M, Kind KIND>
 struct ForwardPair {
   using Stored = typename M::Stored;
   using Sum = typename M::Sum;
-  static constexpr int kGates = gates_of(KIND), kTape = tape_of(KIND);
+  static constexpr int kGates = gates_of(KIND), kTape = tape_of(KIND), kSaved = kTape ? kTape : 1;
+
+  // Where a step's input is.
+  struct Input {
+    int row = -1;  // -1 where the sequence has no such step
+    int64_t gx_row = 0;
+  };
 
   Sum h = 0, c = 0;
   Sum gx[kGates];  // of the step that was fetched last
-  int row = -1;    // of the step that was found last; -1 where the sequence has no such step
-  int64_t gx_row = 0;
+  int row = -1;    // likewise
 
   // Reads h_0 and c_0 as h and c.
   RNNFAST_DEVICE void start(const Walk& walk, Place at) {
@@ -71,18 +76,19 @@ struct ForwardPair {
     if (KIND == Kind::lstm) c = hw::widen(static_cast<const Stored*>(walk.p.c_0)[state]);
   }
 
-  // Reads where the input of a step is. On its own, so that a thread asks for the token ids of all its pairs at once.
-  RNNFAST_DEVICE void find(const Walk& walk, int step, Place at) {
-    row = walk.row(step, at.batch_row);
-    gx_row = walk.p.ids && row >= 0 ? walk.p.ids[row] : row;
+  // Reads where the input of a step is: well before it is fetched, as a token id comes from memory.
+  static RNNFAST_DEVICE Input find(const Walk& walk, int step, Place at) {
+    const int row = walk.row(step, at.batch_row);
+    return {row, walk.p.ids && row >= 0 ? walk.p.ids[row] : row};
   }
 
   // Reads what the input adds to the gates of the step that was found.
-  RNNFAST_DEVICE void fetch(const Walk& walk, Place at) {
+  RNNFAST_DEVICE void fetch(const Walk& walk, const Input& input, Place at) {
     const ScanParams& p = walk.p;
+    row = input.row;
     if (row < 0) return;
-    if (gx_row < 0 || gx_row >= p.gx_rows) hw::fail("a token id is outside the vocabulary", gx_row);
-    const Sum* from = static_cast<const Sum*>(p.gx) + walk.gate(gx_row, at.unit, kGates);
+    if (input.gx_row < 0 || input.gx_row >= p.gx_rows) hw::fail("a token id is outside the vocabulary", input.gx_row);
+    const Sum* from = static_cast<const Sum*>(p.gx) + walk.gate(input.gx_row, at.unit, kGates);
 #pragma unroll
     for (int g = 0; g < kGates; ++g) gx[g] = from[int64_t{g} * p.hidden];
   }
@@ -94,13 +100,12 @@ struct ForwardPair {
     return hw::widen(static_cast<const Stored*>(p.b_hh)[(int64_t{walk.lane} * kGates + gate) * p.hidden + unit]);
   }
 
-  // Takes the step that was fetched, given the recurrent products with b_hh; stores the output and the tape.
-  RNNFAST_DEVICE void step(const Walk& walk, Place at, const Sum (&gh)[kGates]) {
-    const ScanParams& p = walk.p;
-    Sum saved[kTape ? kTape : 1];
+  // Takes the step that was fetched, given the recurrent products with b_hh; saves what the tape is to hold. Peers wait for h:
+  // it is sent before anything is stored.
+  RNNFAST_DEVICE void step(const Walk& walk, const Sum (&gh)[kGates], Sum (&saved)[kSaved]) {
     if constexpr (KIND == Kind::rnn) {
       const Sum x = gx[0] + gh[0];
-      h = p.relu ? relu(x) : hw::Functions::tanh(x);
+      h = walk.p.relu ? relu(x) : hw::Functions::tanh(x);
     } else if constexpr (KIND == Kind::lstm) {
 #pragma unroll
       for (int g = 0; g < kGates; ++g) saved[g] = gx[g] + gh[g];
@@ -113,6 +118,11 @@ struct ForwardPair {
       saved[3] = gh[2];
       h = gru_forward<hw::Functions>(saved[0], saved[1], saved[2], saved[3], h);
     }
+  }
+
+  // Stores the output and the tape of the step that was taken, at its row.
+  RNNFAST_DEVICE void store(const Walk& walk, Place at, const Sum (&saved)[kSaved]) const {
+    const ScanParams& p = walk.p;
     hw::narrow(h, static_cast<Stored*>(p.output)[walk.output(row, at.unit)]);
     if (kTape && p.tape) {
       Stored* tape = static_cast<Stored*>(p.tape) + walk.tape(row, at.unit, kTape);
@@ -132,7 +142,7 @@ template <class M, Kind KIND>
 struct BackwardPair {
   using Stored = typename M::Stored;
   using Sum = typename M::Sum;
-  static constexpr int kGates = gates_of(KIND), kTape = tape_of(KIND);
+  static constexpr int kGates = gates_of(KIND), kTape = tape_of(KIND), kInput = KIND == Kind::gru ? kGates + 1 : kGates;
 
   Sum d_h = 0, d_c = 0;  // what comes to a step from those after it; d_h without what comes through w_hh
   Stored d_output{}, tape[kTape ? kTape : 1] = {};
@@ -170,13 +180,12 @@ struct BackwardPair {
     }
   }
 
-  // Takes the fetched step back; gives the gradients of its recurrent products, and stores those of the input's.
-  RNNFAST_DEVICE void step(const Walk& walk, Place at, Sum (&d_gates)[kGates]) {
-    const ScanParams& p = walk.p;
-    Stored* d_gx = static_cast<Stored*>(p.d_gx) + walk.gate(row, at.unit, kGates);
+  // Takes the fetched step back; gives the gradients of its recurrent products, and behind them, of a GRU, that of the input's
+  // n. Peers wait for the former: they are sent before anything is stored.
+  RNNFAST_DEVICE void step(const Walk& walk, Sum (&d_gates)[kInput]) {
     const Sum d = d_h + hw::widen(d_output), state = hw::widen(before);
     if constexpr (KIND == Kind::rnn) {
-      d_gates[0] = p.relu ? rnn_relu_backward(state, d) : rnn_tanh_backward(state, d);
+      d_gates[0] = walk.p.relu ? rnn_relu_backward(state, d) : rnn_tanh_backward(state, d);
       d_h = 0;
     } else if constexpr (KIND == Kind::lstm) {
 #pragma unroll
@@ -187,14 +196,20 @@ struct BackwardPair {
     } else {
       d_gates[0] = hw::widen(tape[0]);
       d_gates[1] = hw::widen(tape[1]);
-      Sum d_n = hw::widen(tape[2]);
+      d_gates[3] = hw::widen(tape[2]);
       d_gates[2] = hw::widen(tape[3]);
-      d_h = gru_backward<hw::Functions>(d_gates[0], d_gates[1], d_n, d_gates[2], state, d);
-      hw::narrow(d_n, d_gx[int64_t{2} * p.hidden]);
-      hw::narrow(d_gates[2], static_cast<Stored*>(p.d_g_last)[walk.output(row, at.unit)]);
+      d_h = gru_backward<hw::Functions>(d_gates[0], d_gates[1], d_gates[3], d_gates[2], state, d);
     }
+  }
+
+  // Stores the gradients of the step that was taken back, at its row.
+  RNNFAST_DEVICE void store(const Walk& walk, Place at, const Sum (&d_gates)[kInput]) const {
+    const ScanParams& p = walk.p;
+    Stored* d_gx = static_cast<Stored*>(p.d_gx) + walk.gate(row, at.unit, kGates);
 #pragma unroll
-    for (int g = 0; g < (KIND == Kind::gru ? 2 : kGates); ++g) hw::narrow(d_gates[g], d_gx[int64_t{g} * p.hidden]);
+    for (int g = 0; g < kGates; ++g)
+      hw::narrow(d_gates[KIND == Kind::gru && g == 2 ? 3 : g], d_gx[int64_t{g} * p.hidden]);
+    if constexpr (KIND == Kind::gru) hw::narrow(d_gates[2], static_cast<Stored*>(p.d_g_last)[walk.output(row, at.unit)]);
   }
 
   RNNFAST_DEVICE void finish(const Walk& walk, Place at) const {

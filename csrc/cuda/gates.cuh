@@ -25,9 +25,12 @@ RNNFAST_KERNEL(kStepThreads) step_kernel(const StepParams s) {
     pair.d_h = h;
     if (s.product) pair.d_h += static_cast<const Sum*>(s.product)[state];
     if (KIND == Kind::lstm) pair.d_c = c;
-    Sum d_gates[kGates] = {};
+    Sum d_gates[BackwardPair<M, KIND>::kInput] = {};
     pair.fetch(walk, p.steps - 1 - s.step, at);
-    if (pair.row >= 0) pair.step(walk, at, d_gates);
+    if (pair.row >= 0) {
+      pair.step(walk, d_gates);
+      pair.store(walk, at, d_gates);
+    }
     h = pair.d_h;
     if (KIND == Kind::lstm) c = pair.d_c;
 #pragma unroll
@@ -36,14 +39,15 @@ RNNFAST_KERNEL(kStepThreads) step_kernel(const StepParams s) {
     ForwardPair<M, KIND> pair;
     pair.h = h;
     if (KIND == Kind::lstm) pair.c = c;
-    pair.find(walk, s.step, at);
-    pair.fetch(walk, at);
+    pair.fetch(walk, pair.find(walk, s.step, at), at);
     if (pair.row < 0) return;
     Sum gh[kGates];
 #pragma unroll
     for (int g = 0; g < kGates; ++g)
       gh[g] = static_cast<const Sum*>(s.product)[gates + g * p.hidden] + pair.bias(walk, g, at.unit);
-    pair.step(walk, at, gh);
+    Sum saved[ForwardPair<M, KIND>::kSaved];
+    pair.step(walk, gh, saved);
+    pair.store(walk, at, saved);
     h = pair.h;
     if (KIND == Kind::lstm) c = pair.c;
     hw::narrow(pair.h, static_cast<Stored*>(s.operand)[state]);

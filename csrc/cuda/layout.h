@@ -64,6 +64,7 @@ struct Layout {
   float per_unit, per_split;          // 1 / units, 1 / splits: a division takes a GPU some twenty instructions
   int rows_at_once;                   // rows whose pairs the threads take side by side
   int slots;                          // chunks that a warp keeps in shared memory
+  int sum_stride;                     // from one row of the block's own sums to the next
   int sums_at, operand_at, barrier_at, bias_at, shared_bytes;
 };
 
@@ -91,8 +92,12 @@ inline Layout make_layout(int gates, int hidden, Numbers numbers, Pass pass, int
   l.stride = round_up(l.depth * operand_bytes(numbers), 128) + 64;
   l.slots = std::max(0, l.groups_per_warp * l.chunks_per_warp - register_chunks(mma, sum_bytes(numbers)));
   l.sums_at = warps * l.slots * chunk_words(mma) * 128;
+  // A warp stores the sums of eight columns and four pairs of rows at a time, or of four rows and eight columns: these then lie
+  // in different banks.
+  l.sum_stride = mma ? l.columns + 4 : l.columns + (40 - l.columns % 32) % 32;
   // Sums that come from peers have two buffers: a peer may be a step ahead.
-  const int sums = (pass == Pass::backward_scatter ? 2 : 1) * l.splits * rows * l.columns * sum_bytes(numbers);
+  const int row_sums = pass == Pass::backward_scatter ? 2 * l.columns : l.sum_stride;
+  const int sums = l.splits * rows * row_sums * sum_bytes(numbers);
   l.operand_at = l.sums_at + round_up(sums, 128);
   l.barrier_at = l.operand_at + 2 * rows * l.stride;
   l.rows_at_once = rows / std::max(1, ceil_div(rows * l.units, warps * 32));

@@ -82,28 +82,24 @@ RNNFAST_DEVICE void scan_forward(const ScanParams& p) {
     const Share<kPairs> share(p, team, j);
     if (!share.real) continue;
     pairs[j].start(walk, share.at);
-    pairs[j].find(walk, 0, share.at);
-    pairs[j].fetch(walk, share.at);
+    pairs[j].fetch(walk, pairs[j].find(walk, 0, share.at), share.at);
   }
   exchange.start();
 
   for (int step = 0; step < p.steps; ++step) {
-    // The next step's input is on its way while this one is computed.
-    ForwardPair<M, KIND> next[kPairs];
+    // Where the next step's input is, a token id, is on its way while this one is computed, and the input itself from then on
+    // until it is needed: registers for both at a time are scarce.
+    typename ForwardPair<M, KIND>::Input next[kPairs];
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) {
       const Share<kPairs> share(p, team, j);
-      if (share.real) next[j].find(walk, step + 1, share.at);
-    }
-#pragma unroll
-    for (int j = 0; j < kPairs; ++j) {
-      const Share<kPairs> share(p, team, j);
-      if (share.real) next[j].fetch(walk, share.at);
+      if (share.real) next[j] = pairs[j].find(walk, step + 1, share.at);
     }
     if (step > 0) exchange.wait(step);
     product.multiply(l, exchange.here(step),
                      [&](int split, int row, int column, Sum sum) { sums.put(step, split, row, column, sum); });
     sums.wait(step);
+    Sum saved[kPairs][ForwardPair<M, KIND>::kSaved];
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) {
       const Share<kPairs> share(p, team, j);
@@ -113,15 +109,18 @@ RNNFAST_DEVICE void scan_forward(const ScanParams& p) {
         sums.of(step, share.row, share.unit, l.units, gh);
 #pragma unroll
         for (int g = 0; g < kGates; ++g) gh[g] += bias[g * l.units + share.unit];
-        pairs[j].step(walk, share.at, gh);
+        pairs[j].step(walk, gh, saved[j]);
       }
       if (step + 1 < p.steps)
         exchange.send(step + 1, share.row, team.rank * l.slice + share.unit, M::operand(pairs[j].h));
-      pairs[j].row = next[j].row;
-#pragma unroll
-      for (int g = 0; g < kGates; ++g) pairs[j].gx[g] = next[j].gx[g];
     }
     if (step + 1 < p.steps) exchange.sent(step + 1);
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) {
+      const Share<kPairs> share(p, team, j);
+      if (pairs[j].row >= 0) pairs[j].store(walk, share.at, saved[j]);
+      pairs[j].fetch(walk, next[j], share.at);
+    }
   }
 
 #pragma unroll
@@ -184,21 +183,26 @@ RNNFAST_DEVICE void scan_backward(const ScanParams& p) {
                        [&](int split, int row, int column, Sum sum) { sums.put(step, split, row, column, sum); });
       sums.wait(step);
     }
+    Sum d_gates[kPairs][BackwardPair<M, KIND>::kInput] = {};
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) {
       const Share<kPairs> share(p, team, j);
       if (!share.owned) continue;
       if (step > 0) pairs[j].d_h += sums.of(step, share.row, share.unit);
-      Sum d_gates[kGates] = {};
-      if (pairs[j].row >= 0) pairs[j].step(walk, share.at, d_gates);
+      if (pairs[j].row >= 0) pairs[j].step(walk, d_gates[j]);
       if (step < p.steps) {
 #pragma unroll
         for (int g = 0; g < kGates; ++g)
           exchange.send(step + 1, share.row, (team.rank - first_block) * l.slice + g * l.units + share.unit,
-                        M::operand(d_gates[g]));
+                        M::operand(d_gates[j][g]));
       }
     }
     if (step < p.steps) exchange.sent(step + 1);
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) {
+      const Share<kPairs> share(p, team, j);
+      if (pairs[j].row >= 0) pairs[j].store(walk, share.at, d_gates[j]);
+    }
   }
 
 #pragma unroll

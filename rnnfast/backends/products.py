@@ -116,9 +116,9 @@ def _add_bias(rows: Tensor, bias: Tensor | None) -> Tensor:
 def _d_w_ih(d_gx: Tensor, input: Tensor, w_ih: Tensor) -> Tensor:
     if input.is_floating_point():
         return (d_gx.t() @ input).view_as(w_ih)
-    # The gradient of an embedding is a segment sum in a fixed order, unlike index_add_ on a GPU.
-    rows = d_gx if d_gx.is_cuda else _widen(d_gx)  # a GPU accumulates half types in float32, the CPU does not
-    by_id: Tensor = torch.ops.aten.embedding_dense_backward(rows, input, w_ih.shape[2], -1, False)
+    # The gradient of an embedding is a segment sum in a fixed order, unlike index_add_ on a GPU. Of half types it would
+    # keep the running sum in that type.
+    by_id: Tensor = torch.ops.aten.embedding_dense_backward(_widen(d_gx), input, w_ih.shape[2], -1, False)
     return by_id.t().to(w_ih.dtype).contiguous().view_as(w_ih)
 
 

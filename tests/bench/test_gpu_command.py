@@ -166,7 +166,7 @@ def test_last(): pass
 def test_tests_go_on_behind_one_that_crashes(tmp_path: Path) -> None:
     (tmp_path / "test_some.py").write_text(TESTS)
     saved: list[Any] = []
-    report = gpu.run_tests(str(tmp_path), time.perf_counter() + 100, saved.append)
+    report = gpu.run_tests([str(tmp_path)], time.perf_counter() + 100, saved.append)
     assert report["passed"] is False
     assert report["summary"] == "1 did not end, 1 failed, 2 passed, 1 skipped"
     outcomes = {test.split("::")[1]: text for test, text in report["wrong"].items()}

@@ -31,24 +31,48 @@ def test_compiles_within_the_budget(stem, architecture):
         assert kernel.spilled_bytes <= SPILLED_BYTES.get(stem.split("_")[0], 0), kernel
 
 
-@pytest.mark.skipif(disassembler() is None, reason="needs cuobjdump, which Triton's package brings")
-@pytest.mark.parametrize(("stem", "of_a_step"), [("bfloat16_cluster", {"forward": 8, "backward": 14})])
-def test_what_is_fetched_for_a_step_is_not_waited_for_before_the_product(stem, of_a_step):
-    """Instructions are done in order, so the first use of what a load brings is where a warp waits for it.
+# Of an LSTM's steps, for two pairs of a row and a unit: the four gates' inputs and the next step's token ids; or d_output, the
+# tape and c before.
+FETCHED = {"forward": {"LDG.E ": 8, "LDG.E.64 ": 2}, "backward": {"LDG.E.U16 ": 14}}
 
-    Of an LSTM's steps: of two pairs of a row and a unit the four gates' inputs; or d_output, the tape and c before.
-    """
-    for kernel in compile_instance(stem, "90a", disassemble=True):
+
+@pytest.mark.skipif(disassembler() is None, reason="needs cuobjdump, which Triton's package brings")
+def test_a_step_waits_for_nothing_from_memory_before_its_product():
+    """Instructions are done in order, so the first use of what a load brings is where a warp waits for it."""
+    for kernel in compile_instance("bfloat16_cluster", "90a", disassemble=True):
         cell, way = kernel.name.split()[1:]
         if cell != "lstm":
             continue
-        begin = next(i for i, line in enumerate(kernel.code) if "UCGABAR_WAIT" in line)
-        product = next(i for i, line in enumerate(kernel.code) if i > begin and "HMMA" in line)
-        fetched, floating = set(), "LDG.E.U16 " if way == "backward" else "LDG.E "
-        for line in kernel.code[begin:product]:
-            _, *operands = re.split(r"[ ,]+(?=R\d|desc|\[)", line)
-            read = set(re.findall(r"\bR\d+\b", " ".join(operands[1:])))
-            fetched -= read
-            if floating in line:
-                fetched.add(operands[0].strip())
-        assert len(fetched) == of_a_step[way], f"{kernel.name}: {sorted(fetched)}"
+        before, product, after = loop(kernel.code, "HMMA")
+        for load, count in FETCHED[way].items():
+            fetched = set()
+            for line in [*after, *before]:
+                _, *operands = re.split(r"[ ,]+(?=R\d|desc|\[)", line)
+                fetched -= set(re.findall(r"\bR\d+\b", " ".join(operands[1:])))
+                if load in line:
+                    fetched.add(operands[0].strip())
+            assert len(fetched) == count, f"{kernel.name}: {load}{sorted(fetched)}"
+
+
+@pytest.mark.skipif(disassembler() is None, reason="needs cuobjdump, which Triton's package brings")
+def test_peers_are_sent_to_before_anything_is_stored():
+    for kernel in compile_instance("bfloat16_cluster", "90a", disassemble=True):
+        _, _, after = loop(kernel.code, "HMMA")
+        sent = [i for i, line in enumerate(after) if "STAS" in line]
+        stored = [i for i, line in enumerate(after) if "STG" in line]
+        assert stored
+        if sent:  # where sums are scattered, they leave from the product itself
+            assert max(sent) < min(stored), kernel.name
+
+
+def loop(code, product):
+    """The outermost loop around the first instruction with this name: what is before it, it, what is behind it."""
+    first = next(i for i, line in enumerate(code) if product in line)
+    jumps = [(int(found[1], 16) // 16, i) for i, line in enumerate(code) if (found := re.search(r"BRA (0x\w+)", line))]
+    start, end = min((to, i) for to, i in jumps if to <= first <= i < code_end(code))
+    return code[start:first], code[first], code[first + 1 : end]
+
+
+def code_end(code):
+    """Where the code ends that is in order: behind it are the rare ways of what is done by whole warps."""
+    return next(i for i, line in enumerate(code) if line.strip() == "EXIT")

@@ -85,7 +85,11 @@ def compile_library(target: Path, architectures: tuple[str, ...]) -> None:
         *compile_all, link = _commands(architectures, work)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(_run, compile_all))
-        _run(link)
+        try:
+            _run(link)
+        except RuntimeError:
+            # A toolkit without libcudart.so to link with: torch has loaded that of its own, which resolves the names.
+            _run(["none" if word == "shared" else word for word in link])
         os.replace(work / "library.so", target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
