@@ -10,6 +10,7 @@ import functools
 import json
 import math
 import re
+import runpy
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,8 +46,16 @@ def test_examples_run(page: str) -> None:
 
 
 def test_the_swap_of_the_readme_runs() -> None:
-    names = run_page("../README.md", torch=torch, input=torch.randn(35, 4, 28), model=torch.nn.Sequential())
-    assert names["output"].shape == (35, 4, 256)
+    names = run_page("../README.md")
+    assert names["output"].shape == (35, 8, 256)
+
+
+def test_the_example_of_episodes_learns(capsys: pytest.CaptureFixture[str]) -> None:
+    before = torch.get_rng_state()
+    runpy.run_path(str(ROOT / "examples" / "episodes.py"))
+    torch.set_rng_state(before)
+    (right,) = re.findall(r"([\d.]+) of the answers are right\n$", capsys.readouterr().out)
+    assert float(right) > 0.9
 
 
 def test_the_example_of_the_pipeline_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,7 +76,7 @@ struct ForwardPair {
     if (KIND == Kind::lstm) c = hw::widen(static_cast<const Stored*>(walk.p.c_0)[state]);
   }
 
-  // Reads where the input of a step is: well before it is fetched, as a token id comes from memory.
+  // Reads where the input of a step is. On its own, so that a thread asks for the token ids of all its pairs at once.
   static RNNFAST_DEVICE Input find(const Walk& walk, int step, Place at) {
     const int row = walk.row(step, at.batch_row);
     return {row, walk.p.ids && row >= 0 ? walk.p.ids[row] : row};
@@ -87,7 +87,7 @@ struct ForwardPair {
     const ScanParams& p = walk.p;
     row = input.row;
     if (row < 0) return;
-    if (input.gx_row < 0 || input.gx_row >= p.gx_rows) hw::fail("a token id is outside the vocabulary", input.gx_row);
+    if (input.gx_row < 0 || input.gx_row >= p.gx_rows) hw::fail("a token id is outside the vocabulary in row", row);
     const Sum* from = static_cast<const Sum*>(p.gx) + walk.gate(input.gx_row, at.unit, kGates);
 #pragma unroll
     for (int g = 0; g < kGates; ++g) gx[g] = from[int64_t{g} * p.hidden];

@@ -25,6 +25,22 @@ struct WeightRun {
   RNNFAST_DEVICE auto operator[](int i) const -> decltype(hw::widen(*first)) { return i < count ? hw::widen(first[i]) : 0; }
 };
 
+// The chunks of a warp that stay in registers, one after the other.
+struct RegisterWalk {
+  const Layout& l;
+  const WarpShare& share;
+  int group, chunk;
+  RNNFAST_DEVICE RegisterWalk(const Layout& l, const WarpShare& share)
+      : l(l), share(share), group(share.first_group), chunk(share.split) {}
+  RNNFAST_DEVICE bool used() const { return group < l.groups && chunk < l.chunks; }
+  RNNFAST_DEVICE void next() {
+    chunk += l.splits;
+    if (chunk < l.chunks_per_warp * l.splits) return;
+    chunk = share.split;
+    group += l.group_warps;
+  }
+};
+
 // Counted over all its groups, a warp's chunks are in registers first and in shared memory from there on. The m-th of that
 // count is, for the warp's i-th group, the chunk `before + m * splits` of the depth: below 0 if it is of a group before this
 // one, and at least l.chunks if it is of a later one.
@@ -57,9 +73,12 @@ RNNFAST_DEVICE void reduce_scatter(Sum* v) {
 // On plain arithmetic: a lane multiplies its 8 bytes of each chunk, for four rows and eight columns at a time.
 template <class M>
 class PlainProduct {
+ public:
+  static constexpr int kVector = 8 / sizeof(typename M::Sum);  // values of a lane's vector
+
+ private:
   using Sum = typename M::Sum;
   static constexpr int kColumns = group_columns(false);
-  static constexpr int kVector = 8 / sizeof(Sum);
   static constexpr int kRegisterChunks = register_chunks(false, sizeof(Sum));
   static constexpr int kRowTile = 4;
   struct alignas(8) Vector {
@@ -118,33 +137,39 @@ class PlainProduct {
   }
 
  public:
-  // run(column, k) is the WeightRun from depth k on, as far as a lane's vector goes; also beyond the layer's sizes.
+  // run(column, k) is the WeightRun from depth k on, as far as a lane's vector goes; also beyond the layer's sizes. `whole`: each
+  // is a whole vector or none, which is read in one piece, all of a thread's at once; else a number waits for the one before.
   template <class Run>
-  RNNFAST_DEVICE void load(const Layout& l, char* shared, Run run) {
+  RNNFAST_DEVICE void load(const Layout& l, char* shared, bool whole, Run run) {
     shared_ = reinterpret_cast<Vector*>(shared) + hw::warp() * l.slots * kColumns * 32;
     const WarpShare share(l);
-    const auto read = [&](int group, int chunk, int c) {
-      const auto from = run(group * kColumns + c, (chunk * 32 + hw::lane()) * kVector);
-      Vector w;
+    // The lane's vectors of a chunk, of all columns of a group.
+    const auto read = [&](int group, int chunk, bool used, Vector (&w)[kColumns]) {
+      const int k = (chunk * 32 + hw::lane()) * kVector;
 #pragma unroll
-      for (int e = 0; e < kVector; ++e) w.at[e] = from[e];
-      return w;
+      for (int c = 0; c < kColumns; ++c) {
+        const auto from = run(group * kColumns + c, k);
+        if (whole) {
+          w[c] = used && from.count > 0 ? *reinterpret_cast<const Vector*>(from.first) : Vector{};
+        } else {
+#pragma unroll
+          for (int e = 0; e < kVector; ++e) w[c].at[e] = used ? from[e] : 0;
+        }
+      }
     };
+    RegisterWalk walk(l, share);
 #pragma unroll
-    for (int i = 0; i < kRegisterChunks; ++i) {
-      const int group = share.first_group + i / l.chunks_per_warp * l.group_warps;
-      const int chunk = share.split + i % l.chunks_per_warp * l.splits;
-      const bool used = group < l.groups && chunk < l.chunks;
-#pragma unroll
-      for (int c = 0; c < kColumns; ++c) weights_[i][c] = used ? read(group, chunk, c) : Vector{};
-    }
+    for (int i = 0; i < kRegisterChunks; ++i, walk.next()) read(walk.group, walk.chunk, walk.used(), weights_[i]);
     for (int i = 0; i < l.groups_per_warp; ++i) {
       const GroupChunks of_group(l, share, i);
       const int group = share.first_group + i * l.group_warps;
       for (int m = of_group.first_after(kRegisterChunks); group < l.groups; ++m) {
         const int chunk = of_group.before + m * l.splits;
         if (chunk >= l.chunks) break;
-        for (int c = 0; c < kColumns; ++c) slot(m - kRegisterChunks)[c * 32] = read(group, chunk, c);
+        Vector w[kColumns];
+        read(group, chunk, true, w);
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) slot(m - kRegisterChunks)[c * 32] = w[c];
       }
     }
   }
@@ -165,8 +190,11 @@ class PlainProduct {
 // its values a lane feeds to which mma is free so long as both sides agree, so that a lane reads 16 bytes in one piece.
 template <class M>
 class TensorCoreProduct {
+ public:
+  static constexpr int kVector = 16 / sizeof(typename M::Operand);
+
+ private:
   using Operand = typename M::Operand;
-  static constexpr int kVector = 16 / sizeof(Operand);
   static constexpr int kRegisterChunks = register_chunks(true, 4);
   struct Fragment {
     uint32_t word[2][4];
@@ -177,16 +205,35 @@ class TensorCoreProduct {
   // The two halves of a lane's fragment lie apart, so that a warp reads each without a bank conflict.
   RNNFAST_DEVICE hw::Vec16* slot(int index) { return shared_ + index * 64 + hw::lane(); }
 
+  // From numbers as they are stored to operands; half types are the same as both.
+  static RNNFAST_DEVICE void round(Fragment& w) {
+    if constexpr (sizeof(Operand) == 4) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) w.word[half][e] = bits<uint32_t>(M::operand(bits<float>(w.word[half][e])));
+    }
+  }
+
   static RNNFAST_DEVICE void multiply_add(float (&sums)[2][4], const uint32_t (&w)[2][4], const hw::Vec16& x) {
     M::mma(sums[0], w[0], x.word[0], x.word[1]);
     M::mma(sums[1], w[1], x.word[2], x.word[3]);
   }
 
  public:
+  // As above.
   template <class Run>
-  RNNFAST_DEVICE void load(const Layout& l, char* shared, Run run) {
+  RNNFAST_DEVICE void load(const Layout& l, char* shared, bool whole, Run run) {
     shared_ = reinterpret_cast<hw::Vec16*>(shared) + hw::warp() * l.slots * 64;
     const WarpShare share(l);
+    const auto read_whole = [&](int group, int chunk, bool used) {
+      const int column = group * 16 + hw::lane() / 4, k = (chunk * 4 + hw::lane() % 4) * kVector;
+      const auto from_upper = run(column, k), from_lower = run(column + 8, k);
+      const hw::Vec16 upper = used && from_upper.count > 0 ? hw::load_vector(from_upper.first) : hw::Vec16{};
+      const hw::Vec16 lower = used && from_lower.count > 0 ? hw::load_vector(from_lower.first) : hw::Vec16{};
+      return Fragment{{{upper.word[0], lower.word[0], upper.word[1], lower.word[1]},
+                       {upper.word[2], lower.word[2], upper.word[3], lower.word[3]}}};
+    };
     const auto read = [&](int group, int chunk) {
       Operand upper_values[kVector], lower_values[kVector];
       const int column = group * 16 + hw::lane() / 4, k = (chunk * 4 + hw::lane() % 4) * kVector;
@@ -200,20 +247,32 @@ class TensorCoreProduct {
       return Fragment{{{upper.word[0], lower.word[0], upper.word[1], lower.word[1]},
                        {upper.word[2], lower.word[2], upper.word[3], lower.word[3]}}};
     };
+    RegisterWalk walk(l, share);
+    if (whole) {
 #pragma unroll
-    for (int i = 0; i < kRegisterChunks; ++i) {
-      const int group = share.first_group + i / l.chunks_per_warp * l.group_warps;
-      const int chunk = share.split + i % l.chunks_per_warp * l.splits;
-      const bool used = group < l.groups && chunk < l.chunks;
-      weights_[i] = used ? read(group, chunk) : Fragment{};
+      for (int i = 0; i < kRegisterChunks; ++i, walk.next())
+        weights_[i] = read_whole(walk.group, walk.chunk, walk.used());
+#pragma unroll
+      for (Fragment& w : weights_) round(w);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kRegisterChunks; ++i, walk.next())
+        weights_[i] = walk.used() ? read(walk.group, walk.chunk) : Fragment{};
     }
     for (int i = 0; i < l.groups_per_warp; ++i) {
       const GroupChunks of_group(l, share, i);
       const int group = share.first_group + i * l.group_warps;
+#pragma unroll 2
       for (int m = of_group.first_after(kRegisterChunks); group < l.groups; ++m) {
         const int chunk = of_group.before + m * l.splits;
         if (chunk >= l.chunks) break;
-        const Fragment w = read(group, chunk);
+        Fragment w;
+        if (whole) {
+          w = read_whole(group, chunk, true);
+          round(w);
+        } else {
+          w = read(group, chunk);
+        }
         hw::Vec16* place = slot(m - kRegisterChunks);
 #pragma unroll
         for (int half = 0; half < 2; ++half)
@@ -259,6 +318,12 @@ class TensorCoreProduct {
     }
   }
 };
+
+// Whether all rows of a matrix of so many columns begin with a vector of the product's, and end with one.
+template <class Product, class Stored>
+RNNFAST_DEVICE bool in_vectors(const Stored* matrix, int columns) {
+  return columns % Product::kVector == 0 && reinterpret_cast<uintptr_t>(matrix) % (Product::kVector * sizeof(Stored)) == 0;
+}
 
 template <class M, bool TENSOR_CORES>
 struct ChooseProduct {

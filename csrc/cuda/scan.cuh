@@ -59,10 +59,10 @@ RNNFAST_DEVICE void scan_forward(const ScanParams& p) {
 
   Product<M> product;
   const Stored* w_hh = static_cast<const Stored*>(p.w_hh) + int64_t{walk.lane} * kGates * p.hidden * p.hidden;
-  product.load(l, shared, [&](int column, int k) -> WeightRun<Stored> {
-    const int unit = team.rank * l.units + column % l.units;
+  product.load(l, shared, in_vectors<Product<M>>(w_hh, p.hidden), [&](int column, int k) -> WeightRun<Stored> {
+    const int gate = quotient(column, l.per_unit), unit = (team.rank - gate) * l.units + column;
     if (unit >= p.hidden) return {nullptr, 0};
-    return {w_hh + (int64_t{column / l.units} * p.hidden + unit) * p.hidden + k, p.hidden - k};
+    return {w_hh + (int64_t{gate} * p.hidden + unit) * p.hidden + k, p.hidden - k};
   });
 
   // In shared memory: registers are full, and a cluster's exchange empties the L1 at each step.
@@ -87,14 +87,6 @@ RNNFAST_DEVICE void scan_forward(const ScanParams& p) {
   exchange.start();
 
   for (int step = 0; step < p.steps; ++step) {
-    // Where the next step's input is, a token id, is on its way while this one is computed, and the input itself from then on
-    // until it is needed: registers for both at a time are scarce.
-    typename ForwardPair<M, KIND>::Input next[kPairs];
-#pragma unroll
-    for (int j = 0; j < kPairs; ++j) {
-      const Share<kPairs> share(p, team, j);
-      if (share.real) next[j] = pairs[j].find(walk, step + 1, share.at);
-    }
     if (step > 0) exchange.wait(step);
     product.multiply(l, exchange.here(step),
                      [&](int split, int row, int column, Sum sum) { sums.put(step, split, row, column, sum); });
@@ -115,10 +107,21 @@ RNNFAST_DEVICE void scan_forward(const ScanParams& p) {
         exchange.send(step + 1, share.row, team.rank * l.slice + share.unit, M::operand(pairs[j].h));
     }
     if (step + 1 < p.steps) exchange.sent(step + 1);
+    // The next step's input is on its way while what the peers send is, and while it is multiplied.
+    typename ForwardPair<M, KIND>::Input next[kPairs];
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) {
+      const Share<kPairs> share(p, team, j);
+      if (share.real) next[j] = pairs[j].find(walk, step + 1, share.at);
+    }
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) {
       const Share<kPairs> share(p, team, j);
       if (pairs[j].row >= 0) pairs[j].store(walk, share.at, saved[j]);
+    }
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) {
+      const Share<kPairs> share(p, team, j);
       pairs[j].fetch(walk, next[j], share.at);
     }
   }
@@ -154,9 +157,9 @@ RNNFAST_DEVICE void scan_backward(const ScanParams& p) {
   const int first_unit = kScatter ? 0 : team.rank * l.units;  // of the columns
   const int first_block = kScatter ? team.rank : 0, blocks = kScatter ? 1 : l.blocks;  // of the operand
   // A lane's vector lies within one gate of one block: a block's units are a multiple of its length.
-  product.load(l, shared, [&](int column, int k) -> WeightRun<Stored> {
-    const int unit = first_unit + column, from = (first_block + k / l.slice) * l.units + k % l.units;
-    const int gate = k % l.slice / l.units;
+  product.load(l, shared, in_vectors<Product<M>>(w_hh, p.hidden), [&](int column, int k) -> WeightRun<Stored> {
+    const int unit = first_unit + column, block = quotient(k, l.per_unit / kGates);
+    const int gate = quotient(k, l.per_unit) - block * kGates, from = (first_block - block * (kGates - 1) - gate) * l.units + k;
     if (unit >= p.hidden || k >= blocks * l.slice) return {nullptr, 0};
     return {w_hh + (int64_t{unit} * kGates + gate) * p.hidden + from, p.hidden - from};
   });

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import rnnfast
+from rnnfast import direct
 from rnnfast.backends import native
 
 STEPS, BATCH, INPUTS, HIDDEN = 64, 64, 8, 80  # a tape of 5 x 80 floats a row is 6.5 MB of an LSTM, 5.2 MB of a GRU
@@ -179,6 +180,15 @@ def test_a_kept_block_makes_an_ordinary_tensor() -> None:
         assert tensor.is_contiguous()
         assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
         assert tensor.fill_(2).sum(dtype=torch.float64) == 6e6
+
+
+@keeps_tensors
+def test_direct_calls_keep_what_the_operators_keep() -> None:
+    native.load()
+    like = torch.zeros(1)
+    for size, kept in ((direct._KEPT, True), (direct._KEPT - 4, False)):
+        tensor = torch.ops.rnnfast.direct_empty_cpu(like, [size // 4])
+        assert tensor.untyped_storage().resizable() != kept
 
 
 def test_what_users_do_with_a_large_output(layer: Any) -> None:

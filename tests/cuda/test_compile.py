@@ -31,48 +31,42 @@ def test_compiles_within_the_budget(stem, architecture):
         assert kernel.spilled_bytes <= SPILLED_BYTES.get(stem.split("_")[0], 0), kernel
 
 
-# Of an LSTM's steps, for two pairs of a row and a unit: the four gates' inputs and the next step's token ids; or d_output, the
-# tape and c before.
-FETCHED = {"forward": {"LDG.E ": 8, "LDG.E.64 ": 2}, "backward": {"LDG.E.U16 ": 14}}
+# What a thread fetches for an LSTM's step, for two pairs of a row and a unit: four gates' inputs; d_output, tape and c.
+FETCHED = {"forward": ("LDG.E ", 8), "backward": ("LDG.E.U16 ", 14)}
 
 
 @pytest.mark.skipif(disassembler() is None, reason="needs cuobjdump, which Triton's package brings")
-def test_a_step_waits_for_nothing_from_memory_before_its_product():
+def test_what_is_fetched_for_a_step_is_not_waited_for_before_the_product():
     """Instructions are done in order, so the first use of what a load brings is where a warp waits for it."""
     for kernel in compile_instance("bfloat16_cluster", "90a", disassemble=True):
         cell, way = kernel.name.split()[1:]
         if cell != "lstm":
             continue
-        before, product, after = loop(kernel.code, "HMMA")
-        for load, count in FETCHED[way].items():
-            fetched = set()
-            for line in [*after, *before]:
-                _, *operands = re.split(r"[ ,]+(?=R\d|desc|\[)", line)
-                fetched -= set(re.findall(r"\bR\d+\b", " ".join(operands[1:])))
-                if load in line:
-                    fetched.add(operands[0].strip())
-            assert len(fetched) == count, f"{kernel.name}: {load}{sorted(fetched)}"
+        until_product, behind_product = loop_of_steps(kernel.code)
+        load, count = FETCHED[way]
+        fetched = set()
+        for line in behind_product + until_product:
+            _, *operands = re.split(r"[ ,]+(?=R\d|desc|\[)", line)
+            fetched -= set(re.findall(r"\bR\d+\b", " ".join(operands[1:])))
+            if load in line:
+                fetched.add(operands[0].strip())
+        assert len(fetched) == count, f"{kernel.name}: {sorted(fetched)}"
 
 
 @pytest.mark.skipif(disassembler() is None, reason="needs cuobjdump, which Triton's package brings")
 def test_peers_are_sent_to_before_anything_is_stored():
     for kernel in compile_instance("bfloat16_cluster", "90a", disassemble=True):
-        _, _, after = loop(kernel.code, "HMMA")
-        sent = [i for i, line in enumerate(after) if "STAS" in line]
-        stored = [i for i, line in enumerate(after) if "STG" in line]
-        assert stored
-        if sent:  # where sums are scattered, they leave from the product itself
-            assert max(sent) < min(stored), kernel.name
+        _, behind_product = loop_of_steps(kernel.code)
+        sent = [i for i, line in enumerate(behind_product) if "STAS" in line]
+        stored = [i for i, line in enumerate(behind_product) if "STG" in line]
+        assert stored, kernel.name
+        assert not sent or max(sent) < min(stored), kernel.name  # sums that are scattered leave from the product itself
 
 
-def loop(code, product):
-    """The outermost loop around the first instruction with this name: what is before it, it, what is behind it."""
-    first = next(i for i, line in enumerate(code) if product in line)
+def loop_of_steps(code):
+    """The instructions of the loop over the steps in front of its product, and those behind the product's first."""
+    product = next(i for i, line in enumerate(code) if "HMMA" in line)
+    end_of_kernel = next(i for i, line in enumerate(code) if line.strip() == "EXIT")  # rare ways are behind it
     jumps = [(int(found[1], 16) // 16, i) for i, line in enumerate(code) if (found := re.search(r"BRA (0x\w+)", line))]
-    start, end = min((to, i) for to, i in jumps if to <= first <= i < code_end(code))
-    return code[start:first], code[first], code[first + 1 : end]
-
-
-def code_end(code):
-    """Where the code ends that is in order: behind it are the rare ways of what is done by whole warps."""
-    return next(i for i, line in enumerate(code) if line.strip() == "EXIT")
+    start, end = min((to, i) for to, i in jumps if to <= product <= i < end_of_kernel)
+    return code[start:product], code[product + 1 : end]
