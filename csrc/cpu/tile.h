@@ -76,14 +76,15 @@ struct Ahead {
       for (int64_t line = 0; line < blocks * lines; ++line, data += 64) __builtin_prefetch(data, 0, 2);
     }
   };
-  // Rows of `width` lines, `stride` bytes from one to the next.
+  // Rows of `width` lines, `stride` bytes from one to the next. Fetched to be written, where there is such an instruction: a line
+  // that other cores have, too, would be asked for once more when it is.
   struct Rows {
     const char* data = nullptr;
     int64_t lines = 0, width = 0, stride = 0;
     int64_t column = 0;  // lines from the beginning of a row to data
     void fetch(int64_t blocks) {
       for (int64_t line = 0; line < blocks * lines; ++line) {
-        __builtin_prefetch(data, 0, 2);
+        __builtin_prefetch(data, 1, 2);
         data += ++column < width ? 64 : stride - 64 * (width - 1);
         if (column == width) column = 0;
       }

@@ -30,7 +30,7 @@ _FLAGS = (
     f"-Wall -Wextra -Wno-psabi -Wno-unknown-pragmas -DTORCH_TARGET_VERSION={building.TARGET_ABI}ULL"
 )
 _AVX2 = "-mavx2 -mfma"
-_AVX512 = f"{_AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl"
+_AVX512 = f"{_AVX2} -mprfchw -mavx512f -mavx512bw -mavx512dq -mavx512vl"
 # csrc/cpu/kernels.cpp is compiled once for each; csrc/cpu/choose.cpp picks one when it runs.
 _INSTRUCTION_SETS = {"generic": ""}
 if platform.machine() in ("x86_64", "AMD64"):
