@@ -129,7 +129,7 @@ def _leave_out_next_point(identity: table.Identity, path: Path) -> None:
     """The point that tuning did not get past, as one where nothing is right."""
     points = table.read(path).points if path.exists() else []
     done = {(p.cell, p.numbers, p.hidden, p.batch) for p in points}
-    stuck = next((key for key in tuning._grid() if key not in done), None)
+    stuck = next((key for key in tuning.grid() if key not in done), None)
     if stuck is not None:
         points.append(Point(*stuck, failures={"cuda": "it did not end"}))
         Table(identity, points, circumstances()["time"]).write(path)
@@ -359,7 +359,7 @@ def circumstances() -> Report:
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": said("git", "rev-parse", "HEAD"),
         "uncommitted_changes": bool(said("git", "status", "--porcelain", "--untracked-files=no")),
-        "sources": table._sources(),
+        "sources": table.sources(),
         "card": torch.cuda.get_device_name(),
         "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "python": sys.version.split()[0],

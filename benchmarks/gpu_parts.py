@@ -339,7 +339,7 @@ def _backward(d_output: Tensor, layer: list[Any], output: Tensor, tape: Tensor, 
 
 def load(backend: str) -> None:
     """Makes a GPU backend ready. Raises RuntimeError where it cannot be."""
-    reason = dispatch._BACKENDS[backend].why_not()
+    reason = dispatch.BACKENDS[backend].why_not()
     if reason is not None:
         raise RuntimeError(f"the {backend} backend is not available: {reason}")
-    dispatch._BACKENDS[backend].load()
+    dispatch.BACKENDS[backend].load()

@@ -17,7 +17,7 @@ from rnnfast import dispatch, functional, scan
 from rnnfast.autocast import autocast_dtype
 
 
-class _DropInCell(nn.RNNCellBase):
+class DropInCell(nn.RNNCellBase):
     """What the three cells share: torch.nn's conventions and checks, and the step.
 
     `forward` uses of `self` what torch.nn's cells have, and `backend`; so `accelerate` can bind it to one of those.
@@ -64,12 +64,12 @@ class _DropInCell(nn.RNNCellBase):
         name, dims = type(self).__name__, input.dim() + token_ids
         if dims not in (1, 2):
             if token_ids:
-                raise ValueError(functional._token_ids_error(name, "0D or 1D", input))
+                raise ValueError(functional.token_ids_error(name, "0D or 1D", input))
             raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
         is_lstm = kind == "lstm"
         if hx is not None and not is_lstm and not isinstance(hx, Tensor):
             raise RuntimeError(f"{name} takes one tensor h as its state, got {type(hx).__name__}")
-        states: list[Tensor] = [] if hx is None else list(functional._pair(hx)) if is_lstm else [hx]
+        states: list[Tensor] = [] if hx is None else list(functional.pair(hx)) if is_lstm else [hx]
         for index, state in enumerate(states):
             if state.dim() not in (1, 2):
                 what = f"hx[{index}]" if is_lstm else "hidden"
@@ -95,21 +95,21 @@ class _DropInCell(nn.RNNCellBase):
         return (h.squeeze(0), c.squeeze(0)) if dims == 1 else (h, c)
 
 
-class RNNCell(_DropInCell, nn.RNNCell):
+class RNNCell(DropInCell, nn.RNNCell):
     """`torch.nn.RNNCell`: h' = tanh(W_ih x + b_ih + W_hh h + b_hh), or relu (Elman 1990).
 
     Takes torch.nn.RNNCell's arguments, and `backend`: "auto" or a name of `rnnfast.backends()`.
     """
 
 
-class LSTMCell(_DropInCell, nn.LSTMCell):
+class LSTMCell(DropInCell, nn.LSTMCell):
     """`torch.nn.LSTMCell` with forget gates (Gers et al. 2000).
 
     Takes torch.nn.LSTMCell's arguments, and `backend`: "auto" or a name of `rnnfast.backends()`.
     """
 
 
-class GRUCell(_DropInCell, nn.GRUCell):
+class GRUCell(DropInCell, nn.GRUCell):
     """`torch.nn.GRUCell` (Cho et al. 2014), the reset gate applied after the recurrent product.
 
     Takes torch.nn.GRUCell's arguments, and `backend`: "auto" or a name of `rnnfast.backends()`.

@@ -476,7 +476,7 @@ def _through_the_operator(
         return None if tensor is None else tensor.reshape(1, batch, size).contiguous()
 
     zeros = [output.new_zeros(1, batch, size) for size in (layer.state_size, layer.hidden_size)]
-    d_input, *d_weights, d_h_0, d_c_0 = scan._FORMULAS["cpu"].backward_op(
+    d_input, *d_weights, d_h_0, d_c_0 = scan.FORMULAS["cpu"].backward_op(
         rows(d_results[0], layer.state_size),
         state(d_results[1], layer.state_size),
         state(d_results[2], layer.hidden_size),

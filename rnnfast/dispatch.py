@@ -120,7 +120,7 @@ def _torch_declines(request: Request) -> str | None:
     return "torch.nn's kernels have no vmap or forward-mode AD" if request.transformed else None
 
 
-_BACKENDS = {
+BACKENDS = {
     backend.name: backend
     for backend in (
         Backend(
@@ -216,7 +216,7 @@ def choose(request: Request, backend: str = AUTO) -> Choice:
     backend = asked(backend)
     check_name(backend)
     if backend != AUTO:
-        refusal = _BACKENDS[backend].refusal(request)
+        refusal = BACKENDS[backend].refusal(request)
         if refusal is not None:
             raise RuntimeError(
                 f"rnnfast backend '{backend}' cannot run this {request.cell}: {refusal}. "
@@ -224,14 +224,14 @@ def choose(request: Request, backend: str = AUTO) -> Choice:
             )
         return Choice(backend, _BY_NAME, ())
     order, left_alone = _order(request)
-    passed_over = [(name, left_alone) for name in table.BACKENDS if name not in order] if left_alone else []
+    passed_over = [(name, left_alone) for name in table.TUNED if name not in order] if left_alone else []
     for name in order:
-        refusal = _BACKENDS[name].refusal(request)
+        refusal = BACKENDS[name].refusal(request)
         if refusal is None:
             if request.size is not None:
-                slower = [other for other in table.BACKENDS if other in order[order.index(name) + 1 :]]
+                slower = [other for other in table.TUNED if other in order[order.index(name) + 1 :]]
                 passed_over += [(other, "the measurements of this card rank it slower") for other in slower]
-            return Choice(name, _BACKENDS[name].description, tuple(passed_over))
+            return Choice(name, BACKENDS[name].description, tuple(passed_over))
         passed_over.append((name, refusal))
     raise AssertionError("the reference backend declines nothing")
 
@@ -263,8 +263,8 @@ choose_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def check_name(name: str) -> None:
     """Raises ValueError unless `name` is "auto" or a backend's."""
-    if name != AUTO and name not in _BACKENDS:
-        raise ValueError(f"unknown rnnfast backend '{name}'; choose from {', '.join([AUTO, *_BACKENDS])}")
+    if name != AUTO and name not in BACKENDS:
+        raise ValueError(f"unknown rnnfast backend '{name}'; choose from {', '.join([AUTO, *BACKENDS])}")
 
 
 class BackendStatus(NamedTuple):
@@ -294,7 +294,7 @@ def backends() -> BackendTable:
     statuses, hint = [], ""
     cards = range(torch.cuda.device_count()) if torch.cuda.is_available() else range(0)
     tables = [table.of(device) for device in cards]
-    for backend in _BACKENDS.values():
+    for backend in BACKENDS.values():
         why_not = backend.why_not()
         note = why_not or backend.description
         picked_on = tuple(
@@ -302,7 +302,7 @@ def backends() -> BackendTable:
         )
         if backend.name in _AUTO_ELSEWHERE:
             picked_on += ("other devices" + _PLACES[_AUTO_ELSEWHERE.index(backend.name)],)
-        if why_not is None and backend.name in table.BACKENDS and tables:
+        if why_not is None and backend.name in table.TUNED and tables:
             verdicts = [_verdict(backend.name, found) for found in tables]
             note = "; ".join([note, *dict.fromkeys(verdict for verdict, _ in verdicts)])
             if any(wins for _, wins in verdicts):
@@ -396,7 +396,7 @@ def _states_elsewhere(choice: Choice, request: Request) -> tuple[tuple[str, str]
     """Where `LSTM.states` runs if it does not run where the layer does."""
     request = request._replace(size=None, extensions=(CELL_STATE_GRADIENTS,))
     if choice.reason == _BY_NAME:
-        refusal = _BACKENDS[choice.backend].refusal(request)
+        refusal = BACKENDS[choice.backend].refusal(request)
         return () if refusal is None else (("states() with gradients", f"refused: {refusal}"),)
     backend = choose(request).backend
     return () if backend == choice.backend else (("states() with gradients", backend),)

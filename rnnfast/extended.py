@@ -23,7 +23,7 @@ from rnnfast.backends import reference
 from rnnfast.backends.reference import Extension, Norms
 from rnnfast.batching import ROWS, ROWS_OF_LANES, STATES
 from rnnfast.cells import CELLS
-from rnnfast.scan import Weights, _library, _stack_lanes, is_plain_inference, is_traced, may_need_gradient
+from rnnfast.scan import Weights, is_plain_inference, is_traced, library, may_need_gradient, stack_lanes
 
 # D lanes: the gains (D, G*H) but for gain_c (D, H), bias_c (D, H), peepholes (D, 3, H), recurrent_mask (D, B, P),
 # zoneout_h bool (D, N, P) and zoneout_c (D, N, H), or a share of the old state in the new one, 0 for none. The rest is
@@ -57,7 +57,7 @@ def scan_extended(
     The other arguments and the results are `scan_layer`'s.
     """
     extended, shares = _stack_extensions(extensions)
-    tensors: tuple[Any, ...] = (input, *_stack_lanes(lanes), h_0, c_0, *extended)
+    tensors: tuple[Any, ...] = (input, *stack_lanes(lanes), h_0, c_0, *extended)
     if forward_ad._current_level >= 0 or (backend == "reference" and not _is_graph()):
         layer = (*tensors, batch_sizes, *shares, cell, bidirectional)
         return definition(*layer)
@@ -231,10 +231,10 @@ for _backend, _fake, _kept in (
     ("reference", _fake_forward_of_reference, ""),
 ):
     _name = f"scan_extended_{_backend}"
-    _library.define(
+    library.define(
         f"{_name}({_ARGUMENTS}, bool save_tape{_kept}) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor tape)"
     )
-    _library.define(
+    library.define(
         f"{_name}_backward(Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, {_ARGUMENTS}, Tensor output, Tensor tape, "
         f"bool need_input, bool need_weights) -> ({_GRADIENTS})"
     )
@@ -242,11 +242,11 @@ for _backend, _fake, _kept in (
     _backward_op = getattr(torch.ops.rnnfast, f"{_name}_backward").default
     _formula = derivatives.Formula(_op, _backward_op, definition, _TENSORS, _LEAVES, _WEIGHTS)
     _FORMULAS[_backend] = _formula
-    _library.impl(_name, derivatives.kernel(derivatives.Scan, _formula, _op), "Autograd")
-    _library.impl(f"{_name}_backward", derivatives.kernel(derivatives.ScanBackward, _formula, _backward_op), "Autograd")
-    torch.library.register_fake(f"rnnfast::{_name}", _fake, lib=_library)
-    torch.library.register_fake(f"rnnfast::{_name}_backward", _fake_backward, lib=_library)
-    torch.library.register_vmap(f"rnnfast::{_name}", partial(_map_forward, _op), lib=_library)
-    torch.library.register_vmap(f"rnnfast::{_name}_backward", partial(_map_backward, _backward_op), lib=_library)
-_library.impl("scan_extended_reference", _forward_of_reference, "CompositeExplicitAutograd")
-_library.impl("scan_extended_reference_backward", _backward_of_reference, "CompositeExplicitAutograd")
+    library.impl(_name, derivatives.kernel(derivatives.Scan, _formula, _op), "Autograd")
+    library.impl(f"{_name}_backward", derivatives.kernel(derivatives.ScanBackward, _formula, _backward_op), "Autograd")
+    torch.library.register_fake(f"rnnfast::{_name}", _fake, lib=library)
+    torch.library.register_fake(f"rnnfast::{_name}_backward", _fake_backward, lib=library)
+    torch.library.register_vmap(f"rnnfast::{_name}", partial(_map_forward, _op), lib=library)
+    torch.library.register_vmap(f"rnnfast::{_name}_backward", partial(_map_backward, _backward_op), lib=library)
+library.impl("scan_extended_reference", _forward_of_reference, "CompositeExplicitAutograd")
+library.impl("scan_extended_reference_backward", _backward_of_reference, "CompositeExplicitAutograd")

@@ -16,7 +16,7 @@ from torch import Tensor
 from rnnfast import dispatch
 from rnnfast.backends import torch_nn
 from rnnfast.cells import CELLS
-from rnnfast.scan import Weights, _stack_lanes, is_traced, is_transformed, lstm_states, scan_layer
+from rnnfast.scan import Weights, is_traced, is_transformed, lstm_states, scan_layer, stack_lanes
 from rnnfast.sequences import is_known
 
 __all__ = ["Weights", "gru", "lane_weights", "lstm", "rnn", "states", "step"]
@@ -59,7 +59,7 @@ def rnn(
     """
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
-    output, h_n, _ = _stack(
+    output, h_n, _ = run(
         f"rnn_{nonlinearity}", input, h_0, None, weights, batch_sizes, bidirectional, dropout, training, backend
     )
     return output, h_n
@@ -81,8 +81,8 @@ def lstm(
     Arguments, shapes and errors are those of `rnn`, but for `hx` = (h_0 (L*D, B, P), c_0 (L*D, B, H)). Returns output
     (T, B, D*P) and (h_n, c_n).
     """
-    h_0, c_0 = _pair(hx)
-    output, h_n, c_n = _stack("lstm", input, h_0, c_0, weights, batch_sizes, bidirectional, dropout, training, backend)
+    h_0, c_0 = pair(hx)
+    output, h_n, c_n = run("lstm", input, h_0, c_0, weights, batch_sizes, bidirectional, dropout, training, backend)
     return output, (h_n, c_n)
 
 
@@ -101,7 +101,7 @@ def gru(
 
     Arguments, shapes, results and errors are those of `rnn`.
     """
-    output, h_n, _ = _stack("gru", input, h_0, None, weights, batch_sizes, bidirectional, dropout, training, backend)
+    output, h_n, _ = run("gru", input, h_0, None, weights, batch_sizes, bidirectional, dropout, training, backend)
     return output, h_n
 
 
@@ -126,7 +126,7 @@ def lane_weights(layer: Any) -> list[Weights]:
     return lanes
 
 
-def _stack(
+def run(
     cell: str,
     input: Tensor,
     h_0: Tensor,
@@ -139,7 +139,7 @@ def _stack(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     directions = 2 if bidirectional else 1
-    _check(cell, input, h_0, c_0, weights, batch_sizes, directions)
+    check(cell, input, h_0, c_0, weights, batch_sizes, directions)
     first, token_ids = weights[0], not input.is_floating_point()
     steps = input.shape[0] if batch_sizes is None else batch_sizes.shape[0]
     chosen = _choose(backend, cell, first, token_ids, h_0.shape[1] * directions, steps, (input, h_0, c_0, *first))
@@ -182,7 +182,7 @@ def step(
         RuntimeError, IndexError: as `rnn`.
     """
     token_ids = not input.is_floating_point()
-    _check(cell, input.unsqueeze(0), h_0, c_0, weights, None, 1)
+    check(cell, input.unsqueeze(0), h_0, c_0, weights, None, 1)
     chosen = _choose(backend, cell, weights[0], token_ids, input.shape[0], 1, (input, h_0, c_0, *weights[0]))
     if chosen == "torch" and not torch.compiler.is_compiling():
         rows = input.unsqueeze(0)
@@ -223,7 +223,7 @@ def states(
     enabled, it runs on the cpu backend or the reference, which give c gradients; else on any scan, whose tape holds c.
     """
     directions = 2 if bidirectional else 1
-    _check("lstm", input, *_pair(hx), weights, batch_sizes, directions)
+    check("lstm", input, *pair(hx), weights, batch_sizes, directions)
     w_hh, token_ids, mapped = weights[0].w_hh, not input.is_floating_point(), is_transformed()
     tensors = [input, *hx, *(parameter for lane in weights for parameter in lane if parameter is not None)]
     # A transform of torch.func may want gradients of tensors that say nothing of them.
@@ -238,7 +238,7 @@ def states(
     c: list[Tensor] = []
     for start in range(0, len(weights), directions):
         lanes = slice(start, start + directions)
-        stacked, h_0, c_0 = _stack_lanes(weights[lanes]), hx[0][lanes], hx[1][lanes]
+        stacked, h_0, c_0 = stack_lanes(weights[lanes]), hx[0][lanes], hx[1][lanes]
         rows, cells = lstm_states(chosen, rows, stacked, h_0, c_0, batch_sizes, bidirectional)
         h += rows.chunk(directions, dim=1)
         c += cells.unbind()
@@ -271,7 +271,7 @@ def _run_layers(
     return rows, torch.cat(h_n), torch.cat(c_n)
 
 
-def _check(
+def check(
     cell: str,
     input: Tensor,
     h_0: Tensor,
@@ -323,7 +323,7 @@ def _check(
             raise IndexError(f"token ids must be in [0, {w_ih.shape[1]}), got {low if low < 0 else high}")
 
 
-def _pair(hx: Any) -> tuple[Tensor, Tensor]:
+def pair(hx: Any) -> tuple[Tensor, Tensor]:
     """The state of an LSTM as it must be given."""
     if not isinstance(hx, tuple | list) or len(hx) != 2:
         given = f"{len(hx)} of them" if isinstance(hx, tuple | list) else type(hx).__name__
@@ -334,7 +334,7 @@ def _pair(hx: Any) -> tuple[Tensor, Tensor]:
     return hx[0], hx[1]
 
 
-def _token_ids_error(name: str, expected: str, input: Tensor) -> str:
+def token_ids_error(name: str, expected: str, input: Tensor) -> str:
     """What is wrong with integers of too many dimensions: most are vectors, as of torch.nn.functional.one_hot."""
     return (
         f"{name}: Expected token ids to be {expected}, got {input.dim()}D {input.dtype} instead; "

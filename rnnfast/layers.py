@@ -20,7 +20,7 @@ from rnnfast.autocast import autocast_dtype
 from rnnfast.sequences import Segments
 
 
-class _DropIn(nn.RNNBase):
+class DropIn(nn.RNNBase):
     """What the three layers share: from torch.nn's calling conventions to time-major rows and back.
 
     The methods use of `self` what torch.nn's layers have, and `backend`; so `accelerate` can bind them to one of those.
@@ -98,14 +98,14 @@ class _DropIn(nn.RNNBase):
 
         if not isinstance(input, Tensor):
             raise TypeError(f"input must be a tensor or a PackedSequence, got {type(input).__name__}")
-        _refuse_nested(input)
+        refuse_nested(input)
         feature_dims = 1 if input.is_floating_point() or input.is_complex() else 0
         dims = input.dim() - feature_dims
         if dims not in (1, 2):
             name, tensor = type(self).__name__, " tensor" if self.mode.startswith("RNN") else ""
             if feature_dims:
                 raise ValueError(f"{name}: Expected input to be 2D or 3D, got {input.dim()}D{tensor} instead")
-            raise ValueError(functional._token_ids_error(name, "1D or 2D", input))
+            raise ValueError(functional.token_ids_error(name, "1D or 2D", input))
         batched = dims == 2
         if hx is not None:
             _check_state_dims(self, hx, batched, input.dim())
@@ -116,7 +116,7 @@ class _DropIn(nn.RNNBase):
             if lengths is not None:
                 raise ValueError("lengths= is for a batch of sequences; give an unbatched one without its padding")
             input = input.unsqueeze(1)
-            hx, reset_to = (_map_state(value, lambda state: state.unsqueeze(1)) for value in (hx, reset_to))
+            hx, reset_to = (map_state(value, lambda state: state.unsqueeze(1)) for value in (hx, reset_to))
             reset = reset if reset is None else reset.unsqueeze(-1)
         elif self.batch_first:
             input = input.transpose(0, 1)
@@ -129,7 +129,7 @@ class _DropIn(nn.RNNBase):
         if may_be_direct:
             direct.prepare(self, input)
         if not batched:
-            return output.squeeze(1), _map_state(state, lambda state: state.squeeze(1))
+            return output.squeeze(1), map_state(state, lambda state: state.squeeze(1))
         return output.transpose(0, 1) if self.batch_first else output, state
 
     def step(self, input: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
@@ -186,21 +186,21 @@ class _DropIn(nn.RNNBase):
         return output, (h_n if c_0 is None else (h_n, c_n))
 
 
-class RNN(_DropIn, nn.RNN):
+class RNN(DropIn, nn.RNN):
     """`torch.nn.RNN`: h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), or relu (Elman 1990).
 
     Takes torch.nn.RNN's arguments, and `backend`: "auto" or a name of `rnnfast.backends()`.
     """
 
 
-class GRU(_DropIn, nn.GRU):
+class GRU(DropIn, nn.GRU):
     """`torch.nn.GRU` (Cho et al. 2014), the reset gate applied after the recurrent product.
 
     Takes torch.nn.GRU's arguments, and `backend`: "auto" or a name of `rnnfast.backends()`.
     """
 
 
-class LSTM(_DropIn, nn.LSTM):
+class LSTM(DropIn, nn.LSTM):
     """`torch.nn.LSTM` with forget gates (Gers et al. 2000) and optional projections (Sak et al. 2014).
 
     Takes torch.nn.LSTM's arguments, and `backend`: "auto" or a name of `rnnfast.backends()`.
@@ -233,7 +233,7 @@ class LSTM(_DropIn, nn.LSTM):
         """
         if not isinstance(input, Tensor):
             raise TypeError(f"states takes a tensor, and lengths= for a ragged batch, got {type(input).__name__}")
-        _refuse_nested(input)
+        refuse_nested(input)
         dims = 3 if input.is_floating_point() or input.is_complex() else 2
         if input.dim() != dims:
             raise ValueError(f"states takes {dims}D batched input, got {input.dim()}D")
@@ -254,7 +254,7 @@ class LSTM(_DropIn, nn.LSTM):
         else:
             segments = sequences.cut(steps, batch, lengths, reset, input.device)
             _check_state_size(self, hx, batch)
-            begin = _map_state(hx, lambda part: segments.initial(part, torch.zeros_like(part), self.bidirectional))
+            begin = map_state(hx, lambda part: segments.initial(part, torch.zeros_like(part), self.bidirectional))
             options["batch_sizes"] = segments.batch_sizes
             rows = functional.states(segments.gather(input), begin, weights, **options)
             padded = [segments.scatter(part.flatten(1)).unflatten(2, part.shape[1:]) for part in rows]
@@ -282,7 +282,7 @@ def _after_pre_hooks(layer: Any, input: Tensor, hx: Any) -> tuple[Tensor, Any]:
     return args[0], args[1] if len(args) > 1 else kwargs.get("hx")
 
 
-def _refuse_nested(input: Tensor) -> None:
+def refuse_nested(input: Tensor) -> None:
     if input.is_nested:
         raise TypeError("input must be a padded tensor or a PackedSequence, got a nested tensor; pad it, use lengths=")
 
@@ -324,14 +324,14 @@ def _run_segments(layer: Any, input: Tensor, hx: Any, segments: Segments, reset_
     if hx is None:
         hx = _zero_state(layer, batch, dtype, input.device)
     if reset_to is None:
-        reset_to = _map_state(_zero_state(layer, 1, dtype, input.device), lambda zeros, h: zeros.to(h.dtype), hx)
+        reset_to = map_state(_zero_state(layer, 1, dtype, input.device), lambda zeros, h: zeros.to(h.dtype), hx)
     _, (hx, reset_to), _ = _autocast(input, (hx, reset_to))
-    reset_to = _map_state(reset_to, lambda state: state.expand(-1, batch, -1) if state.shape[1] == 1 else state)
+    reset_to = map_state(reset_to, lambda state: state.expand(-1, batch, -1) if state.shape[1] == 1 else state)
     _check_state_size(layer, hx, batch)
     _check_state_size(layer, reset_to, batch)
-    initial = _map_state(hx, functools.partial(segments.initial, bidirectional=bidirectional), reset_to)
+    initial = map_state(hx, functools.partial(segments.initial, bidirectional=bidirectional), reset_to)
     rows, state = _run(layer, segments.gather(input), initial, segments.batch_sizes)
-    final = _map_state(state, functools.partial(segments.final, bidirectional=bidirectional), hx)
+    final = map_state(state, functools.partial(segments.final, bidirectional=bidirectional), hx)
     return segments.scatter(rows), final
 
 
@@ -358,7 +358,7 @@ def _check_state_size(layer: Any, hx: Any, batch: int) -> None:
 
 def _check_state_form(layer: Any, hx: Any) -> None:
     if layer.mode == "LSTM":
-        functional._pair(hx)
+        functional.pair(hx)
     elif not isinstance(hx, Tensor):
         raise RuntimeError(f"{type(layer).__name__} takes one tensor h_0 as its state, got {type(hx).__name__}")
 
@@ -392,13 +392,13 @@ def _autocast(
             return tensor
         return tensor.to(dtype)
 
-    return cast(input), _map_state(state, cast), [functional.Weights(*map(cast, lane)) for lane in weights]
+    return cast(input), map_state(state, cast), [functional.Weights(*map(cast, lane)) for lane in weights]
 
 
-def _map_state(state: Any, function: Callable[..., Tensor], *others: Any) -> Any:
+def map_state(state: Any, function: Callable[..., Tensor], *others: Any) -> Any:
     """Applies a function to a state, None, h, (h, c) or a list of such, part by part along with others of its form."""
     if state is None:
         return None
     if isinstance(state, tuple | list):
-        return tuple(_map_state(part, function, *rest) for part, *rest in zip(state, *others, strict=True))
+        return tuple(map_state(part, function, *rest) for part, *rest in zip(state, *others, strict=True))
     return function(state, *others)

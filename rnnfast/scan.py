@@ -81,7 +81,7 @@ def scan(
         # Forward-mode derivatives: the reference is made of operations that have them.
         output, h_n, c_n, _ = reference.forward(*tensors, batch_sizes, cell, bidirectional, False)
         return output, h_n, c_n
-    output, h_n, c_n, _ = _call(_FORMULAS[backend], tensors, batch_sizes, cell, bidirectional)
+    output, h_n, c_n, _ = _call(FORMULAS[backend], tensors, batch_sizes, cell, bidirectional)
     return output, h_n, c_n
 
 
@@ -138,11 +138,11 @@ def lstm_states(
     if forward_ad._current_level >= 0:
         output, cells, _ = _states_definition(*tensors, batch_sizes, "lstm", bidirectional)
     elif backend in STATES:
-        output, cells, _, _ = _call(_FORMULAS[f"{backend}_states"], tensors, batch_sizes, "lstm", bidirectional)
+        output, cells, _, _ = _call(FORMULAS[f"{backend}_states"], tensors, batch_sizes, "lstm", bidirectional)
     else:
         contiguous = [None if t is None else t.contiguous() for t in tensors]
         with torch.no_grad():
-            output, _, _, tape = _FORMULAS[backend].op(*contiguous, batch_sizes, "lstm", bidirectional, True)
+            output, _, _, tape = FORMULAS[backend].op(*contiguous, batch_sizes, "lstm", bidirectional, True)
         cells = _cells(tape, c_0)
     return output, cells
 
@@ -180,10 +180,10 @@ def scan_layer(
             batch_sizes,
             bidirectional,
         )
-    return scan(backend, input, _stack_lanes(lanes), h_0, c_0, batch_sizes, cell, bidirectional)
+    return scan(backend, input, stack_lanes(lanes), h_0, c_0, batch_sizes, cell, bidirectional)
 
 
-def _stack_lanes(lanes: Sequence[Weights]) -> Weights:
+def stack_lanes(lanes: Sequence[Weights]) -> Weights:
     def stack(parameters: tuple[Tensor | None, ...]) -> Any:
         given = [parameter for parameter in parameters if parameter is not None]
         # A view where it can be: a single direction's parameters are not copied.
@@ -271,7 +271,7 @@ def _definition(*layer: Any) -> tuple[Tensor, ...]:
 def _states(backend: str, *arguments: Any) -> tuple[Tensor, ...]:
     """Implements `rnnfast::scan_<backend>_states`: the scan with every c, (D, N, H), in place of h_n."""
     *layer, save_tape = arguments
-    output, _, c_n, tape = _FORMULAS[backend].op(*layer, True)
+    output, _, c_n, tape = FORMULAS[backend].op(*layer, True)
     return output, _cells(tape, layer[7]).clone(), c_n, tape if save_tape else tape.new_empty(0)
 
 
@@ -286,13 +286,13 @@ def _states_definition(*layer: Any) -> tuple[Tensor, ...]:
     return output, _cells(tape, layer[7]), c_n
 
 
-_library = torch.library.Library("rnnfast", "DEF")
+library = torch.library.Library("rnnfast", "DEF")
 _TENSORS, _LEAVES, _WEIGHTS = 9, 8, (1, 2, 3, 4, 5)  # of _LAYER
-_FORMULAS: dict[str, derivatives.Formula] = {}
+FORMULAS: dict[str, derivatives.Formula] = {}
 for _backend in (*BACKENDS, *(f"{name}_states" for name in STATES)):
     _name, _has_states = f"scan_{_backend}", _backend.endswith("_states")
-    _library.define(_name + (FORWARD_SCHEMA.replace("Tensor h_n", "Tensor cells") if _has_states else FORWARD_SCHEMA))
-    _library.define(
+    library.define(_name + (FORWARD_SCHEMA.replace("Tensor h_n", "Tensor cells") if _has_states else FORWARD_SCHEMA))
+    library.define(
         f"{_name}_backward" + (BACKWARD_SCHEMA.replace("d_h_n", "d_cells") if _has_states else BACKWARD_SCHEMA)
     )
     _op = getattr(torch.ops.rnnfast, _name).default
@@ -300,24 +300,24 @@ for _backend in (*BACKENDS, *(f"{name}_states" for name in STATES)):
     _formula = derivatives.Formula(
         _op, _backward_op, _states_definition if _has_states else _definition, _TENSORS, _LEAVES, _WEIGHTS
     )
-    _FORMULAS[_backend] = _formula
-    _library.impl(_name, derivatives.kernel(derivatives.Scan, _formula, _op), "Autograd")
-    _library.impl(_name + "_backward", derivatives.kernel(derivatives.ScanBackward, _formula, _backward_op), "Autograd")
+    FORMULAS[_backend] = _formula
+    library.impl(_name, derivatives.kernel(derivatives.Scan, _formula, _op), "Autograd")
+    library.impl(_name + "_backward", derivatives.kernel(derivatives.ScanBackward, _formula, _backward_op), "Autograd")
     _fake = _fake_forward_of_torch if _backend == "torch" else _fake_states if _has_states else _fake_forward
     for _qualified, _shapes, _rule in (
         (f"rnnfast::{_name}", _fake, partial(batching.map_forward, _op, _has_states)),
         (f"rnnfast::{_name}_backward", _fake_backward, partial(batching.map_backward, _backward_op, _has_states)),
     ):
-        torch.library.register_fake(_qualified, _shapes, lib=_library)
+        torch.library.register_fake(_qualified, _shapes, lib=library)
         if _backend != "torch":  # the rules rely on the tape
-            torch.library.register_vmap(_qualified, _rule, lib=_library)
+            torch.library.register_vmap(_qualified, _rule, lib=library)
 for _backend in STATES:
-    _library.impl(f"scan_{_backend}_states", partial(_states, _backend), "CompositeExplicitAutograd")
+    library.impl(f"scan_{_backend}_states", partial(_states, _backend), "CompositeExplicitAutograd")
 for _name, _implementation in (
     ("scan_reference", reference.forward),
     ("scan_reference_backward", reference.backward),
     ("scan_reference_states_backward", reference.states_backward),
 ):
-    _library.impl(_name, without_autocast(_implementation), "CompositeExplicitAutograd")
-_library.impl("scan_torch", torch_nn.forward, "CompositeExplicitAutograd")
-_library.impl("scan_torch_backward", torch_nn.backward, "CompositeExplicitAutograd")
+    library.impl(_name, without_autocast(_implementation), "CompositeExplicitAutograd")
+library.impl("scan_torch", torch_nn.forward, "CompositeExplicitAutograd")
+library.impl("scan_torch_backward", torch_nn.backward, "CompositeExplicitAutograd")

@@ -18,7 +18,7 @@ from rnnfast.autocast import dtype_of_products
 from rnnfast.backends.reference import Extension, Norms
 from rnnfast.cells import CELLS
 from rnnfast.extended import scan_extended
-from rnnfast.layers import _map_state, _refuse_nested, is_hooked
+from rnnfast.layers import is_hooked, map_state, refuse_nested
 from rnnfast.regularisation import Masks, dropout_mask
 from rnnfast.scan import is_transformed
 
@@ -234,7 +234,7 @@ class Stack(nn.Module):
         if packed is None and not isinstance(input, Tensor):
             raise TypeError(f"input must be a tensor or a PackedSequence, got {type(input).__name__}")
         if packed is None:
-            _refuse_nested(input)
+            refuse_nested(input)
         data, batched, segments = input if packed is None else packed.data, True, None
         if reset_to is not None and reset is None:
             raise ValueError("reset_to is the state that reset= returns to: give reset= as well")
@@ -251,7 +251,7 @@ class Stack(nn.Module):
             if dims not in (1, 2):
                 if feature_dims:
                     raise ValueError(f"Stack: Expected input to be 2D or 3D, got {data.dim()}D instead")
-                raise ValueError(functional._token_ids_error("Stack", "1D or 2D", data))
+                raise ValueError(functional.token_ids_error("Stack", "1D or 2D", data))
             batched = dims == 2
             sequences.check_reset_shape(reset, data, dims)
             if not batched:
@@ -271,7 +271,7 @@ class Stack(nn.Module):
             return PackedSequence(output, *packed[1:]), final
         output = output if segments is None else segments.scatter(output)
         if not batched:
-            return output.squeeze(1), _map_state(final, lambda part: part.squeeze(1))
+            return output.squeeze(1), map_state(final, lambda part: part.squeeze(1))
         return output.transpose(0, 1) if self.batch_first else output, final
 
     def step(
@@ -328,8 +328,8 @@ class Stack(nn.Module):
         dtype = dtype_of_products(weight)
         if dtype != weight.dtype:
             rows = rows.to(dtype) if rows.is_floating_point() else rows
-            states = _map_state(states, lambda part: part.to(dtype))
-            resets = _map_state(resets, lambda part: part.to(dtype))
+            states = map_state(states, lambda part: part.to(dtype))
+            resets = map_state(resets, lambda part: part.to(dtype))
         request, backend = self.request(rows), dispatch.asked(self.backend)
         extended = dispatch.choose_name(backend, None, *request) if request.extensions else None
         final: list[State] = []
@@ -364,8 +364,8 @@ class Stack(nn.Module):
         h_0, c_0 = state[0], state[1] if len(state) > 1 else None
         if extended is None:
             options = batch_sizes, self.bidirectional, 0.0, False, self.backend
-            return functional._stack(self.cell, rows, h_0, c_0, weights, *options)
-        functional._check(self.cell, rows, h_0, c_0, weights, batch_sizes, len(weights))
+            return functional.run(self.cell, rows, h_0, c_0, weights, *options)
+        functional.check(self.cell, rows, h_0, c_0, weights, batch_sizes, len(weights))
         extensions = [self._extension(suffix, h_0, c_0, masks) for suffix in suffixes]
         flat = rows if segments is not None else rows.flatten(0, 1)
         flat = flat if flat.is_floating_point() else flat.long()

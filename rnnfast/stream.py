@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rnnfast.layers import _map_state
+from rnnfast.layers import map_state
 from rnnfast.stack import Stack
 from rnnfast.swap import is_ours
 
@@ -151,12 +151,12 @@ class Stream:
             return
         for name, state in self._states.items():
             start = self._started_from.get(name)
-            start = _map_state(state, lambda part: part.new_zeros(()).expand_as(part)) if start is None else start
-            self._states[name] = _map_state(state, lambda part, begin: _with_rows(part, rows, begin), start)
+            start = map_state(state, lambda part: part.new_zeros(()).expand_as(part)) if start is None else start
+            self._states[name] = map_state(state, lambda part, begin: _with_rows(part, rows, begin), start)
 
     def detach(self) -> None:
         """Cuts the graph behind the states, as truncated backpropagation through time does between its chunks."""
-        self._states = {name: _map_state(state, lambda part: part.detach()) for name, state in self._states.items()}
+        self._states = {name: map_state(state, lambda part: part.detach()) for name, state in self._states.items()}
 
 
 def _with_rows(state: Tensor, rows: Tensor | Sequence[int], begin: Tensor) -> Tensor:

@@ -156,7 +156,7 @@ def restore(model: nn.Module) -> None:
 
 def is_ours(module: Any) -> bool:
     """Whether a layer or cell is of a class of rnnfast's, or one of torch.nn's that is accelerated."""
-    ours = isinstance(module, layers._DropIn | cell_modules._DropInCell)
+    ours = isinstance(module, layers.DropIn | cell_modules.DropInCell)
     return ours or isinstance(vars(module).get("forward"), Method)
 
 

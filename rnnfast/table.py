@@ -25,7 +25,7 @@ from rnnfast.files import atomic_write
 FORMAT = 1
 SHIPPED = Path(__file__).parent / "tables"
 # The backends that a table decides about; "torch" is what they are measured beside.
-BACKENDS = ("cuda", "triton")
+TUNED = ("cuda", "triton")
 # Calls are measured at these numbers of steps; one in between goes by the next smaller. Training has two at least.
 STEPS = (1, 16, 128)
 
@@ -233,19 +233,19 @@ def path_of(wanted: Identity) -> Path:
 
 def identity(device: int) -> Identity:
     """What a table made now on this device would hold for."""
-    return Identity(torch.cuda.get_device_name(device), _driver(), torch.__version__, _sources())
+    return Identity(torch.cuda.get_device_name(device), _driver(), torch.__version__, sources())
 
 
 def _drop_stale(table: Table, wanted: Identity) -> bool:
     """Drops what was measured of a backend whose sources have changed since; False if that is all."""
-    stale = [name for name in BACKENDS if table.identity.sources.get(name) != wanted.sources[name]]
+    stale = [name for name in TUNED if table.identity.sources.get(name) != wanted.sources[name]]
     for point in table.points:
         if "cuda" in stale:
             point.teams = {}
         for times in point.microseconds.values():
             for name in stale:
                 times.pop(name, None)
-    return len(stale) < len(BACKENDS)
+    return len(stale) < len(TUNED)
 
 
 def _slug(card: str) -> str:
@@ -268,7 +268,7 @@ def _driver_interface() -> int:
 
 
 @cache
-def _sources() -> dict[str, str]:
+def sources() -> dict[str, str]:
     from rnnfast.backends.cuda import build
 
     kernels = sorted((Path(__file__).parent / "backends" / "triton").glob("*.py"))

@@ -82,7 +82,7 @@ def tune(
             report(f"{path} is made anew: {error}")
     done = {(p.cell, p.numbers, p.hidden, p.batch) for p in points}
     made = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    wanted = [key for key in _grid() if key not in done]
+    wanted = [key for key in grid() if key not in done]
     with _on(place):
         for number, key in enumerate(wanted):
             if time.perf_counter() - start > 60 * minutes:
@@ -124,7 +124,7 @@ def measure(point: Point, backends: Sequence[str], device: torch.device) -> None
         for backend in backends:
             layer = _ours(name, point.hidden, backend, nn_layer)
             request = dispatch.Request(point.cell, device.type, dtype, False, False)
-            refusal = dispatch._BACKENDS[backend].refusal(request)
+            refusal = dispatch.BACKENDS[backend].refusal(request)
             if refusal is not None:
                 point.failures[backend] = refusal
                 continue
@@ -246,7 +246,7 @@ def arithmetic(numbers: str) -> Iterator[None]:
         allow(before)
 
 
-def _grid() -> Iterator[tuple[str, str, int, int]]:
+def grid() -> Iterator[tuple[str, str, int, int]]:
     for batch, hidden, numbers, cell in itertools.product(BATCHES, HIDDEN, NUMBERS, CELLS):
         yield cell, numbers, hidden, batch
 
@@ -357,10 +357,10 @@ def _on(device: torch.device) -> Any:
 def _available(backends: Sequence[str] | None) -> list[str]:
     """The backends to measure, loaded. Raises RuntimeError for one that was named and cannot run, or if none can."""
     missing = {}
-    for name in table.BACKENDS if backends is None else backends:
-        if name not in table.BACKENDS:
-            raise ValueError(f"only {' and '.join(table.BACKENDS)} can be tuned, not '{name}'")
-        backend = dispatch._BACKENDS[name]
+    for name in table.TUNED if backends is None else backends:
+        if name not in table.TUNED:
+            raise ValueError(f"only {' and '.join(table.TUNED)} can be tuned, not '{name}'")
+        backend = dispatch.BACKENDS[name]
         missing[name] = backend.why_not()
         if missing[name] is None:
             try:

@@ -61,10 +61,10 @@ def gpu_backends(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def load(name: str) -> Callable[[], None]:
         return lambda: loaded.append(name)
 
-    for name in table.BACKENDS:
-        backend = dispatch._BACKENDS[name]
+    for name in table.TUNED:
+        backend = dispatch.BACKENDS[name]
         faked = backend._replace(why_not=lambda: None, load=load(name), declines=lambda request: None)
-        monkeypatch.setitem(dispatch._BACKENDS, name, faked)
+        monkeypatch.setitem(dispatch.BACKENDS, name, faked)
     return loaded
 
 
@@ -219,7 +219,7 @@ def test_ones_own_table_comes_before_a_shipped_one(tmp_path: Path) -> None:
 
 def test_no_shipped_table_is_of_other_kernels_than_these() -> None:
     """None is shipped yet: no GPU has run the kernels."""
-    present = table._sources()
+    present = table.sources()
     for path in (Path(table.__file__).parent / "tables").glob("*.json"):
         assert table.read(path).identity.sources == present, f"{path.name} must be measured again"
 
@@ -264,8 +264,8 @@ def test_a_backend_that_the_table_picks_and_that_fails_is_passed_over(
 ) -> None:
     write()
     torch.backends.cudnn.rnn.fp32_precision = "ieee"
-    broken = dispatch._BACKENDS["cuda"]._replace(why_not=lambda: "nvcc was not found")
-    monkeypatch.setitem(dispatch._BACKENDS, "cuda", broken)
+    broken = dispatch.BACKENDS["cuda"]._replace(why_not=lambda: "nvcc was not found")
+    monkeypatch.setitem(dispatch.BACKENDS, "cuda", broken)
     choice = dispatch.choose(request())
     assert choice.backend == "triton"
     assert choice.passed_over == (("cuda", "nvcc was not found"),)

@@ -63,7 +63,7 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], Any]
 
     def plain_scan(_: str, input: Tensor, lanes: Any, *others: Any) -> tuple[Tensor, ...]:
         h_0, c_0, batch_sizes, cell, bidirectional = others
-        arguments = (input, *scan._stack_lanes(lanes), h_0, c_0, batch_sizes, cell, bidirectional, False)
+        arguments = (input, *scan.stack_lanes(lanes), h_0, c_0, batch_sizes, cell, bidirectional, False)
         return reference.forward(*arguments)[:3]
 
     def run(function: Callable[[], Any]) -> Any:

@@ -145,7 +145,7 @@ def test_tuning_goes_on_behind_a_point_that_hangs(monkeypatch: pytest.MonkeyPatc
     statuses = iter([-signal.SIGALRM, 1, -signal.SIGALRM, 0])
     monkeypatch.setattr(gpu, "_run", lambda *_, **__: subprocess.CompletedProcess([], next(statuses), "a line\n", ""))
     report = gpu.run_tune(time.perf_counter() + 60, lambda result: None)
-    first, second = list(gpu.tuning._grid())[:2]
+    first, second = list(gpu.tuning.grid())[:2]
     assert [(p["cell"], p["numbers"], p["hidden"], p["batch"]) for p in report["table"]["points"]] == [first, second]
     assert report["passed"] is False
     assert set(next(iter(report["wrong"].values())).values()) == {"it did not end"}

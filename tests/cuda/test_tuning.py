@@ -51,10 +51,10 @@ def clock(schedule: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Ite
     monkeypatch.setattr(tuning, "NUMBERS", {"float32": torch.float32, "bfloat16": torch.bfloat16})
     monkeypatch.setattr(launch, "plans", lambda h_0, cell, backward: TEAMS)
     monkeypatch.setattr(dispatch, "_loaded", set())
-    faked = dispatch._BACKENDS["cuda"]._replace(devices=("cpu",), why_not=lambda: None, load=lambda: None)
-    monkeypatch.setitem(dispatch._BACKENDS, "cuda", faked)
-    absent = dispatch._BACKENDS["triton"]._replace(why_not=lambda: "Triton is not installed")
-    monkeypatch.setitem(dispatch._BACKENDS, "triton", absent)
+    faked = dispatch.BACKENDS["cuda"]._replace(devices=("cpu",), why_not=lambda: None, load=lambda: None)
+    monkeypatch.setitem(dispatch.BACKENDS, "cuda", faked)
+    absent = dispatch.BACKENDS["triton"]._replace(why_not=lambda: "Triton is not installed")
+    monkeypatch.setitem(dispatch.BACKENDS, "triton", absent)
     table.forget()
     library = cuda.register("CPU")
     yield clock
@@ -211,8 +211,8 @@ def test_what_cannot_be_measured_is_an_error(clock: Clock, monkeypatch: pytest.M
         tune(backends=["cpu"])
     with pytest.raises(RuntimeError, match="nothing to tune; triton: Triton is not installed"):
         tune(backends=["cuda", "triton"])
-    absent = dispatch._BACKENDS["cuda"]._replace(why_not=lambda: "nvcc was not found")
-    monkeypatch.setitem(dispatch._BACKENDS, "cuda", absent)
+    absent = dispatch.BACKENDS["cuda"]._replace(why_not=lambda: "nvcc was not found")
+    monkeypatch.setitem(dispatch.BACKENDS, "cuda", absent)
     with pytest.raises(RuntimeError, match="cuda: nvcc was not found; triton: Triton is not installed"):
         tune()
 
