@@ -151,7 +151,7 @@ class DropIn(nn.RNNBase):
             RuntimeError: the layer is bidirectional, so that its first output needs the last input.
             Further errors are those of `forward`.
         """
-        hooked = is_hooked(self)
+        hooked = self._forward_pre_hooks or self._forward_hooks  # `is_hooked`, without a call: a step is short
         may_be_direct = hx is not None and not hooked and not torch.compiler.is_compiling()
         if may_be_direct and (result := direct.step(self, input, hx)) is not None:
             return result
