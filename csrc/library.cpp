@@ -1,6 +1,7 @@
 // Registers the implementations; the schemas are in Python: rnnfast/scan.py, extended.py, backends/native.py, bench/measure.py.
 #include <torch/csrc/stable/library.h>
 
+#include "cpu/clip.h"
 #include "cpu/direct.h"
 #include "cpu/generate.h"
 #include "cpu/limits.h"
@@ -24,6 +25,7 @@ STABLE_TORCH_LIBRARY_IMPL(rnnfast, CPU, m) {
   m.impl("generate_cpu", TORCH_BOX(&rnnfast::generate_cpu));
   m.impl("linear_cross_entropy_cpu", TORCH_BOX(&rnnfast::linear_cross_entropy_cpu));
   m.impl("linear_cross_entropy_cpu_backward", TORCH_BOX(&rnnfast::linear_cross_entropy_cpu_backward));
+  m.impl("clip_gradients_cpu", TORCH_BOX(&rnnfast::clip_gradients_cpu));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rnnfast, CompositeExplicitAutograd, m) {  // they take no tensor, so no device is known

@@ -54,6 +54,7 @@ _SCHEMAS = (
     " -> (Tensor loss, Tensor d_logits)",
     "linear_cross_entropy_cpu_backward(Tensor d_loss, Tensor hidden, Tensor weight, Tensor d_logits)"
     " -> (Tensor d_hidden, Tensor d_weight, Tensor d_bias)",
+    "clip_gradients_cpu(Tensor(a!)[] gradients, float max_norm) -> ()",
 )
 _lock = threading.Lock()
 _library: Any = None

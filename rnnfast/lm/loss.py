@@ -28,7 +28,7 @@ def cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor,
         RuntimeError: a target is not in the vocabulary.
     """
     rows, targets = hidden.flatten(0, -2), targets.flatten()
-    if _is_native(backend, rows, weight, bias):
+    if is_native(backend, rows, weight, bias):
         loss: Tensor = _LinearCrossEntropy.apply(
             rows.contiguous(), weight.contiguous(), bias.contiguous(), targets.contiguous()
         )
@@ -37,7 +37,8 @@ def cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor,
     return F.cross_entropy(logits.float() if logits.dtype.itemsize < 4 else logits, targets)
 
 
-def _is_native(backend: str, *tensors: Tensor) -> bool:
+def is_native(backend: str, *tensors: Tensor) -> bool:
+    """Whether what a training step does beside the scan is the cpu backend's operators' for such tensors."""
     if any(t.device.type != "cpu" or t.dtype != torch.float32 or not t.numel() for t in tensors):
         return False
     if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
