@@ -59,7 +59,7 @@ class Method:
         return self._function(self._owner(), *args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Method, (self._function, self._owner())
+        return method_of, (self._owner(), self._function.__name__)  # a pickle holds no path into the package
 
     @property
     def __code__(self) -> types.CodeType:
@@ -168,9 +168,14 @@ def _bind(module: nn.Module) -> None:
     ours = _OURS[_base(type(module))]
     for name in _METHODS:
         if hasattr(ours, name):
-            setattr(module, name, Method(getattr(ours, name), module))
-    module._replicate_for_data_parallel = Method(_replicate, module)  # type: ignore[method-assign]
+            setattr(module, name, method_of(module, name))
+    module._replicate_for_data_parallel = method_of(module, _replicate.__name__)  # type: ignore[method-assign]
     module.backend = dispatch.AUTO  # type: ignore[assignment]
+
+
+def method_of(module: nn.Module, name: str) -> Method:
+    is_ours = name != _replicate.__name__
+    return Method(getattr(_OURS[_base(type(module))], name) if is_ours else _replicate, module)
 
 
 def _replicate(module: nn.Module) -> nn.Module:

@@ -8,6 +8,7 @@ import importlib
 import inspect
 import io
 import pickle
+import pickletools
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -187,6 +188,15 @@ def test_copies_stay_accelerated_and_can_be_restored() -> None:
         assert not any(swapped(other))
         torch.testing.assert_close(other(INPUT), found)
     assert swapped(model) == [True] * 4
+
+
+def test_a_pickle_holds_one_name_of_ours() -> None:
+    """So that later versions can load it, whatever they have moved."""
+    model = torch.nn.LSTM(3, 4)
+    rnnfast.accelerate(model)
+    strings = [argument for _, argument, _ in pickletools.genops(pickle.dumps(model)) if isinstance(argument, str)]
+    assert [name for name in strings if "rnnfast" in name] == ["rnnfast.swap"]
+    assert "method_of" in strings
 
 
 def test_a_deleted_model_is_freed_at_once() -> None:
