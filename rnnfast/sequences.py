@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import _C, Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+__all__ = ["Segments", "cut"]
+
 
 class Segments(NamedTuple):
     """Where the rows and states of a padded batch (T, B) lie in its ragged batch of S segments; made by `cut`.

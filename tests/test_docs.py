@@ -1,12 +1,14 @@
 """What the pages say holds: examples run as they stand, figures are those of the result files, links lead somewhere.
 
-The code of a page, block after block, is one program. The figures are quoted in two tables, in README.md and in
-docs/benchmarks.md, which `python -m tests.test_docs` writes from benchmarks/results.
+The code of a page, block after block, is one program. `python -m tests.test_docs` writes the tables of figures in
+README.md and docs/benchmarks.md, from benchmarks/results, and docs/api.md, from the docstrings.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
+import inspect
 import json
 import math
 import re
@@ -256,19 +258,53 @@ def at_a_glance() -> str:
     return table(header, ((q.what, *(c for m in MACHINES for c in cells(m, q)[:2])) for q in AT_A_GLANCE))
 
 
-TABLES = {ROOT / "README.md": at_a_glance, DOCS / "benchmarks.md": detailed}
+MODULES = ("rnnfast", "rnnfast.functional", "rnnfast.sequences", "rnnfast.regularisation", "rnnfast.lm", "rnnfast.d2l")
+
+
+def public_names() -> str:
+    """What docs/api.md lists: every public name and method with the first sentences of its docstring."""
+    return "\n".join(map(names_of, MODULES))
+
+
+def names_of(module: str) -> str:
+    found = importlib.import_module(module)
+    rows = []
+    for name in found.__all__:
+        member = getattr(found, name)
+        if inspect.ismodule(member):
+            continue  # it has a table of its own
+        rows.append((f"`{name}`", summary(member)))
+        if isinstance(member, type) and not issubclass(member, Exception):
+            rows += [(f"`{name}.{method}`", summary(getattr(member, method))) for method in public_methods(member)]
+    return f"## {module}\n\n{summary(found)}\n\n" + table("| | |", rows)
+
+
+def public_methods(kind: type) -> list[str]:
+    """Those that have a docstring, of the class and of bases that are ours."""
+    ours = [vars(base) for base in kind.__mro__ if base.__module__.startswith("rnnfast")]
+    names = {name for members in ours for name, value in members.items() if callable(value) and value.__doc__}
+    return sorted(name for name in names if not name.startswith("_"))
+
+
+def summary(member: Any) -> str:
+    first, *_ = (inspect.getdoc(member) or "").split("\n\n")
+    assert first, f"{member} has no docstring"
+    return " ".join(first.split()).replace("|", "\\|")
+
+
+TABLES = {ROOT / "README.md": at_a_glance, DOCS / "benchmarks.md": detailed, DOCS / "api.md": public_names}
 
 
 @pytest.mark.parametrize("page", [pytest.param(page, id=page.name) for page in TABLES])
-def test_figures_are_those_of_the_result_files(page: Path) -> None:
+def test_tables_are_as_they_are_written(page: Path) -> None:
     _, rest = page.read_text().split(BEGIN)
     found, expected = rest.split(END)[0].splitlines(), TABLES[page]().splitlines()
     for written, right in zip(found, expected, strict=False):
-        assert written == right, f"{page.name} quotes\n{written}\nwhere the result files have\n{right}\n{HINT}"
+        assert written == right, f"{page.name} has\n{written}\nin place of\n{right}\n{HINT}"
     assert len(found) == len(expected), f"{page.name}: a row is missing or too many; {HINT}"
 
 
-HINT = "`python -m tests.test_docs` writes the tables of README.md and docs/benchmarks.md"
+HINT = "`python -m tests.test_docs` writes the tables of README.md, docs/benchmarks.md and docs/api.md"
 
 
 @pytest.mark.parametrize("machine", MACHINES)
