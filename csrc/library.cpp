@@ -24,7 +24,6 @@ STABLE_TORCH_LIBRARY_IMPL(rnnfast, CPU, m) {
   m.impl("direct_empty_cpu", TORCH_BOX(&rnnfast::direct_empty_cpu));
   m.impl("generate_cpu", TORCH_BOX(&rnnfast::generate_cpu));
   m.impl("linear_cross_entropy_cpu", TORCH_BOX(&rnnfast::linear_cross_entropy_cpu));
-  m.impl("linear_cross_entropy_cpu_backward", TORCH_BOX(&rnnfast::linear_cross_entropy_cpu_backward));
   m.impl("clip_gradients_cpu", TORCH_BOX(&rnnfast::clip_gradients_cpu));
 }
 

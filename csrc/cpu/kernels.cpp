@@ -231,7 +231,6 @@ const Kernels kernels{
     extended_pack<bf16, bf16>,
     nullptr,  // generation is in float32 or float64
     nullptr,  // the loss is in float32
-    nullptr,
     nullptr,  // the limits are told in float32
     nullptr,
 #else
@@ -260,10 +259,7 @@ const Kernels kernels{
       const auto run = head.dtype == DType::float64 ? generate<double> : generate<float>;
       run(layers, count, head, threads, next, context);
     },
-    [](const LossArgs& x, int threads) { return LinearCrossEntropy(x).forward(threads); },
-    [](const LossArgs& x, const LossGradients& d, float scale, int threads) {
-      LinearCrossEntropy(x).backward(d, scale, threads);
-    },
+    [](const LossArgs& x, const LossGradients* d, int threads) { return LinearCrossEntropy(x, d).run(threads); },
     near_product,
     near_gates,
 #endif

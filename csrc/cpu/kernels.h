@@ -17,12 +17,11 @@ struct HeadArgs {
 };
 
 // The mean cross entropy of rows of hidden states (rows, columns) under weight (classes, columns) and bias, which may be null, for
-// a target class each; all float32. d_logits: (rows, stride), stride being classes rounded up to a multiple of 16.
+// a target class each; all float32.
 struct LossArgs {
-  int64_t rows, columns, classes, stride;
+  int64_t rows, columns, classes;
   const float *hidden, *weight, *bias;
   const int64_t* targets;
-  float* d_logits;
 };
 struct LossGradients {
   float *hidden, *weight, *bias;
@@ -39,9 +38,7 @@ struct Kernels {
   // the logits and tells whether there is another round; it must not throw. Layers have packed weights.
   void (*generate)(const ForwardArgs* layers, int64_t count, const HeadArgs& head, int threads, bool (*next)(void*),
                    void* context);
-  // See cross_entropy.h.
-  double (*loss)(const LossArgs&, int threads);
-  void (*loss_backward)(const LossArgs&, const LossGradients&, float scale, int threads);
+  double (*loss)(const LossArgs&, const LossGradients*, int threads);  // without gradients where that is null
   // For the benchmarks, in float32: see near.h.
   double (*near_product)(int64_t batch, int64_t depth, int64_t rounds);
   double (*near_gates)(Cell cell, bool backward, int64_t rounds);

@@ -50,10 +50,8 @@ _SCHEMAS = (
     "generate_cpu(Tensor[] packed, Tensor? embedding, Tensor head_weight, Tensor? head_bias, Tensor h_0, Tensor? c_0,"
     " int token, int length, Tensor? uniforms, float temperature, int? top_k, float? top_p)"
     " -> (Tensor ids, Tensor h_n, Tensor c_n)",
-    "linear_cross_entropy_cpu(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets)"
-    " -> (Tensor loss, Tensor d_logits)",
-    "linear_cross_entropy_cpu_backward(Tensor d_loss, Tensor hidden, Tensor weight, Tensor d_logits)"
-    " -> (Tensor d_hidden, Tensor d_weight, Tensor d_bias)",
+    "linear_cross_entropy_cpu(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, bool need_gradients)"
+    " -> (Tensor loss, Tensor d_hidden, Tensor d_weight, Tensor d_bias)",
     "clip_gradients_cpu(Tensor(a!)[] gradients, float max_norm) -> ()",
 )
 _lock = threading.Lock()

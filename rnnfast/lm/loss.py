@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,9 +30,9 @@ def cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor,
     """
     rows, targets = hidden.flatten(0, -2), targets.flatten()
     if is_native(backend, rows, weight, bias):
-        loss: Tensor = _LinearCrossEntropy.apply(
-            rows.contiguous(), weight.contiguous(), bias.contiguous(), targets.contiguous()
-        )
+        tensors = [t.contiguous() for t in (rows, weight, bias, targets)]
+        is_trained = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        loss: Tensor = _LinearCrossEntropy.apply(*tensors) if is_trained else _loss_and_gradients(tensors, False)[0]
         return loss
     logits = F.linear(rows, weight, bias)
     return F.cross_entropy(logits.float() if logits.dtype.itemsize < 4 else logits, targets)
@@ -48,13 +49,26 @@ def is_native(backend: str, *tensors: Tensor) -> bool:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
+    """Forward computes the gradients, too, while all that they are made of is near."""
+
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
-        loss, d_logits = torch.ops.rnnfast.linear_cross_entropy_cpu.default(hidden, weight, bias, targets)
-        ctx.save_for_backward(hidden, weight, d_logits)
-        return loss  # type: ignore[no-any-return]
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        loss, *ctx.gradients = _loss_and_gradients((hidden, weight, bias, targets), True)
+        return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_loss: Tensor) -> Any:
-        return *torch.ops.rnnfast.linear_cross_entropy_cpu_backward.default(d_loss, *ctx.saved_tensors), None
+        # They are the caller's from now on. Where the graph is kept for another backward, that computes them anew.
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            _, *gradients = _loss_and_gradients(ctx.saved_tensors, True)
+        if d_loss.item() != 1:
+            torch._foreach_mul_(gradients, d_loss)
+        return *gradients, None
+
+
+def _loss_and_gradients(tensors: Sequence[Tensor], need_gradients: bool) -> tuple[Tensor, ...]:
+    results: tuple[Tensor, ...] = torch.ops.rnnfast.linear_cross_entropy_cpu.default(*tensors, need_gradients)
+    return results

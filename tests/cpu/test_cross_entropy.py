@@ -101,6 +101,30 @@ def test_shapes_and_layouts_of_a_model() -> None:
     assert torch.equal(cross_entropy(hidden, scratch, bias, targets), loss)
 
 
+def test_a_second_backward_has_gradients_of_its_own() -> None:
+    *tensors, targets = build(70, 12, 28)
+    loss = cross_entropy(*tensors, targets)
+    first = torch.autograd.grad(loss, tensors, retain_graph=True)
+    expected = [gradient.clone() for gradient in first]
+    for gradient in first:
+        gradient.zero_()
+    second = torch.autograd.grad(2 * loss, tensors)
+    for found, right in zip(second, expected, strict=True):
+        assert torch.equal(found, 2 * right)
+
+
+def test_without_gradients_the_loss_is_the_same() -> None:
+    *tensors, targets = build(70, 12, 28)
+    loss = cross_entropy(*tensors, targets)
+    with torch.no_grad():
+        assert torch.equal(cross_entropy(*tensors, targets), loss)
+    frozen = cross_entropy(*(t.detach() for t in tensors), targets)
+    assert torch.equal(frozen, loss)
+    assert not frozen.requires_grad
+    head = torch.autograd.grad(cross_entropy(tensors[0].detach(), *tensors[1:], targets), tensors[1:])
+    assert torch.equal(head[0], torch.autograd.grad(loss, tensors[1])[0])
+
+
 def test_what_is_left_to_torch() -> None:
     tensors = build(6, 5, 4)
     assert not is_native(cross_entropy(*tensors, backend="reference"))
@@ -127,12 +151,14 @@ def test_mistakes_of_the_operator() -> None:
     hidden, weight, bias, targets = (t.detach() for t in build(6, 5, 4))
     operator = torch.ops.rnnfast.linear_cross_entropy_cpu
     with pytest.raises(RuntimeError, match="do not fit each other"):
-        operator(hidden, weight[:, :3].contiguous(), bias, targets)
+        operator(hidden, weight[:, :3].contiguous(), bias, targets, True)
     with pytest.raises(RuntimeError, match="do not fit each other"):
-        operator(hidden, weight, bias, targets[:5])
+        operator(hidden, weight, bias, targets[:5], True)
     with pytest.raises(RuntimeError, match="do not fit each other"):
-        operator(hidden, weight, bias[:3], targets)
+        operator(hidden, weight, bias[:3], targets, True)
     with pytest.raises(RuntimeError, match="float32"):
-        operator(hidden.double(), weight, bias, targets)
-    without = operator(hidden, weight, None, targets)[0]
-    assert torch.equal(without, operator(hidden, weight, torch.zeros(4), targets)[0])
+        operator(hidden.double(), weight, bias, targets, True)
+    without = operator(hidden, weight, None, targets, True)
+    for found, expected in zip(without, operator(hidden, weight, torch.zeros(4), targets, True), strict=True):
+        assert torch.equal(found, expected)
+    assert [t.shape for t in operator(hidden, weight, bias, targets, False)] == [(), (0,), (0,), (0,)]
