@@ -6,6 +6,7 @@ setup.py imports this file without the package, so it imports no torch.
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,10 +30,19 @@ def sources() -> Path | None:
     return next((f for f in (PACKAGE / "csrc", PACKAGE.parent / "csrc") if (f / "library.cpp").exists()), None)
 
 
-def compiler() -> str | None:
-    """The C++ compiler: $CXX, or the first that is found."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    return next((path for name in names if (path := shutil.which(name))), None)
+def compiler() -> tuple[str, ...]:
+    """The C++ compiler and what it is always given: the words of $CXX, or the first that is found; () if none is."""
+    given = os.environ.get("CXX", "").strip()
+    commands = [[given], shlex.split(given)] if given else [["c++"], ["g++"], ["clang++"]]
+    return next(((path, *words) for name, *words in commands if (path := shutil.which(name))), ())
+
+
+def why_no_compiler() -> str | None:
+    """Returns what is missing, or None if there is a compiler."""
+    if compiler():
+        return None
+    given = os.environ.get("CXX", "").strip()
+    return f"CXX is '{given}', which is no program" if given else "no C++ compiler was found: install g++ (or set CXX)"
 
 
 @contextmanager

@@ -43,7 +43,7 @@ _is_on_cpu, _requires_grad, _address_of = _base.is_cpu.__get__, _base.requires_g
 
 @dataclass(slots=True)
 class _Packed:
-    """A stack's weights packed for `native.infer`, good while they have these versions and addresses."""
+    """A stack's weights packed for `native.infer`, good while the stamp, of versions and addresses, is this."""
 
     stamp: list[int]
     address: int  # of the first of `kept`
@@ -100,7 +100,7 @@ class _Plan:
 
     def pack(self, ids: bool) -> _Packed:
         """What calls without gradients need; the versions are read first, so that a write meanwhile is seen later."""
-        stamp = [*map(_version_of, self.weights), *map(_address_of, self.weights)]
+        stamp = [native.fused_steps, *map(_version_of, self.weights), *map(_address_of, self.weights)]
         layers = [self.lanes[first : first + self.directions] for first in range(0, len(self.lanes), self.directions)]
         samples = native.weight_samples(self.weights, self.hidden_size)
         packed = [native.packed_weights(lanes, self.cell, ids and not index) for index, lanes in enumerate(layers)]
@@ -136,7 +136,7 @@ def run(layer: Any, input: Any, hx: Any) -> tuple[Tensor, Any] | None:
         input, hx: whatever `layer.forward` was given.
     """
     plan = _plan_of(layer)
-    if plan is None or type(input) is not Tensor:
+    if plan is None or type(input) is not Tensor or input.is_nested:
         return None
     ids = input.dtype is torch.int64
     dims = input.dim() + ids
@@ -166,7 +166,7 @@ def run(layer: Any, input: Any, hx: Any) -> tuple[Tensor, Any] | None:
 def step(layer: Any, input: Any, hx: Any) -> tuple[Tensor, Any] | None:
     """Returns what `layer.step(input, hx)` does, or None where the general way must be taken: always with gradients."""
     plan = _plan_of(layer)
-    if plan is None or plan.directions == 2 or type(input) is not Tensor or is_grad_enabled():
+    if plan is None or plan.directions == 2 or type(input) is not Tensor or input.is_nested or is_grad_enabled():
         return None
     ids = input.dtype is torch.int64
     shape = input.shape
@@ -219,11 +219,12 @@ def prepare(layer: Any, input: Tensor) -> None:
 def forget_packed_weights() -> None:
     """Has every layer and cell pack its weights again, at its next call without gradients on the cpu backend.
 
-    Changed weights are noticed, except for one case: a write through `.data`, which torch does not count, to a few
-    elements of a matrix. (All of a column, of a gate or of a unit in all its gates, and any element of a bias, is
-    noticed.) Call this after such a write, or write under `torch.no_grad()` instead.
+    Changed weights are noticed, except for one case: a write that torch does not count, as through `.data`, `.numpy()`
+    or a flat vector that the weights are views of, to a few elements of a matrix. (All of a column, of a gate or of a
+    unit in all its gates, any element of a bias, and any of a matrix of 4 KB or less is noticed.) Call this after such
+    a write, or write under `torch.no_grad()` instead.
     """
-    native.packings.clear()
+    native.forget()
     for plan in list(_plans.values()):
         plan.packed.clear()
         plan.layers.clear()
@@ -320,7 +321,8 @@ def _infer(
 ) -> tuple[Tensor, Any] | None:
     """All layers, into `output`."""
     packed, weights, dtype = plan.packed.get(ids), plan.weights, plan.dtype
-    if packed is None or [*map(_version_of, weights), *map(_address_of, weights)] != packed.stamp:
+    stamp = [native.fused_steps, *map(_version_of, weights), *map(_address_of, weights)]
+    if packed is None or stamp != packed.stamp:
         if plan.signature != _signature(weights):
             return None
         packed = plan.pack(ids)

@@ -159,6 +159,7 @@ class DropIn(nn.RNNBase):
             raise RuntimeError("a bidirectional layer reads the whole sequence at once: it has no step")
         if not isinstance(input, Tensor):
             raise TypeError(f"a step takes a tensor, got {type(input).__name__}")
+        refuse_nested(input)
         if input.dim() != (2 if input.is_floating_point() else 1):
             raise RuntimeError(f"a step takes (B, {self.input_size}) input or (B,) token ids, got {tuple(input.shape)}")
         if hooked:

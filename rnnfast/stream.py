@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,8 +20,8 @@ class Stream:
     The outputs of the calls, one after the other, are those of one call over the whole sequence; rnnfast's layers on
     the cpu backend give its very bits in float32 and float64, however the sequence is cut. A stream belongs to the
     sequences it is fed: make one for each group of B that run side by side. It neither copies nor changes the module,
-    and any number may share it. Without `torch.no_grad()` or `torch.inference_mode()` the states carry the graph of all
-    calls so far: see `detach`.
+    and any number may share it, in several threads as well. Without `torch.no_grad()` or `torch.inference_mode()` the
+    states carry the graph of all calls so far: see `detach`.
 
     A model is called as it is and needs no change: in its first call a recurrent layer starts from the state that the
     model gives it, or from zeros; in later calls, from where it stopped. The rest of the model must treat steps alone,
@@ -70,10 +71,16 @@ class Stream:
         """
         if self._is_alone:
             return self._feed(self.module, *args, **kwargs)
-        handles, ran = [], set()
+        handles, ran, thread = [], set(), threading.get_ident()
+
+        def is_another_call() -> bool:
+            """A thread that calls the same model meets the hooks of this call, too. (No compiler knows of threads.)"""
+            return not torch.compiler.is_compiling() and threading.get_ident() != thread
 
         def enter(name: str) -> Any:
             def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                if is_another_call():
+                    return None
                 if name in ran:
                     raise RuntimeError(f"layer '{name}' ran twice in one call: a stream cannot tell its states apart")
                 ran.add(name)
@@ -85,7 +92,8 @@ class Stream:
 
         def leave(name: str) -> Any:
             def hook(layer: nn.Module, args: tuple[Any, ...], result: Any) -> None:
-                self._states[name] = result[1]
+                if not is_another_call():
+                    self._states[name] = result[1]
 
             return hook
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch.nn.utils import parametrizations, prune
 
 import rnnfast
@@ -137,8 +138,51 @@ def test_a_gate_of_one_unit_written_through_data_is_seen(gate: int, direct_calls
     torch.testing.assert_close(layer(input), copy.deepcopy(layer)(input), rtol=0, atol=0)
 
 
+def test_any_element_of_a_small_matrix_written_through_data_is_seen(direct_calls: list[int]) -> None:
+    """As a numerical derivative writes them."""
+    layer, input = rnnfast.GRU(3, 8, dtype=torch.float64), torch.randn(3, 2, 3, dtype=torch.float64)
+    expected = layer(input)[0]
+    for weight in layer.parameters():
+        elements = weight.data.view(-1)
+        for i in range(len(elements)):
+            elements[i] += 1
+            assert not torch.equal(layer(input)[0], expected)
+            elements[i] -= 1
+            torch.testing.assert_close(layer(input)[0], expected)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad])
+def test_a_step_of_a_fused_optimizer_is_seen(kind: Any, direct_calls: list[int]) -> None:
+    """It writes without counting a version, here to an element that no sample has."""
+    layer, cell, input = rnnfast.GRU(28, 64), rnnfast.GRUCell(28, 64, backend="cpu"), torch.randn(3, 2, 28)
+    for _ in range(2):
+        layer(input), cell(input[0])
+    state = warmed_up(layer, input[0])
+    for weight in (layer.weight_hh_l0, cell.weight_hh):
+        weight.grad = torch.zeros_like(weight)
+        weight.grad[3, 7] = 1
+        kind([weight], lr=0.5, fused=True).step()
+    torch.testing.assert_close(layer(input), copy.deepcopy(layer)(input), rtol=0, atol=0)
+    torch.testing.assert_close(cell(input[0]), copy.deepcopy(cell)(input[0]), rtol=0, atol=0)
+    torch.testing.assert_close(layer.step(input[0], state), general_step(layer, input[0], state), rtol=0, atol=0)
+
+
+def test_a_compiled_step_of_a_fused_optimizer_compiles_once() -> None:
+    native.load()
+    weight = torch.nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.SGD([weight], lr=0.5, fused=True)
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    step = torch.compile(optimizer.step, backend=counter)
+    for _ in range(4):
+        weight.grad = torch.ones(3)
+        step()
+    assert counter.frame_count <= 1
+    assert weight.tolist() == [-2.0] * 3
+
+
 def test_packed_weights_can_be_forgotten(direct_calls: list[int]) -> None:
-    layer, cell, input = rnnfast.GRU(5, 16), rnnfast.GRUCell(5, 16, backend="cpu"), torch.randn(3, 2, 5)
+    layer, cell, input = rnnfast.GRU(5, 64), rnnfast.GRUCell(5, 64, backend="cpu"), torch.randn(3, 2, 5)
     for _ in range(2):
         layer(input), cell(input[0])
     layer.weight_hh_l0.data[3, 7] += 1  # a single element, off the diagonal

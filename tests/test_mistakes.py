@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,19 @@ def streamed() -> rnnfast.Stream:
     stream = rnnfast.Stream(GRU)
     stream(INPUT)
     return stream
+
+
+def warm() -> rnnfast.GRU:
+    layer = rnnfast.GRU(3, 4)
+    with torch.no_grad():
+        layer(INPUT), layer(INPUT)
+    return layer
+
+
+def strided() -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch recommends the other layout
+        return torch.nested.nested_tensor([INPUT[:3, 0], INPUT[:, 1]])
 
 
 def call_with(name: str, weight: torch.Tensor) -> Any:
@@ -67,6 +81,8 @@ MISTAKES: list[tuple[type[Exception], str, Callable[[], Any]]] = [
     (TypeError, "h_0 must be a tensor, got NoneType", lambda: functional.gru(INPUT, None, [GOOD])),
     (TypeError, "got a nested tensor; pad it, use lengths=",
      lambda: STACK(torch.nested.nested_tensor([INPUT[:3, 0], INPUT[:, 1]], layout=torch.jagged))),
+    (TypeError, "got a nested tensor; pad it, use lengths=", lambda: warm()(strided())),
+    (TypeError, "got a nested tensor; pad it, use lengths=", lambda: warm().step(strided())),
     (TypeError, "got a nested tensor; pad it, use lengths=",
      lambda: LSTM.states(torch.nested.nested_tensor([INPUT[:3, 0], INPUT[:, 1]], layout=torch.jagged))),
     (TypeError, "a stream of a layer takes the input alone", lambda: rnnfast.Stream(GRU)(INPUT, lengths=[5, 5])),

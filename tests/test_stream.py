@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -128,6 +130,27 @@ def test_truncated_backpropagation() -> None:
     assert input.grad is not None
     assert input.grad[6:].any()
     assert not input.grad[:6].any()
+
+
+def test_streams_of_one_model_in_several_threads() -> None:
+    model, inputs = Tagger(), torch.randint(0, 7, (2, BATCH, STEPS))
+    expected = [model(input) for input in inputs]
+    together = threading.Barrier(2)
+
+    def wait(*_: Any) -> None:  # until both calls are under way
+        together.wait(60)
+
+    handle = model.embedding.register_forward_hook(wait)
+
+    def run(input: Tensor) -> Tensor:
+        stream = rnnfast.Stream(model)
+        return torch.cat([stream(part) for part in input.split(3, dim=1)], 1)
+
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(run, inputs))
+    handle.remove()
+    for result, right in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, right)
 
 
 def test_a_model_that_hides_its_layers_is_refused() -> None:

@@ -79,6 +79,11 @@ std::tuple<Tensor, Tensor, Tensor> generate_cpu(std::vector<Tensor> packed, Opti
   const int64_t vocab = head_weight.size(0), features = head_weight.size(1);
   const int64_t known = embedding ? embedding->size(0) : unpack(packed.at(0)).layer.input;
   check(type == ScalarType::Float || type == ScalarType::Double, "generation is in float32 or float64");
+  check(!embedding || embedding->scalar_type() == type, "the embedding is not of the head's type");
+  check(!head_bias || (head_bias->scalar_type() == type && head_bias->numel() == vocab), "the head's bias does not fit it");
+  check(!uniforms || (uniforms->scalar_type() == ScalarType::Double && uniforms->numel() >= length),
+        "there must be a float64 draw for each token");
+  check(length >= 0 && (!top_k || *top_k >= 1), "length must not be negative, and top_k must be positive");
   check(vocab <= known && token >= 0 && token < known, "a token is outside the vocabulary of the first layer");
   const DType dtype = type == ScalarType::Float ? DType::float32 : DType::float64;
   const int64_t element = int64_t(head_weight.element_size());

@@ -8,6 +8,7 @@ namespace rnnfast {
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_cpu(Tensor hidden, Tensor weight, OptionalTensor bias,
                                                                     Tensor targets, bool need_gradients) {
   check(parse_dtype(hidden) == DType::float32 && parse_dtype(weight) == DType::float32, "the loss is computed in float32");
+  check(targets.scalar_type() == ScalarType::Long, "targets are token ids of int64");
   const bool fit = hidden.size(1) == weight.size(1) && targets.numel() == hidden.size(0);
   check(fit && (!bias || bias->numel() == weight.size(0)) && hidden.numel() && weight.numel(),
         "hidden states, weight, bias and targets do not fit each other, or are empty");

@@ -11,6 +11,8 @@
 namespace rnnfast {
 namespace {
 
+constexpr int64_t WHOLE = 4096;  // bytes of a matrix that is compared whole: that takes no longer than a larger one's sample
+
 // Followed in memory by what its elements held.
 struct Sample {
   const char* data;
@@ -60,8 +62,9 @@ Tensor weight_samples_cpu(std::vector<Tensor> weights, int64_t units) {
   int64_t bytes = sizeof(int64_t);
   for (const Tensor& weight : weights) {
     const bool matrix = weight.dim() == 2;
-    const int64_t rows = matrix ? weight.size(0) : 1, columns = matrix ? weight.size(1) : weight.numel();
     const int64_t size = weight.element_size();
+    const bool sampled = matrix && weight.numel() * size > WHOLE;
+    const int64_t rows = sampled ? weight.size(0) : 1, columns = sampled ? weight.size(1) : weight.numel();
     check(weight.dim() <= 2 && weight.is_contiguous() && (size == 2 || size == 4 || size == 8),
           "samples are taken of contiguous vectors and matrices");
     // A projection's rows are no gates.

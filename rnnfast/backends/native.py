@@ -13,6 +13,8 @@ import hashlib
 import importlib.util
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -61,7 +63,10 @@ infer: Any = None
 forward: Any = None
 backward: Any = None
 _are_as_they_were: Any = None  # of csrc/cpu/weight_samples.h
-packings: dict[tuple[Any, ...], _Packed] = {}  # what `packed_weights` keeps
+packings: dict[tuple[Any, ...], _Packed] = {}  # what `packed_weights` keeps, by how it was packed and the weights' ids
+_kept: dict[int, _Kept] = {}  # the weights that it was made of, by id
+_IDS = 3  # where they begin in a key
+fused_steps = 0  # of optimizers with fused=True, whose writes torch does not count
 _loaded = False
 _failure: str | None = None
 
@@ -82,6 +87,7 @@ def load() -> None:
         if reason is not None:
             raise RuntimeError(reason)
         import torch
+        from torch.optim.optimizer import register_optimizer_step_post_hook
 
         try:
             path = _installed() or _compiled()
@@ -98,6 +104,7 @@ def load() -> None:
                 function.argtypes = [ctypes.c_char_p]
             _are_as_they_were = functions.rnnfast_are_as_they_were
             _are_as_they_were.argtypes = [ctypes.c_void_p]
+            register_optimizer_step_post_hook(_count_fused_step)
         except (OSError, RuntimeError) as error:
             _failure = f"the native library failed to compile or load: {error}"
             if isinstance(error, OSError) and error.filename is not None:
@@ -125,8 +132,8 @@ def why_not() -> str | None:
         return None
     if building.sources() is None:
         return "the package was installed without the native library and without its sources"
-    if building.compiler() is None:
-        return "no C++ compiler was found: install g++ (or set CXX), and the library compiles on first use"
+    if reason := building.why_no_compiler():
+        return f"{reason}; with one the library compiles on first use"
     if _ninja() is None:
         return "ninja was not found: pip install ninja, and the library compiles on first use"
     return None
@@ -147,12 +154,28 @@ class _Packed(NamedTuple):
     weights: Any
 
 
+class _Kept(NamedTuple):
+    """A weight of which packed weights are kept."""
+
+    end: weakref.finalize[..., Any]  # forgets them
+    keys: set[tuple[Any, ...]]  # of `packings`
+
+
+def _count_fused_step(optimizer: Any, *_: Any) -> None:
+    global fused_steps
+    import torch
+
+    if not torch.compiler.is_compiling() and any(group.get("fused") for group in optimizer.param_groups):
+        fused_steps += 1
+
+
 def packed_weights(lanes: Sequence[Sequence[Any]], cell: str, ids: bool, extended: bool = False) -> Any:
     """Returns a layer's weights packed for `scan_packed`, from the last call's while they have not changed.
 
-    A change is seen by the tensors' version counters and addresses. Writes through `.data` count no version: they are
-    seen by a sample of each weight, which has elements of every unit, gate and column, and all of a bias; only one that
-    leaves those as they were needs `rnnfast.forget_packed_weights()`. What is kept goes when a weight does.
+    A change is seen by the tensors' version counters and addresses, and by the steps of fused optimizers. Other writes
+    that count no version, as those through `.data`, are seen by a sample of each weight, which has all of a bias and of
+    a small matrix, and of a large one elements of every unit, gate and column; only one that leaves those as they were
+    needs `forget`. What is kept goes when a weight does.
 
     Args:
         lanes: for each direction its w_ih (G*H, I), w_hh (G*H, P), b_ih, b_hh (G*H,) or None, w_hr (P, H) or None.
@@ -166,7 +189,7 @@ def packed_weights(lanes: Sequence[Sequence[Any]], cell: str, ids: bool, extende
     found = packings.get(key)
     if (
         found is not None
-        and found.stamp == tuple([(tensor._version, tensor.data_ptr()) for tensor in tensors])
+        and found.stamp == (fused_steps, *[(tensor._version, tensor.data_ptr()) for tensor in tensors])
         and all(tensor.is_contiguous() for tensor in tensors)  # and not now a transpose of the same memory
         and _are_as_they_were(found.samples.data_ptr())
     ):
@@ -183,7 +206,7 @@ def _pack(
     # A tensor made in inference mode has no version, one that is not contiguous no samples: packed again every time.
     is_kept = all(tensor.is_contiguous() and not tensor.is_inference() for tensor in tensors)
     # All of this is read before the weights are packed, so that a write meanwhile is seen later.
-    stamp = tuple((tensor._version, tensor.data_ptr()) for tensor in tensors) if is_kept else ()
+    stamp = (fused_steps, *((tensor._version, tensor.data_ptr()) for tensor in tensors)) if is_kept else ()
     units = lanes[0][1].shape[0] // CELLS[cell].gates
     samples = weight_samples(tensors, units) if is_kept else None
     with torch.no_grad():
@@ -195,11 +218,30 @@ def _pack(
             packed = torch.ops.rnnfast.scan_cpu_pack(*stacked, cell, ids)
     if not is_kept:
         return packed
-    if key not in packings:
-        for tensor in tensors:
-            weakref.finalize(tensor, packings.pop, key, None)
+    for tensor in tensors:
+        if id(tensor) not in _kept:
+            _kept[id(tensor)] = _Kept(weakref.finalize(tensor, _forget_weight, id(tensor)), set())
+        _kept[id(tensor)].keys.add(key)
     packings[key] = _Packed(stamp, samples, packed)
     return packed
+
+
+def _forget_weight(weight: int) -> None:
+    """Of the weight of that id, which is gone: other weights of the same layers may live on."""
+    kept = _kept.pop(weight, None)
+    for key in kept.keys if kept else ():
+        packings.pop(key, None)
+        for other in key[_IDS:]:
+            if other in _kept:
+                _kept[other].keys.discard(key)
+
+
+def forget() -> None:
+    """Has all weights packed again when they are needed next; no weak reference to any is left."""
+    for weight in list(_kept.values()):
+        weight.end.detach()
+    _kept.clear()
+    packings.clear()
 
 
 def weight_samples(weights: Sequence[Any], units: int) -> Any:
@@ -275,7 +317,6 @@ def compile_library(target: Path) -> None:
     sources, compiler, ninja = building.sources(), building.compiler(), _ninja()
     torch = importlib.util.find_spec("torch")
     assert sources is not None
-    assert compiler is not None
     assert ninja is not None
     assert torch is not None
     assert torch.origin is not None
@@ -287,8 +328,9 @@ def compile_library(target: Path) -> None:
         (work / "build.ninja").write_text(_ninja_file(sources, compiler, torch_folder))
         done = subprocess.run([ninja, "-C", str(work)], capture_output=True, text=True, check=False)
         if done.returncode:
-            errors = [line for line in done.stdout.splitlines() if "error:" in line]
-            raise RuntimeError("; ".join([f"{compiler} failed", *errors[:3]]))
+            said = (done.stdout + done.stderr).splitlines()
+            errors = [line for line in said if "error:" in line] or said
+            raise RuntimeError("; ".join([f"{shlex.join(compiler)} failed", *errors[:3]]))
         os.replace(work / "library.so", target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -304,7 +346,7 @@ def source_hash() -> str:
     return digest.hexdigest()[:12]
 
 
-def _ninja_file(sources: Path, compiler: str, torch_folder: Path) -> str:
+def _ninja_file(sources: Path, compiler: Sequence[str], torch_folder: Path) -> str:
     include = torch_folder / "include"
     instruction_sets, defines = dict(_INSTRUCTION_SETS), ""
     if "amx" in instruction_sets:
@@ -312,26 +354,37 @@ def _ninja_file(sources: Path, compiler: str, torch_folder: Path) -> str:
             defines = "-DRNNFAST_AMX"
         else:  # a compiler older than the instructions; the library is complete without them
             del instruction_sets["amx"]
+
+    def words(*each: object) -> str:  # for the shell, behind ninja's own `$`
+        return shlex.join(map(str, each)).replace("$", "$$")
+
+    def path_of(file: Path) -> str:
+        return re.sub(r"[$ :]", r"$\g<0>", str(file))
+
+    includes = words("-isystem", include, "-isystem", include / "torch/csrc/api/include")
     lines = [
-        f"cc = {compiler} {_FLAGS} {defines} -isystem {include} -isystem {include}/torch/csrc/api/include",
+        f"cc = {words(*compiler)} {_FLAGS} {defines} {includes}",
         "rule compile",
         "  command = $cc $isa -c $in -o $out",
         "rule link",
-        f"  command = {compiler} -shared -fopenmp $in -o $out -L{torch_folder}/lib -ltorch_cpu",
+        f"  command = {words(*compiler)} -shared -fopenmp $in -o $out {words(f'-L{torch_folder}/lib')} -ltorch_cpu",
     ]
     objects = []
     for isa, flags in instruction_sets.items():
         objects.append(f"{isa}.o")
-        lines += [f"build {isa}.o: compile {sources}/cpu/kernels.cpp", f"  isa = -DRNNFAST_ISA={isa} {flags}"]
+        lines += [
+            f"build {isa}.o: compile {path_of(sources / 'cpu/kernels.cpp')}",
+            f"  isa = -DRNNFAST_ISA={isa} {flags}",
+        ]
     for path in _source_files(sources):
         if path.suffix == ".cpp" and path.name != "kernels.cpp":
             objects.append(f"{path.stem}.o")
-            lines.append(f"build {path.stem}.o: compile {path}")
+            lines.append(f"build {path.stem}.o: compile {path_of(path)}")
     return "\n".join([*lines, f"build library.so: link {' '.join(objects)}", ""])
 
 
-def _accepts(compiler: str, flags: str) -> bool:
-    command = [compiler, *flags.split(), "-x", "c++", "-fsyntax-only", os.devnull]
+def _accepts(compiler: Sequence[str], flags: str) -> bool:
+    command = [*compiler, *flags.split(), "-x", "c++", "-fsyntax-only", os.devnull]
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
@@ -339,8 +392,9 @@ def _compiled() -> Path:
     """The library in the cache, compiled now if it is not there."""
     import torch
 
-    compiler = Path(building.compiler() or "").resolve()
-    stamp = f"{source_hash()}, {compiler}, {compiler.stat().st_mtime_ns}, {torch.__version__}"
+    name, *words = building.compiler()
+    compiler = Path(name).resolve()
+    stamp = f"{source_hash()}, {[compiler, *words]}, {compiler.stat().st_mtime_ns}, {torch.__version__}"
     library = building.cache_folder() / hashlib.sha256(stamp.encode()).hexdigest()[:16] / "librnnfast.so"
     if not library.exists():
         with building.one_process(library.parent):

@@ -156,6 +156,8 @@ def test_mistakes_of_the_operator() -> None:
         operator(hidden, weight, bias, targets[:5], True)
     with pytest.raises(RuntimeError, match="do not fit each other"):
         operator(hidden, weight, bias[:3], targets, True)
+    with pytest.raises(RuntimeError, match="token ids of int64"):
+        operator(hidden, weight, bias, targets.int(), True)
     with pytest.raises(RuntimeError, match="float32"):
         operator(hidden.double(), weight, bias, targets, True)
     without = operator(hidden, weight, None, targets, True)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -168,6 +169,27 @@ def test_packed_weights_give_the_same_bits(cell: str, dtype: torch.dtype, ids: b
         kept = len(native.packings)
         del lanes
         assert len(native.packings) == kept - 1
+
+
+def test_lasting_weights_remember_nothing_of_those_that_are_gone() -> None:
+    """As where one weight of a layer is computed anew in every call."""
+    lasting = torch.randn(12, 5)
+
+    def count() -> tuple[int, int, int]:
+        return len(native.packings), len(weakref.getweakrefs(lasting)), len(weakref.finalize._registry)
+
+    counts = []
+    for _ in range(5):
+        native.packed_weights([[lasting, torch.randn(12, 4), None, None, None]], "gru", False)
+        counts.append(count())
+    assert counts[1:] == counts[:1] * 4
+
+
+def test_forgotten_weights_can_be_swapped() -> None:
+    weights = [torch.randn(12, 5), torch.randn(12, 4)]
+    native.packed_weights([[*weights, None, None, None]], "gru", False)
+    native.forget()
+    torch.utils.swap_tensors(weights[0], torch.randn(12, 5))
 
 
 def test_packed_weights_that_do_not_fit() -> None:
@@ -388,9 +410,13 @@ try:
 except RuntimeError as error:
     print(error)
 """
-    env = os.environ | {"CXX": "no-such-compiler", "RNNFAST_CACHE": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-    assert done.stdout.count("no C++ compiler was found") == 2
+    for given, reason in (
+        ({"CXX": "no-such-compiler -O1"}, "CXX is 'no-such-compiler -O1', which is no program"),
+        ({"CXX": "", "PATH": str(tmp_path)}, "no C++ compiler was found"),
+    ):
+        env = os.environ | {"RNNFAST_CACHE": str(tmp_path)} | given
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+        assert done.stdout.count(reason) == 2
 
 
 def test_a_failing_compiler_is_a_reason(tmp_path: object) -> None:

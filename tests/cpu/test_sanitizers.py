@@ -15,13 +15,13 @@ HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc/cpu"
 COMPILER = building.compiler()
 
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler was found")
+pytestmark = pytest.mark.skipif(not COMPILER, reason="no C++ compiler was found")
 
 
 def compile_program(folder: Path, sanitizer: str, *sources: str, defines: str = "") -> Path:
     program = folder / "program"
     flags = f"-std=c++17 -O1 -g -fopenmp -ffp-contract=off -Wno-psabi -fno-sanitize-recover=all {defines}"
-    command = [COMPILER, *flags.split(), f"-fsanitize={sanitizer}", *sources, "-o", str(program)]
+    command = [*COMPILER, *flags.split(), f"-fsanitize={sanitizer}", *sources, "-o", str(program)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if "cannot find -l" in done.stderr or "cannot find lib" in done.stderr:
         pytest.skip(f"this compiler has no {sanitizer} sanitizer")
@@ -50,7 +50,6 @@ def test_memory_under_sanitizers(sanitizer: str, tmp_path: Path) -> None:
 def test_kernels_under_address_sanitizer(tmp_path: Path) -> None:
     objects, instruction_sets, defines = [], dict(native._INSTRUCTION_SETS), ""
     if "amx" in instruction_sets:
-        assert COMPILER is not None
         if native._accepts(COMPILER, instruction_sets["amx"]):
             defines = "-DRNNFAST_AMX"
         else:
@@ -59,7 +58,7 @@ def test_kernels_under_address_sanitizer(tmp_path: Path) -> None:
         objects.append(str(tmp_path / f"{isa}.o"))
         flags = f"-std=c++17 -O1 -g -ffp-contract=off -Wno-psabi -fno-sanitize-recover=all -DRNNFAST_ISA={isa} {flags}"
         sanitizer = "-fsanitize=address,undefined"
-        command = [COMPILER, *flags.split(), sanitizer, "-c", str(CSRC / "kernels.cpp"), "-o", objects[-1]]
+        command = [*COMPILER, *flags.split(), sanitizer, "-c", str(CSRC / "kernels.cpp"), "-o", objects[-1]]
         subprocess.run(command, check=True)
     sources = [
         str(HERE / "sanitize.cpp"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -49,11 +50,11 @@ def _compile(ninja: str, ninja_file: str, library: Path) -> None:
 def emulated() -> ctypes.CDLL:
     """The library with its operators registered for the CPU in the namespace `rnnfast_cuda_emulated`."""
     compiler, ninja = building.compiler(), native._ninja()
-    if compiler is None or ninja is None:
+    if not compiler or ninja is None:
         pytest.skip("no C++ compiler or no ninja")
     ours = sorted(HERE.glob("*.cpp"))
     files = [path for path in build._files() if path.name != "device.cu"]
-    text = _ninja_file(compiler, [path for path in files if path.suffix in (".cu", ".cpp")] + ours)
+    text = _ninja_file(shlex.join(compiler), [path for path in files if path.suffix in (".cu", ".cpp")] + ours)
     stamp = hashlib.sha256((text + torch.__version__).encode())
     for path in files + ours:
         stamp.update(path.read_bytes())

@@ -43,8 +43,8 @@ def why_not_compile() -> str | None:
     cuda = torch_cuda()
     if cuda is not None and _nvcc_release().split(".")[0] != cuda.split(".")[0]:
         return f"nvcc is of CUDA {_nvcc_release()}, PyTorch of CUDA {cuda}: set CUDA_HOME to one that matches"
-    if building.compiler() is None:
-        return "no C++ compiler was found: install g++ (or set CXX), and the kernels compile on first use"
+    if reason := building.why_no_compiler():
+        return f"{reason}; with one the kernels compile on first use"
     return None
 
 
@@ -179,7 +179,7 @@ def _commands(architectures: tuple[str, ...], work: Path) -> list[list[str]]:
     include = ["-isystem", f"{folder}/include", "-isystem", f"{folder}/include/torch/csrc/api/include"]
     compilers = {
         ".cu": [nvcc() or "", *_NVCC_FLAGS.split(), *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures)],
-        ".cpp": [building.compiler() or "", *_CXX_FLAGS.split()],
+        ".cpp": [*building.compiler(), *_CXX_FLAGS.split()],
     }
     commands, objects = [], []
     for path in _files():

@@ -1,0 +1,52 @@
+"""Compilation on first use: where the sources lie and what CXX says."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rnnfast import building
+from rnnfast.backends import native
+
+needs_compiler = pytest.mark.skipif(
+    not building.compiler() or native._ninja() is None, reason="no C++ compiler or ninja"
+)
+
+
+@needs_compiler
+def test_a_folder_of_any_name(tmp_path: Path) -> None:
+    sources, work = tmp_path / "a $b: c's", tmp_path / "work"
+    for name in ("scan.h", "cells.h", "cpu/threads.h", "cpu/threads.cpp"):
+        (sources / name).parent.mkdir(parents=True, exist_ok=True)
+        found = building.sources()
+        assert found is not None
+        shutil.copy(found / name, sources / name)
+    work.mkdir()
+    text = native._ninja_file(sources, building.compiler(), tmp_path / "torch's $folder")
+    (work / "build.ninja").write_text(text)
+    done = subprocess.run(
+        [str(native._ninja()), "-C", str(work), "threads.o"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (work / "threads.o").exists()
+
+
+def test_the_compiler_may_have_arguments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CXX", f"{sys.executable} -m64 'a b'")
+    assert building.compiler() == (sys.executable, "-m64", "a b")
+    program = tmp_path / "a compiler"
+    program.symlink_to(sys.executable)
+    monkeypatch.setenv("CXX", str(program))
+    assert building.compiler() == (str(program),)
+    assert building.why_no_compiler() is None
+
+
+@needs_compiler
+def test_what_ninja_says_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(native, "_ninja_file", lambda *_: "build library.so: no_such_rule\n")
+    with pytest.raises(RuntimeError, match="unknown build rule 'no_such_rule'"):
+        native.compile_library(tmp_path / "library.so")
