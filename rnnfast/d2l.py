@@ -1,7 +1,9 @@
 """The classic names (0.17) of "Dive into Deep Learning", chapter on recurrent networks, over rnnfast.
 
-A program of that chapter runs with `from rnnfast import d2l` in place of `from d2l import torch as d2l`. The functions
-do what the book's do, and draw from Python's `random` as they do; batches, recurrence and prediction are rnnfast's.
+A program of its sections on text, on recurrent networks from scratch and concise, and of the next chapter's on GRU,
+LSTM and deep networks, runs with `from rnnfast import d2l` in place of `from d2l import torch as d2l`, but for what it
+draws with `d2l.plot`. The functions do what the book's do, and draw from Python's `random` as they do; batches,
+recurrence and prediction are rnnfast's.
 """
 
 from __future__ import annotations
@@ -267,7 +269,7 @@ def train_epoch_ch8(
         else:
             state = detach(state)
         y_hat, state = net(X.to(device), state)
-        l = loss(y_hat, Y.t().flatten().to(device)).mean()  # noqa: E741 - the chapter's name
+        l = loss(y_hat, Y.t().flatten().to(device).long()).mean()  # noqa: E741 - the chapter's name
         if isinstance(updater, torch.optim.Optimizer):
             updater.zero_grad()
             l.backward()
@@ -327,6 +329,14 @@ class Timer:
         """Stop the clock and return what it shows."""
         self.times.append(time.perf_counter() - self.started)
         return self.times[-1]
+
+    def sum(self) -> float:
+        """All times."""
+        return math.fsum(self.times)
+
+    def avg(self) -> float:
+        """The mean time."""
+        return self.sum() / len(self.times)
 
 
 class Accumulator:

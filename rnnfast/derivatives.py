@@ -78,7 +78,10 @@ class Scan(Function):
         if all(d is None for d in d_outputs):
             return (None, *[None] * formula.leaves, *rest)
         if not ctx.save_tape:
-            raise RuntimeError("the scan was run with save_tape=False, so it has no backward; pass save_tape=True")
+            raise RuntimeError(
+                "this scan was run or exported without gradients (save_tape=False), so it has no backward: run or "
+                "export it with gradients enabled"
+            )
         gradients = formula.backward_op(
             *(None if d is None else d.contiguous() for d in d_outputs),
             *layer,

@@ -3,7 +3,8 @@
     torch.onnx.export(model, (x,), "model.onnx", custom_translation_table=rnnfast.onnx.translation_table())
 
 It needs `pip install 'rnnfast[onnx]'`. ONNX's operators have no projections, no batch_sizes and no changed recurrence,
-so models with `proj_size`, PackedSequence input, lengths or resets, `LSTM.states`, or such a `Stack` are refused.
+so models with `proj_size`, PackedSequence input, lengths or resets, `LSTM.states`, or such a `Stack` are refused; a
+`Stack` on the reference backend is exported step by step instead.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What was measured on a card: which backend is fastest for a layer there, and which team its CUDA scan runs on.
 
 `rnnfast tune` makes such a table on the user's own card and keeps it in the cache folder; tables of cards that were
-measured are shipped in rnnfast/tables. `auto` follows the user's own, else the shipped one, and leaves a kernel alone
-that neither has verified. A table holds for one card and one state of each backend's sources; the user's own, besides,
-for one driver and one torch, whose cuDNN it was measured beside.
+measured are shipped in rnnfast/tables (none yet). `auto` follows the user's own, else the shipped one, and leaves a
+kernel alone that neither has verified. A table holds for one card and one state of each backend's sources; the user's
+own, besides, for one driver and one torch, whose cuDNN it was measured beside.
 """
 
 from __future__ import annotations
