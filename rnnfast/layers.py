@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnfast import direct, dispatch, functional, sequences
+from rnnfast import direct, dispatch, functional, inputs, sequences
 from rnnfast.autocast import autocast_dtype
+from rnnfast.inputs import map_state
 from rnnfast.sequences import Segments
 
 
@@ -76,16 +77,11 @@ class DropIn(nn.RNNBase):
         may_be_direct = not (cuts or reset_to is not None or torch.compiler.is_compiling())
         if may_be_direct and (result := direct.run(self, input, hx)) is not None:
             return result
-        if reset_to is not None and reset is None:
-            raise ValueError("reset_to is the state that reset= returns to: give reset= as well")
+        inputs.check_kind(input, lengths, reset, reset_to)
         for state in (hx, reset_to):
             if state is not None:
                 _check_state_form(self, state)
         if isinstance(input, PackedSequence):
-            if cuts:
-                raise ValueError(
-                    "a PackedSequence has lengths of its own; give a padded tensor with lengths= or reset="
-                )
             data, batch_sizes, sorted_indices, unsorted_indices = input
             if hx is not None:
                 if sequences.is_known(batch_sizes):  # else the operator looks when it runs
@@ -96,31 +92,13 @@ class DropIn(nn.RNNBase):
                 state, unsorted_indices
             )
 
-        if not isinstance(input, Tensor):
-            raise TypeError(f"input must be a tensor or a PackedSequence, got {type(input).__name__}")
-        refuse_nested(input)
-        feature_dims = 1 if input.is_floating_point() or input.is_complex() else 0
-        dims = input.dim() - feature_dims
-        if dims not in (1, 2):
-            name, tensor = type(self).__name__, " tensor" if self.mode.startswith("RNN") else ""
-            if feature_dims:
-                raise ValueError(f"{name}: Expected input to be 2D or 3D, got {input.dim()}D{tensor} instead")
-            raise ValueError(functional.token_ids_error(name, "1D or 2D", input))
-        batched = dims == 2
-        if hx is not None:
-            _check_state_dims(self, hx, batched, input.dim())
-        sequences.check_reset_shape(reset, input, dims)
-        if reset_to is not None:
-            _check_state_dims(self, reset_to, batched, input.dim())
+        batched = inputs.is_batched(input, type(self).__name__, " tensor" if self.mode.startswith("RNN") else "")
+        for state in (hx, reset_to):
+            if state is not None:
+                _check_state_dims(self, state, batched, input.dim())
         if not batched:
-            if lengths is not None:
-                raise ValueError("lengths= is for a batch of sequences; give an unbatched one without its padding")
-            input = input.unsqueeze(1)
-            hx, reset_to = (map_state(value, lambda state: state.unsqueeze(1)) for value in (hx, reset_to))
-            reset = reset if reset is None else reset.unsqueeze(-1)
-        elif self.batch_first:
-            input = input.transpose(0, 1)
-            reset = reset if reset is None else reset.transpose(0, 1)
+            hx, reset_to = (map_state(state, lambda part: part.unsqueeze(1)) for state in (hx, reset_to))
+        input, reset = inputs.to_time_major(input, lengths, reset, batched, self.batch_first)
         if cuts:
             segments = sequences.cut(input.shape[0], input.shape[1], lengths, reset, input.device)
             output, state = _run_segments(self, input, hx, segments, reset_to)
@@ -128,9 +106,7 @@ class DropIn(nn.RNNBase):
             output, state = _run(self, input, hx, None)
         if may_be_direct:
             direct.prepare(self, input)
-        if not batched:
-            return output.squeeze(1), map_state(state, lambda state: state.squeeze(1))
-        return output.transpose(0, 1) if self.batch_first else output, state
+        return inputs.from_time_major(output, state, batched, self.batch_first)
 
     def step(self, input: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
         """Runs one time step of a stream; feeding the state back gives the bits of one call over the whole sequence.
@@ -157,11 +133,7 @@ class DropIn(nn.RNNBase):
             return result
         if self.bidirectional:
             raise RuntimeError("a bidirectional layer reads the whole sequence at once: it has no step")
-        if not isinstance(input, Tensor):
-            raise TypeError(f"a step takes a tensor, got {type(input).__name__}")
-        refuse_nested(input)
-        if input.dim() != (2 if input.is_floating_point() else 1):
-            raise RuntimeError(f"a step takes (B, {self.input_size}) input or (B,) token ids, got {tuple(input.shape)}")
+        inputs.check_step(input, self.input_size)
         if hooked:
             time = 1 if self.batch_first else 0
             output, state = self(input.unsqueeze(time), hx)
@@ -234,7 +206,7 @@ class LSTM(DropIn, nn.LSTM):
         """
         if not isinstance(input, Tensor):
             raise TypeError(f"states takes a tensor, and lengths= for a ragged batch, got {type(input).__name__}")
-        refuse_nested(input)
+        inputs.refuse_nested(input)
         dims = 3 if input.is_floating_point() or input.is_complex() else 2
         if input.dim() != dims:
             raise ValueError(f"states takes {dims}D batched input, got {input.dim()}D")
@@ -281,11 +253,6 @@ def _after_pre_hooks(layer: Any, input: Tensor, hx: Any) -> tuple[Tensor, Any]:
         elif (result := hook(layer, args)) is not None:
             args = result if isinstance(result, tuple) else (result,)
     return args[0], args[1] if len(args) > 1 else kwargs.get("hx")
-
-
-def refuse_nested(input: Tensor) -> None:
-    if input.is_nested:
-        raise TypeError("input must be a padded tensor or a PackedSequence, got a nested tensor; pad it, use lengths=")
 
 
 def _run(layer: Any, data: Tensor, hx: Any, batch_sizes: Tensor | None) -> tuple[Tensor, Any]:
@@ -394,12 +361,3 @@ def _autocast(
         return tensor.to(dtype)
 
     return cast(input), map_state(state, cast), [functional.Weights(*map(cast, lane)) for lane in weights]
-
-
-def map_state(state: Any, function: Callable[..., Tensor], *others: Any) -> Any:
-    """Applies a function to a state, None, h, (h, c) or a list of such, part by part along with others of its form."""
-    if state is None:
-        return None
-    if isinstance(state, tuple | list):
-        return tuple(map_state(part, function, *rest) for part, *rest in zip(state, *others, strict=True))
-    return function(state, *others)

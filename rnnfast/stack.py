@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnfast import dispatch, functional, sequences
+from rnnfast import dispatch, functional, inputs, sequences
 from rnnfast.autocast import dtype_of_products
 from rnnfast.backends.reference import Extension, Norms
 from rnnfast.cells import CELLS
 from rnnfast.extended import scan_extended
-from rnnfast.layers import is_hooked, map_state, refuse_nested
+from rnnfast.inputs import map_state
+from rnnfast.layers import is_hooked
 from rnnfast.regularisation import Masks, dropout_mask
 from rnnfast.scan import is_transformed
 
@@ -230,36 +231,15 @@ class Stack(nn.Module):
                 with input_dropout; a backend asked for by name that cannot do this.
             IndexError: a token id outside [0, I).
         """
+        inputs.check_kind(input, lengths, reset, reset_to)
         packed = input if isinstance(input, PackedSequence) else None
-        if packed is None and not isinstance(input, Tensor):
-            raise TypeError(f"input must be a tensor or a PackedSequence, got {type(input).__name__}")
-        if packed is None:
-            refuse_nested(input)
         data, batched, segments = input if packed is None else packed.data, True, None
-        if reset_to is not None and reset is None:
-            raise ValueError("reset_to is the state that reset= returns to: give reset= as well")
         if packed is not None:
-            if lengths is not None or reset is not None:
-                raise ValueError(
-                    "a PackedSequence has lengths of its own; give a padded tensor with lengths= or reset="
-                )
             segments = sequences.of_packed(packed)
             steps, batch = segments.shape
         else:
-            feature_dims = 1 if data.is_floating_point() or data.is_complex() else 0
-            dims = data.dim() - feature_dims
-            if dims not in (1, 2):
-                if feature_dims:
-                    raise ValueError(f"Stack: Expected input to be 2D or 3D, got {data.dim()}D instead")
-                raise ValueError(functional.token_ids_error("Stack", "1D or 2D", data))
-            batched = dims == 2
-            sequences.check_reset_shape(reset, data, dims)
-            if not batched:
-                if lengths is not None:
-                    raise ValueError("lengths= is for a batch of sequences; give an unbatched one without its padding")
-                data, reset = data.unsqueeze(1), None if reset is None else reset.unsqueeze(1)
-            elif self.batch_first:
-                data, reset = data.transpose(0, 1), None if reset is None else reset.transpose(0, 1)
+            batched = inputs.is_batched(data, "Stack")
+            data, reset = inputs.to_time_major(data, lengths, reset, batched, self.batch_first)
             steps, batch = data.shape[:2]
             if lengths is not None or reset is not None:
                 segments = sequences.cut(steps, batch, lengths, reset, data.device)
@@ -270,9 +250,7 @@ class Stack(nn.Module):
         if packed is not None:
             return PackedSequence(output, *packed[1:]), final
         output = output if segments is None else segments.scatter(output)
-        if not batched:
-            return output.squeeze(1), map_state(final, lambda part: part.squeeze(1))
-        return output.transpose(0, 1) if self.batch_first else output, final
+        return inputs.from_time_major(output, final, batched, self.batch_first)
 
     def step(
         self, input: Tensor, hx: Sequence[State] | None = None, *, generator: torch.Generator | None = None
@@ -298,10 +276,7 @@ class Stack(nn.Module):
         """
         if self.bidirectional:
             raise RuntimeError("a bidirectional stack reads the whole sequence at once: it has no step")
-        if not isinstance(input, Tensor):
-            raise TypeError(f"a step takes a tensor, got {type(input).__name__}")
-        if input.dim() != (2 if input.is_floating_point() else 1):
-            raise RuntimeError(f"a step takes (B, {self.input_size}) input or (B,) token ids, got {tuple(input.shape)}")
+        inputs.check_step(input, self.input_size)
         if is_hooked(self):
             time = 1 if self.batch_first else 0
             output, final = self(input.unsqueeze(time), hx, generator=generator)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rnnfast.layers import map_state
+from rnnfast.inputs import map_state
 from rnnfast.stack import Stack
 from rnnfast.swap import is_ours
 

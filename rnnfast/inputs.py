@@ -1,0 +1,94 @@
+"""The forms in which layers and stacks are given a sequence: checked, made the one that is computed with, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from rnnfast import functional, sequences
+
+
+def check_kind(input: Any, lengths: Any = None, reset: Any = None, reset_to: Any = None) -> None:
+    """Raises TypeError or ValueError unless the input is of a kind that a layer takes, and the others go with it."""
+    if not isinstance(input, Tensor | PackedSequence):
+        raise TypeError(f"input must be a tensor or a PackedSequence, got {type(input).__name__}")
+    if isinstance(input, Tensor):
+        refuse_nested(input)
+    elif lengths is not None or reset is not None:
+        raise ValueError("a PackedSequence has lengths of its own; give a padded tensor with lengths= or reset=")
+    if reset_to is not None and reset is None:
+        raise ValueError("reset_to is the state that reset= returns to: give reset= as well")
+
+
+def refuse_nested(input: Tensor) -> None:
+    if input.is_nested:
+        raise TypeError("input must be a padded tensor or a PackedSequence, got a nested tensor; pad it, use lengths=")
+
+
+def check_step(input: Any, input_size: int) -> None:
+    """Raises unless the input is one step of a batch, (B, I) or token ids (B,)."""
+    if not isinstance(input, Tensor):
+        raise TypeError(f"a step takes a tensor, got {type(input).__name__}")
+    refuse_nested(input)
+    if input.dim() != (2 if input.is_floating_point() else 1):
+        raise RuntimeError(f"a step takes (B, {input_size}) input or (B,) token ids, got {tuple(input.shape)}")
+
+
+def is_batched(input: Tensor, name: str, tensor: str = "") -> bool:
+    """Whether a padded input has a batch dimension.
+
+    Args:
+        input: (T, B, I) or (T, I), floating; or token ids, without I.
+        name, tensor: words of torch.nn's message, the class's name and " tensor" where it has that.
+
+    Raises:
+        ValueError: it has another number of dimensions.
+    """
+    has_features = input.is_floating_point() or input.is_complex()
+    dims = input.dim() - has_features
+    if dims in (1, 2):
+        return dims == 2
+    if has_features:
+        raise ValueError(f"{name}: Expected input to be 2D or 3D, got {input.dim()}D{tensor} instead")
+    raise ValueError(functional.token_ids_error(name, "1D or 2D", input))
+
+
+def to_time_major(
+    input: Tensor,
+    lengths: Tensor | Sequence[int] | None,
+    reset: Tensor | None,
+    batched: bool,
+    batch_first: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """A padded input (T, B, I), or ids (T, B), and its reset (T, B), of whatever form they were given in.
+
+    Raises:
+        TypeError, ValueError: reset is no mask of the input's shape, or lengths came with an unbatched input.
+    """
+    sequences.check_reset_shape(reset, input, 1 + batched)
+    if batched:
+        if not batch_first:
+            return input, reset
+        return input.transpose(0, 1), None if reset is None else reset.transpose(0, 1)
+    if lengths is not None:
+        raise ValueError("lengths= is for a batch of sequences; give an unbatched one without its padding")
+    return input.unsqueeze(1), None if reset is None else reset.unsqueeze(1)
+
+
+def from_time_major(output: Tensor, state: Any, batched: bool, batch_first: bool) -> tuple[Tensor, Any]:
+    """An output (T, B, P) and the final state, in the form of the input."""
+    if not batched:
+        return output.squeeze(1), map_state(state, lambda part: part.squeeze(1))
+    return output.transpose(0, 1) if batch_first else output, state
+
+
+def map_state(state: Any, function: Callable[..., Tensor], *others: Any) -> Any:
+    """Applies a function to a state, None, h, (h, c) or a list of such, part by part along with others of its form."""
+    if state is None:
+        return None
+    if isinstance(state, tuple | list):
+        return tuple(map_state(part, function, *rest) for part, *rest in zip(state, *others, strict=True))
+    return function(state, *others)
