@@ -101,7 +101,9 @@ def _train_parser() -> ArgumentParser:
             parser.add_argument(flag(setting.name), type=hints[setting.name], default=setting.default, help=help)
     parser.add_argument("--out", type=str | None, metavar="DIR", help="the run's folder (default: a new one in runs/)")
     parser.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
-    parser.add_argument("--resume", type=str | None, metavar="DIR", help="go on with the run in this folder")
+    parser.add_argument(
+        "--resume", type=str | None, metavar="DIR", help="go on with the run in this folder, or of this checkpoint"
+    )
     return parser
 
 
@@ -109,11 +111,10 @@ def _train(options: Any) -> int:
     config = TrainConfig(**{setting.name: options[setting.name] for setting in fields(TrainConfig)})
     if options.resume is not None and options.out is not None:
         raise UserError("--resume continues in the run's own folder: leave --out out")
-    if options.resume is not None:
-        folder = checkpoint.find(options.resume).parent
-    else:
-        folder = Path(options.out) if options.out is not None else _new_folder(config)
-    result = train(config, folder, resume=options.resume is not None, overwrite=options.overwrite)
+    resume = options.resume is not None
+    out = options.resume if resume else options.out if options.out is not None else _new_folder(config)
+    result = train(config, out, resume=resume, overwrite=options.overwrite)
+    folder = checkpoint.find(out).parent
     device = next(result.model.parameters()).device
     print(f"perplexity {result.perplexity:.2f}, {result.tokens_per_second:,.0f} tokens/s on {device}, kept in {folder}")
     if not config.bidirectional:  # which cannot generate

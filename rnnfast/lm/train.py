@@ -35,6 +35,7 @@ from rnnfast.lm.model import RNNLM, RNNLMScratch, State, detach
 from rnnfast.lm.plot import plot
 from rnnfast.lm.vocab import Vocab
 
+CURVE = "perplexity.png"
 LOOK_EVERY = 32  # steps between looks at the loss, the clock and the progress bar; on a GPU each look waits for it
 
 
@@ -310,7 +311,7 @@ class Run:
         config = self.trainer.config
         cell = "scratch" if config.scratch else config.cell
         title = f"{Path(str(config.corpus)).stem}: {cell}, {config.hidden_size} units"
-        plot(self.records, self.folder / "perplexity.png", title)
+        plot(self.records, self.folder / CURVE, title)
 
 
 @dataclass
@@ -349,7 +350,8 @@ def train(
 
     Args:
         out: the run's folder; None writes nothing.
-        resume: go on from the checkpoint in `out`; settings other than the run's length and reports must be the same.
+        resume: go on from the checkpoint in `out`; if `out` is a checkpoint file, from that one, in its folder.
+            Settings other than the run's length and reports must be the same.
         overwrite: replace a run that is in `out` already.
         report: takes the lines of progress.
 
@@ -357,12 +359,16 @@ def train(
         UserError: bad input, a folder that cannot be written, a loss that is no longer finite.
         Interrupted: by Ctrl-C or SIGTERM, after saving.
     """
+    if resume and overwrite:
+        raise UserError("--resume goes on with a run, --overwrite replaces it: leave one of them out")
     if resume and out is None:
         raise ValueError("to resume a run, give its folder as `out`")
     folder = None if out is None else Path(out).expanduser()
-    saved = checkpoints.load(folder) if resume and folder is not None else None
-    if saved is not None:
-        _check_same(TrainConfig.from_json(saved.config, str(folder)), config)
+    saved = None
+    if resume and folder is not None:
+        source = checkpoints.find(folder)
+        saved, folder = checkpoints.load(source), source.parent
+        _check_same(TrainConfig.from_json(saved.config, str(source)), config)
     elif folder is not None and folder.is_file():
         raise UserError(f"{folder} is a file, and a run needs a folder of its own: choose another --out")
     elif folder is not None and checkpoints.find(folder).exists() and not overwrite:
@@ -387,6 +393,8 @@ def train(
         records = _read_log(folder / "log.jsonl", trainer.epoch)
         if trainer.epoch >= config.epochs:
             raise UserError(f"this run has finished its {trainer.epoch} epochs: --epochs N trains more")
+    if saved is None and folder is not None:
+        _remove_run(folder)
     run = None if folder is None else Run(folder, trainer, records)
     _loop(trainer, run, records, report)
     return TrainResult(
@@ -470,6 +478,15 @@ def _check_same(saved: TrainConfig, config: TrainConfig) -> None:
     odd = [f.name for f in fields(config) if getattr(saved, f.name) != getattr(config, f.name)]
     if odd := [flag(name) for name in odd if name not in CHANGEABLE]:
         raise UserError(f"a resumed run keeps its settings, but {', '.join(odd)} differs: leave that out")
+
+
+def _remove_run(folder: Path) -> None:
+    """Without the checkpoint and curve of a run that is replaced, no crash leaves them beside settings not theirs."""
+    for name in (checkpoints.FILE_NAME, CURVE):
+        try:
+            (folder / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot replace {folder / name}: {reason(error)}; choose another --out") from error
 
 
 def _read_log(path: Path, epochs: int) -> list[dict[str, Any]]:

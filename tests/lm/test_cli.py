@@ -105,6 +105,17 @@ def test_resume_takes_the_runs_own_settings(run: Path, capsys: pytest.CaptureFix
     assert "--hidden-size" in refused(capsys, "train", "--resume", str(run), "--hidden-size", "9", "--epochs", "9")
 
 
+@pytest.mark.usefixtures("matplotlib")
+def test_resume_takes_the_checkpoint_it_is_given(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    earlier = run / "earlier.safetensors"
+    earlier.write_bytes((run / FILE_NAME).read_bytes())
+    other = [*TRAIN, "--cell", "gru", "--epochs", "2", "--out", str(run), "--overwrite"]
+    assert main(other) == main(["train", "--resume", str(earlier), "--epochs", "3"]) == 0
+    assert f"kept in {run}\n" in capsys.readouterr().out
+    saved = load(run)
+    assert (saved.config["cell"], saved.progress["epoch"]) == ("rnn", 3)
+
+
 def test_unnamed_runs_get_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(TRAIN) == main(TRAIN) == 0

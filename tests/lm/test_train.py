@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from rnnfast.lm import Interrupted, TrainConfig, UserError, train, train_step
+from rnnfast.lm.checkpoint import FILE_NAME, load
 from rnnfast.lm.config import build_model
 from rnnfast.lm.train import learning_rate_factor
 
@@ -119,6 +120,18 @@ def test_four_epochs_equal_two_and_two(name: str, tmp_path: Path) -> None:
         train(config, tmp_path, resume=True)
 
 
+def test_a_checkpoint_named_by_its_file_is_the_one_that_goes_on(tmp_path: Path) -> None:
+    straight = train(SMALL, tmp_path)
+    two_epochs = tmp_path / "two.safetensors"
+    train(replace(SMALL, epochs=2), tmp_path / "other")
+    (tmp_path / "other" / FILE_NAME).rename(two_epochs)
+    resumed = train(SMALL, two_epochs, resume=True)
+    assert_same_parameters(straight.model, resumed.model)
+    assert [record["epoch"] for record in resumed.records] == [1, 2, 3, 4]  # the log is the folder's
+    assert load(tmp_path).progress["epoch"] == 4
+    assert load(two_epochs).progress["epoch"] == 2
+
+
 def test_a_log_ahead_of_its_checkpoint_is_cut_back(tmp_path: Path) -> None:
     train(replace(SMALL, epochs=2), tmp_path)
     with (tmp_path / "log.jsonl").open("a") as file:  # as a crash behind epoch 3, before its checkpoint, leaves it
@@ -142,7 +155,24 @@ def test_a_run_is_not_replaced_unasked(tmp_path: Path) -> None:
     train(replace(SMALL, epochs=1), tmp_path)
     with pytest.raises(UserError, match="--overwrite"):
         train(SMALL, tmp_path)
+    with pytest.raises(UserError, match="--resume goes on with a run, --overwrite replaces it"):
+        train(SMALL, tmp_path, resume=True, overwrite=True)
     assert len(train(SMALL, tmp_path, overwrite=True).records) == 4
+
+
+@pytest.mark.usefixtures("matplotlib")
+def test_a_replaced_run_leaves_nothing_beside_the_new_ones_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(replace(SMALL, epochs=1), tmp_path)
+
+    def crash(*args: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(train_module, "train_step", crash)
+    with pytest.raises(ZeroDivisionError):
+        train(replace(SMALL, cell="gru"), tmp_path, overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "log.jsonl"}
 
 
 @pytest.mark.parametrize(
