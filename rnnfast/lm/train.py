@@ -177,7 +177,8 @@ class Trainer:
         """
         self.epoch_rng = self.batches.generator.get_state()
         inputs, targets = self.batches.epoch()
-        config, first, start = self.config, self.step, time.perf_counter()
+        config, first, tokens, seconds = self.config, self.step, self.tokens, self.seconds
+        began = time.perf_counter() - seconds  # of all that is counted
         for x, y in zip(inputs[first:], targets[first:], strict=True):
             loss, state = train_step(self.model, self.optimizer, x, y, self.carry, config.clip, config.precision)
             if self.scheduler is not None:
@@ -185,19 +186,20 @@ class Trainer:
             self.carry = state if self.carries else None
             self.loss_sum += loss
             self.step += 1
+            self.tokens += x.numel()
+            self.seconds = time.perf_counter() - began
             after_step(len(inputs))
-        self.check_finite()
-        seconds, tokens = time.perf_counter() - start, inputs[first:].numel()
+        self.check_finite()  # waits for the device
+        self.seconds = time.perf_counter() - began
         record = {
             "epoch": self.epoch + 1,
             "perplexity": perplexity(self.loss_sum.item() / self.step),
-            "tokens_per_second": round(tokens / seconds, 1),
+            "tokens_per_second": round((self.tokens - tokens) / (self.seconds - seconds), 1),
             "lr": self.optimizer.param_groups[0]["lr"],
         }
         if self.validation is not None:
             record["validation_perplexity"] = evaluate(self.model, *self.validation, self.config.precision)
         self.epoch, self.step, self.carry = self.epoch + 1, 0, None
-        self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
         self.loss_sum.zero_()
         self.epoch_rng = self.batches.generator.get_state()
         return record

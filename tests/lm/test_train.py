@@ -106,6 +106,7 @@ def test_interrupted_anywhere_it_resumes_bit_for_bit(
     assert without_speed(straight.records) == without_speed(parts.records)
     log = [json.loads(line) for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
     assert without_speed(log) == without_speed(straight.records)
+    assert load(tmp_path / "parts").progress["tokens"] == load(tmp_path / "straight").progress["tokens"]
     assert signal.getsignal(signal.SIGINT) is handler
 
 
