@@ -69,27 +69,30 @@ def _generate(
 ) -> Iterator[int]:
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    was_training = model.training
-    model.eval()
-    try:
-        inputs, state = torch.tensor(prefix, device=device).view(-1, 1), None
-        native = native_parts(model)
-        for i in range(length):
-            logits, state = _step(model, inputs, state)
-            token = pick(logits, temperature, top_k, top_p, generator)
-            yield int(token)
-            if native is not None:
-                yield from _native(native, state, int(token), length - i - 1, temperature, top_k, top_p, generator)
-                return
-            inputs = token.to(device).view(1, 1)
-    finally:
-        model.train(was_training)
+    inputs, state = torch.tensor(prefix, device=device).view(-1, 1), None
+    native = native_parts(model)
+    for i in range(length):
+        logits, state = _step(model, inputs, state)
+        token = pick(logits, temperature, top_k, top_p, generator)
+        yield int(token)
+        if native is not None:
+            yield from _native(native, state, int(token), length - i - 1, temperature, top_k, top_p, generator)
+            return
+        inputs = token.to(device).view(1, 1)
 
 
 @torch.no_grad()
 def _step(model: nn.Module, inputs: Tensor, state: State) -> tuple[Tensor, State]:
-    """The logits (V,) behind the last of `inputs` (T, 1), and the state."""
-    logits, state = model(inputs, state)
+    """The logits (V,) behind the last of `inputs` (T, 1), and the state.
+
+    In evaluation mode, for this call only: between two tokens the model is its owner's, who may train it.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        logits, state = model(inputs, state)
+    finally:
+        model.train(was_training)
     return logits[-1, 0], state
 
 

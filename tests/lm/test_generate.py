@@ -37,6 +37,20 @@ def test_it_streams(model: RNNLM) -> None:
     assert len([next(stream) for _ in range(5)]) == 5
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_between_two_tokens_the_model_is_in_its_own_mode(backend: str) -> None:
+    model = RNNLM(28, "lstm", 16, dropout=0.5, backend=backend)
+    expected = list(generate(model.eval(), [1], 3))
+    for training in (True, False):
+        model.train(training)
+        first, second = generate(model, [1], 3), generate(model, [1], 3)
+        for token in expected:  # without dropout, in either mode
+            assert next(first) == token
+            assert model.training == training
+            assert next(second) == token
+            assert model.training == training
+
+
 LOGITS = torch.tensor([0.5, 0.1, 0.3, 0.1]).log()
 
 
