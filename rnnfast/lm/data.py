@@ -278,11 +278,11 @@ class Batches:
         return int(torch.randint(below, (), generator=self.generator))
 
 
-def check_length(num_tokens: int, batch_size: int, num_steps: int, what: str = "text") -> None:
+def check_length(num_tokens: int, batch_size: int, num_steps: int) -> None:
     """Refuse a text that has no whole batch behind the largest offset."""
     needed = batch_size * num_steps + num_steps + 1
     if num_tokens < needed:
         raise UserError(
-            f"the {what} has {num_tokens} tokens, but one batch of {batch_size} rows of {num_steps} steps needs "
+            f"the text has {num_tokens} tokens, but one batch of {batch_size} rows of {num_steps} steps needs "
             f"{needed}: take a longer one, or a smaller --batch-size or --steps"
         )

@@ -28,7 +28,7 @@ from rnnfast.files import UserError, atomic_write, note, reason
 from rnnfast.lm import checkpoint as checkpoints
 from rnnfast.lm.checkpoint import Checkpoint
 from rnnfast.lm.config import TrainConfig, build_model, check_backend, flag, pick_device
-from rnnfast.lm.data import Batches, Corpus, check_length, load_corpus, sequential_batches
+from rnnfast.lm.data import Batches, Corpus, load_corpus, sequential_batches
 from rnnfast.lm.generate import encode_prefix, generate, render
 from rnnfast.lm.loss import cross_entropy, is_native
 from rnnfast.lm.model import RNNLM, RNNLMScratch, State, detach
@@ -152,10 +152,16 @@ class Trainer:
         ids = corpus.train.to(self.device)
         self.batches = Batches(ids, config.batch_size, config.steps, config.random_batches, generator)
         self.validation = None
-        if len(corpus.validation):
-            check_length(len(corpus.validation), config.batch_size, config.steps, "validation text")
-            ids = corpus.validation.to(self.device)
-            self.validation = sequential_batches(ids, config.batch_size, config.steps)
+        if config.validation:
+            num_tokens = len(corpus.validation)
+            if num_tokens <= config.steps:
+                raise UserError(
+                    f"--validation {config.validation:g} holds out {num_tokens} tokens, but --steps {config.steps} "
+                    f"needs {config.steps + 1}: hold out more, or take more of the text with --max-tokens (-1: all)"
+                )
+            # A short text is read in fewer rows, for every row needs a whole batch's steps.
+            rows = min(config.batch_size, (num_tokens - 1) // config.steps)
+            self.validation = sequential_batches(corpus.validation.to(self.device), rows, config.steps)
         kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[config.optimizer]
         # Fused: one pass over each parameter, with which AdamW is several times as fast.
         self.optimizer = kind(self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
@@ -395,6 +401,9 @@ def train(
         records = _read_log(folder / "log.jsonl", trainer.epoch)
         if trainer.epoch >= config.epochs:
             raise UserError(f"this run has finished its {trainer.epoch} epochs: --epochs N trains more")
+    num_tokens = sum(count for _, count in corpus.vocab.token_freqs)
+    if saved is None and corpus.name not in ("timemachine", "pydoc") and 0 < config.max_tokens < num_tokens:
+        note(f"using the first {config.max_tokens:,} of {num_tokens:,} tokens; --max-tokens -1 takes all")
     if saved is None and folder is not None:
         _remove_run(folder)
     run = None if folder is None else Run(folder, trainer, records)

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from rnnfast.lm import Interrupted, TrainConfig, UserError, train, train_step
+from rnnfast.lm import Interrupted, TrainConfig, UserError, load_corpus, train, train_step
 from rnnfast.lm.checkpoint import FILE_NAME, load
 from rnnfast.lm.config import build_model
-from rnnfast.lm.train import learning_rate_factor
+from rnnfast.lm.train import Trainer, learning_rate_factor
 
 train_module = importlib.import_module("rnnfast.lm.train")
 SMALL = TrainConfig(corpus="pydoc", max_tokens=1500, hidden_size=16, batch_size=4, steps=10, epochs=4, sample_every=0)
@@ -262,8 +262,30 @@ def test_settings_outside_their_range(settings: dict[str, Any], message: str) ->
 def test_texts_that_are_too_short() -> None:
     with pytest.raises(UserError, match=r"the text has 40 tokens.*needs 51"):
         train(replace(SMALL, max_tokens=40))
-    with pytest.raises(UserError, match="the validation text has 15 tokens"):
-        train(replace(SMALL, validation=0.01))
+    for share, held_out in ((0.006, 9), (0.0001, 0)):
+        with pytest.raises(UserError, match=rf"holds out {held_out} tokens.*needs 11: hold out more, .*--max-tokens"):
+            train(replace(SMALL, validation=share))
+
+
+def test_a_short_validation_text_is_read_in_fewer_rows() -> None:
+    config, corpus = replace(SMALL, validation=0.025), load_corpus("pydoc", max_tokens=1500, validation=0.025)
+    trainer = Trainer(config, corpus)
+    assert trainer.validation is not None
+    inputs, targets = trainer.validation
+    assert torch.equal(inputs[0].t(), corpus.validation[:36].view(3, 12)[:, :10])
+    assert torch.equal(targets[0].t(), corpus.validation[1:].view(3, 12)[:, :10])
+    chapters = TrainConfig(corpus="pydoc", validation=0.1, hidden_size=8, epochs=1, sample_every=0)
+    assert train(chapters).records[0]["validation_perplexity"] > 1
+
+
+def test_a_users_text_is_not_cut_in_silence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("sixteen letters " * 100)
+    config = replace(SMALL, corpus=str(text), max_tokens=1000, epochs=1, prefix="letters")
+    message = "rnnfast: using the first 1,000 of 1,599 tokens; --max-tokens -1 takes all\n"
+    for settings, said in (({}, message), ({"max_tokens": -1}, ""), ({"corpus": "pydoc"}, "")):
+        train(replace(config, **settings))
+        assert capsys.readouterr().err == said
 
 
 def test_without_matplotlib_it_says_so_and_goes_on(
