@@ -23,7 +23,8 @@ def plot(records: list[dict[str, Any]], path: Path, title: str = "") -> None:
     for key, label in (("perplexity", "training"), ("validation_perplexity", "validation")):
         if records and key in records[-1]:
             axes.plot(epochs, [record.get(key, float("nan")) for record in records], label=label)
-    axes.set(xlabel="epoch", ylabel="perplexity", yscale="log", title=title)
+    axes.set(xlabel="epoch", ylabel="perplexity", yscale="log")
+    axes.set_title(title, parse_math=False)  # the name of a text may hold a $
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())

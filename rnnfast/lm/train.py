@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from shlex import quote
 from types import FrameType
 from typing import Any
 
@@ -123,7 +124,7 @@ def learning_rate_factor(config: TrainConfig, total_steps: int) -> Callable[[int
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM ended a run, after its checkpoint was written. The message says where."""
+    """Ctrl-C or SIGTERM ended a run, after its checkpoint was written, unless it came twice. The message says where."""
 
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)
@@ -298,14 +299,14 @@ class Run:
         self.saved_at = time.monotonic()
         config = json.dumps(trainer.config.to_json(), indent=1)
         atomic_write(folder / "config.json", config.encode())
-        atomic_write(folder / "log.jsonl", "".join(json.dumps(record) + "\n" for record in records).encode())
+        atomic_write(folder / "log.jsonl", "".join(map(_line, records)).encode())
 
     def log(self, record: dict[str, Any]) -> None:
         self.records.append(record)
         path = self.folder / "log.jsonl"
         try:
             with path.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(_line(record))
         except OSError as error:
             raise UserError(f"cannot write {path}: {reason(error)}; the last checkpoint is untouched") from error
 
@@ -319,7 +320,10 @@ class Run:
         config = self.trainer.config
         cell = "scratch" if config.scratch else config.cell
         title = f"{Path(str(config.corpus)).stem}: {cell}, {config.hidden_size} units"
-        plot(self.records, self.folder / CURVE, title)
+        try:
+            plot(self.records, self.folder / CURVE, title)
+        except (UserError, OSError, ValueError, RuntimeError) as error:  # what is learned is saved without it
+            note(f"no {CURVE}: {error}")
 
 
 @dataclass
@@ -380,7 +384,9 @@ def train(
     elif folder is not None and folder.is_file():
         raise UserError(f"{folder} is a file, and a run needs a folder of its own: choose another --out")
     elif folder is not None and checkpoints.find(folder).exists() and not overwrite:
-        raise UserError(f"{folder} holds a run already: --resume {folder} continues it, --overwrite replaces it")
+        raise UserError(
+            f"{folder} holds a run already: --resume {quote(str(folder))} continues it, --overwrite replaces it"
+        )
     check_backend(config.backend, pick_device(config.device))  # before a text is downloaded
     corpus = load_corpus(
         config.corpus,
@@ -400,7 +406,8 @@ def train(
         trainer.restore(saved, folder)
         records = _read_log(folder / "log.jsonl", trainer.epoch)
         if trainer.epoch >= config.epochs:
-            raise UserError(f"this run has finished its {trainer.epoch} epochs: --epochs N trains more")
+            more = "start a new run" if config.schedule == "cosine" else "--epochs N trains more"
+            raise UserError(f"this run has finished its {trainer.epoch} epochs: {more}")
     num_tokens = sum(count for _, count in corpus.vocab.token_freqs)
     if saved is None and corpus.name not in ("timemachine", "pydoc") and 0 < config.max_tokens < num_tokens:
         note(f"using the first {config.max_tokens:,} of {num_tokens:,} tokens; --max-tokens -1 takes all")
@@ -430,7 +437,9 @@ def _loop(trainer: Trainer, run: Run | None, records: list[dict[str, Any]], repo
                 run.save()
             if caught:
                 where = (
-                    f"saved in {run.folder}; --resume {run.folder} continues it" if run else "there was nothing to save"
+                    f"saved in {run.folder}; --resume {quote(str(run.folder))} continues it"
+                    if run
+                    else "there was nothing to save"
                 )
                 raise Interrupted(f"interrupted in epoch {trainer.epoch + 1}: {where}", caught[0])
 
@@ -466,7 +475,7 @@ def _report_line(record: dict[str, Any]) -> str:
 
 @contextmanager
 def _caught_signals() -> Iterator[list[int]]:
-    """Collect Ctrl-C and SIGTERM, so that no step is cut in two; a second one ends the program as usual."""
+    """Collect Ctrl-C and SIGTERM, so that no step is cut in two; a second one ends the run at once."""
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield caught  # only the main thread may handle signals
@@ -474,7 +483,7 @@ def _caught_signals() -> Iterator[list[int]]:
 
     def catch(signum: int, frame: FrameType | None) -> None:
         if caught:
-            raise KeyboardInterrupt("interrupted twice: not saved")
+            raise Interrupted("interrupted twice: not saved", signum)
         caught.append(signum)
 
     previous = {signum: signal.signal(signum, catch) for signum in (signal.SIGINT, signal.SIGTERM)}
@@ -489,6 +498,11 @@ def _check_same(saved: TrainConfig, config: TrainConfig) -> None:
     odd = [f.name for f in fields(config) if getattr(saved, f.name) != getattr(config, f.name)]
     if odd := [flag(name) for name in odd if name not in CHANGEABLE]:
         raise UserError(f"a resumed run keeps its settings, but {', '.join(odd)} differs: leave that out")
+    if config.schedule == "cosine" and saved.epochs != config.epochs:
+        raise UserError(
+            f"--epochs decides every learning rate of --schedule cosine, and this run began with {saved.epochs}: "
+            "leave --epochs out, or start a new run"
+        )
 
 
 def _remove_run(folder: Path) -> None:
@@ -497,14 +511,31 @@ def _remove_run(folder: Path) -> None:
         try:
             (folder / name).unlink(missing_ok=True)
         except OSError as error:
-            raise UserError(f"cannot replace {folder / name}: {reason(error)}; choose another --out") from error
+            raise UserError(f"cannot write {folder}: {reason(error)}; choose another --out") from error
+
+
+def _line(record: dict[str, Any]) -> str:
+    """A record as a line of the log: JSON, which has no infinity; such a perplexity is null."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    return json.dumps(finite) + "\n"
 
 
 def _read_log(path: Path, epochs: int) -> list[dict[str, Any]]:
-    """The records of the epochs that a checkpoint has seen; a crash may have left later ones."""
+    """The records of the epochs that a checkpoint has seen; a crash may have left later ones, or half a line."""
     try:
-        lines = path.read_text().splitlines()
-        return [record for record in map(json.loads, lines) if record["epoch"] <= epochs]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        note(f"{path} cannot be read ({error}): the log starts anew")
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        note(f"{path} cannot be read ({reason(error)}): the log starts anew")
         return []
+    records: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            if record["epoch"] > epochs:
+                break
+        except (ValueError, KeyError, TypeError):
+            note(f"line {number} of {path} is damaged: the log goes on from the lines before it")
+            break
+        infinite = [key for key in ("perplexity", "validation_perplexity") if record.get(key, 0) is None]
+        records.append(record | dict.fromkeys(infinite, math.inf))
+    return records

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import os
 import signal
 from dataclasses import replace
@@ -142,10 +143,47 @@ def test_a_log_ahead_of_its_checkpoint_is_cut_back(tmp_path: Path) -> None:
     assert records[2]["perplexity"] > 1.0
 
 
+@pytest.mark.usefixtures("matplotlib")
+@pytest.mark.parametrize("torn", ['{"epoch": 2, "perpl', "3", '"epoch"', "{}", '{"epoch": "2"}', "\xff"])
+def test_a_torn_line_of_the_log_costs_only_what_follows(
+    torn: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(replace(SMALL, epochs=3), tmp_path)
+    log = tmp_path / "log.jsonl"
+    first, _, third = log.read_bytes().splitlines()
+    log.write_bytes(b"\n".join([first, torn.encode("latin1"), third]))
+    records = train(SMALL, tmp_path, resume=True).records
+    assert [record["epoch"] for record in records] == [1, 4]
+    assert capsys.readouterr().err == f"rnnfast: line 2 of {log} is damaged: the log goes on from the lines before it\n"
+
+
+@pytest.mark.usefixtures("matplotlib")
+def test_an_infinite_perplexity_is_null_in_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    config = replace(SMALL, validation=0.2)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "evaluate", lambda *args: math.inf)
+        patch.setattr(train_module, "perplexity", lambda loss: math.inf)
+        train(replace(config, epochs=2), tmp_path)
+    records = train(config, tmp_path, resume=True).records
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    for key in ("perplexity", "validation_perplexity"):
+        logged = [json.loads(line, parse_constant=refuse)[key] for line in lines]
+        assert logged[:2] == [None, None]
+        assert [record[key] for record in records] == [math.inf, math.inf, *logged[2:]]
+
+
 def test_only_the_same_run_resumes(tmp_path: Path) -> None:
     train(replace(SMALL, epochs=1), tmp_path)
     with pytest.raises(UserError, match="--hidden-size, --lr"):
         train(replace(SMALL, lr=0.5, hidden_size=8), tmp_path, resume=True)
+    train(replace(SMALL, epochs=1, schedule="cosine"), tmp_path / "cosine")
+    with pytest.raises(UserError, match=r"--epochs decides every learning rate .* began with 1:"):
+        train(replace(SMALL, schedule="cosine"), tmp_path / "cosine", resume=True)
+    with pytest.raises(UserError, match="finished its 1 epochs: start a new run"):
+        train(replace(SMALL, epochs=1, schedule="cosine"), tmp_path / "cosine", resume=True)
     text = tmp_path / "text.txt"
     text.write_text("another text " * 500)
     with pytest.raises(UserError, match="not the one this run was trained on"):
@@ -295,6 +333,26 @@ def test_without_matplotlib_it_says_so_and_goes_on(
     train(replace(SMALL, epochs=1), tmp_path)
     assert "rnnfast[plot]" in capsys.readouterr().err
     assert not (tmp_path / "perplexity.png").exists()
+
+
+@pytest.mark.usefixtures("matplotlib")
+def test_a_text_may_have_any_name(tmp_path: Path) -> None:
+    text = tmp_path / "$a$ $\\frac$.txt"
+    text.write_text("time traveller " * 20)
+    train(replace(SMALL, corpus=str(text), epochs=1), tmp_path)
+    assert (tmp_path / "perplexity.png").exists()
+
+
+def test_a_curve_that_cannot_be_drawn_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*args: Any) -> None:
+        raise ValueError("no pen")
+
+    monkeypatch.setattr(train_module, "plot", fail)
+    train(replace(SMALL, epochs=1), tmp_path)
+    assert capsys.readouterr().err == "rnnfast: no perplexity.png: no pen\n"
+    assert load(tmp_path).progress["epoch"] == 1
 
 
 def test_the_defaults_are_the_chapters() -> None:
