@@ -7,8 +7,11 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import fields
+from itertools import count
 from pathlib import Path
+from shlex import quote
 from typing import Any, Literal, get_type_hints
 
 import torch
@@ -16,7 +19,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 import rnnfast
 from rnnfast.bench import command as bench
-from rnnfast.files import UserError, note
+from rnnfast.files import UserError, note, reason
 from rnnfast.lm import checkpoint
 from rnnfast.lm.config import TrainConfig, flag, pick_device
 from rnnfast.lm.generate import encode_prefix, generate, render
@@ -113,22 +116,33 @@ def _train(options: Any) -> int:
         raise UserError("--resume continues in the run's own folder: leave --out out")
     resume = options.resume is not None
     out = options.resume if resume else options.out if options.out is not None else _new_folder(config)
-    result = train(config, out, resume=resume, overwrite=options.overwrite)
+    try:
+        result = train(config, out, resume=resume, overwrite=options.overwrite)
+    finally:
+        if not resume and options.out is None:
+            with suppress(OSError):  # it is not empty, then: the run has begun
+                Path(out).rmdir()
     folder = checkpoint.find(out).parent
     device = next(result.model.parameters()).device
     print(f"perplexity {result.perplexity:.2f}, {result.tokens_per_second:,.0f} tokens/s on {device}, kept in {folder}")
     if not config.bidirectional:  # which cannot generate
-        print(f'next: rnnfast generate {folder} --prefix "{config.prefix}"')
+        print(f"next: rnnfast generate {quote(str(folder))} --prefix {quote(config.prefix)}")
     return 0
 
 
 def _new_folder(config: TrainConfig) -> Path:
-    """The first free runs/<text>-<model>, -2, -3, ..."""
+    """Make the first free runs/<text>-<model>, -2, -3, ..."""
     text = Path(config.corpus).stem if config.corpus is not None else "text"
     name = f"{text}-{'scratch' if config.scratch else config.cell}"
-    number = 1
-    while (folder := Path("runs") / (name if number == 1 else f"{name}-{number}")).exists():
-        number += 1
+    for number in count(1):
+        folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+            break
+        except FileExistsError:  # or made this moment by a run that starts beside this one
+            continue
+        except OSError as error:
+            raise UserError(f"cannot make the folder {folder}: {reason(error)}; choose another with --out") from error
     return folder
 
 

@@ -1,19 +1,24 @@
 """The command line: what it prints, and one clear line for bad input."""
 
 import errno
+import importlib
 import io
 import os
 import pickle
+import shlex
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import rnnfast
+from rnnfast import cli
 from rnnfast.cli import main
+from rnnfast.lm import TrainConfig
 from rnnfast.lm.checkpoint import FILE_NAME, Checkpoint, load
 
 TINY = ["--corpus", "pydoc", "--max-tokens", "500", "--hidden-size", "8", "--batch-size", "4", "--steps", "10"]
@@ -120,6 +125,38 @@ def test_unnamed_runs_get_folders_of_their_own(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     assert main(TRAIN) == main(TRAIN) == 0
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {"pydoc-rnn", "pydoc-rnn-2"}
+
+
+@pytest.mark.usefixtures("matplotlib")
+def test_runs_that_start_together_share_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    original = cli.train
+    folders = []
+
+    def train(config: TrainConfig, out: Path, **options: Any) -> Any:
+        folders.append(out)
+        if len(folders) == 1:
+            assert main(TRAIN) == 0  # a second run, while the first has written nothing yet
+        return original(config, out, **options)
+
+    monkeypatch.setattr(cli, "train", train)
+    assert main(TRAIN) == 0
+    assert len(set(folders)) == 2
+    assert set(Path("runs").iterdir()) == set(folders)
+    assert "--steps" in refused(capsys, *TRAIN, "--steps", "1000")
+    assert not folders[2].exists()
+    monkeypatch.chdir(tmp_path / "runs")
+    Path("runs").touch()
+    assert "cannot make the folder runs/pydoc-rnn" in refused(capsys, *TRAIN)
+
+
+def test_the_next_command_can_be_pasted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, prefix = str(tmp_path / "my $run"), "say `it's`"
+    assert main([*TRAIN, "--out", folder, "--prefix", prefix]) == 0
+    command = capsys.readouterr().out.splitlines()[-1].removeprefix("next: ")
+    assert shlex.split(command) == ["rnnfast", "generate", folder, "--prefix", prefix]
 
 
 def test_without_the_time_machine_the_builtin_text_is_used_and_named(
@@ -272,6 +309,18 @@ def test_interrupting_saves_and_resumes(signum: int, status: int, tmp_path: Path
     epoch = load(tmp_path).progress["epoch"]
     assert epoch >= 1
     assert main(["train", "--resume", str(tmp_path), "--epochs", str(epoch + 2)]) == 0
+
+
+def test_a_second_signal_ends_a_run_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def step(*args: Any) -> None:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(importlib.import_module("rnnfast.lm.train"), "train_step", step)
+    assert main([*TRAIN, "--out", str(tmp_path)]) == 143
+    assert capsys.readouterr().err == "rnnfast: interrupted twice: not saved\n"
 
 
 def test_a_reader_that_goes_is_no_error(run: Path) -> None:
