@@ -75,7 +75,7 @@ def load(path: Path | str) -> Checkpoint:
             header = {key: json.loads(metadata[key]) for key in ("config", "vocab", "progress")}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
             checkpoint = Checkpoint(**header, tensors=tensors)
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+    except (safetensors.SafetensorError, KeyError, ValueError, RecursionError) as error:
         if start == b"PK\x03\x04" or start[:1] == b"\x80":
             raise UserError(
                 f"{path} is a pickle (torch.save) file, which can run code when it is loaded; "
@@ -86,6 +86,10 @@ def load(path: Path | str) -> Checkpoint:
         raise UserError(f"{path} is damaged (its header is not what rnnfast writes): take another copy")
     if not isinstance(checkpoint.vocab, list) or not all(isinstance(token, str) for token in checkpoint.vocab):
         raise UserError(f"{path} is damaged (its vocabulary is no list of tokens): take another copy")
+    try:
+        Vocab.from_list(checkpoint.vocab)
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): take another copy") from error
     return checkpoint
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_type_hints
 
@@ -63,8 +64,15 @@ class TrainConfig:
     save_every: float = option(60.0, "seconds between checkpoints; one is written at the end anyway")
 
     def __post_init__(self) -> None:
+        if isinstance(self.corpus, os.PathLike):
+            self.corpus = os.fspath(self.corpus)
+        for name, hint in get_type_hints(type(self)).items():
+            type_name = hint.__name__ if isinstance(hint, type) else str(hint).removeprefix("typing.")
+            self._check(name, _fits(getattr(self, name), hint), f"of type {type_name}")
         for name in ("hidden_size", "num_layers", "batch_size", "steps", "epochs"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("hidden_size", "embedding_size"):
+            self._check(name, (getattr(self, name) or 0) < 2**40, "below 2^40")  # beyond, torch's own sizes overflow
         for name in ("min_freq", "sample_every", "save_every", "warmup", "weight_decay"):
             self._check(name, getattr(self, name) >= 0, "0 or more")
         for name in ("lr", "clip"):
@@ -86,11 +94,19 @@ class TrainConfig:
 
     @classmethod
     def from_json(cls, values: dict[str, Any], where: str) -> TrainConfig:
-        """The settings a checkpoint carries, checked: a file from elsewhere may hold anything."""
-        hints = get_type_hints(cls)
-        if values.keys() != hints.keys() or not all(_fits(values[name], hints[name]) for name in hints):
-            raise UserError(f"{where} is damaged, or another rnnfast wrote it: its settings are not this version's")
-        return cls(**values)
+        """The settings a checkpoint carries, checked: a file from elsewhere may hold anything.
+
+        One that it lacks is newer than the file, and was then what its default is now.
+        """
+        if unknown := values.keys() - {setting.name for setting in fields(cls)}:
+            raise UserError(
+                f"{where} has settings that this rnnfast does not know ({', '.join(sorted(unknown))}): "
+                "it is damaged, or a newer version wrote it"
+            )
+        try:
+            return cls(**values)
+        except UserError as error:
+            raise UserError(f"{where} is damaged (of its settings, {error}): take another copy") from error
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, which are a config file, too."""
@@ -103,7 +119,7 @@ def flag(name: str) -> str:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a JSON value is of a setting's type."""
+    """Whether a value is of a setting's type; an int will do for a float."""
     choices = getattr(hint, "__args__", (hint,))
     if getattr(hint, "__origin__", None) is Literal:
         return value in choices
@@ -134,7 +150,7 @@ def build_model(config: TrainConfig, vocab_size: int) -> RNNLM | RNNLMScratch:
         )
     except RuntimeError as error:
         raise UserError(
-            f"the model cannot be built ({str(error).splitlines()[0]}): try a smaller --hidden-size"
+            f"the model cannot be built ({str(error).splitlines()[0]}): try a smaller --hidden-size or --embedding-size"
         ) from error
 
 
@@ -161,8 +177,8 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        torch.zeros(1, device=device).item()  # a number that is to come back
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         first_line = str(error).splitlines()[0]
         raise UserError(f"--device {name} cannot be used here ({first_line}): try --device cpu") from error
     return device

@@ -231,9 +231,8 @@ class Trainer:
 
     def checkpoint(self) -> Checkpoint:
         """Everything that another process needs to go on from here, bit for bit on the CPU."""
-        optimizer = self.optimizer.state_dict()
         tensors = {f"model.{name}": parameter for name, parameter in self.model.named_parameters()}
-        for index, state in optimizer["state"].items():
+        for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items() if value is not None}
         carry = () if self.carry is None else self.carry if isinstance(self.carry, tuple) else (self.carry,)
         tensors |= {f"carry.{index}": part for index, part in enumerate(carry)}
@@ -248,7 +247,6 @@ class Trainer:
             "tokens": self.tokens,
             "seconds": self.seconds,
             "text_sha1": self.text_sha1(),
-            "param_groups": optimizer["param_groups"],
             "scheduler_steps": self.scheduler.last_epoch if self.scheduler else 0,
         }
         return Checkpoint(self.config.to_json(), self.vocab.idx_to_token, progress, tensors)
@@ -269,26 +267,48 @@ class Trainer:
             for name, value in saved.group("optimizer").items():
                 index, key = name.split(".")
                 like = parameters[int(index)]
+                if value.ndim and value.shape != like.shape:
+                    raise ValueError(f"the shape of optimizer.{name}")
                 # In the parameter's own memory layout, as the optimizer would have made it.
-                value = torch.empty_like(like).copy_(value) if value.shape == like.shape else value
+                value = torch.empty_like(like).copy_(value) if value.ndim else value
                 states.setdefault(int(index), {})[key] = value
-            self.optimizer.load_state_dict({"state": states, "param_groups": progress["param_groups"]})
+            groups = self.optimizer.state_dict()["param_groups"]
             if self.scheduler is not None:
-                self.scheduler.last_epoch = progress["scheduler_steps"]
-            self.epoch, self.step = progress["epoch"], progress["step"]
-            self.tokens, self.seconds = progress["tokens"], progress["seconds"]
+                self.scheduler.last_epoch = steps = _number(progress, "scheduler_steps")
+                for group in groups:
+                    group["lr"] = self.config.lr * self.scheduler.lr_lambdas[0](steps)
+            self.optimizer.load_state_dict({"state": states, "param_groups": groups})
+            self.epoch, self.step = _number(progress, "epoch"), _number(progress, "step", most=len(self.batches))
+            self.tokens, self.seconds = _number(progress, "tokens"), _number(progress, "seconds", float)
             self.loss_sum.copy_(tensors["loss_sum"])
-            carry = tuple(part.to(self.device) for _, part in sorted(saved.group("carry").items()))
-            self.carry = None if not carry else carry if self.config.cell == "lstm" else carry[0]
+            self.carry = self._carry(tensors) if self.carries and self.step else None
             self.epoch_rng = tensors["rng.epoch"]
             self.batches.generator.set_state(self.epoch_rng)
             torch.set_rng_state(tensors["rng.torch"])
         except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"{where} is damaged, this run cannot be resumed from it ({error})") from error
 
+    def _carry(self, tensors: dict[str, Tensor]) -> State:
+        """The state that a checkpoint in the middle of an epoch carries over."""
+        config = self.config
+        shape = (config.num_layers, config.batch_size, config.hidden_size)
+        dtype = torch.bfloat16 if config.precision == "bfloat16" else next(self.model.parameters()).dtype
+        parts = [tensors[f"carry.{index}"] for index in range(2 if config.cell == "lstm" else 1)]
+        if any(part.shape != shape or part.dtype != dtype for part in parts):
+            raise ValueError("the shape or type of its carried state")
+        return tuple(part.to(self.device) for part in parts) if len(parts) > 1 else parts[0].to(self.device)
+
     def text_sha1(self) -> str:
         """Tells one training text from another."""
         return hashlib.sha1(self.batches.ids.cpu().numpy().tobytes(), usedforsecurity=False).hexdigest()
+
+
+def _number(progress: dict[str, Any], key: str, kind: type = int, most: int = 2**63) -> Any:
+    """A number of a checkpoint's progress, checked: a file from elsewhere may hold anything."""
+    value = progress[key]
+    if type(value) not in (int, kind) or not 0 <= value <= most:
+        raise ValueError(f"its {key} is {value!r}")
+    return value
 
 
 class Run:

@@ -41,8 +41,15 @@ class Vocab:
 
     @classmethod
     def from_list(cls, idx_to_token: Sequence[str]) -> Vocab:
-        """The vocabulary whose token i is `idx_to_token[i]`, as a checkpoint holds it."""
-        return cls(reserved_tokens=idx_to_token)
+        """The vocabulary whose token i is `idx_to_token[i]`, as a checkpoint holds it.
+
+        Raises:
+            ValueError: token 0 is not `<unk>`, or a token has two ids.
+        """
+        vocab = cls(reserved_tokens=idx_to_token)
+        if vocab.idx_to_token != list(idx_to_token):
+            raise ValueError(f"the tokens of a vocabulary are {UNKNOWN} and then others, each once")
+        return vocab
 
     unk = 0
 

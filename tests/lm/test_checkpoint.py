@@ -123,10 +123,15 @@ def test_pickled_code_is_never_executed(kind: str, tmp_path: Path) -> None:
     [
         ({"config": "{"}, "damaged"),
         ({"config": "[]"}, "damaged"),
-        ({"config": "{}"}, "settings"),
+        ({"config": "{}"}, "does not fit"),
+        ({"config": "[" * 10**5}, "damaged"),
+        ({"config": '{"hidden_size": 1' + "0" * 30 + "}"}, "--hidden-size must be below 2\\^40"),
+        ({"config": '{"speed": 3, "another": 4}'}, r"does not know \(another, speed\)"),
         ({"config": None}, "damaged"),
         ({"vocab": '["<unk>", 3]'}, "vocabulary"),
         ({"vocab": '["<unk>"]'}, "does not fit"),
+        ({"vocab": '["a", "<unk>"]'}, "vocabulary"),
+        ({"vocab": '["<unk>", "a", "a"]'}, "vocabulary"),
         ({"progress": "3"}, "damaged"),
     ],
 )
@@ -144,6 +149,14 @@ def test_settings_from_elsewhere_are_checked(run: Path) -> None:
             load_model(run)
 
 
+def test_a_setting_that_a_file_lacks_has_its_default(run: Path) -> None:
+    config = json.loads((run / "config.json").read_text())
+    assert config.pop("precision") == "float32"
+    rewrite(run / FILE_NAME, {"config": json.dumps(config)})
+    assert load_model(run).config.precision == "float32"
+    assert len(train(replace(CONFIG, epochs=2), run, resume=True).records) == 2
+
+
 def test_tensors_that_do_not_fit(run: Path) -> None:
     rewrite(run / FILE_NAME, {}, **{"model.head.bias": torch.zeros(3)})
     with pytest.raises(UserError, match=r"shape of head\.bias"):
@@ -153,10 +166,54 @@ def test_tensors_that_do_not_fit(run: Path) -> None:
         load_model(run)
 
 
-def test_damaged_progress_does_not_resume(run: Path) -> None:
+def test_missing_progress_does_not_resume(run: Path) -> None:
     rewrite(run / FILE_NAME, {"progress": "{}"})
     with pytest.raises(UserError, match="cannot be resumed"):
         train(replace(CONFIG, epochs=2), run, resume=True)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"epoch": "1"},
+        {"epoch": -1},
+        {"epoch": True},
+        {"step": -3},
+        {"step": 1000},
+        {"step": 0.5},
+        {"tokens": "a"},
+        {"tokens": 10**20},
+        {"seconds": "a"},
+        {"seconds": float("nan")},
+        {"scheduler_steps": "x"},
+        {"step": 1},  # without a carried state
+    ],
+    ids=str,
+)
+def test_damaged_progress_does_not_resume(changed: dict[str, Any], tmp_path: Path) -> None:
+    config = replace(CONFIG, warmup=3)
+    train(config, tmp_path)
+    rewrite(tmp_path / FILE_NAME, {"progress": json.dumps(load(tmp_path).progress | changed)})
+    with pytest.raises(UserError, match="cannot be resumed"):
+        train(replace(config, epochs=2), tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("cell", "tensors"),
+    [
+        ("gru", {"carry.0": torch.zeros(1, 4, 9)}),
+        ("gru", {"carry.0": torch.zeros(1, 4, 8, dtype=torch.int64)}),
+        ("lstm", {"carry.0": torch.zeros(1, 4, 8)}),
+        ("gru", {"optimizer.0.exp_avg": torch.zeros(3), "carry.0": torch.zeros(1, 4, 8)}),
+        ("gru", {"loss_sum": torch.zeros(2), "carry.0": torch.zeros(1, 4, 8)}),
+    ],
+)
+def test_damaged_state_does_not_resume(cell: Any, tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    config = replace(CONFIG, cell=cell, optimizer="adamw")
+    train(config, tmp_path)
+    rewrite(tmp_path / FILE_NAME, {"progress": json.dumps(load(tmp_path).progress | {"step": 1})}, **tensors)
+    with pytest.raises(UserError, match="cannot be resumed"):
+        train(replace(config, epochs=2), tmp_path, resume=True)
 
 
 @pytest.mark.parametrize("failing", ["fsync", "replace"])

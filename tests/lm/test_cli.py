@@ -98,8 +98,11 @@ def test_a_config_file_sets_defaults_and_flags_override(tmp_path: Path, capsys: 
     assert load(tmp_path / "again").config == saved
     config.write_text("hidden: 12\n")
     assert "hidden" in refused(capsys, "train", "--config", str(config))
-    config.write_text("hidden_size: many\n")
-    assert "--hidden-size" in refused(capsys, "train", "--config", str(config))
+    for value in ("many", "null", "1" + "0" * 23):
+        config.write_text(f"hidden_size: {value}\n")
+        assert "--hidden-size" in refused(capsys, "train", "--config", str(config))
+    config.write_bytes(b"prefix: caf\xe9\n")
+    assert "--config file is not UTF-8" in refused(capsys, "train", "--config", str(config))
 
 
 @pytest.mark.usefixtures("matplotlib")

@@ -173,6 +173,9 @@ def test_vocab_orders_by_frequency_and_first_appearance() -> None:
     assert Vocab([[], ["x"]]).idx_to_token == ["<unk>", "x"]
     assert Vocab().idx_to_token == ["<unk>"]
     assert Vocab.from_list(vocab.idx_to_token).token_to_idx == vocab.token_to_idx
+    for wrong in ([], ["a", "b"], ["a", "<unk>"], ["<unk>", "a", "a"]):
+        with pytest.raises(ValueError, match="each once"):
+            Vocab.from_list(wrong)
 
 
 def test_sequential_batches_go_on_where_the_last_ended() -> None:

@@ -284,6 +284,10 @@ def test_learning_rates() -> None:
     ("settings", "message"),
     [
         ({"hidden_size": 0}, "--hidden-size must be at least 1"),
+        ({"hidden_size": 10**23}, r"--hidden-size must be below 2\^40"),
+        ({"embedding_size": 10**23}, r"--embedding-size must be below 2\^40"),
+        ({"hidden_size": None}, "--hidden-size must be of type int, not None"),
+        ({"cell": "cnn"}, r"--cell must be of type Literal\['rnn', .*\], not cnn"),
         ({"lr": float("nan")}, "--lr must be a positive number"),
         ({"clip": -1.0}, "--clip"),
         ({"dropout": 1.0}, "--dropout"),
@@ -362,6 +366,7 @@ def test_the_defaults_are_the_chapters() -> None:
 
 
 def test_device_and_backend_are_checked_before_the_text_is_read() -> None:
-    for wrong, message in (({"device": "foo"}, "--device foo"), ({"backend": "foo"}, "foo")):
+    devices = [({"device": name}, f"--device {name}") for name in ("foo", "meta", "privateuseone")]
+    for wrong, message in (*devices, ({"backend": "foo"}, "foo")):
         with pytest.raises(UserError, match=message):
             train(replace(SMALL, corpus="no/such/text.txt", **wrong))
