@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import io
 import os
 import re
 import urllib.request
@@ -145,7 +146,8 @@ def load_text(corpus: str | None) -> tuple[str, str]:
 
 def clean_lines(text: str) -> list[str]:
     """The lines of a text in lower case, every run of other characters than letters (A-Z) one space."""
-    return [re.sub("[^A-Za-z]+", " ", line).strip().lower() for line in text.splitlines()]
+    lines = io.StringIO(text, newline=None)  # ends of lines as in a file, which are fewer than those of `splitlines`
+    return [re.sub("[^A-Za-z]+", " ", line).strip().lower() for line in lines]
 
 
 def tokenize(text: str, unit: str = "char", raw: bool = False) -> str | list[str]:

@@ -36,6 +36,9 @@ def test_time_machine_words_and_max_tokens() -> None:
 
 def test_cleaning_keeps_letters_only() -> None:
     assert data.clean_lines("The Time-Machine, 1895!\n\n  É  a ") == ["the time machine", "", "a"]
+    assert data.clean_lines("a\r\nb\rc\nd") == ["a", "b", "c", "d"]
+    for character in "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029":  # ends of lines for str.splitlines only
+        assert data.clean_lines(f"one{character}two") == ["one two"]
     assert data.tokenize("Ab c\nD") == "ab cd"
     assert data.tokenize("Ab, c\nD", "word") == ["ab", "c", "d"]
     assert data.tokenize("Ab, c\nD", raw=True) == "Ab, c\nD"
