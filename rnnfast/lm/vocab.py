@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any, overload
 
 UNKNOWN = "<unk>"
 
 
-def count_corpus(tokens: Iterable[Any]) -> Counter[str]:
-    """Count tokens, given flat or as a list of lines of tokens."""
+def count_corpus(tokens: Iterable[Any]) -> Counter[Any]:
+    """Count tokens, given flat or as a list of lines, which are lists; a tuple is a token, such as a bigram."""
     if not isinstance(tokens, str):
         tokens = list(tokens)
-        if tokens and isinstance(tokens[0], (list, tuple)):
+        if tokens and isinstance(tokens[0], list):
             return Counter(token for line in tokens for token in line)
     return Counter(tokens)
 
@@ -23,7 +24,8 @@ class Vocab:
     equally frequent ones stay in the order of their first appearance.
 
     Args:
-        tokens: a flat sequence of tokens (a string is one of characters), or a list of lines of tokens.
+        tokens: a flat sequence of tokens (a string is one of characters; tuples are tokens), or a list of lines, which
+            are lists of tokens.
         min_freq: tokens seen fewer times become `<unk>`.
         reserved_tokens: tokens that have an id whether they occur or not, such as `<pad>`.
     """
@@ -34,9 +36,9 @@ class Vocab:
         min_freq: int = 0,
         reserved_tokens: Sequence[str] | None = None,
     ) -> None:
-        self.token_freqs: list[tuple[str, int]] = count_corpus(tokens if tokens is not None else ()).most_common()
+        self.token_freqs: list[tuple[Any, int]] = count_corpus(tokens if tokens is not None else ()).most_common()
         frequent = (token for token, count in self.token_freqs if count >= min_freq)
-        self.idx_to_token: list[str] = list(dict.fromkeys([UNKNOWN, *(reserved_tokens or ()), *frequent]))
+        self.idx_to_token: list[Any] = list(dict.fromkeys([UNKNOWN, *(reserved_tokens or ()), *frequent]))
         self.token_to_idx = {token: index for index, token in enumerate(self.idx_to_token)}
 
     @classmethod
@@ -56,20 +58,24 @@ class Vocab:
     def __len__(self) -> int:
         return len(self.idx_to_token)
 
-    def __contains__(self, token: str) -> bool:
+    def __contains__(self, token: Any) -> bool:
         return token in self.token_to_idx
 
     @overload
     def __getitem__(self, tokens: str) -> int: ...
     @overload
-    def __getitem__(self, tokens: list[str] | tuple[str, ...]) -> list[int]: ...
+    def __getitem__(self, tokens: list[Any]) -> list[int]: ...
+    @overload
+    def __getitem__(self, tokens: tuple[Any, ...]) -> Any: ...
     def __getitem__(self, tokens: Any) -> Any:
-        """The id of a token, or the ids of a list of tokens."""
+        """The id of a token, or the ids of a list of tokens; a tuple is either, a token if the vocabulary has it."""
         if isinstance(tokens, (list, tuple)):
+            with suppress(KeyError, TypeError):  # a list has no hash
+                return self.token_to_idx[tokens]
             return [self[token] for token in tokens]
         return self.token_to_idx.get(tokens, self.unk)
 
-    def encode(self, tokens: Iterable[str]) -> list[int]:
+    def encode(self, tokens: Iterable[Any]) -> list[int]:
         """Ids of a flat sequence of tokens; a string is a sequence of characters."""
         index, unk = self.token_to_idx, self.unk
         return [index.get(token, unk) for token in tokens]

@@ -181,6 +181,22 @@ def test_vocab_orders_by_frequency_and_first_appearance() -> None:
             Vocab.from_list(wrong)
 
 
+def test_vocab_of_tuples_is_the_chapters_of_bigrams_and_trigrams() -> None:
+    corpus = ["the", "time", "machine", "the", "time", "traveller", "the"]
+    bigrams = Vocab([pair for pair in zip(corpus[:-1], corpus[1:])])  # noqa: B905, C416, RUF007 - the chapter's
+    assert bigrams.token_freqs[:2] == [(("the", "time"), 2), (("time", "machine"), 1)]
+    trigrams = Vocab([triple for triple in zip(corpus[:-2], corpus[1:-1], corpus[2:])])  # noqa: B905, C416
+    assert trigrams.token_freqs[0] == (("the", "time", "machine"), 1)
+    assert len(trigrams) == 6
+    assert bigrams["the", "time"] == 1
+    assert bigrams[[("the", "time"), ("time", "machine"), ("a", "b")]] == [1, 2, [0, 0]]
+    assert bigrams.encode([("the", "time"), ("a", "b")]) == [1, 0]
+    assert bigrams.to_tokens([1, 0]) == [("the", "time"), "<unk>"]
+    words = Vocab(corpus)
+    assert words["the", "time"] == words[["the", "time"]] == [1, 2]
+    assert words[["the"], ["time"]] == [[1], [2]]
+
+
 def test_sequential_batches_go_on_where_the_last_ended() -> None:
     x, y = sequential_batches(torch.arange(35), batch_size=2, num_steps=5, offset=3)
     assert x.shape == (3, 5, 2)
