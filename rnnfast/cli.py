@@ -87,7 +87,9 @@ def _parse(parser: ArgumentParser, argv: list[str]) -> Any:
         message = re.sub(r'Parser key "(\w+)"', lambda match: flag(match[1]), " ".join(str(error).split()))
         raise UserError(re.sub(r"<class '(\w+)'>|typing\.", lambda match: match[1] or "", message)) from error
     except UnicodeDecodeError as error:
-        raise UserError(f"the --config file is not UTF-8 ({error}): convert it with iconv -t utf-8") from error
+        raise UserError(
+            f"the --config file is not UTF-8 ({error}): convert it with iconv -f latin1 -t utf-8"
+        ) from error
 
 
 def _parser(verb: str, description: str) -> ArgumentParser:

@@ -431,8 +431,11 @@ def train(
     num_tokens = sum(count for _, count in corpus.vocab.token_freqs)
     if saved is None and corpus.name not in ("timemachine", "pydoc") and 0 < config.max_tokens < num_tokens:
         note(f"using the first {config.max_tokens:,} of {num_tokens:,} tokens; --max-tokens -1 takes all")
-    if saved is None and folder is not None:
-        _remove_run(folder)
+    if folder is not None:  # settings and log come next, and never stand beside another run's checkpoint
+        if saved is None:
+            _remove_run(folder)
+        else:
+            saved.save(folder / checkpoints.FILE_NAME)
     run = None if folder is None else Run(folder, trainer, records)
     _loop(trainer, run, records, report)
     return TrainResult(
@@ -526,7 +529,7 @@ def _check_same(saved: TrainConfig, config: TrainConfig) -> None:
 
 
 def _remove_run(folder: Path) -> None:
-    """Without the checkpoint and curve of a run that is replaced, no crash leaves them beside settings not theirs."""
+    """Remove the checkpoint and curve of a run that is replaced; its settings and log are written over."""
     for name in (checkpoints.FILE_NAME, CURVE):
         try:
             (folder / name).unlink(missing_ok=True)

@@ -208,10 +208,19 @@ def test_a_replaced_run_leaves_nothing_beside_the_new_ones_settings(
     def crash(*args: Any) -> None:
         raise ZeroDivisionError
 
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "train_step", crash)
+        with pytest.raises(ZeroDivisionError):
+            train(replace(SMALL, cell="gru"), tmp_path, overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "log.jsonl"}
+    # A checkpoint that is named goes on as the folder's from the start, too.
+    train(replace(SMALL, epochs=1), tmp_path / "other")
+    (tmp_path / "other" / FILE_NAME).rename(tmp_path / "rnn.safetensors")
+    train(replace(SMALL, epochs=2, cell="gru"), tmp_path, overwrite=True)
     monkeypatch.setattr(train_module, "train_step", crash)
     with pytest.raises(ZeroDivisionError):
-        train(replace(SMALL, cell="gru"), tmp_path, overwrite=True)
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "log.jsonl"}
+        train(SMALL, tmp_path / "rnn.safetensors", resume=True)
+    assert load(tmp_path).config["cell"] == json.loads((tmp_path / "config.json").read_text())["cell"] == "rnn"
 
 
 @pytest.mark.parametrize(
