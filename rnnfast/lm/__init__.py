@@ -12,7 +12,8 @@ from rnnfast.lm.config import TrainConfig, build_model
 from rnnfast.lm.data import Batches, Corpus, load_corpus, random_batches, sequential_batches
 from rnnfast.lm.generate import encode_prefix, generate, render
 from rnnfast.lm.model import RNNLM, RNNLMScratch
-from rnnfast.lm.train import Interrupted, TrainResult, train, train_step
+from rnnfast.lm.train import Interrupted, TrainResult, train
+from rnnfast.lm.trainer import train_step
 from rnnfast.lm.vocab import Vocab
 
 __all__ = [

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rnnfast.backends import native
-from rnnfast.lm.train import clip_gradients
+from rnnfast.lm.trainer import clip_gradients
 
 pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
 

@@ -321,7 +321,7 @@ def test_a_second_signal_ends_a_run_at_once(
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(importlib.import_module("rnnfast.lm.train"), "train_step", step)
+    monkeypatch.setattr(importlib.import_module("rnnfast.lm.trainer"), "train_step", step)
     assert main([*TRAIN, "--out", str(tmp_path)]) == 143
     assert capsys.readouterr().err == "rnnfast: interrupted twice: not saved\n"
 

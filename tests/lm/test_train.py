@@ -16,9 +16,10 @@ from torch import nn
 from rnnfast.lm import Interrupted, TrainConfig, UserError, load_corpus, train, train_step
 from rnnfast.lm.checkpoint import FILE_NAME, load
 from rnnfast.lm.config import build_model
-from rnnfast.lm.train import Trainer, learning_rate_factor
+from rnnfast.lm.trainer import Trainer, learning_rate_factor
 
 train_module = importlib.import_module("rnnfast.lm.train")
+trainer_module = importlib.import_module("rnnfast.lm.trainer")
 SMALL = TrainConfig(corpus="pydoc", max_tokens=1500, hidden_size=16, batch_size=4, steps=10, epochs=4, sample_every=0)
 
 # Every part of a run's state is in at least one of these.
@@ -96,7 +97,7 @@ def test_interrupted_anywhere_it_resumes_bit_for_bit(
             os.kill(os.getpid(), signal.SIGINT)
         return train_step(*args)
 
-    monkeypatch.setattr(train_module, "train_step", interrupting)
+    monkeypatch.setattr(trainer_module, "train_step", interrupting)
     stop_at, handler = 35, signal.getsignal(signal.SIGINT)
     for resume in (False, True):
         with pytest.raises(Interrupted, match="--resume") as caught:
@@ -164,8 +165,8 @@ def test_an_infinite_perplexity_is_null_in_the_log(tmp_path: Path, monkeypatch: 
 
     config = replace(SMALL, validation=0.2)
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "evaluate", lambda *args: math.inf)
-        patch.setattr(train_module, "perplexity", lambda loss: math.inf)
+        patch.setattr(trainer_module, "evaluate", lambda *args: math.inf)
+        patch.setattr(trainer_module, "perplexity", lambda loss: math.inf)
         train(replace(config, epochs=2), tmp_path)
     records = train(config, tmp_path, resume=True).records
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
@@ -209,7 +210,7 @@ def test_a_replaced_run_leaves_nothing_beside_the_new_ones_settings(
         raise ZeroDivisionError
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "train_step", crash)
+        patch.setattr(trainer_module, "train_step", crash)
         with pytest.raises(ZeroDivisionError):
             train(replace(SMALL, cell="gru"), tmp_path, overwrite=True)
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "log.jsonl"}
@@ -217,7 +218,7 @@ def test_a_replaced_run_leaves_nothing_beside_the_new_ones_settings(
     train(replace(SMALL, epochs=1), tmp_path / "other")
     (tmp_path / "other" / FILE_NAME).rename(tmp_path / "rnn.safetensors")
     train(replace(SMALL, epochs=2, cell="gru"), tmp_path, overwrite=True)
-    monkeypatch.setattr(train_module, "train_step", crash)
+    monkeypatch.setattr(trainer_module, "train_step", crash)
     with pytest.raises(ZeroDivisionError):
         train(SMALL, tmp_path / "rnn.safetensors", resume=True)
     assert load(tmp_path).config["cell"] == json.loads((tmp_path / "config.json").read_text())["cell"] == "rnn"

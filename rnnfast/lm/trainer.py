@@ -1,0 +1,285 @@
+"""The steps of training, and what a run consists of at any moment: model, optimizer, generators and progress."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rnnfast.files import UserError
+from rnnfast.lm import checkpoint as checkpoints
+from rnnfast.lm.checkpoint import Checkpoint
+from rnnfast.lm.config import TrainConfig, build_model, pick_device
+from rnnfast.lm.data import Batches, Corpus, sequential_batches
+from rnnfast.lm.generate import encode_prefix, generate, render
+from rnnfast.lm.loss import cross_entropy, is_native
+from rnnfast.lm.model import RNNLM, RNNLMScratch, State, detach
+
+
+def train_step(
+    model: RNNLM | RNNLMScratch,
+    optimizer: torch.optim.Optimizer,
+    inputs: Tensor,
+    targets: Tensor,
+    state: State,
+    clip: float,
+    precision: str = "float32",
+) -> tuple[Tensor, State]:
+    """One step of truncated backpropagation through time.
+
+    Args:
+        inputs, targets: token ids (T, B), int64.
+        state: carried from the batch before, detached; None for a fresh one.
+        clip: the gradient is scaled down to this norm if it exceeds it.
+        precision: "float32", or "bfloat16" for products and states in it and parameters, loss and optimizer in float32.
+
+    Returns:
+        The mean cross entropy in nats (a tensor: reading it waits for the device), and the detached state.
+    """
+    loss, state = loss_of(model, inputs, targets, state, precision)
+    optimizer.zero_grad()
+    loss.backward()
+    trained = (p for group in optimizer.param_groups for p in group["params"])  # a list already, unlike the model's
+    clip_gradients([p.grad for p in trained if p.grad is not None], clip, model.backend)
+    optimizer.step()
+    return loss.detach(), detach(state)
+
+
+@torch.no_grad()
+def clip_gradients(gradients: list[Tensor], max_norm: float, backend: str = "auto") -> None:
+    """Scales gradients down to a norm, of all of them together, if they exceed it; nobody waits for the device.
+
+    `nn.utils.clip_grad_norm_` for tensors of one device and type: its search for these takes longer than the arithmetic
+    of a small model. On a CPU in float32 it is one operator of the cpu backend, if the scan's `backend` is that.
+    """
+    if is_native(backend, *gradients) and all(gradient.is_contiguous() for gradient in gradients):
+        torch.ops.rnnfast.clip_gradients_cpu.default(gradients, max_norm)
+        return
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+
+
+def loss_of(
+    model: RNNLM | RNNLMScratch, inputs: Tensor, targets: Tensor, state: State, precision: str = "float32"
+) -> tuple[Tensor, State]:
+    """The mean cross entropy in nats, in float32 or wider, and the state; arguments as in `train_step`."""
+    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        hidden, state = model.hidden_states(inputs, state)
+        return cross_entropy(hidden, *model.head_weights(), targets, model.backend), state
+
+
+@torch.no_grad()
+def evaluate(model: RNNLM | RNNLMScratch, inputs: Tensor, targets: Tensor, precision: str = "float32") -> float:
+    """Perplexity on batches (N, T, B) in text order, the state carried through (but for a bidirectional model)."""
+    model.eval()
+    total, state = torch.zeros((), dtype=torch.float64, device=inputs.device), None
+    for x, y in zip(inputs, targets, strict=True):
+        loss, state = loss_of(model, x, y, None if model.bidirectional else state, precision)
+        total += loss
+    model.train()
+    return perplexity(total.item() / len(inputs))
+
+
+def perplexity(loss: float) -> float:
+    """The exponential of a mean cross entropy in nats; infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def learning_rate_factor(config: TrainConfig, total_steps: int) -> Callable[[int], float]:
+    """The share of the learning rate at a step: a linear warm-up, then constant, or half a cosine down to 0."""
+
+    def factor(step: int) -> float:
+        if step < config.warmup:
+            return (step + 1) / config.warmup
+        if config.schedule == "constant":
+            return 1.0
+        done = (step - config.warmup) / max(1, total_steps - config.warmup)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+    return factor
+
+
+class Trainer:
+    """A run in memory: the model, its optimizer, the text, and where it stands.
+
+    Attributes:
+        epoch: finished epochs.
+        step: finished steps of the epoch in progress.
+        loss_sum: sum of those steps' losses.
+        carry: the state that goes into the next step.
+        tokens, seconds: trained on in all, and the time that took.
+    """
+
+    def __init__(self, config: TrainConfig, corpus: Corpus) -> None:
+        self.config, self.vocab = config, corpus.vocab
+        self.device = pick_device(config.device)
+        # Read both ways, a state of the backward direction belongs to the future: nothing is carried then.
+        self.carries = not (config.random_batches or config.bidirectional)
+        torch.manual_seed(config.seed)
+        self.model: Any = build_model(config, len(corpus.vocab)).to(self.device)
+        generator = torch.Generator().manual_seed(config.seed)
+        ids = corpus.train.to(self.device)
+        self.batches = Batches(ids, config.batch_size, config.steps, config.random_batches, generator)
+        self.validation = None
+        if config.validation:
+            num_tokens = len(corpus.validation)
+            if num_tokens <= config.steps:
+                raise UserError(
+                    f"--validation {config.validation:g} holds out {num_tokens} tokens, but --steps {config.steps} "
+                    f"needs {config.steps + 1}: hold out more, or take more of the text with --max-tokens (-1: all)"
+                )
+            # A short text is read in fewer rows, for every row needs a whole batch's steps.
+            rows = min(config.batch_size, (num_tokens - 1) // config.steps)
+            self.validation = sequential_batches(corpus.validation.to(self.device), rows, config.steps)
+        kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[config.optimizer]
+        # Fused: one pass over each parameter, with which AdamW is several times as fast.
+        self.optimizer = kind(self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+        self.scheduler: torch.optim.lr_scheduler.LambdaLR | None = None
+        if config.schedule != "constant" or config.warmup:
+            factor = learning_rate_factor(config, config.epochs * len(self.batches))
+            self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
+        self.epoch = self.step = self.tokens = 0
+        self.seconds = 0.0
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.carry: State = None
+        self.epoch_rng = generator.get_state()
+
+    def run_epoch(self, after_step: Callable[[int], None]) -> dict[str, Any]:
+        """Train to the end of the epoch in progress, calling `after_step(steps of the epoch)` behind every step.
+
+        Returns:
+            The epoch's record for the log.
+        """
+        self.epoch_rng = self.batches.generator.get_state()
+        inputs, targets = self.batches.epoch()
+        config, first, tokens, seconds = self.config, self.step, self.tokens, self.seconds
+        began = time.perf_counter() - seconds  # of all that is counted
+        for x, y in zip(inputs[first:], targets[first:], strict=True):
+            loss, state = train_step(self.model, self.optimizer, x, y, self.carry, config.clip, config.precision)
+            if self.scheduler is not None:
+                self.scheduler.step()
+            self.carry = state if self.carries else None
+            self.loss_sum += loss
+            self.step += 1
+            self.tokens += x.numel()
+            self.seconds = time.perf_counter() - began
+            after_step(len(inputs))
+        self.check_finite()  # waits for the device
+        self.seconds = time.perf_counter() - began
+        record = {
+            "epoch": self.epoch + 1,
+            "perplexity": perplexity(self.loss_sum.item() / self.step),
+            "tokens_per_second": round((self.tokens - tokens) / (self.seconds - seconds), 1),
+            "lr": self.optimizer.param_groups[0]["lr"],
+        }
+        if self.validation is not None:
+            record["validation_perplexity"] = evaluate(self.model, *self.validation, self.config.precision)
+        self.epoch, self.step, self.carry = self.epoch + 1, 0, None
+        self.loss_sum.zero_()
+        self.epoch_rng = self.batches.generator.get_state()
+        return record
+
+    def check_finite(self) -> None:
+        """Stop at a loss that is not a number.
+
+        Raises:
+            UserError: it says what to try.
+        """
+        if not math.isfinite(self.loss_sum.item()):
+            raise UserError(
+                f"the loss is no longer finite in epoch {self.epoch + 1}: try a smaller --lr (now {self.config.lr:g}), "
+                f"a smaller --clip (now {self.config.clip:g}), or a gated cell (--cell lstm or gru)"
+            )
+
+    def sample(self, length: int = 50) -> str:
+        """The sample text of a report, greedy as in the chapter."""
+        prefix, unit = self.config.prefix, self.config.tokens
+        ids = encode_prefix(prefix, self.vocab, unit, tell=False)
+        return prefix + "".join(render(generate(self.model, ids, length), self.vocab, unit))
+
+    def checkpoint(self) -> Checkpoint:
+        """Everything that another process needs to go on from here, bit for bit on the CPU."""
+        tensors = {f"model.{name}": parameter for name, parameter in self.model.named_parameters()}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items() if value is not None}
+        carry = () if self.carry is None else self.carry if isinstance(self.carry, tuple) else (self.carry,)
+        tensors |= {f"carry.{index}": part for index, part in enumerate(carry)}
+        tensors |= {
+            "rng.epoch": self.epoch_rng,
+            "rng.torch": torch.get_rng_state(),
+            "loss_sum": self.loss_sum,
+        }
+        progress = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "text_sha1": self.text_sha1(),
+            "scheduler_steps": self.scheduler.last_epoch if self.scheduler else 0,
+        }
+        return Checkpoint(self.config.to_json(), self.vocab.idx_to_token, progress, tensors)
+
+    def restore(self, saved: Checkpoint, where: Path) -> None:
+        """Go on where `saved` was taken.
+
+        Raises:
+            UserError: the text is another one now, or the checkpoint is damaged.
+        """
+        try:
+            progress, tensors = saved.progress, saved.tensors
+            if saved.vocab != self.vocab.idx_to_token or progress["text_sha1"] != self.text_sha1():
+                raise UserError("the text is not the one this run was trained on: give that one, or start a new run")
+            checkpoints.load_parameters(self.model, saved.group("model"), where)
+            parameters = list(self.model.parameters())
+            states: dict[int, dict[str, Tensor]] = {}
+            for name, value in saved.group("optimizer").items():
+                index, key = name.split(".")
+                like = parameters[int(index)]
+                if value.ndim and value.shape != like.shape:
+                    raise ValueError(f"the shape of optimizer.{name}")
+                # In the parameter's own memory layout, as the optimizer would have made it.
+                value = torch.empty_like(like).copy_(value) if value.ndim else value
+                states.setdefault(int(index), {})[key] = value
+            groups = self.optimizer.state_dict()["param_groups"]
+            if self.scheduler is not None:
+                self.scheduler.last_epoch = steps = _number(progress, "scheduler_steps")
+                for group in groups:
+                    group["lr"] = self.config.lr * self.scheduler.lr_lambdas[0](steps)
+            self.optimizer.load_state_dict({"state": states, "param_groups": groups})
+            self.epoch, self.step = _number(progress, "epoch"), _number(progress, "step", most=len(self.batches))
+            self.tokens, self.seconds = _number(progress, "tokens"), _number(progress, "seconds", float)
+            self.loss_sum.copy_(tensors["loss_sum"])
+            self.carry = self._carry(tensors) if self.carries and self.step else None
+            self.epoch_rng = tensors["rng.epoch"]
+            self.batches.generator.set_state(self.epoch_rng)
+            torch.set_rng_state(tensors["rng.torch"])
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"{where} is damaged, this run cannot be resumed from it ({error})") from error
+
+    def _carry(self, tensors: dict[str, Tensor]) -> State:
+        """The state that a checkpoint in the middle of an epoch carries over."""
+        config = self.config
+        shape = (config.num_layers, config.batch_size, config.hidden_size)
+        dtype = torch.bfloat16 if config.precision == "bfloat16" else next(self.model.parameters()).dtype
+        parts = [tensors[f"carry.{index}"] for index in range(2 if config.cell == "lstm" else 1)]
+        if any(part.shape != shape or part.dtype != dtype for part in parts):
+            raise ValueError("the shape or type of its carried state")
+        return tuple(part.to(self.device) for part in parts) if len(parts) > 1 else parts[0].to(self.device)
+
+    def text_sha1(self) -> str:
+        """Tells one training text from another."""
+        return hashlib.sha1(self.batches.ids.cpu().numpy().tobytes(), usedforsecurity=False).hexdigest()
+
+
+def _number(progress: dict[str, Any], key: str, kind: type = int, most: int = 2**63) -> Any:
+    """A number of a checkpoint's progress, checked: a file from elsewhere may hold anything."""
+    value = progress[key]
+    if type(value) not in (int, kind) or not 0 <= value <= most:
+        raise ValueError(f"its {key} is {value!r}")
+    return value
