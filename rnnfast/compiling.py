@@ -8,12 +8,11 @@ has no such method breaks the graph at our layers as it does at its own.
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
+
+from rnnfast.imports import after_import
 
 _BUILDER = "torch._dynamo.variables.builder"
 
@@ -36,32 +35,4 @@ def let_dynamo_trace(is_ours: Callable[[Any], bool]) -> None:
 
         builder.VariableBuilder.wrap_module = wrap
 
-    if _BUILDER in sys.modules:
-        allow(sys.modules[_BUILDER])
-    else:
-        # Importing Dynamo takes longer than importing the rest of torch; most programs never do.
-        sys.meta_path.insert(0, _AfterImport(allow))
-
-
-class _AfterImport(importlib.abc.MetaPathFinder):
-    """Calls a function with Dynamo's builder once that has been imported."""
-
-    def __init__(self, function: Any) -> None:
-        self.function = function
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if name != _BUILDER:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def execute_and_call(module: ModuleType) -> None:
-                execute(module)
-                self.function(module)
-
-            spec.loader.exec_module = execute_and_call  # type: ignore[method-assign]
-        return spec
+    after_import(_BUILDER, allow)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from rnnfast import batching, derivatives
+from rnnfast import batching, derivatives, flops
 from rnnfast.autocast import without_autocast
 from rnnfast.backends import reference
 from rnnfast.backends.reference import Extension, Norms
@@ -250,3 +250,4 @@ for _backend, _fake, _kept in (
     torch.library.register_vmap(f"rnnfast::{_name}_backward", partial(_map_backward, _backward_op), lib=library)
 library.impl("scan_extended_reference", _forward_of_reference, "CompositeExplicitAutograd")
 library.impl("scan_extended_reference_backward", _backward_of_reference, "CompositeExplicitAutograd")
+flops.count(f"scan_extended_{_backend}" for _backend in _FORMULAS)

@@ -15,7 +15,7 @@ import torch
 from torch import _C, Tensor
 from torch.autograd import forward_ad
 
-from rnnfast import batching, derivatives
+from rnnfast import batching, derivatives, flops
 from rnnfast.autocast import without_autocast
 from rnnfast.backends import reference, torch_nn
 from rnnfast.cells import CELLS
@@ -321,3 +321,4 @@ for _name, _implementation in (
     library.impl(_name, without_autocast(_implementation), "CompositeExplicitAutograd")
 library.impl("scan_torch", torch_nn.forward, "CompositeExplicitAutograd")
 library.impl("scan_torch_backward", torch_nn.backward, "CompositeExplicitAutograd")
+flops.count(f"scan_{_backend}" for _backend in FORMULAS)

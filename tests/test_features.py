@@ -265,6 +265,16 @@ def mixed_dtypes(nn: Any) -> None:
             layer(*arguments)
 
 
+@feature("operations in `FlopCounterMode`", "torch.nn on a CPU: not the LSTM's")
+def operations_are_counted(nn: Any) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    for layer in (nn.GRU(3, 4), nn.LSTM(3, 4)):
+        with FlopCounterMode(display=False) as counter:
+            layer(torch.randn(5, 2, 3))
+        assert counter.get_total_flops() > 0
+
+
 @feature("a sequence's bits do not depend on the batch around it", "on a CPU")
 def batch_invariance(nn: Any) -> None:
     for kind in (nn.RNN, nn.LSTM, nn.GRU):
