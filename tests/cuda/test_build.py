@@ -107,7 +107,7 @@ def test_what_is_missing_is_told(monkeypatch, toolkit, tmp_path):
 
 
 def test_a_library_appears_whole_or_not_at_all(toolkit, monkeypatch, tmp_path):
-    monkeypatch.setattr(building, "compiler", lambda: str(toolkit))
+    monkeypatch.setattr(building, "compiler", lambda: (str(toolkit),))
     target = tmp_path / "out" / "library.so"
     build.compile_library(target, ("80", "90a"))
     assert target.read_text() == "made\n"
