@@ -33,7 +33,10 @@ def sources() -> Path | None:
 def compiler() -> tuple[str, ...]:
     """The C++ compiler and what it is always given: the words of $CXX, or the first that is found; () if none is."""
     given = os.environ.get("CXX", "").strip()
-    commands = [[given], shlex.split(given)] if given else [["c++"], ["g++"], ["clang++"]]
+    try:
+        commands = [[given], shlex.split(given)] if given else [["c++"], ["g++"], ["clang++"]]
+    except ValueError:  # a quotation that does not end
+        return ()
     return next(((path, *words) for name, *words in commands if (path := shutil.which(name))), ())
 
 

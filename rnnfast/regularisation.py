@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rnnfast.sequences import Segments
 
-__all__ = ["Masks", "dropout_mask", "variational_dropout"]
+__all__ = ["dropout_mask", "variational_dropout"]
 
 
 def _chance(p: float, shape: Sequence[int], device: torch.device, generator: torch.Generator | None) -> Tensor:

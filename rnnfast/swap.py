@@ -174,8 +174,9 @@ def _bind(module: nn.Module) -> None:
 
 
 def method_of(module: nn.Module, name: str) -> Method:
-    is_ours = name != _replicate.__name__
-    return Method(getattr(_OURS[_base(type(module))], name) if is_ours else _replicate, module)
+    """The method of that name of our class for a module, or `_replicate`, bound to it."""
+    function = _replicate if name == _replicate.__name__ else getattr(_OURS[_base(type(module))], name)
+    return Method(function, module)
 
 
 def _replicate(module: nn.Module) -> nn.Module:

@@ -1,11 +1,14 @@
 """Shared by all tests: which scan backends this machine can run, and the settings of the property-based tests."""
 
 import importlib.util
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
 import rnnfast
+from rnnfast.backends import native
 
 if importlib.util.find_spec("hypothesis") is not None:  # the tests that need a GPU run where it is not, too
     from hypothesis import HealthCheck, settings
@@ -35,6 +38,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def backend(request: pytest.FixtureRequest) -> str:
     """Each scan backend in turn that runs on the CPU."""
     return str(request.param)
+
+
+@pytest.fixture
+def direct_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The status of every direct call so far."""
+    native.load()
+    function, calls = native.infer, []
+
+    def counted(*args: Any) -> int:
+        calls.append(function(*args))
+        return calls[-1]
+
+    monkeypatch.setattr(native, "infer", counted)
+    with torch.no_grad():
+        yield calls
 
 
 @pytest.fixture

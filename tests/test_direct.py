@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,22 +14,6 @@ from torch.nn.utils import parametrizations, prune
 
 import rnnfast
 from rnnfast import direct
-from rnnfast.backends import native
-
-
-@pytest.fixture
-def direct_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """The status of every direct call so far."""
-    native.load()
-    function, calls = native.infer, []
-
-    def counted(*args: Any) -> int:
-        calls.append(function(*args))
-        return calls[-1]
-
-    monkeypatch.setattr(native, "infer", counted)
-    with torch.no_grad():
-        yield calls
 
 
 def warmed_up(layer: Any, input: torch.Tensor) -> Any:
@@ -77,119 +60,6 @@ def test_it_runs_and_has_the_general_steps_bits(
         layer.step(input[:1], smaller_state), general_step(layer, input[:1], smaller_state), rtol=0, atol=0
     )
     assert direct_calls == [0, 0]
-
-
-@pytest.mark.parametrize("way", ["in place", "data", "copy_data", "replaced", "load_state_dict", "double", "share"])
-def test_changed_weights_are_seen(way: str, direct_calls: list[int]) -> None:
-    layer, other = rnnfast.LSTM(5, 16), rnnfast.LSTM(5, 16)
-    input = torch.randn(2, 5)
-    state = warmed_up(layer, input)
-    weight = layer.weight_hh_l0
-    if way == "in place":
-        weight.mul_(0.5)
-    elif way == "data":
-        weight.data = weight.data * 0.5
-    elif way == "copy_data":
-        weight.data.mul_(0.5)
-    elif way == "replaced":
-        layer.weight_hh_l0 = torch.nn.Parameter(weight * 0.5)
-    elif way == "load_state_dict":
-        layer.load_state_dict(other.state_dict())
-    elif way == "double":
-        layer.double()
-        input, state = input.double(), tuple(part.double() for part in state)
-    else:
-        layer.weight_hh_l0 = other.weight_hh_l0
-    torch.testing.assert_close(layer.step(input, state), general_step(layer, input, state), rtol=0, atol=0)
-    layer.step(input, state)
-    assert direct_calls[-1:] == [0]
-
-
-@pytest.mark.parametrize("place", [0, 7, 16, -1])
-@pytest.mark.parametrize("part", ["unit", "gate", "column", "bias"])
-def test_what_is_written_through_data_is_seen(part: str, place: int, direct_calls: list[int]) -> None:
-    """Such a write counts no version, as where units or features are pruned."""
-    layer, cell = rnnfast.GRU(28, 64), rnnfast.GRUCell(28, 64, backend="cpu")
-    input = torch.randn(3, 2, 28)
-    for _ in range(2):
-        layer(input), cell(input[0])
-    state = warmed_up(layer, input[0])
-    for module in (layer, cell):
-        for name, weight in module.named_parameters():
-            if part == "bias" and "bias" in name:
-                weight.data[place] += 1
-            elif part == "unit" and "weight" in name:
-                weight.data.view(3, 64, -1)[:, place] = 1
-            elif part == "gate" and "weight" in name:
-                weight.data.view(3, 64, -1)[place % 3] = 1
-            elif part == "column" and "weight" in name:
-                weight.data[:, place] = 1
-    torch.testing.assert_close(layer(input), copy.deepcopy(layer)(input), rtol=0, atol=0)
-    torch.testing.assert_close(cell(input[0]), copy.deepcopy(cell)(input[0]), rtol=0, atol=0)
-    torch.testing.assert_close(layer.step(input[0], state), general_step(layer, input[0], state), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("gate", range(4))
-def test_a_gate_of_one_unit_written_through_data_is_seen(gate: int, direct_calls: list[int]) -> None:
-    layer, input = rnnfast.LSTM(1, 1), torch.randn(3, 2, 1)
-    for _ in range(2):
-        layer(input)
-    layer.weight_hh_l0.data[gate] += 1
-    torch.testing.assert_close(layer(input), copy.deepcopy(layer)(input), rtol=0, atol=0)
-
-
-def test_any_element_of_a_small_matrix_written_through_data_is_seen(direct_calls: list[int]) -> None:
-    """As a numerical derivative writes them."""
-    layer, input = rnnfast.GRU(3, 8, dtype=torch.float64), torch.randn(3, 2, 3, dtype=torch.float64)
-    expected = layer(input)[0]
-    for weight in layer.parameters():
-        elements = weight.data.view(-1)
-        for i in range(len(elements)):
-            elements[i] += 1
-            assert not torch.equal(layer(input)[0], expected)
-            elements[i] -= 1
-            torch.testing.assert_close(layer(input)[0], expected)
-
-
-@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad])
-def test_a_step_of_a_fused_optimizer_is_seen(kind: Any, direct_calls: list[int]) -> None:
-    """It writes without counting a version, here to an element that no sample has."""
-    layer, cell, input = rnnfast.GRU(28, 64), rnnfast.GRUCell(28, 64, backend="cpu"), torch.randn(3, 2, 28)
-    for _ in range(2):
-        layer(input), cell(input[0])
-    state = warmed_up(layer, input[0])
-    for weight in (layer.weight_hh_l0, cell.weight_hh):
-        weight.grad = torch.zeros_like(weight)
-        weight.grad[3, 7] = 1
-        kind([weight], lr=0.5, fused=True).step()
-    torch.testing.assert_close(layer(input), copy.deepcopy(layer)(input), rtol=0, atol=0)
-    torch.testing.assert_close(cell(input[0]), copy.deepcopy(cell)(input[0]), rtol=0, atol=0)
-    torch.testing.assert_close(layer.step(input[0], state), general_step(layer, input[0], state), rtol=0, atol=0)
-
-
-def test_a_compiled_step_of_a_fused_optimizer_compiles_once() -> None:
-    native.load()
-    weight = torch.nn.Parameter(torch.zeros(3))
-    optimizer = torch.optim.SGD([weight], lr=0.5, fused=True)
-    torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
-    step = torch.compile(optimizer.step, backend=counter)
-    for _ in range(4):
-        weight.grad = torch.ones(3)
-        step()
-    assert counter.frame_count <= 1
-    assert weight.tolist() == [-2.0] * 3
-
-
-def test_packed_weights_can_be_forgotten(direct_calls: list[int]) -> None:
-    layer, cell, input = rnnfast.GRU(5, 64), rnnfast.GRUCell(5, 64, backend="cpu"), torch.randn(3, 2, 5)
-    for _ in range(2):
-        layer(input), cell(input[0])
-    layer.weight_hh_l0.data[3, 7] += 1  # a single element, off the diagonal
-    cell.weight_hh.data[3, 7] += 1
-    rnnfast.forget_packed_weights()
-    torch.testing.assert_close(layer(input), copy.deepcopy(layer)(input), rtol=0, atol=0)
-    torch.testing.assert_close(cell(input[0]), copy.deepcopy(cell)(input[0]), rtol=0, atol=0)
 
 
 def test_steps_of_many_batch_sizes_keep_no_memory(direct_calls: list[int]) -> None:

@@ -43,6 +43,8 @@ def test_the_compiler_may_have_arguments(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setenv("CXX", str(program))
     assert building.compiler() == (str(program),)
     assert building.why_no_compiler() is None
+    monkeypatch.setenv("CXX", "c++ 'open")
+    assert building.why_no_compiler() == "CXX is 'c++ 'open', which is no program"
 
 
 @needs_compiler

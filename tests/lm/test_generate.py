@@ -81,6 +81,13 @@ def test_temperature_scales_the_logits() -> None:
     torch.testing.assert_close(counts / 4000, expected, atol=0.03, rtol=0)  # 4 standard deviations
 
 
+def test_a_part_that_was_in_evaluation_mode_stays_so() -> None:
+    model = RNNLM(28, "gru", 8, backend="reference").train()
+    model.rnn.eval()  # as where its dropout is frozen
+    list(generate(model, [1, 2], 4))
+    assert [model.training, model.rnn.training, model.head.training] == [True, False, True]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
