@@ -13,31 +13,59 @@ import rnnfast
 from rnnfast.backends import native
 from tests.test_direct import general_step, warmed_up
 
+WAYS = ["in place", "data", "copy_data", "replaced", "shared", "load_state_dict", "optimizer"]
 
-@pytest.mark.parametrize("way", ["in place", "data", "copy_data", "replaced", "load_state_dict", "double", "share"])
-def test_changed_weights_are_seen(way: str, direct_calls: list[int]) -> None:
-    layer, other = rnnfast.LSTM(5, 16), rnnfast.LSTM(5, 16)
-    input = torch.randn(2, 5)
-    state = warmed_up(layer, input)
+
+def change(layer: Any, way: str, other: Any) -> None:
+    """Changes a layer's weight_hh_l0, perhaps to that of another layer like it."""
     weight = layer.weight_hh_l0
     if way == "in place":
-        weight.mul_(0.5)
+        with torch.no_grad():
+            weight.mul_(0.5)
     elif way == "data":
         weight.data = weight.data * 0.5
     elif way == "copy_data":
         weight.data.mul_(0.5)
     elif way == "replaced":
-        layer.weight_hh_l0 = torch.nn.Parameter(weight * 0.5)
+        layer.weight_hh_l0 = torch.nn.Parameter(weight.detach() * 0.5)
+    elif way == "shared":
+        layer.weight_hh_l0 = other.weight_hh_l0
     elif way == "load_state_dict":
         layer.load_state_dict(other.state_dict())
-    elif way == "double":
+    else:
+        weight.grad = torch.ones_like(weight)
+        torch.optim.SGD([weight], lr=0.1).step()
+
+
+@pytest.mark.parametrize("way", [*WAYS, "double"])
+def test_changed_weights_are_seen(way: str, direct_calls: list[int]) -> None:
+    layer, other = rnnfast.LSTM(5, 16), rnnfast.LSTM(5, 16)
+    input = torch.randn(2, 5)
+    state = warmed_up(layer, input)
+    if way == "double":
         layer.double()
         input, state = input.double(), tuple(part.double() for part in state)
     else:
-        layer.weight_hh_l0 = other.weight_hh_l0
+        change(layer, way, other)
     torch.testing.assert_close(layer.step(input, state), general_step(layer, input, state), rtol=0, atol=0)
     layer.step(input, state)
     assert direct_calls[-1:] == [0]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_changed_weights_give_what_the_reference_gives(way: str) -> None:
+    layer, other = rnnfast.GRU(5, 64, backend="cpu"), rnnfast.GRU(5, 64, backend="reference")
+    input = torch.randn(4, 2, 5)
+    with torch.no_grad():
+        before = layer(input)[0]
+    change(layer, way, other)
+    with torch.no_grad():
+        after, stepped = layer(input)[0], layer.step(input[0])[0]
+        other.load_state_dict(layer.state_dict())
+        expected = other(input)[0]
+    assert not torch.equal(after, before)
+    torch.testing.assert_close(after, expected)
+    torch.testing.assert_close(stepped, expected[0])
 
 
 @pytest.mark.parametrize("place", [0, 7, 16, -1])
