@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rnnfast import dispatch, functional, scan
+from rnnfast import direct, dispatch, functional, scan
 from rnnfast.autocast import autocast_dtype
 
 
@@ -51,6 +51,9 @@ class DropInCell(nn.RNNCellBase):
             TypeError: the input is no tensor.
             IndexError: a token id outside [0, I).
         """
+        may_be_direct = not torch.compiler.is_compiling()
+        if may_be_direct and (result := direct.cell(self, input, hx)) is not None:
+            return result
         if not isinstance(input, Tensor):
             raise TypeError(f"a cell takes a tensor, got {type(input).__name__}")
         token_ids = not (input.is_floating_point() or input.is_complex() or input.dtype == torch.bool)
@@ -79,7 +82,7 @@ class DropInCell(nn.RNNCellBase):
         if hx is None:
             states = [weight.new_zeros(input.shape[0], self.hidden_size) for _ in range(1 + is_lstm)]
         _check_sizes(self, input, states, token_ids)
-        weights = functional.Weights(self.weight_ih, weight, self.bias_ih, self.bias_hh)
+        weights = functional.weights_of_cell(self)
         h_0, c_0 = states[0].unsqueeze(0), states[1].unsqueeze(0) if is_lstm else None
         if autocast_dtype(weight.device.type) is not None:
             input = input if token_ids else input.to(weight.dtype)
@@ -88,6 +91,8 @@ class DropInCell(nn.RNNCellBase):
                 h, _, c_n = functional.step(kind, input, h_0, c_0, [weights], backend=backend)
         else:
             h, _, c_n = functional.step(kind, input, h_0, c_0, [weights], backend=backend)
+        if may_be_direct:
+            direct.prepare(self, input)
         if not is_lstm:
             return h.squeeze(0) if dims == 1 else h
         # No view, though it has the memory of c_n, which nobody else holds: a view could not be detached in place.

@@ -126,6 +126,11 @@ def lane_weights(layer: Any) -> list[Weights]:
     return lanes
 
 
+def weights_of_cell(cell: Any) -> Weights:
+    """Those of an RNNCell, LSTMCell or GRUCell, torch.nn's or ours."""
+    return Weights(cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)
+
+
 def run(
     cell: str,
     input: Tensor,

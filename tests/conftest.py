@@ -56,6 +56,25 @@ def direct_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 
 @pytest.fixture
+def direct_call_names(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the direct calls that were done so far, with gradients as well."""
+    native.load()
+    names: list[str] = []
+    for name in ("forward", "backward", "infer"):
+        monkeypatch.setattr(native, name, _noted(name, getattr(native, name), names))
+    return names
+
+
+def _noted(name: str, function: Any, names: list[str]) -> Any:
+    def noted(call: bytes) -> int:
+        status: int = function(call)
+        names.extend([name] if status == 0 else [])
+        return status
+
+    return noted
+
+
+@pytest.fixture
 def matplotlib() -> None:
     """For tests that draw."""
     pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'rnnfast[plot]'")

@@ -144,6 +144,45 @@ def test_a_compiled_step_of_a_fused_optimizer_compiles_once() -> None:
     assert weight.tolist() == [-2.0] * 3
 
 
+def test_new_weights_that_lie_where_the_old_ones_did_are_seen(direct_calls: list[int]) -> None:
+    """The address is then the same, and so is the version; what has changed is an element that no sample has."""
+    layer, cell, input = rnnfast.GRU(28, 64), rnnfast.GRUCell(28, 64, backend="cpu"), torch.randn(3, 2, 28)
+    for i in range(20):
+        layer(input), cell(input[0])
+        for weight in (layer.weight_hh_l0, cell.weight_hh):
+            for _ in range(2):
+                changed = weight.data.clone()
+                changed[5 * i % 192, (7 * i + 3) % 64] += 3
+                weight.data = changed
+                del changed
+        torch.testing.assert_close(layer(input), copy.deepcopy(layer)(input), rtol=0, atol=0)
+        torch.testing.assert_close(cell(input[0]), copy.deepcopy(cell)(input[0]), rtol=0, atol=0)
+
+
+def _write(module: torch.nn.Module) -> None:
+    with torch.no_grad():
+        for name, weight in module.named_parameters():
+            if "weight" in name:
+                weight[3, 7] += 5
+
+
+def test_what_another_process_writes_to_shared_weights_is_seen(direct_calls: list[int]) -> None:
+    """A learner beside its actors: torch counts the versions of each process for itself."""
+    layer, cell = rnnfast.GRU(28, 64).share_memory(), rnnfast.GRUCell(28, 64, backend="cpu").share_memory()
+    input = torch.randn(3, 2, 28)
+    for _ in range(2):
+        layer(input), cell(input[0])
+    state = warmed_up(layer, input[0])
+    for module in (layer, cell):
+        learner = torch.multiprocessing.get_context("fork").Process(target=_write, args=(module,))
+        learner.start()
+        learner.join()
+        assert learner.exitcode == 0
+    torch.testing.assert_close(layer.step(input[0], state), general_step(layer, input[0], state), rtol=0, atol=0)
+    torch.testing.assert_close(layer(input), copy.deepcopy(layer)(input), rtol=0, atol=0)
+    torch.testing.assert_close(cell(input[0]), copy.deepcopy(cell)(input[0]), rtol=0, atol=0)
+
+
 def test_packed_weights_can_be_forgotten(direct_calls: list[int]) -> None:
     layer, cell, input = rnnfast.GRU(5, 64), rnnfast.GRUCell(5, 64, backend="cpu"), torch.randn(3, 2, 5)
     for _ in range(2):

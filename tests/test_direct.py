@@ -13,7 +13,7 @@ import torch._dynamo.testing
 from torch.nn.utils import parametrizations, prune
 
 import rnnfast
-from rnnfast import direct
+from rnnfast.direct import plans
 
 
 def warmed_up(layer: Any, input: torch.Tensor) -> Any:
@@ -87,10 +87,10 @@ def test_a_layer_that_has_moved_leaves_no_memory_behind() -> None:
     for _ in range(2):
         layer(input)
         layer(input)[0].sum().backward()
-    assert id(layer) in direct._plans
+    assert id(layer) in plans.all_plans
     layer.to("meta")
     layer(input.to("meta"))
-    assert id(layer) not in direct._plans
+    assert id(layer) not in plans.all_plans
 
 
 def test_what_must_be_seen_goes_the_general_way(direct_calls: list[int]) -> None:
@@ -164,14 +164,14 @@ def test_a_state_of_another_cell_goes_the_general_way(name: str, direct_calls: l
 
 
 def test_a_plan_goes_with_its_layer(direct_calls: list[int]) -> None:
-    from rnnfast import direct
+    from rnnfast.direct import plans
 
     layer = rnnfast.GRU(3, 4)
     warmed_up(layer, torch.randn(2, 3))
     key = id(layer)
-    assert key in direct._plans
+    assert key in plans.all_plans
     del layer
-    assert key not in direct._plans
+    assert key not in plans.all_plans
 
 
 # ---- whole sequences -----------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-// Calls by address from rnnfast/direct.py: past the operators, whose way through the dispatcher takes longer than a small
+// Calls by address from rnnfast/direct: past the operators, whose way through the dispatcher takes longer than a small
 // scan. There are no tensors here; what is contiguous, of the right dtype and of the right size is for Python to see to.
 #pragma once
 

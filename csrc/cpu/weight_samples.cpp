@@ -57,13 +57,13 @@ auto by_size(int64_t element_size, F f) {
 
 }  // namespace
 
-Tensor weight_samples_cpu(std::vector<Tensor> weights, int64_t units) {
+Tensor weight_samples_cpu(std::vector<Tensor> weights, int64_t units, bool whole) {
   std::vector<Sample> samples;
   int64_t bytes = sizeof(int64_t);
   for (const Tensor& weight : weights) {
     const bool matrix = weight.dim() == 2;
     const int64_t size = weight.element_size();
-    const bool sampled = matrix && weight.numel() * size > WHOLE;
+    const bool sampled = matrix && !whole && weight.numel() * size > WHOLE;
     const int64_t rows = sampled ? weight.size(0) : 1, columns = sampled ? weight.size(1) : weight.numel();
     check(weight.dim() <= 2 && weight.is_contiguous() && (size == 2 || size == 4 || size == 8),
           "samples are taken of contiguous vectors and matrices");

@@ -45,7 +45,7 @@ _SCHEMAS = (
     "scan_extended_cpu_pack(Tensor w_ih, Tensor w_hh, Tensor? w_hr, str cell, bool ids) -> Tensor",
     "scan_cpu_packed(Tensor input, Tensor packed, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, bool bidirectional)"
     " -> (Tensor output, Tensor h_n, Tensor c_n)",
-    "weight_samples_cpu(Tensor[] weights, int units) -> Tensor",
+    "weight_samples_cpu(Tensor[] weights, int units, bool whole) -> Tensor",
     "direct_plan_cpu(Tensor[] packed, Tensor weight_samples) -> Tensor",
     "direct_layer_cpu(Tensor w_ih, Tensor w_hh, Tensor? w_hr, str cell, bool ids) -> Tensor",
     "direct_empty_cpu(Tensor like, int[] sizes) -> Tensor",
@@ -152,6 +152,7 @@ class _Packed(NamedTuple):
     stamp: tuple[Any, ...]
     samples: Any  # of `weight_samples`
     weights: Any
+    memory: list[Any]  # of the tensors: new ones might else come to lie where they were
 
 
 class _Kept(NamedTuple):
@@ -175,7 +176,7 @@ def packed_weights(lanes: Sequence[Sequence[Any]], cell: str, ids: bool, extende
     A change is seen by the tensors' version counters and addresses, and by the steps of fused optimizers. Other writes
     that count no version, as those through `.data`, are seen by a sample of each weight, which has all of a bias and of
     a small matrix, and of a large one elements of every unit, gate and column; only one that leaves those as they were
-    needs `forget`. What is kept goes when a weight does.
+    needs `forget`. Weights in shared memory are compared whole. What is kept goes when a weight does.
 
     Args:
         lanes: for each direction its w_ih (G*H, I), w_hh (G*H, P), b_ih, b_hh (G*H,) or None, w_hr (P, H) or None.
@@ -222,7 +223,7 @@ def _pack(
         if id(tensor) not in _kept:
             _kept[id(tensor)] = _Kept(weakref.finalize(tensor, _forget_weight, id(tensor)), set())
         _kept[id(tensor)].keys.add(key)
-    packings[key] = _Packed(stamp, samples, packed)
+    packings[key] = _Packed(stamp, samples, packed, [tensor.detach() for tensor in tensors])
     return packed
 
 
@@ -249,7 +250,9 @@ def weight_samples(weights: Sequence[Any], units: int) -> Any:
     import torch
 
     load()
-    return torch.ops.rnnfast.weight_samples_cpu([weight.detach() for weight in weights], units)
+    # Another process that writes to shared weights counts no version here, be it under `torch.no_grad()`.
+    is_shared = any(weight.is_shared() for weight in weights)
+    return torch.ops.rnnfast.weight_samples_cpu([weight.detach() for weight in weights], units, is_shared)
 
 
 def scan_packed(

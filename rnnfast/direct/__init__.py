@@ -1,0 +1,172 @@
+"""Calls of the cpu backend past torch's dispatcher and most Python around it, which take longer than a small scan.
+
+The first call of a layer or a cell goes the general way and leaves a plan: what must not have changed for that call's
+checks of the weights to hold. Later calls that ask for nothing special (no compiler, no transform, plain tensors)
+follow it. Without gradients they are one call of a C function for all layers, with packed weights; in training each
+layer is one autograd function whose forward and backward are a call each. Their results have the bits of the general
+way.
+
+Whatever is unusual, mistakes included, is not done here: the functions return None, and the general way does it or says
+what is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from struct import Struct
+from typing import Any
+
+import torch
+from torch import Tensor, is_grad_enabled
+
+from rnnfast.backends import native
+from rnnfast.direct import training
+from rnnfast.direct.plans import Plan, address_of, all_plans, contiguous, plan_of, prepare, signature_of, version_of
+
+__all__ = ["cell", "forget_packed_weights", "prepare", "run", "step"]
+
+# Of csrc/cpu/direct.h: what its functions return, and the structure that `native.infer` takes.
+_DONE, _STALE = 0, 1
+_infer_call = Struct("9q").pack
+_requires_grad: Any = torch._C.TensorBase.requires_grad.__get__  # type: ignore[attr-defined]
+
+
+def run(layer: Any, input: Any, hx: Any) -> tuple[Tensor, Any] | None:
+    """Returns what `layer(input, hx)` does, or None where the general way must be taken.
+
+    Args:
+        layer: an RNN, LSTM or GRU.
+        input, hx: whatever `layer.forward` was given.
+    """
+    plan = plan_of(layer)
+    if plan is None or type(input) is not Tensor or input.is_nested:
+        return None
+    ids = input.dtype is torch.int64
+    dims = input.dim() + ids
+    transposed = dims == 3 and layer.batch_first
+    if transposed:
+        input = input.transpose(0, 1)
+    if dims not in (2, 3):
+        return None
+    shape = input.shape
+    steps, batch = shape[0], shape[1 : dims - 1]  # batch: (B,), or () if unbatched
+    tensors = contiguous(plan, ids, input, shape, hx, batch)
+    if tensors is None:
+        return None
+    dropout = layer.dropout if layer.training and len(plan.lanes) > plan.directions else 0.0
+    if _needs_gradients(plan, tensors):
+        result = training.run(plan, ids, *tensors, steps, batch, dropout)
+    elif dropout > 0 or not plan.has_shapes():
+        return None
+    else:
+        output = training.empty(plan.weights[0], steps, *batch, plan.state_size * plan.directions)
+        result = _infer(plan, ids, *tensors, steps, batch, output)
+    return result if result is None or not transposed else (result[0].transpose(0, 1), result[1])
+
+
+def step(layer: Any, input: Any, hx: Any) -> tuple[Tensor, Any] | None:
+    """Returns what `layer.step(input, hx)` does, or None where the general way must be taken: always with gradients."""
+    plan = plan_of(layer)
+    if plan is None or plan.directions == 2 or type(input) is not Tensor or input.is_nested or is_grad_enabled():
+        return None
+    ids = input.dtype is torch.int64
+    shape = input.shape
+    if len(shape) + ids != 2 or (layer.training and layer.dropout > 0 and len(plan.lanes) > 1):
+        return None
+    batch = (shape[0],)
+    tensors = contiguous(plan, ids, input, shape, hx, batch)
+    if tensors is None:
+        return None
+    like = plan.step_output
+    if len(like) != batch[0]:
+        like = plan.step_output = torch.empty(*batch, plan.state_size, dtype=plan.dtype)
+    return _infer(plan, ids, *tensors, 1, batch, torch.empty_like(like))
+
+
+def cell(module: Any, input: Any, hx: Any) -> Any | None:
+    """Returns what `module(input, hx)` does, the next state, or None where the general way must be taken.
+
+    Args:
+        module: an RNNCell, LSTMCell or GRUCell.
+        input, hx: whatever its `forward` was given.
+    """
+    plan = plan_of(module)
+    if plan is None or type(input) is not Tensor or input.is_nested:
+        return None
+    ids = input.dtype is torch.int64
+    shape = input.shape
+    batch = shape[: len(shape) + ids - 1]  # (B,), or () if unbatched
+    if len(batch) > 1:
+        return None
+    tensors = contiguous(plan, ids, input, shape, hx, batch)
+    if tensors is None:
+        return None
+    if _needs_gradients(plan, tensors):
+        return training.run_cell(plan, ids, *tensors, batch)
+    if not plan.has_shapes():
+        return None
+    result = _infer(plan, ids, *tensors, 1, batch, torch.empty(*batch, plan.state_size, dtype=plan.dtype))
+    return None if result is None else result[1]
+
+
+def forget_packed_weights() -> None:
+    """Has every layer and cell pack its weights again, at its next call without gradients on the cpu backend.
+
+    Changed weights are noticed, except for one case: a write that torch does not count, as through `.data`, `.numpy()`
+    or a flat vector that the weights are views of, to a few elements of a matrix. (All of a column, of a gate or of a
+    unit in all its gates, any element of a bias, any of a matrix of 4 KB or less, and any of weights in shared memory
+    is noticed.) Call this after such a write, or write under `torch.no_grad()` instead.
+    """
+    native.forget()
+    for plan in list(all_plans.values()):
+        plan.packed.clear()
+        plan.layers.clear()
+
+
+def _needs_gradients(plan: Plan, tensors: Sequence[Tensor | None]) -> bool:
+    return is_grad_enabled() and (
+        True in map(_requires_grad, plan.weights) or any(t is not None and t.requires_grad for t in tensors)
+    )
+
+
+def _infer(
+    plan: Plan,
+    ids: bool,
+    input: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    steps: int,
+    batch: Sequence[int],
+    output: Tensor,
+) -> tuple[Tensor, Any] | None:
+    """All layers, into `output`; returns it and the final state."""
+    packed, weights, dtype = plan.packed.get(ids), plan.weights, plan.dtype
+    stamp = [native.fused_steps, *map(version_of, weights), *map(address_of, weights)]
+    if packed is None or stamp != packed.stamp:
+        if plan.signature != signature_of(weights):
+            return None
+        packed = plan.pack(ids)
+    c_n = None
+    if h_0 is None:
+        h_n = torch.empty(*plan.lead, *batch, plan.state_size, dtype=dtype)
+        if plan.has_cell_state:
+            c_n = torch.empty(*plan.lead, *batch, plan.hidden_size, dtype=dtype)
+    else:  # quicker than by their sizes
+        h_n, c_n = torch.empty_like(h_0), None if c_0 is None else torch.empty_like(c_0)
+    call = _infer_call(
+        packed.address,
+        steps,
+        batch[0] if batch else 1,
+        input.data_ptr(),
+        0 if h_0 is None else h_0.data_ptr(),
+        0 if c_0 is None else c_0.data_ptr(),
+        output.data_ptr(),
+        h_n.data_ptr(),
+        0 if c_n is None else c_n.data_ptr(),
+    )
+    status = native.infer(call)
+    if status == _DONE:
+        return output, h_n if c_n is None else (h_n, c_n)
+    if status == _STALE:
+        plan.packed.pop(ids, None)  # another thread may have found it as well
+    return None

@@ -1,0 +1,236 @@
+"""The plan of a layer or a cell: what must be as it was for its first call's checks to hold, and who may follow it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor, is_autocast_enabled, nn
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C._autograd import _profiler_enabled
+from torch._C._functorch import maybe_current_level
+from torch.autograd import forward_ad
+
+from rnnfast import dispatch, functional, scan
+from rnnfast.backends import native
+from rnnfast.cells import CELLS
+
+_base: Any = torch._C.TensorBase
+version_of, address_of = _base._version.__get__, _base.data_ptr
+_shape_of, _dtype_of, _is_on_cpu = _base.shape.__get__, _base.dtype.__get__, _base.is_cpu.__get__
+
+
+@dataclass(slots=True)
+class Packed:
+    """Weights packed for `native.infer`, good while the stamp, of versions and addresses, is this.
+
+    The weights' memory is kept with them: new weights might else come to lie where the old ones were.
+    """
+
+    stamp: list[int]
+    address: int  # of the first of `kept`
+    kept: tuple[Tensor, ...]
+
+
+@dataclass(slots=True)
+class Layer:
+    """One layer of one direction, or a cell, as the autograd function takes it."""
+
+    weights: scan.Weights
+    has_weight: tuple[bool, ...]
+    cell: str
+    dtype: torch.dtype
+    ids: bool
+    state_size: int
+    hidden_size: int
+    tape_size: int  # of a row
+    has_cell_state: bool
+    address: int  # of `kept`
+    kept: Tensor
+    # The weights' memory as it is now: a parameter itself would follow what is assigned to its `.data` before backward.
+    memory: tuple[Any, ...]  # tensors, or None where the layer has none
+    memory_addresses: list[int]
+
+
+@dataclass(slots=True)
+class Plan:
+    """What the calls of a layer or a cell have in common.
+
+    Dictionaries have an entry for token ids, and one for floating input.
+    """
+
+    asked: str
+    names: tuple[str, ...]
+    weights: list[Tensor]
+    signature: tuple[list[Any], ...]
+    lanes: Sequence[scan.Weights]
+    cell: str
+    dtype: torch.dtype
+    input_size: int
+    state_size: int
+    hidden_size: int
+    directions: int
+    has_cell_state: bool
+    lead: tuple[int, ...]  # a state's first dimensions: (L*D,) of a layer, () of a cell
+    packed: dict[bool, Packed] = field(default_factory=dict)
+    layers: dict[bool, list[Layer]] = field(default_factory=dict)  # while the weights have the addresses `described`
+    described: list[int] = field(default_factory=list)
+    # Of the last step: one to make others like it, quicker than by its sizes.
+    step_output: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def has_shapes(self) -> bool:
+        """No weight is a view of what it was, as `.data` can make it: the address and the version are the same then.
+
+        A layer's step, which is half as long, does not look so closely.
+        """
+        return list(map(_shape_of, self.weights)) == self.signature[0] and all(map(Tensor.is_contiguous, self.weights))
+
+    def pack(self, ids: bool) -> Packed:
+        """What calls without gradients need; the versions are read first, so that a write meanwhile is seen later."""
+        stamp = [native.fused_steps, *map(version_of, self.weights), *map(address_of, self.weights)]
+        layers = [self.lanes[first : first + self.directions] for first in range(0, len(self.lanes), self.directions)]
+        memory = [weight.detach() for weight in self.weights]
+        samples = native.weight_samples(memory, self.hidden_size)
+        packed = [native.packed_weights(lanes, self.cell, ids and not index) for index, lanes in enumerate(layers)]
+        kept = torch.ops.rnnfast.direct_plan_cpu(packed, samples)
+        self.packed[ids] = found = Packed(stamp, kept.data_ptr(), (kept, samples, *packed, *memory))
+        return found
+
+    def describe(self, ids: bool) -> list[Layer]:
+        """What calls with gradients need."""
+        cell, layers = CELLS[self.cell], []
+        self.described = [*map(address_of, self.weights)]
+        for index, lane in enumerate(self.lanes):
+            memory: tuple[Any, ...] = tuple(w if w is None else w.detach() for w in lane)
+            w_ih, w_hh, *_, w_hr = (w if w is None else w.unsqueeze(0) for w in memory)
+            first_ids = ids and not index
+            kept = torch.ops.rnnfast.direct_layer_cpu(w_ih, w_hh, w_hr, self.cell, first_ids)
+            form = lane, tuple(w is not None for w in lane), self.cell, self.dtype, first_ids
+            tape_size = cell.tape * self.hidden_size
+            sizes = self.state_size, self.hidden_size, tape_size, cell.has_cell_state
+            layers.append(Layer(*form, *sizes, kept.data_ptr(), kept, memory, addresses(memory)))
+        self.layers[ids] = layers
+        return layers
+
+
+all_plans: dict[int, Plan] = {}  # by id of the module
+
+
+def plan_of(module: Any) -> Plan | None:
+    """The module's plan, if the call may follow it: it has the weights that it had, and nobody looks on."""
+    plan = all_plans.get(id(module))
+    if (
+        plan is None
+        or plan.asked != dispatch.asked(module.backend)
+        or not all(map(is_, map(module._parameters.get, plan.names), plan.weights))
+        or is_observed()
+    ):
+        return None
+    return plan
+
+
+def prepare(module: Any, input: Tensor) -> None:
+    """Leaves a plan for the calls to come, if there is none and the module, an RNN, LSTM, GRU or cell, can have one.
+
+    It has just done a general call, which has checked its weights.
+    """
+    asked = dispatch.asked(module.backend)
+    if asked not in (dispatch.AUTO, "cpu") or is_observed():
+        return
+    plan = all_plans.get(id(module))
+    if plan is not None and plan is plan_of(module) and plan.signature == signature_of(plan.weights):
+        return
+    is_cell = isinstance(module, nn.RNNCellBase)
+    names = tuple(_names_of_cell(module) if is_cell else module._flat_weights_names)
+    weights = [module._parameters.get(name) for name in names]
+    if plan is not None and any(w is not None and not w.is_cpu for w in weights):
+        del all_plans[id(module)]  # it would hold the memory that they had here
+    # torch.func.functional_call puts other tensors there for a while, perhaps with a graph, which must not be kept.
+    if not all(type(w) is nn.Parameter and w.is_cpu and w.layout is torch.strided for w in weights):
+        return
+    if not all(w.is_contiguous() and not w.is_inference() and not w.is_neg() for w in weights):
+        return
+    lanes = [functional.weights_of_cell(module)] if is_cell else functional.lane_weights(module)
+    if [id(w) for lane in lanes for w in lane if w is not None] != [*map(id, weights)]:
+        return
+    if dispatch.explain(module, input).backend != "cpu":
+        return
+    if id(module) not in all_plans:
+        weakref.finalize(module, all_plans.pop, id(module), None)
+    cell = dispatch.cell_of(module)
+    directions, lead = (1, ()) if is_cell else (2 if module.bidirectional else 1, (len(lanes),))
+    w_ih, w_hh, *_ = lanes[0]
+    sizes = w_ih.shape[1], w_hh.shape[1], w_hh.shape[0] // CELLS[cell].gates, directions, CELLS[cell].has_cell_state
+    all_plans[id(module)] = Plan(asked, names, weights, signature_of(weights), lanes, cell, w_hh.dtype, *sizes, lead)
+
+
+def _names_of_cell(cell: Any) -> list[str]:
+    return [name for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh") if cell._parameters.get(name) is not None]
+
+
+def is_observed() -> bool:
+    """Whether something (autocast, a mode, a transform, a tracer, a profiler) must see the operations themselves.
+
+    Where nothing does, a new tensor is memory of the CPU, whatever the default device.
+    """
+    return (
+        is_autocast_enabled("cpu")
+        or _len_torch_dispatch_stack() > 0
+        or _len_torch_function_stack() > 0
+        or maybe_current_level() is not None
+        or forward_ad._current_level >= 0
+        or _get_tracing_state() is not None
+        or _profiler_enabled()
+    )
+
+
+def signature_of(weights: list[Any]) -> tuple[list[Any], ...]:
+    """What the general way checks of the weights. Writing to `.data` and torch.utils.swap_tensors change any of it."""
+    return (
+        list(map(_shape_of, weights)),
+        list(map(type, weights)),
+        list(map(_dtype_of, weights)),
+        list(map(_is_on_cpu, weights)),
+        list(map(Tensor.is_contiguous, weights)),
+    )
+
+
+def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def is_plain(tensor: Any, dtype: torch.dtype) -> bool:
+    """Its elements lie in memory as they are, if perhaps in another order, and there are some."""
+    if type(tensor) is not Tensor or tensor.dtype is not dtype or not tensor.is_cpu or tensor.is_neg():
+        return False
+    try:
+        return tensor.data_ptr() != 0
+    except RuntimeError:
+        # A sparse tensor has no memory, nor has one of torch's older vmap, which is_grads_batched= uses.
+        return False
+
+
+def contiguous(
+    plan: Plan, ids: bool, input: Tensor, shape: torch.Size, hx: Any, batch: Sequence[int]
+) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
+    """Input, h_0 and c_0 as the kernels read them, absent states None; or None where one is not as it should be."""
+    dtype = plan.dtype
+    if not is_plain(input, torch.int64 if ids else dtype) or not (ids or shape[-1] == plan.input_size):
+        return None
+    if hx is None:
+        return input.contiguous(), None, None
+    h_0, c_0 = hx, None
+    if plan.has_cell_state:
+        if not isinstance(hx, tuple | list) or len(hx) != 2:
+            return None
+        h_0, c_0 = hx
+        if not is_plain(c_0, dtype) or c_0.shape != (*plan.lead, *batch, plan.hidden_size):
+            return None
+        c_0 = c_0.contiguous()
+    if not is_plain(h_0, dtype) or h_0.shape != (*plan.lead, *batch, plan.state_size):
+        return None
+    return input.contiguous(), h_0.contiguous(), c_0

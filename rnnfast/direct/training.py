@@ -1,0 +1,181 @@
+"""Calls with gradients: an autograd function for each layer, whose forward and backward are one call of C++ each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from struct import Struct
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, is_grad_enabled
+from torch._C._autograd import _top_saved_tensors_default_hooks
+
+from rnnfast import derivatives, scan
+from rnnfast.backends import native
+from rnnfast.direct.plans import Layer, Plan, address_of, addresses, is_observed, is_plain, signature_of
+
+DONE = 0  # of csrc/cpu/direct.h, as the structures are
+_forward_call, _backward_call = (Struct(f"{fields}q").pack for fields in (15, 24))
+WORTH_KEEPING = 128 << 10  # that of csrc/cpu/memory.h, in bytes
+_NO_WEIGHT = (False,) * 5
+
+
+def run(
+    plan: Plan,
+    ids: bool,
+    rows: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    steps: int,
+    batch: Sequence[int],
+    dropout: float,
+) -> tuple[Tensor, Any] | None:
+    """Layer after layer, of one direction: output and final state, or None where the general way must be taken."""
+    layers = None if plan.directions == 2 else _layers(plan, ids)
+    if layers is None:
+        return None
+    finals = []
+    for index, layer in enumerate(layers):
+        # One layer's state is not sliced: that is an operation to be differentiated.
+        h, c = (h_0, c_0) if len(layers) == 1 else (t if t is None else t[index : index + 1] for t in (h_0, c_0))
+        rows, *states = _Scan.apply(layer, steps, batch, rows, h, c, *layer.weights)
+        if rows is None:
+            return None
+        finals.append(states)
+        if dropout > 0 and index + 1 < len(layers):
+            rows = F.dropout(rows, dropout)
+    h_n, *c_n = finals[0] if len(layers) == 1 else map(torch.cat, zip(*finals, strict=True))
+    return rows, (h_n, *c_n) if c_n else h_n
+
+
+def run_cell(
+    plan: Plan, ids: bool, input: Tensor, h: Tensor | None, c: Tensor | None, batch: Sequence[int]
+) -> Any | None:
+    """The next state, in a cell's form, or None."""
+    layers = _layers(plan, ids)
+    if layers is None:
+        return None
+    next_h, _, *next_c = _Scan.apply(layers[0], None, batch, input, h, c, *layers[0].weights)
+    return (next_h, *next_c) if next_c and next_h is not None else next_h
+
+
+def _layers(plan: Plan, ids: bool) -> list[Layer] | None:
+    # Hooks on saved tensors see which there are: torch's checkpointing runs a call again and compares. The second call
+    # would come here where the first has gone the general way.
+    if plan.signature != signature_of(plan.weights) or _top_saved_tensors_default_hooks(True):
+        return None
+    if plan.described != [*map(address_of, plan.weights)]:
+        plan.layers.clear()
+    return plan.layers.get(ids) or plan.describe(ids)
+
+
+def empty(like: Tensor, *sizes: int) -> Tensor:
+    """The library keeps the memory of a large one from call to call; a small one is not worth the operator."""
+    if prod(sizes) * like.itemsize < WORTH_KEEPING:
+        return torch.empty(sizes, dtype=like.dtype)
+    return cast("Tensor", torch.ops.rnnfast.direct_empty_cpu.default(like, sizes))
+
+
+def _empty_like(tensor: Tensor) -> Tensor:
+    return (
+        torch.empty_like(tensor) if tensor.numel() * tensor.itemsize < WORTH_KEEPING else empty(tensor, *tensor.shape)
+    )
+
+
+class _Scan(derivatives.Function):
+    """One layer of one direction: `derivatives.Scan` of the cpu backend, but a call each forward and backward.
+
+    apply(layer, T, [B] or [] if unbatched, input (T, B, I) or ids (T, B), h_0 and c_0 (1, B, P) or None for zeros, the
+    five of `scan.Weights`) returns output (T, B, P), h_n and, of an LSTM, c_n; or None, None where the kernel fails.
+    A cell has no T: nor have its input and output, and its states lack the 1; in the place of h_n is None.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        layer: Layer,
+        steps: int | None,
+        batch: Sequence[int],
+        input: Tensor,
+        h_0: Tensor | None,
+        c_0: Tensor | None,
+        *weights: Tensor | None,
+    ) -> Any:
+        time, lane = ((), ()) if steps is None else ((steps,), (1,))
+        rows, dtype, like = batch[0] if batch else 1, layer.dtype, layer.memory[1]
+        sizes = (steps or 1, rows)
+        output = empty(like, *time, *batch, layer.state_size)
+        tape = empty(like, 1, prod(sizes), layer.tape_size) if layer.tape_size else None
+        h_n = torch.empty(*lane, *batch, layer.state_size, dtype=dtype)
+        c_n = torch.empty(*lane, *batch, layer.hidden_size, dtype=dtype) if layer.has_cell_state else None
+        given = (input, h_0, c_0)
+        places = *addresses(given), *layer.memory_addresses, *addresses((output, tape, h_n, c_n))
+        if native.forward(_forward_call(layer.address, *sizes, *places)) != DONE:
+            return None, None
+        ctx.layer, ctx.sizes = layer, sizes
+        # The tensors themselves for derivatives of the gradients, and what they hold now for the gradients.
+        memory = [None if tensor is None else tensor.detach() for tensor in given]
+        ctx.save_for_backward(*given, *weights, output, tape, *memory)
+        ctx.set_materialize_grads(False)
+        final = h_n if time else None
+        return (output, final) if c_n is None else (output, final, c_n)
+
+    @staticmethod
+    def backward(ctx: Any, d_output: Tensor | None, d_h_n: Tensor | None, d_c_n: Tensor | None = None) -> Any:
+        if d_output is None and d_h_n is None and d_c_n is None:
+            return (None,) * 11
+        layer, saved, needs, given = ctx.layer, ctx.saved_tensors, ctx.needs_input_grad[3:], (d_output, d_h_n, d_c_n)
+        need_weights = True in needs[3:]
+        memory = (*saved[10:], *layer.memory, *saved[8:10])
+        # Not where it is itself to be differentiated, or somebody looks on.
+        if not is_grad_enabled() and not is_observed() and all(d is None or is_plain(d, layer.dtype) for d in given):
+            d_results = [d if d is None else d.contiguous() for d in given]
+            wanted = needs[:3] + (layer.has_weight if need_weights else _NO_WEIGHT)
+            found = [_empty_like(tensor) if want else None for tensor, want in zip(memory, wanted, strict=False)]
+            places = addresses((*d_results, *memory, *found))
+            if native.backward(_backward_call(layer.address, *ctx.sizes, *places)) == DONE:
+                return (None, None, None, *found)
+        kept = saved[:10] if is_grad_enabled() else memory
+        return (None, None, None, *_through_the_operator(ctx, given, kept, needs, need_weights))
+
+
+def _through_the_operator(
+    ctx: Any,
+    d_results: Sequence[Tensor | None],
+    kept: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    need_weights: bool,
+) -> list[Tensor | None]:
+    """What `_Scan.backward` returns, from the operator, which has derivatives and a rule for vmap."""
+    input, h_0, c_0, *weights, output, tape = kept
+    assert input is not None
+    assert output is not None
+    layer, (steps, batch) = ctx.layer, ctx.sizes
+
+    def rows(tensor: Tensor | None, *size: int) -> Any:
+        return None if tensor is None else tensor.reshape(steps * batch, *size).contiguous()
+
+    def state(tensor: Tensor | None, size: int) -> Any:
+        return None if tensor is None else tensor.reshape(1, batch, size).contiguous()
+
+    zeros = [output.new_zeros(1, batch, size) for size in (layer.state_size, layer.hidden_size)]
+    d_input, *d_weights, d_h_0, d_c_0 = scan.FORMULAS["cpu"].backward_op(
+        rows(d_results[0], layer.state_size),
+        state(d_results[1], layer.state_size),
+        state(d_results[2], layer.hidden_size),
+        rows(input, *(() if layer.ids else input.shape[-1:])),
+        *(None if weight is None else weight.unsqueeze(0) for weight in weights),
+        zeros[0] if h_0 is None else state(h_0, layer.state_size),
+        None if not layer.has_cell_state else zeros[1] if c_0 is None else state(c_0, layer.hidden_size),
+        None,
+        layer.cell,
+        False,
+        rows(output, layer.state_size),
+        output.new_empty(1, steps * batch, 0) if tape is None else tape,
+        needs[0],
+        need_weights,
+    )
+    gradients = zip((d_input, d_h_0, d_c_0, *d_weights), kept, needs, strict=False)
+    return [d.reshape(tensor.shape) if need and tensor is not None else None for d, tensor, need in gradients]
