@@ -75,7 +75,7 @@ class DropIn(nn.RNNBase):
         """
         cuts = lengths is not None or reset is not None
         may_be_direct = not (cuts or reset_to is not None or torch.compiler.is_compiling())
-        if may_be_direct and (result := direct.run(self, input, hx)) is not None:
+        if may_be_direct and (result := direct.run(self, input, hx, self.batch_first)) is not None:
             return result
         inputs.check_kind(input, lengths, reset, reset_to)
         for state in (hx, reset_to):
@@ -100,12 +100,11 @@ class DropIn(nn.RNNBase):
             hx, reset_to = (map_state(state, lambda part: part.unsqueeze(1)) for state in (hx, reset_to))
         input, reset = inputs.to_time_major(input, lengths, reset, batched, self.batch_first)
         if cuts:
-            segments = sequences.cut(input.shape[0], input.shape[1], lengths, reset, input.device)
-            output, state = _run_segments(self, input, hx, segments, reset_to)
+            output, state = _run_cut(self, input, hx, lengths, reset, reset_to)
         else:
             output, state = _run(self, input, hx, None)
-        if may_be_direct:
-            direct.prepare(self, input)
+            if may_be_direct:
+                direct.prepare(self, input)
         return inputs.from_time_major(output, state, batched, self.batch_first)
 
     def step(self, input: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
@@ -286,9 +285,31 @@ _FUNCTIONS: dict[str, Callable[..., tuple[Tensor, Any]]] = {
 }
 
 
-def _run_segments(layer: Any, input: Tensor, hx: Any, segments: Segments, reset_to: Any) -> tuple[Tensor, Any]:
-    """Time-major padded input, (T, B, I) or ids (T, B), as one ragged batch of segments."""
-    batch, dtype, bidirectional = input.shape[1], functional.lane_weights(layer)[0].w_hh.dtype, layer.bidirectional
+def _run_cut(layer: Any, input: Tensor, hx: Any, lengths: Any, reset: Any, reset_to: Any) -> tuple[Tensor, Any]:
+    """Time-major padded input, (T, B, I) or ids (T, B), with lengths or resets.
+
+    Cutting a batch takes longer than a small scan. Where all sequences are whole there is nothing to be cut, and where
+    resets come before the only step, as in acting, the states are reset instead.
+    """
+    steps, batch = input.shape[:2]
+    if lengths is None and steps == 1 and not layer.bidirectional:
+        hx, reset_to = _both_states(layer, input, hx, reset_to)
+        mask = reset.reshape(1, batch, 1).to(input.device)
+        hx = map_state(hx, lambda old, new: torch.where(mask, sequences.checked_reset(old, new), old), reset_to)
+    elif reset_to is not None or not sequences.are_whole(steps, batch, lengths, reset):
+        segments = sequences.cut(steps, batch, lengths, reset, input.device)
+        return _run_segments(layer, input, *_both_states(layer, input, hx, reset_to), segments)
+    if torch.compiler.is_compiling():
+        return _run(layer, input, hx, None)
+    if (result := direct.run(layer, input, hx, batch_first=False)) is None:
+        result = _run(layer, input, hx, None)
+        direct.prepare(layer, input)
+    return result
+
+
+def _both_states(layer: Any, input: Tensor, hx: Any, reset_to: Any) -> tuple[Any, Any]:
+    """The initial state and the one that resets return to, each of all columns."""
+    batch, dtype = input.shape[1], functional.lane_weights(layer)[0].w_hh.dtype
     if hx is None:
         hx = _zero_state(layer, batch, dtype, input.device)
     if reset_to is None:
@@ -297,6 +318,12 @@ def _run_segments(layer: Any, input: Tensor, hx: Any, segments: Segments, reset_
     reset_to = map_state(reset_to, lambda state: state.expand(-1, batch, -1) if state.shape[1] == 1 else state)
     _check_state_size(layer, hx, batch)
     _check_state_size(layer, reset_to, batch)
+    return hx, reset_to
+
+
+def _run_segments(layer: Any, input: Tensor, hx: Any, reset_to: Any, segments: Segments) -> tuple[Tensor, Any]:
+    """As one ragged batch."""
+    bidirectional = layer.bidirectional
     initial = map_state(hx, functools.partial(segments.initial, bidirectional=bidirectional), reset_to)
     rows, state = _run(layer, segments.gather(input), initial, segments.batch_sizes)
     final = map_state(state, functools.partial(segments.final, bidirectional=bidirectional), hx)

@@ -59,11 +59,7 @@ class Segments(NamedTuple):
 
         `state` and `reset_to` are (L*D, B, P).
         """
-        if reset_to.dtype != state.dtype:
-            raise RuntimeError(f"reset_to has dtype {reset_to.dtype}, the state has {state.dtype}; convert one of them")
-        if reset_to.device != state.device:
-            raise RuntimeError(f"reset_to is on {reset_to.device}, the state is on {state.device}; move one of them")
-        return _select(state, reset_to, self.sources, bidirectional)
+        return _select(state, checked_reset(state, reset_to), self.sources, bidirectional)
 
     def final(self, state: Tensor, initial: Tensor, bidirectional: bool) -> Tensor:
         """The columns' final states (L*D, B, P), from the segments' (L*D, S, P); of an empty column its initial one."""
@@ -110,6 +106,23 @@ def cut(
     if is_mapped(lengths) or is_mapped(reset):
         return _MappedSegments((steps, batch), *_mapped_plan(*arguments))
     return Segments((steps, batch), *_plan(*arguments))
+
+
+def are_whole(steps: int, batch: int, lengths: Tensor | Sequence[int] | None, reset: Tensor | None) -> bool:
+    """Whether no sequence ends early or is reset on the way, as far as lengths and resets can be looked at."""
+    if steps == 0 or torch.compiler.is_compiling() or is_mapped(reset):
+        return False
+    lengths = _check_lengths(steps, batch, lengths)
+    return not is_mapped(lengths) and bool((lengths == steps).all()) and (reset is None or not reset.any())
+
+
+def checked_reset(state: Tensor, reset_to: Tensor) -> Tensor:
+    """`reset_to`; raises RuntimeError if it cannot take the place of the state."""
+    if reset_to.dtype != state.dtype:
+        raise RuntimeError(f"reset_to has dtype {reset_to.dtype}, the state has {state.dtype}; convert one of them")
+    if reset_to.device != state.device:
+        raise RuntimeError(f"reset_to is on {reset_to.device}, the state is on {state.device}; move one of them")
+    return reset_to
 
 
 def _plan(lengths: Tensor, reset: Tensor | None, steps: int, batch: int, device: torch.device) -> tuple[Tensor, ...]:

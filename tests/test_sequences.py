@@ -93,6 +93,50 @@ def test_gradients_through_resets_are_those_of_a_loop(name: str, options: Any, t
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
+@pytest.mark.parametrize("to", ["zeros", "hx", "learned", "zeros from zeros", "learned from zeros"])
+@pytest.mark.parametrize(("name", "options"), OPTIONS)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_resets_before_the_only_step(name: str, options: Any, to: str, backend: str) -> None:
+    """As where an agent acts; nothing is cut then, and on the cpu backend the calls are direct."""
+    layer = make(name, backend=backend, dtype=torch.float64, **options)
+    reset = torch.tensor([True, False, True, False])
+    given = state_of(layer, requires_grad=True)
+    hx = None if "from" in to else given
+    begin = tree_map(torch.zeros_like, given) if hx is None else hx
+    learned = state_of(layer, batch=1, requires_grad=True)
+    reset_to = hx if to == "hx" else learned if "learned" in to else None
+    leaves = [*layer.parameters(), *(parts(hx) if hx is not None else ()), *(parts(learned) if "learned" in to else ())]
+    for batch_first in (False, True):
+        layer.batch_first = batch_first
+        for input in (torch.randn(1, BATCH, INPUTS, dtype=torch.float64), torch.randint(INPUTS, (1, BATCH))):
+            turned, mask = (x.transpose(0, 1) if batch_first else x for x in (input, reset[None]))
+            for _ in range(2):  # the second may be direct
+                layer.batch_first = False
+                expected = loop(layer, input, begin, reset[None], reset_to)
+                layer.batch_first = batch_first
+                output, final = layer(turned, hx, reset=mask, reset_to=reset_to)
+                actual = output.transpose(0, 1) if batch_first else output, final
+                torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+                gradients = [torch.autograd.grad(result[0].square().sum(), leaves) for result in (actual, expected)]
+                torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_step_with_resets_and_sequences_that_are_whole_are_not_cut(
+    name: str, direct_calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = make(name)
+    hx, input = state_of(layer), torch.randn(STEPS, BATCH, INPUTS)
+    whole: Any = {"lengths": [STEPS] * BATCH, "reset": torch.zeros(STEPS, BATCH, dtype=torch.bool)}
+    expected = layer(input, hx)
+    monkeypatch.setattr(rnnfast.sequences, "cut", None)
+    layer(input[:1], hx, reset=torch.ones(1, BATCH, dtype=torch.bool))
+    assert direct_calls == [0]
+    for options in (whole, {"lengths": torch.tensor(whole["lengths"])}, {"reset": whole["reset"]}):
+        torch.testing.assert_close(layer(input, hx, **options), expected, rtol=0, atol=0)
+    assert direct_calls == [0] * 4
+
+
 def test_second_derivatives(backend: str) -> None:
     layer = make("LSTM", bidirectional=True, backend=backend, dtype=torch.float64)
     input = torch.randn(5, 3, INPUTS, dtype=torch.float64, requires_grad=True)
@@ -401,6 +445,14 @@ def test_errors_are_clear() -> None:
         (IndexError, "token ids must be in", torch.full((STEPS, BATCH), 7), {"lengths": [9, 5, 3, 1]}),
         (RuntimeError, "Expected sequence length to be larger than 0", input[:0], {"lengths": [0] * BATCH}),
         (RuntimeError, "Expected 3, got 4", torch.randn(STEPS, BATCH, 4), {"lengths": [9, 5, 3, 1]}),
+    ]
+    one, mask = input[:1], reset[:1]
+    cases += [
+        (RuntimeError, "Expected hidden size", one, {"reset": mask, "reset_to": state_of(layer, batch=3)}),
+        (RuntimeError, "Expected hidden size", one, {"reset": mask, "hx": state_of(layer, batch=3)}),
+        (RuntimeError, "reset_to has dtype", one, {"reset": mask, "reset_to": state_of(layer).double()}),
+        (ValueError, r"shape without features, \(1, 4\), got \(4, 1\)", one, {"reset": mask.t()}),
+        (RuntimeError, "Expected 3, got 4", torch.randn(1, BATCH, 4), {"reset": mask}),
     ]
     for error, message, given, options in cases:
         with pytest.raises(error, match=message):

@@ -31,19 +31,20 @@ _infer_call = Struct("9q").pack
 _requires_grad: Any = torch._C.TensorBase.requires_grad.__get__  # type: ignore[attr-defined]
 
 
-def run(layer: Any, input: Any, hx: Any) -> tuple[Tensor, Any] | None:
+def run(layer: Any, input: Any, hx: Any, batch_first: bool) -> tuple[Tensor, Any] | None:
     """Returns what `layer(input, hx)` does, or None where the general way must be taken.
 
     Args:
         layer: an RNN, LSTM or GRU.
         input, hx: whatever `layer.forward` was given.
+        batch_first: how the input is laid out, if it is batched.
     """
     plan = plan_of(layer)
     if plan is None or type(input) is not Tensor or input.is_nested:
         return None
     ids = input.dtype is torch.int64
     dims = input.dim() + ids
-    transposed = dims == 3 and layer.batch_first
+    transposed = dims == 3 and batch_first
     if transposed:
         input = input.transpose(0, 1)
     if dims not in (2, 3):
