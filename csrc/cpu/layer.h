@@ -332,7 +332,8 @@ class Walk {
 class RowsAhead {
  public:
   // Fetched under as many pieces.
-  explicit RowsAhead(int64_t pieces = 1) : pieces_(pieces) {}
+  explicit RowsAhead(int64_t pieces) : pieces_(pieces) {}
+  RowsAhead() : RowsAhead(1) {}
   // `count` rows, of which `bytes` each, `stride` bytes from one to the next.
   void add(const void* data, int64_t bytes, int64_t count, int64_t stride) {
     if (!data) return;

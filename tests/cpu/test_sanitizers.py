@@ -48,12 +48,7 @@ def test_memory_under_sanitizers(sanitizer: str, tmp_path: Path) -> None:
 
 @pytest.mark.skipif("RNNFAST_SANITIZE" not in os.environ, reason="takes minutes; set RNNFAST_SANITIZE=1 to run it")
 def test_kernels_under_address_sanitizer(tmp_path: Path) -> None:
-    objects, instruction_sets, defines = [], dict(native._INSTRUCTION_SETS), ""
-    if "amx" in instruction_sets:
-        if native._accepts(COMPILER, instruction_sets["amx"]):
-            defines = "-DRNNFAST_AMX"
-        else:
-            del instruction_sets["amx"]
+    objects, (instruction_sets, defines) = [], native._instruction_sets(COMPILER)
     for isa, flags in instruction_sets.items():
         objects.append(str(tmp_path / f"{isa}.o"))
         flags = f"-std=c++17 -O1 -g -ffp-contract=off -Wno-psabi -fno-sanitize-recover=all -DRNNFAST_ISA={isa} {flags}"
