@@ -1,4 +1,5 @@
-// Threads and the barrier between time steps. Not templates: one copy serves all instruction sets.
+// Threads and the barrier between time steps. Not templates, but for one of the caller's own function: one copy serves all
+// instruction sets.
 #pragma once
 
 #include <atomic>
@@ -19,9 +20,7 @@ bool spin_while(const std::atomic<uint32_t>& word, uint32_t value);
 // Spins for some ten microseconds, then sleeps: a waiting thread must not hold a core that the others need.
 class Barrier {
  public:
-  void wait(int members) {
-    wait(members, [] {});
-  }
+  void wait(int members);
   // `between` runs in one thread after all have come and before any goes on.
   template <class F>
   void wait(int members, F between) {

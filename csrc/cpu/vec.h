@@ -1,7 +1,8 @@
 // Vectors of the instruction set this file is compiled for: GCC/Clang vector types and the few operations they lack.
 //
-// Everything lives in namespace RNNFAST_ISA, and nothing from std is instantiated in a file that includes this one:
-// the linker would otherwise be free to keep the AVX-512 copy of a shared inline function for every machine.
+// Everything lives in namespace RNNFAST_ISA, and a file that includes this one makes no copy of its own of any other function:
+// the linker would be free to keep the AVX-512 copy of a shared inline function for every machine. So templates of std are used
+// with our own types only, or where they leave nothing but inlined code. tests/cpu/test_build.py looks into the objects.
 #pragma once
 
 #include <cstdint>

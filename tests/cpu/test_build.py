@@ -69,6 +69,19 @@ def test_the_compiler_warns_of_nothing(tmp_path: Path) -> None:
     ninja(tmp_path, *(f"{name}.o" for name in (*files, *known)), compiler=compiler)
 
 
+# A function that several objects have is linked once, from any of them: one for new processors must not be for all.
+@needs_compiler
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm, of the binutils")
+def test_an_instruction_set_shares_no_function(tmp_path: Path) -> None:
+    *_, newest = native._instruction_sets(building.compiler())[0]
+    ninja(tmp_path, f"{newest}.o")
+    command = ["nm", "--demangle", "--defined-only", str(tmp_path / f"{newest}.o")]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    functions = [line.split(" W ")[1] for line in said.splitlines() if " W " in line]
+    assert functions
+    assert [name for name in functions if f"rnnfast::{newest}::" not in name] == []
+
+
 def test_a_compiler_may_lack_newer_instruction_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     sources = building.sources()
     assert sources is not None

@@ -37,7 +37,8 @@ def run_program(program: Path, **environment: str) -> None:
 
 
 def test_barrier_under_thread_sanitizer(tmp_path: Path) -> None:
-    program = compile_program(tmp_path, "thread", str(HERE / "barrier.cpp"), str(CSRC / "threads.cpp"))
+    sources = [str(file) for file in (HERE / "barrier.cpp", CSRC / "threads.cpp", CSRC / "sharing.cpp")]
+    program = compile_program(tmp_path, "thread", *sources)
     run_program(program, TSAN_OPTIONS="halt_on_error=1")
 
 
@@ -57,7 +58,7 @@ def test_kernels_under_address_sanitizer(tmp_path: Path) -> None:
         subprocess.run(command, check=True)
     sources = [
         str(HERE / "sanitize.cpp"),
-        *(str(CSRC / f"{name}.cpp") for name in ("threads", "memory", "choose")),
+        *(str(CSRC / f"{name}.cpp") for name in ("threads", "sharing", "memory", "choose")),
         *objects,
     ]
     program = compile_program(tmp_path, "address,undefined", *sources, defines=defines)
