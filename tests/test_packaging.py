@@ -142,3 +142,12 @@ def test_a_second_build_ships_nothing_of_the_first(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(installed)}
     found = subprocess.run(ask, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
     assert found.split() == [str(path) for path in (installed / "rnnfast").glob("*.so")]
+
+
+def test_the_core_imports_torch_alone() -> None:
+    others = ("jsonargparse", "matplotlib", "ninja", "numpy", "safetensors", "tqdm", "triton", "yaml")
+    lines = ("import torch, sys", "before = set(sys.modules)", "import rnnfast", "print(*(set(sys.modules) - before))")
+    command = [sys.executable, "-c", "\n".join(lines)]
+    said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    assert "rnnfast.layers" in said.split()
+    assert not {name.partition(".")[0] for name in said.split()} & set(others)

@@ -11,7 +11,8 @@ namespace rnnfast {
 // How many threads a call may use of `wanted`: 1 in a forked child, where the parent's are gone.
 int usable_threads(int wanted);
 
-// Runs body(context, thread, threads) on at most `threads` threads of the pool that torch uses.
+// Runs body(context, thread, threads) on at most `threads` threads of OpenMP's: of the pool that torch uses where both have GCC's
+// libgomp; clang's libomp keeps a second one.
 void run_parallel(int threads, void (*body)(void* context, int thread, int threads), void* context);
 
 // Waits some ten microseconds for a word to change, and says whether it did.
