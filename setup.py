@@ -7,6 +7,7 @@ import types
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
@@ -26,9 +27,17 @@ class BuildPython(build_py):
     """Ships csrc/ within the package, to be compiled on first use where it was not at installation."""
 
     def run(self):
+        package = Path(self.build_lib, "rnnfast")
+        if not self.editable_mode:
+            # Else what is left of an earlier build is shipped, too: files that are gone, libraries of other sources.
+            name_of = self.get_finalized_command("build_ext").get_ext_filename
+            libraries = {Path(name_of(extension.name)).name for extension in extensions}
+            for path in package.rglob("*"):
+                if path.is_file() and path.name not in libraries:
+                    path.unlink()
         super().run()
         if not self.editable_mode:
-            shutil.copytree(ROOT / "csrc", Path(self.build_lib) / "rnnfast/csrc", dirs_exist_ok=True)
+            shutil.copytree(ROOT / "csrc", package / "csrc", dirs_exist_ok=True)
 
 
 class BuildNative(build_ext):
@@ -51,6 +60,14 @@ class BuildNative(build_ext):
             self.warn(f"{target.name} was not compiled; it will be tried again on first use: {error}")
 
 
+class Wheel(bdist_wheel):
+    """The libraries use torch's stable ABI and nothing of Python's: one wheel serves all versions."""
+
+    def get_tag(self):
+        *_, platform = super().get_tag()
+        return "py3", "none", platform
+
+
 extensions = []
 if importlib.util.find_spec("torch") is not None:
     if native.why_not() is None:
@@ -60,4 +77,4 @@ if importlib.util.find_spec("torch") is not None:
 # A toolkit and a torch for CUDA are what it takes; a GPU need not be here, where the package is built.
 if cuda.torch_cuda() is not None and cuda.why_not_compile() is None:
     extensions.append(Extension("rnnfast.librnnfast_cuda", [], optional=True))
-setup(ext_modules=extensions, cmdclass={"build_py": BuildPython, "build_ext": BuildNative})
+setup(ext_modules=extensions, cmdclass={"build_py": BuildPython, "build_ext": BuildNative, "bdist_wheel": Wheel})

@@ -6,6 +6,7 @@ from rnnfast import functional, sequences
 from rnnfast.cell_modules import GRUCell, LSTMCell, RNNCell
 from rnnfast.direct import forget_packed_weights
 from rnnfast.dispatch import backends, explain, use_backend
+from rnnfast.errors import UserError
 from rnnfast.layers import GRU, LSTM, RNN
 from rnnfast.stack import Stack
 from rnnfast.stream import Stream
@@ -26,6 +27,7 @@ __all__ = [
     "RNNCell",
     "Stack",
     "Stream",
+    "UserError",
     "accelerate",
     "backends",
     "explain",

@@ -19,7 +19,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 import rnnfast
 from rnnfast.bench import command as bench
-from rnnfast.files import UserError, note, reason
+from rnnfast.errors import UserError, note, reason
 from rnnfast.lm import checkpoint
 from rnnfast.lm.config import TrainConfig, flag, pick_device
 from rnnfast.lm.generate import encode_prefix, generate, render

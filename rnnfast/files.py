@@ -1,25 +1,12 @@
-"""What every verb needs around it: the one user error, notes to the terminal, and files written whole or not at all."""
+"""Files that are written whole or not at all."""
 
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 from pathlib import Path
 
-
-class UserError(Exception):
-    """Something the user can put right. The message is one line and says what to do."""
-
-
-def note(message: str) -> None:
-    """Tell the user something in one line on stderr, apart from the program's output."""
-    print(f"rnnfast: {message}", file=sys.stderr)
-
-
-def reason(error: OSError) -> str:
-    """The bare reason of an operating system error: "No space left on device", without number and path."""
-    return error.strerror or str(error)
+from rnnfast.errors import UserError, reason
 
 
 def atomic_write(path: Path, data: bytes) -> None:

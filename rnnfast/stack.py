@@ -181,7 +181,7 @@ class Stack(nn.Module):
         return len(self.hidden_sizes)
 
     def flatten_parameters(self) -> None:
-        """Nothing: there is no other memory for them, and code written for torch.nn's layers calls it."""
+        """Does nothing; kept because code written for torch.nn calls it."""
 
     def _suffixes(self, layer: int) -> list[str]:
         return [f"_l{layer}", f"_l{layer}_reverse"] if self.bidirectional else [f"_l{layer}"]

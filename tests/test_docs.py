@@ -336,6 +336,11 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+def test_the_names_of_d2l_are_told() -> None:
+    told = set(re.findall(r"`(\w+)`", (DOCS / "pipeline.md").read_text()))
+    assert set(importlib.import_module("rnnfast.d2l").__all__) <= told
+
+
 @pytest.mark.parametrize("page", [pytest.param(page, id=page.name) for page in PAGES])
 def test_links_lead_somewhere(page: Path) -> None:
     text = re.sub(r"^```.*?^```|`[^`\n]*`", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)

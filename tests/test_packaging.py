@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from rnnfast.backends import native
+
 ROOT = Path(__file__).parent.parent
 NEEDED = 77  # of setuptools, which before does not know pyproject's license field
 FOLDERS = ("csrc", "rnnfast", "tests", "docs", "examples", "benchmarks", ".ci")
@@ -34,32 +36,49 @@ pytestmark = [
 BUILD = """
 import sys
 from setuptools import build_meta
-folder = sys.argv[1]  # setuptools has arguments of its own
-build_meta.build_sdist(folder)
-build_meta.build_wheel(folder)
+kind, folder = sys.argv[1:]  # setuptools has arguments of its own
+getattr(build_meta, f"build_{kind}")(folder)
 """
+# What it compiles and links is an empty file.
+COMPILER = """#!/bin/sh
+while [ $# -gt 0 ]; do
+  if [ "$1" = -o ]; then : >"$2"; fi
+  shift
+done
+"""
+
+
+def copy_checkout(source: Path) -> None:
+    """All of it but what git ignores."""
+    for name in FOLDERS:
+        ignored = shutil.ignore_patterns("*.so", "__pycache__", ".*cache", "results")
+        shutil.copytree(ROOT / name, source / name, ignore=ignored)
+    for path in (*FILES, "Makefile", "requirements-dev.txt"):
+        shutil.copy(ROOT / path, source / path)
+
+
+def build(kind: str, source: Path, out: Path, compiler: str = "/nonexistent") -> Path:
+    """Makes the "sdist" or the "wheel"."""
+    out.mkdir()
+    environment = os.environ | {"CXX": compiler, "CUDA_HOME": "", "CUDA_PATH": "", "PATH": os.defpath}
+    command = [sys.executable, "-c", BUILD, kind, str(out)]
+    done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (made,) = out.iterdir()
+    return made
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], set[str]]:
     """The names in the sdist, without its own folder, and in the wheel, built from a copy of the checkout."""
     folder = tmp_path_factory.mktemp("packaging")
-    source, out = folder / "source", folder / "out"
-    for name in FOLDERS:
-        # Not what git ignores, except for a library and a cache made here, which must not be shipped.
-        ignored = shutil.ignore_patterns("*.so", "__pycache__", ".*cache", "results")
-        shutil.copytree(ROOT / name, source / name, ignore=ignored)
-    for path in (*FILES, "Makefile", "requirements-dev.txt"):
-        shutil.copy(ROOT / path, source / path)
+    source = folder / "source"
+    copy_checkout(source)
+    # A library and a cache, which must not be shipped.
     (source / "rnnfast/librnnfast-000000000000.so").touch()
     (source / "tests/__pycache__").mkdir()
     (source / "tests/__pycache__/conftest.cpython-311.pyc").touch()
-    out.mkdir()
-    environment = os.environ | {"CXX": "/nonexistent", "CUDA_HOME": "", "CUDA_PATH": "", "PATH": os.defpath}
-    command = [sys.executable, "-c", BUILD, str(out)]
-    done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    (sdist,), (wheel,) = out.glob("*.tar.gz"), out.glob("*.whl")
+    sdist, wheel = (build(kind, source, folder / kind) for kind in ("sdist", "wheel"))
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     return names, set(zipfile.ZipFile(wheel).namelist())
@@ -91,3 +110,44 @@ def test_the_sdist_has_the_whole_project(built: tuple[set[str], set[str]]) -> No
         assert files_below(folder) <= sdist, folder
     assert {*FILES, "Makefile", "requirements-dev.txt", ".ci/run", "tests/conftest.py"} <= sdist
     assert not [name for name in sdist if name.endswith((".so", ".pyc")) or "__pycache__/" in name]
+
+
+@pytest.mark.skipif(native._ninja() is None, reason="needs ninja")
+def test_a_second_build_ships_nothing_of_the_first(tmp_path: Path) -> None:
+    source, compiler = tmp_path / "source", tmp_path / "compiler"
+    copy_checkout(source)
+    compiler.write_text(COMPILER)
+    compiler.chmod(0o755)
+    build("wheel", source, tmp_path / "first", str(compiler))
+    gone = {"csrc/cpu/near.h", "rnnfast/flops.py"}
+    for name in gone:
+        (source / name).unlink()
+    wheel, installed = build("wheel", source, tmp_path / "second", str(compiler)), tmp_path / "installed"
+    assert wheel.name.startswith("rnnfast-0.1.0-py3-none-linux_"), "the library needs no certain Python"
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-index",
+        "--no-deps",
+        "--target",
+        str(installed),
+        wheel,
+    ]
+    subprocess.run(pip, check=True)
+    assert not [name for name in gone if (installed / name).exists() or (installed / "rnnfast" / name).exists()]
+    ask = [sys.executable, "-c", "from rnnfast.backends import native; print(native._installed())"]
+    environment = os.environ | {"PYTHONPATH": str(installed)}
+    found = subprocess.run(ask, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+    assert found.split() == [str(path) for path in (installed / "rnnfast").glob("*.so")]
+
+
+def test_the_core_imports_torch_alone() -> None:
+    others = ("jsonargparse", "matplotlib", "ninja", "numpy", "safetensors", "tqdm", "triton", "yaml")
+    lines = ("import torch, sys", "before = set(sys.modules)", "import rnnfast", "print(*(set(sys.modules) - before))")
+    command = [sys.executable, "-c", "\n".join(lines)]
+    said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    assert "rnnfast.layers" in said.split()
+    assert not {name.partition(".")[0] for name in said.split()} & set(others)

@@ -23,9 +23,11 @@ extern const Kernels kernels;
 namespace avx512 {
 extern const Kernels kernels;
 }
+#if defined(RNNFAST_AVX512_BF16)
 namespace avx512_bf16 {
 extern const Kernels kernels;
 }
+#endif
 #if defined(RNNFAST_AMX)
 namespace amx {
 extern const Kernels kernels;
@@ -61,15 +63,19 @@ Choice choose() {
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
   const char* wanted = std::getenv("RNNFAST_CPU_ISA");
+#if defined(RNNFAST_AVX512_BF16)
+  const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
   // Intel's bfloat16 product of vectors runs at half the rate of its float32 product: it is taken only if asked for.
   const bool slow_bf16 = __builtin_cpu_is("intel") && !(wanted && *wanted);
+#endif
   const Choice choices[] = {
 #if defined(RNNFAST_AMX)
                             {"amx", has_bf16 && may_use_amx(), avx512::kernels, amx::kernels},
 #endif
+#if defined(RNNFAST_AVX512_BF16)
                             {"avx512_bf16", has_bf16 && !slow_bf16, avx512::kernels, avx512_bf16::kernels},
+#endif
                             {"avx512", has_avx512, avx512::kernels, avx512::kernels},
                             {"avx2", has_avx2, avx2::kernels, avx2::kernels},
                             {"generic", true, generic::kernels, generic::kernels}};

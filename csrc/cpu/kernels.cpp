@@ -47,7 +47,7 @@ void forward(const ForwardArgs& x, int available) {
   Carver carver(memory.data());
   scan.carve(carver);
   Barrier all;
-  Team team(split, scan);
+  Team team = team_of(split, scan);
   parallel(split.threads, [&](int thread, int threads) {
     Carver mine(memory.data() + shared.used() + own.used() * thread);
     auto local = scan.carve_local(mine);
@@ -105,7 +105,7 @@ void scan_then_tasks(const Scan& scan, const Weights& weights, const ScanShape& 
                      size_t own_bytes, int64_t tasks, Task run) {
   std::atomic<int64_t> next{0};
   Barrier all;
-  Team team(split, scan);
+  Team team = team_of(split, scan);
   parallel(split.threads, [&](int thread, int threads) {
     char* mine = locals + own_bytes * thread;
     scan.pack(thread, threads);
@@ -155,7 +155,7 @@ void extended_forward(const ExtendedForwardArgs& x, int available) {
   Carver carver(memory.data());
   scan.carve(carver);
   Barrier all;
-  Team team(split, scan);
+  Team team = team_of(split, scan);
   parallel(split.threads, [&](int thread, int threads) {
     Carver mine(memory.data() + shared.used() + own.used() * thread);
     auto local = scan.carve_local(mine);

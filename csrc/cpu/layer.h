@@ -1,7 +1,6 @@
 // What forward and backward share: weights packed for the forward scan, the split of work over threads, and the walk.
 #pragma once
 
-#include <memory>
 #include <optional>
 
 #include "../scan.h"
@@ -197,28 +196,10 @@ RNNFAST_INLINE int64_t row_groups(const ScanShape& s, const Split& split, const 
   return max64(1, min64(wanted, most));
 }
 
-// What the threads of a scan have in common.
-struct Team {
-  Barrier barrier;
-  std::unique_ptr<Deal> deal;    // where pieces are dealt
-  std::unique_ptr<Relay> relay;  // where every thread walks alone
-
-  template <class Scan>
-  Team(const Split& split, const Scan& scan) {
-    if (split.dealt) deal = std::make_unique<Deal>(split.members, scan.pieces(), steps_walked() & 1);
-    if (split.threads > 1 && !split.together()) relay = std::make_unique<Relay>();
-  }
-  Team() = default;
-  // Before a step, where rows may go on in another thread.
-  void share(Item& item, int64_t done) {
-    if (relay) relay->share(item, done);
-  }
-  void end_step(int members) {
-    barrier.wait(members, [&] {
-      if (deal) deal->next_step();
-    });
-  }
-};
+template <class Scan>
+Team team_of(const Split& split, const Scan& scan) {
+  return {split.threads, split.together(), split.dealt ? scan.pieces() : 0};
+}
 
 RNNFAST_INLINE Item item_of(const ScanShape& s, const Split& split, int64_t i) {
   if (!split.items_per_lane) return {0, s.lanes, 0, s.batch};
@@ -332,7 +313,8 @@ class Walk {
 class RowsAhead {
  public:
   // Fetched under as many pieces.
-  explicit RowsAhead(int64_t pieces = 1) : pieces_(pieces) {}
+  explicit RowsAhead(int64_t pieces) : pieces_(pieces) {}
+  RowsAhead() : RowsAhead(1) {}
   // `count` rows, of which `bytes` each, `stride` bytes from one to the next.
   void add(const void* data, int64_t bytes, int64_t count, int64_t stride) {
     if (!data) return;

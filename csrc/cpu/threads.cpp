@@ -51,6 +51,10 @@ void run_parallel(int threads, void (*body)(void*, int, int), void* context) {
   body(context, omp_get_thread_num(), omp_get_num_threads());
 }
 
+void Barrier::wait(int members) {
+  wait(members, [] {});
+}
+
 void Barrier::release(uint32_t phase) {
   arrived_.store(0, std::memory_order_relaxed);
   phase_.store(phase + 1);  // sequentially consistent, as are the sleepers' steps below: no wake-up is lost

@@ -1,4 +1,5 @@
-// Threads and the barrier between time steps. Not templates: one copy serves all instruction sets.
+// Threads and the barrier between time steps. Not templates, but for one of the caller's own function: one copy serves all
+// instruction sets.
 #pragma once
 
 #include <atomic>
@@ -10,7 +11,8 @@ namespace rnnfast {
 // How many threads a call may use of `wanted`: 1 in a forked child, where the parent's are gone.
 int usable_threads(int wanted);
 
-// Runs body(context, thread, threads) on at most `threads` threads of the pool that torch uses.
+// Runs body(context, thread, threads) on at most `threads` threads of OpenMP's: of the pool that torch uses where both have GCC's
+// libgomp; clang's libomp keeps a second one.
 void run_parallel(int threads, void (*body)(void* context, int thread, int threads), void* context);
 
 // Waits some ten microseconds for a word to change, and says whether it did.
@@ -19,9 +21,7 @@ bool spin_while(const std::atomic<uint32_t>& word, uint32_t value);
 // Spins for some ten microseconds, then sleeps: a waiting thread must not hold a core that the others need.
 class Barrier {
  public:
-  void wait(int members) {
-    wait(members, [] {});
-  }
+  void wait(int members);
   // `between` runs in one thread after all have come and before any goes on.
   template <class F>
   void wait(int members, F between) {

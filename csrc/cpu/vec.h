@@ -1,7 +1,8 @@
 // Vectors of the instruction set this file is compiled for: GCC/Clang vector types and the few operations they lack.
 //
-// Everything lives in namespace RNNFAST_ISA, and nothing from std is instantiated in a file that includes this one:
-// the linker would otherwise be free to keep the AVX-512 copy of a shared inline function for every machine.
+// Everything lives in namespace RNNFAST_ISA, and a file that includes this one makes no copy of its own of any other function:
+// the linker would be free to keep the AVX-512 copy of a shared inline function for every machine. So templates of std are used
+// with our own types only, or where they leave nothing but inlined code. tests/cpu/test_build.py looks into the objects.
 #pragma once
 
 #include <cstdint>
@@ -9,6 +10,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #if !defined(RNNFAST_ISA)
@@ -76,6 +79,9 @@ RNNFAST_INLINE F64 fma(F64 a, F64 b, F64 c) { return (F64)_mm512_fmadd_pd((__m51
 #elif defined(__FMA__)
 RNNFAST_INLINE F32 fma(F32 a, F32 b, F32 c) { return (F32)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 RNNFAST_INLINE F64 fma(F64 a, F64 b, F64 c) { return (F64)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c); }
+#elif defined(__aarch64__)
+RNNFAST_INLINE F32 fma(F32 a, F32 b, F32 c) { return (F32)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+RNNFAST_INLINE F64 fma(F64 a, F64 b, F64 c) { return (F64)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b); }
 #else
 RNNFAST_INLINE F32 fma(F32 a, F32 b, F32 c) { return a * b + c; }
 RNNFAST_INLINE F64 fma(F64 a, F64 b, F64 c) { return a * b + c; }
@@ -93,6 +99,9 @@ RNNFAST_INLINE F64 fnma(F64 a, F64 b, F64 c) { return (F64)_mm512_fnmadd_pd((__m
 #elif defined(__FMA__)
 RNNFAST_INLINE F32 fnma(F32 a, F32 b, F32 c) { return (F32)_mm256_fnmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 RNNFAST_INLINE F64 fnma(F64 a, F64 b, F64 c) { return (F64)_mm256_fnmadd_pd((__m256d)a, (__m256d)b, (__m256d)c); }
+#elif defined(__aarch64__)
+RNNFAST_INLINE F32 fnma(F32 a, F32 b, F32 c) { return (F32)vfmsq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+RNNFAST_INLINE F64 fnma(F64 a, F64 b, F64 c) { return (F64)vfmsq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b); }
 #else
 RNNFAST_INLINE F32 fnma(F32 a, F32 b, F32 c) { return c - a * b; }
 RNNFAST_INLINE F64 fnma(F64 a, F64 b, F64 c) { return c - a * b; }

@@ -38,6 +38,7 @@ _INSTRUCTION_SETS = {"generic": ""}
 if platform.machine() in ("x86_64", "AMD64"):
     _INSTRUCTION_SETS |= {"avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": f"{_AVX512} -mavx512bf16"}
     _INSTRUCTION_SETS["amx"] = f"{_AVX512} -mavx512bf16 -mamx-tile -mamx-bf16"
+_NEWER = ("avx512_bf16", "amx")  # than some compilers that know the rest; the library is complete without them
 
 # Operators of this backend alone: weights packed once for many calls without gradients, and what is done with them.
 _SCHEMAS = (
@@ -351,12 +352,7 @@ def source_hash() -> str:
 
 def _ninja_file(sources: Path, compiler: Sequence[str], torch_folder: Path) -> str:
     include = torch_folder / "include"
-    instruction_sets, defines = dict(_INSTRUCTION_SETS), ""
-    if "amx" in instruction_sets:
-        if _accepts(compiler, instruction_sets["amx"]):
-            defines = "-DRNNFAST_AMX"
-        else:  # a compiler older than the instructions; the library is complete without them
-            del instruction_sets["amx"]
+    instruction_sets, defines = _instruction_sets(compiler)
 
     def words(*each: object) -> str:  # for the shell, behind ninja's own `$`
         return shlex.join(map(str, each)).replace("$", "$$")
@@ -384,6 +380,14 @@ def _ninja_file(sources: Path, compiler: Sequence[str], torch_folder: Path) -> s
             objects.append(f"{path.stem}.o")
             lines.append(f"build {path.stem}.o: compile {path_of(path)}")
     return "\n".join([*lines, f"build library.so: link {' '.join(objects)}", ""])
+
+
+def _instruction_sets(compiler: Sequence[str]) -> tuple[dict[str, str], str]:
+    """The flags of those that the compiler knows, and the macros that tell csrc/cpu/choose.cpp of the newer ones."""
+    known = {
+        name: flags for name, flags in _INSTRUCTION_SETS.items() if name not in _NEWER or _accepts(compiler, flags)
+    }
+    return known, " ".join(f"-DRNNFAST_{name.upper()}" for name in _NEWER if name in known)
 
 
 def _accepts(compiler: Sequence[str], flags: str) -> bool:

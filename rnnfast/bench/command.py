@@ -23,7 +23,8 @@ from rnnfast.bench.measure import copy_bandwidth, cpu_model, fma_peak
 from rnnfast.bench.presets import FLAGS, PRESETS, Grid, cases
 from rnnfast.bench.report import Report
 from rnnfast.bench.stream import threads
-from rnnfast.files import UserError, atomic_write, note, reason
+from rnnfast.errors import UserError, note, reason
+from rnnfast.files import atomic_write
 from rnnfast.lm.config import check_backend
 
 DESCRIPTION = "Time rnnfast beside torch.nn and other libraries on this machine, after a comparison of their results."

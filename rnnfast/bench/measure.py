@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rnnfast.backends import native
 from rnnfast.cells import cell_of
-from rnnfast.files import UserError, note
+from rnnfast.errors import UserError, note
 
 Turn = Callable[[int], float]
 """Does its work so many times, and returns the seconds that took."""

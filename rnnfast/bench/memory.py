@@ -22,7 +22,7 @@ import rnnfast
 from rnnfast.bench.layers import LayerCase, check_parity, contestants, set_up, torch_contestant
 from rnnfast.bench.measure import sample
 from rnnfast.bench.report import OURS, TORCH, Row
-from rnnfast.files import UserError
+from rnnfast.errors import UserError
 
 RUNS = 3
 # Large blocks are given back to the system as soon as they are free; otherwise glibc adapts, and the figures jump.

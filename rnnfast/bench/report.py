@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from rnnfast.bench.measure import NO_LIMITS, Limits, Sample
-from rnnfast.files import atomic_write, note
+from rnnfast.errors import note
+from rnnfast.files import atomic_write
 
 OURS, TORCH = "rnnfast", "torch.nn"
 BEST = "the best peer"

@@ -12,7 +12,7 @@ from rnnfast import dispatch
 from rnnfast.bench.measure import TOLERANCE, Work, alternate_with_limits, check_same, timed
 from rnnfast.bench.report import OURS, Row
 from rnnfast.cells import Cell, cell_of
-from rnnfast.files import UserError
+from rnnfast.errors import UserError
 
 VOCABULARY = 28
 FORWARD_RESULTS = ("output", "h_n", "c_n", "tape")

@@ -6,7 +6,7 @@ ids = lm.encode_prefix("time traveller", result.vocab)
 print("".join(lm.render(lm.generate(result.model, ids, 50), result.vocab)))
 """
 
-from rnnfast.files import UserError
+from rnnfast.errors import UserError
 from rnnfast.lm.checkpoint import Checkpoint, load_model
 from rnnfast.lm.config import TrainConfig, build_model
 from rnnfast.lm.data import Batches, Corpus, load_corpus, random_batches, sequential_batches

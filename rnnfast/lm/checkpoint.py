@@ -16,7 +16,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from rnnfast.files import UserError, atomic_write, reason
+from rnnfast.errors import UserError, reason
+from rnnfast.files import atomic_write
 from rnnfast.lm.config import TrainConfig, build_model, check_backend, pick_device
 from rnnfast.lm.vocab import Vocab
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_type_hints
 import torch
 
 from rnnfast import functional
-from rnnfast.files import UserError
+from rnnfast.errors import UserError
 from rnnfast.lm.model import RNNLM, RNNLMScratch
 
 

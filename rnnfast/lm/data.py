@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from rnnfast import building
-from rnnfast.files import UserError, atomic_write, note, reason
+from rnnfast.errors import UserError, note, reason
+from rnnfast.files import atomic_write
 from rnnfast.lm.vocab import Vocab
 
 TIME_MACHINE_URL = "http://d2l-data.s3-accelerate.amazonaws.com/timemachine.txt"

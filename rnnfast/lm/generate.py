@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rnnfast import dispatch, functional
-from rnnfast.files import UserError, note
+from rnnfast.errors import UserError, note
 from rnnfast.layers import is_hooked
 from rnnfast.lm.model import RNNLM, RNNLMScratch, State
 from rnnfast.lm.vocab import Vocab

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import rnnfast
 from rnnfast import functional
-from rnnfast.files import UserError
+from rnnfast.errors import UserError
 
 State = Any
 """A recurrent state: a tensor (layers * directions, B, hidden), for an LSTM a pair of them; None at the start."""

@@ -6,7 +6,8 @@ import io
 from pathlib import Path
 from typing import Any
 
-from rnnfast.files import atomic_write, note
+from rnnfast.errors import note
+from rnnfast.files import atomic_write
 
 
 def plot(records: list[dict[str, Any]], path: Path, title: str = "") -> None:

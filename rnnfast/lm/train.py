@@ -23,7 +23,8 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
-from rnnfast.files import UserError, atomic_write, note, reason
+from rnnfast.errors import UserError, note, reason
+from rnnfast.files import atomic_write
 from rnnfast.lm import checkpoint as checkpoints
 from rnnfast.lm.config import TrainConfig, check_backend, flag, pick_device
 from rnnfast.lm.data import load_corpus

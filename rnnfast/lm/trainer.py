@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rnnfast.files import UserError
+from rnnfast.errors import UserError
 from rnnfast.lm import checkpoint as checkpoints
 from rnnfast.lm.checkpoint import Checkpoint
 from rnnfast.lm.config import TrainConfig, build_model, pick_device

@@ -1,5 +1,8 @@
 // The barrier between time steps, and the pieces dealt in them, under contention, for ThreadSanitizer. Returns 0 where all is well.
+#include <atomic>
 #include <chrono>
+#include <cstdlib>
+#include <new>
 #include <thread>
 #include <vector>
 
@@ -9,6 +12,9 @@
 namespace {
 
 constexpr int THREADS = 4, ROUNDS = 3000;
+
+thread_local bool gives = false;
+std::atomic<bool> allocated{false};  // while giving work away, where an exception would end the process
 
 void sleep(int microseconds) { std::this_thread::sleep_for(std::chrono::microseconds(microseconds)); }
 
@@ -68,11 +74,13 @@ bool pieces_are_dealt_once() {
 bool rows_are_relayed() {
   constexpr int64_t ROWS = 50, STEPS = 20;
   for (int round = 0; round < ROUNDS / 10; ++round) {
-    rnnfast::Relay relay;
+    rnnfast::Relay relay(THREADS);
     int64_t done[THREADS * ROWS] = {};
     const auto run = [&](rnnfast::Item item, int thread) {
       for (int64_t step = item.done; step < STEPS; ++step) {
+        gives = true;
         relay.share(item, step);
+        gives = false;
         for (int64_t row = item.first; row < item.end; ++row) {
           if (done[row] != step) return true;
           ++done[row];
@@ -95,4 +103,12 @@ bool rows_are_relayed() {
 
 }  // namespace
 
-int main() { return barrier_holds() && pieces_are_dealt_once() && rows_are_relayed() ? 0 : 1; }
+void* operator new(std::size_t bytes) {
+  if (gives) allocated = true;
+  if (void* memory = std::malloc(bytes)) return memory;
+  throw std::bad_alloc();
+}
+void operator delete(void* memory) noexcept { std::free(memory); }
+void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
+
+int main() { return barrier_holds() && pieces_are_dealt_once() && rows_are_relayed() && !allocated ? 0 : 1; }

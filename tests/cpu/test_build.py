@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from rnnfast import building
 from rnnfast.backends import native
@@ -45,6 +46,53 @@ def test_the_compiler_may_have_arguments(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert building.why_no_compiler() is None
     monkeypatch.setenv("CXX", "c++ 'open")
     assert building.why_no_compiler() == "CXX is 'c++ 'open', which is no program"
+
+
+def ninja(work: Path, *arguments: str, compiler: tuple[str, ...] | None = None) -> None:
+    """Runs it on the library's own build file."""
+    sources = building.sources()
+    assert sources is not None
+    text = native._ninja_file(sources, compiler or building.compiler(), Path(torch.__file__).parent)
+    (work / "build.ninja").write_text(text)
+    command = [str(native._ninja()), "-C", str(work), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_compiler
+def test_the_compiler_warns_of_nothing(tmp_path: Path) -> None:
+    sources = building.sources()
+    assert sources is not None
+    files = [path.stem for path in native._source_files(sources) if path.suffix == ".cpp" and path.stem != "kernels"]
+    known, _ = native._instruction_sets(building.compiler())
+    compiler = (*building.compiler(), "-Werror", "-fsyntax-only")  # which leaves no objects
+    ninja(tmp_path, *(f"{name}.o" for name in (*files, *known)), compiler=compiler)
+
+
+# A function that several objects have is linked once, from any of them: one for new processors must not be for all.
+@needs_compiler
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm, of the binutils")
+def test_an_instruction_set_shares_no_function(tmp_path: Path) -> None:
+    *_, newest = native._instruction_sets(building.compiler())[0]
+    ninja(tmp_path, f"{newest}.o")
+    command = ["nm", "--demangle", "--defined-only", str(tmp_path / f"{newest}.o")]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    functions = [line.split(" W ")[1] for line in said.splitlines() if " W " in line]
+    assert functions
+    assert [name for name in functions if f"rnnfast::{newest}::" not in name] == []
+
+
+def test_a_compiler_may_lack_newer_instruction_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = building.sources()
+    assert sources is not None
+    monkeypatch.setattr(native, "_INSTRUCTION_SETS", dict.fromkeys(("generic", "avx2", "avx512_bf16", "amx"), "-flag"))
+    monkeypatch.setattr(native, "_accepts", lambda compiler, flags: False)
+    known, defines = native._instruction_sets(["c++"])
+    assert [*known] == ["generic", "avx2"]
+    assert not defines
+    text = native._ninja_file(sources, ["c++"], Path("torch"))
+    assert "avx512_bf16" not in text
+    assert "amx" not in text
 
 
 @needs_compiler

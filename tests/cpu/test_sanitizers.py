@@ -37,7 +37,8 @@ def run_program(program: Path, **environment: str) -> None:
 
 
 def test_barrier_under_thread_sanitizer(tmp_path: Path) -> None:
-    program = compile_program(tmp_path, "thread", str(HERE / "barrier.cpp"), str(CSRC / "threads.cpp"))
+    sources = [str(file) for file in (HERE / "barrier.cpp", CSRC / "threads.cpp", CSRC / "sharing.cpp")]
+    program = compile_program(tmp_path, "thread", *sources)
     run_program(program, TSAN_OPTIONS="halt_on_error=1")
 
 
@@ -48,12 +49,7 @@ def test_memory_under_sanitizers(sanitizer: str, tmp_path: Path) -> None:
 
 @pytest.mark.skipif("RNNFAST_SANITIZE" not in os.environ, reason="takes minutes; set RNNFAST_SANITIZE=1 to run it")
 def test_kernels_under_address_sanitizer(tmp_path: Path) -> None:
-    objects, instruction_sets, defines = [], dict(native._INSTRUCTION_SETS), ""
-    if "amx" in instruction_sets:
-        if native._accepts(COMPILER, instruction_sets["amx"]):
-            defines = "-DRNNFAST_AMX"
-        else:
-            del instruction_sets["amx"]
+    objects, (instruction_sets, defines) = [], native._instruction_sets(COMPILER)
     for isa, flags in instruction_sets.items():
         objects.append(str(tmp_path / f"{isa}.o"))
         flags = f"-std=c++17 -O1 -g -ffp-contract=off -Wno-psabi -fno-sanitize-recover=all -DRNNFAST_ISA={isa} {flags}"
@@ -62,7 +58,7 @@ def test_kernels_under_address_sanitizer(tmp_path: Path) -> None:
         subprocess.run(command, check=True)
     sources = [
         str(HERE / "sanitize.cpp"),
-        *(str(CSRC / f"{name}.cpp") for name in ("threads", "memory", "choose")),
+        *(str(CSRC / f"{name}.cpp") for name in ("threads", "sharing", "memory", "choose")),
         *objects,
     ]
     program = compile_program(tmp_path, "address,undefined", *sources, defines=defines)

@@ -13,6 +13,7 @@ import safetensors
 import safetensors.torch
 import torch
 
+import rnnfast
 from rnnfast.lm import TrainConfig, UserError, load_model, train
 from rnnfast.lm.checkpoint import FILE_NAME, load
 
@@ -67,6 +68,7 @@ def test_it_is_plain_safetensors_with_a_json_header(run: Path) -> None:
 
 
 def test_missing(tmp_path: Path) -> None:
+    assert UserError is rnnfast.UserError
     with pytest.raises(UserError, match=r"cannot read the checkpoint .*No such file"):
         load(tmp_path / "nothing")
     with pytest.raises(UserError, match=FILE_NAME):

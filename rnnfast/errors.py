@@ -1,0 +1,19 @@
+"""What the user is told: the one error that is theirs to put right, and notes to the terminal."""
+
+from __future__ import annotations
+
+import sys
+
+
+class UserError(Exception):
+    """Something the user can put right. The message is one line and says what to do."""
+
+
+def note(message: str) -> None:
+    """Tell the user something in one line on stderr, apart from the program's output."""
+    print(f"rnnfast: {message}", file=sys.stderr)
+
+
+def reason(error: OSError) -> str:
+    """The bare reason of an operating system error: "No space left on device", without number and path."""
+    return error.strerror or str(error)
