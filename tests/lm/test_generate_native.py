@@ -155,9 +155,9 @@ def test_parts_that_do_not_fit() -> None:
         native.generate(parts.packed[1:], torch.zeros(28, 9), *parts[2:], h[1:], h[1:], 1, 5)
     with pytest.raises(RuntimeError, match="scan_cpu_pack"):
         native.generate([torch.zeros(1000, dtype=torch.uint8)], *parts[1:], h, h, 1, 5)
-    with pytest.raises(RuntimeError, match="a float64 draw for each token"):
+    with pytest.raises(RuntimeError, match="a draw for each token, must be contiguous float64"):
         native.generate(*parts, h, h, 1, 5, torch.ones(4, dtype=torch.float64))
     with pytest.raises(RuntimeError, match="top_k must be positive"):
         native.generate(*parts, h, h, 1, 5, torch.ones(5, dtype=torch.float64), top_k=0)
-    with pytest.raises(RuntimeError, match="bias does not fit"):
+    with pytest.raises(RuntimeError, match="head_bias must be"):
         native.generate(parts.packed, parts.embedding, parts.head_weight, torch.zeros(5), h, h, 1, 5)
