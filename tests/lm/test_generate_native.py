@@ -74,6 +74,16 @@ def test_the_same_text_as_the_python_loop(name: str, settings: dict[str, Any]) -
     assert len(written) >= (1 if name == "one unit" else 3)
 
 
+def test_a_nucleus_that_reaches_top_p_exactly() -> None:
+    """Of four tokens as likely as each other, the first two have a probability of 0.5 together."""
+    model = RNNLM(4, "rnn", 8)
+    torch.nn.init.zeros_(model.head.weight)
+    torch.nn.init.zeros_(model.head.bias)
+    written = list(generate(model, [1], 50, temperature=1.0, top_p=0.5))
+    assert set(written) == {0, 1}
+    assert written == list(generate(Wrapped(model), [1], 50, temperature=1.0, top_p=0.5))
+
+
 @pytest.mark.parametrize("length", [0, 1, 2, CHUNK, CHUNK + 1, CHUNK + 2])
 def test_lengths_around_a_chunk(length: int) -> None:
     model = varied("lstm")
