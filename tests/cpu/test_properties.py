@@ -187,10 +187,19 @@ def test_lasting_weights_remember_nothing_of_those_that_are_gone() -> None:
 
 
 def test_forgotten_weights_can_be_swapped() -> None:
-    weights = [torch.randn(12, 5), torch.randn(12, 4)]
+    weights, other = [torch.randn(12, 5), torch.randn(12, 4)], torch.randn(12, 5)
     native.packed_weights([[*weights, None, None, None]], "gru", False)
+    with pytest.raises(RuntimeError, match="weakref"):
+        torch.utils.swap_tensors(weights[0], other)
     native.forget()
-    torch.utils.swap_tensors(weights[0], torch.randn(12, 5))
+    expected = other.clone()
+    torch.utils.swap_tensors(weights[0], other)
+    assert torch.equal(weights[0], expected)
+    packed = native.packed_weights([[*weights, None, None, None]], "gru", False)
+    input, h_0 = torch.randn(6, 5), torch.zeros(1, 3, 4)
+    output, _, _ = native.scan_packed(input, packed, h_0, None)
+    layer = (input, expected[None], weights[1][None], None, None, None, h_0, None, None, "gru", False)
+    assert torch.equal(output, torch.ops.rnnfast.scan_cpu(*layer, False)[0])
 
 
 def test_packed_weights_that_do_not_fit() -> None:
