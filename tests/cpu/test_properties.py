@@ -282,7 +282,7 @@ def fill_kept_memory(byte: int) -> None:
 @pytest.mark.parametrize("projected", [0, 129])
 @pytest.mark.parametrize("cell", CELLS)
 def test_results_do_not_depend_on_what_the_scratch_held(cell: str, projected: int) -> None:
-    """In bfloat16, whose products take pairs: a last, odd, half is padded, for what lies behind it times 0 may be NaN."""
+    """In bfloat16 products take pairs: a last, odd, half is padded, as what lies behind it, times 0, may be NaN."""
     if projected and cell != "lstm":
         pytest.skip("projections are an LSTM's")
     case, dtype = Case(cell, 1, 3, 50, 35, 331, projected, ragged=True), torch.bfloat16
