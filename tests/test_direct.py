@@ -117,6 +117,17 @@ def test_what_must_be_seen_goes_the_general_way(direct_calls: list[int]) -> None
     assert direct_calls == [0] * 3
 
 
+@pytest.mark.parametrize("part", [0, 1], ids=["h", "c"])
+def test_a_part_of_a_state_that_is_not_contiguous(part: int, direct_calls: list[int]) -> None:
+    layer, input = rnnfast.LSTM(5, 16), torch.randn(2, 5)
+    state = list(warmed_up(layer, input))
+    state[part] = state[part].transpose(0, 2).contiguous().transpose(0, 2)
+    expected = general_step(layer, input, state)
+    torch.testing.assert_close(layer.step(input, state), expected, rtol=0, atol=0)
+    torch.testing.assert_close(layer(input[None], state)[0][0], expected[0], rtol=0, atol=0)
+    assert direct_calls == [0] * 2
+
+
 class _Stepper(torch.nn.Module):
     def __init__(self, layer: Any) -> None:
         super().__init__()

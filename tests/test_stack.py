@@ -245,6 +245,14 @@ def test_connections(connection: str, backend: str) -> None:
     torch.testing.assert_close(stack(input)[0], rows)
 
 
+def test_highway_connections_begin_by_carrying_the_input_on() -> None:
+    stack = make("gru", [HIDDEN] * 3, connection="highway")
+    for _ in range(2):
+        assert torch.equal(stack.highway_bias_l1, torch.full((HIDDEN,), -1.0).double())
+        assert torch.equal(stack.highway_bias_l2, torch.full((HIDDEN,), -1.0).double())
+        stack.reset_parameters()
+
+
 def test_weight_drop_masks_the_recurrent_weights_for_a_call(backend: str) -> None:
     stack, input = make("lstm", weight_dropout=0.5, backend=backend), torch.zeros(2, 1, INPUTS).double()
     output, _ = seeded(stack, input)

@@ -51,6 +51,9 @@ struct DirectBackward {
   void *d_input, *d_h_0, *d_c_0, *d_w_ih, *d_w_hh, *d_b_ih, *d_b_hh, *d_w_hr;
 };
 
+// As many fields as rnnfast/direct.py packs.
+static_assert(sizeof(DirectInfer) == 9 * 8 && sizeof(DirectForward) == 15 * 8 && sizeof(DirectBackward) == 24 * 8);
+
 }  // namespace rnnfast
 
 #define RNNFAST_DIRECT extern "C" __attribute__((visibility("default"))) int

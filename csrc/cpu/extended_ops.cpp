@@ -9,13 +9,23 @@ namespace {
 
 const bool* flags(const OptionalTensor& tensor) { return static_cast<const bool*>(data(tensor)); }
 
-Extension extension(const OptionalTensor& gain_ih, const OptionalTensor& gain_hh, const OptionalTensor& gain_c,
-                    const OptionalTensor& bias_c, const OptionalTensor& peepholes, const OptionalTensor& recurrent_mask,
-                    const OptionalTensor& zoneout_h, const OptionalTensor& zoneout_c, double share_h, double share_c,
-                    const std::string& cell) {
+Extension extension(const ScanShape& s, const OptionalTensor& gain_ih, const OptionalTensor& gain_hh,
+                    const OptionalTensor& gain_c, const OptionalTensor& bias_c, const OptionalTensor& peepholes,
+                    const OptionalTensor& recurrent_mask, const OptionalTensor& zoneout_h, const OptionalTensor& zoneout_c,
+                    double share_h, double share_c) {
+  const bool lstm = s.cell == Cell::lstm;
   check(gain_ih.has_value() == gain_hh.has_value() && gain_c.has_value() == bias_c.has_value() &&
-            gain_c.has_value() == (gain_ih && cell == "lstm") && (!peepholes || cell == "lstm"),
+            gain_c.has_value() == (gain_ih && lstm) && (!peepholes || lstm),
         "a normalisation takes gain_ih and gain_hh, of an lstm gain_c and bias_c as well; peepholes are its alone");
+  const ScalarType type = scalar_type(s.dtype);
+  require("gain_ih", gain_ih, type, {s.lanes, s.gates() * s.hidden});
+  require("gain_hh", gain_hh, type, {s.lanes, s.gates() * s.hidden});
+  require("gain_c", gain_c, type, {s.lanes, s.hidden});
+  require("bias_c", bias_c, type, {s.lanes, s.hidden});
+  require("peepholes", peepholes, type, {s.lanes, 3, s.hidden});
+  require("recurrent_mask", recurrent_mask, type, {s.lanes, s.batch, s.state});
+  require("zoneout_h", zoneout_h, ScalarType::Bool, {s.lanes, s.rows, s.state});
+  require("zoneout_c", zoneout_c, ScalarType::Bool, {s.lanes, s.rows, s.hidden});
   return {data(recurrent_mask), flags(zoneout_h), flags(zoneout_c), share_h,      share_c,
           data(gain_ih),        data(gain_hh),    data(gain_c),     data(bias_c), data(peepholes)};
 }
@@ -24,7 +34,7 @@ Extension extension(const OptionalTensor& gain_ih, const OptionalTensor& gain_hh
 
 Tensor scan_extended_cpu_pack(Tensor w_ih, Tensor w_hh, OptionalTensor w_hr, std::string cell, bool ids) {
   ExtendedForwardArgs args{};
-  args.scan.shape = layer_shape(w_ih, w_hh, w_hr, cell, ids);
+  args.scan.shape = layer_shape(w_ih, w_hh, std::nullopt, std::nullopt, w_hr, cell, ids);
   args.scan.w_ih = data(w_ih);
   args.scan.w_hh = data(w_hh);
   args.scan.w_hr = data(w_hr);
@@ -43,9 +53,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scan_extended_cpu(
     OptionalTensor bias_c, OptionalTensor peepholes, OptionalTensor recurrent_mask, OptionalTensor zoneout_h,
     OptionalTensor zoneout_c, OptionalTensor batch_sizes, double share_h, double share_c, std::string cell,
     bool bidirectional, bool save_tape, OptionalTensor packed) {
-  const Shape s(layer_shape(w_ih, w_hh, w_hr, cell, is_ids(input)), input, h_0, batch_sizes, bidirectional);
-  const Extension e = extension(gain_ih, gain_hh, gain_c, bias_c, peepholes, recurrent_mask, zoneout_h, zoneout_c,
-                                share_h, share_c, cell);
+  const Shape s(layer_shape(w_ih, w_hh, b_ih, b_hh, w_hr, cell, is_ids(input)), input, h_0, c_0, batch_sizes, bidirectional);
+  const Extension e = extension(s, gain_ih, gain_hh, gain_c, bias_c, peepholes, recurrent_mask, zoneout_h, zoneout_c,
+                                share_h, share_c);
   Tensor output = empty(h_0, {s.rows, s.lanes * s.state}), h_n = empty(h_0, {s.lanes, s.batch, s.state});
   Tensor c_n = c_0 ? empty(h_0, {s.lanes, s.batch, s.hidden}) : empty(h_0, {0});
   Tensor tape = save_tape ? empty(h_0, {s.lanes, s.rows, ExtendedTape(s, e).width}) : empty(h_0, {0});
@@ -54,8 +64,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scan_extended_cpu(
     ExtendedForwardArgs args{{s,         data(input), data(w_ih),  data(w_hh), data(b_ih), data(b_hh), data(w_hr),
                               data(h_0), data(c_0),   out(output), out(h_n),   out(c_n),   out(tape),  nullptr},
                              e};
-    check(!packed || packed->numel() == int64_t(kernels.extended_pack(args)),
-          "these are not the weights of this layer that scan_extended_cpu_pack has packed");
+    if (packed) require("packed", packed, ScalarType::Byte, {int64_t(kernels.extended_pack(args))});
     args.scan.packed = packed ? out(*packed) : nullptr;
     kernels.extended_forward(args, available_threads());
   }
@@ -70,12 +79,10 @@ scan_extended_cpu_backward(
     OptionalTensor recurrent_mask, OptionalTensor zoneout_h, OptionalTensor zoneout_c, OptionalTensor batch_sizes,
     double share_h, double share_c, std::string cell, bool bidirectional, Tensor output, Tensor tape, bool need_input,
     bool need_weights) {
-  const Shape s(layer_shape(w_ih, w_hh, w_hr, cell, is_ids(input)), input, h_0, batch_sizes, bidirectional);
-  const Extension e = extension(gain_ih, gain_hh, gain_c, bias_c, peepholes, recurrent_mask, zoneout_h, zoneout_c,
-                                share_h, share_c, cell);
-  check(tape.numel() == s.lanes * s.rows * ExtendedTape(s, e).width &&
-            output.numel() == s.rows * s.lanes * s.state,
-        "output and tape are not those of an extended scan of this layer that was run with save_tape=True");
+  const Shape s(layer_shape(w_ih, w_hh, b_ih, b_hh, w_hr, cell, is_ids(input)), input, h_0, c_0, batch_sizes, bidirectional);
+  const Extension e = extension(s, gain_ih, gain_hh, gain_c, bias_c, peepholes, recurrent_mask, zoneout_h, zoneout_c,
+                                share_h, share_c);
+  s.require_results(d_output, d_h_n, d_c_n, output, tape, ExtendedTape(s, e).width);
   const int64_t gate_rows = s.gates() * s.hidden;
   const auto when = [&](bool needed, const Sizes& sizes) { return empty(h_0, needed ? sizes : Sizes{0}); };
   Tensor d_input = when(need_input && !s.ids, {s.rows, s.input});

@@ -76,23 +76,27 @@ std::tuple<Tensor, Tensor, Tensor> generate_cpu(std::vector<Tensor> packed, Opti
                                                 int64_t length, OptionalTensor uniforms, double temperature,
                                                 std::optional<int64_t> top_k, std::optional<double> top_p) {
   const ScalarType type = head_weight.scalar_type();
-  const int64_t vocab = head_weight.size(0), features = head_weight.size(1);
-  const int64_t known = embedding ? embedding->size(0) : unpack(packed.at(0)).layer.input;
   check(type == ScalarType::Float || type == ScalarType::Double, "generation is in float32 or float64");
-  check(!embedding || embedding->scalar_type() == type, "the embedding is not of the head's type");
-  check(!head_bias || (head_bias->scalar_type() == type && head_bias->numel() == vocab), "the head's bias does not fit it");
-  check(!uniforms || (uniforms->scalar_type() == ScalarType::Double && uniforms->numel() >= length),
-        "there must be a float64 draw for each token");
-  check(length >= 0 && (!top_k || *top_k >= 1), "length must not be negative, and top_k must be positive");
-  check(vocab <= known && token >= 0 && token < known, "a token is outside the vocabulary of the first layer");
+  check(!packed.empty() && head_weight.dim() == 2 && head_weight.numel() > 0 && (!embedding || embedding->dim() == 2),
+        "generation takes a layer at least, a head (V, H) and, if any, an embedding (V, I)");
   const DType dtype = type == ScalarType::Float ? DType::float32 : DType::float64;
+  const int64_t depth = int64_t(packed.size()), vocab = head_weight.size(0), features = head_weight.size(1);
+  const int64_t known = embedding ? embedding->size(0) : unpack(packed[0]).layer.input;
+  require("head_weight", head_weight, type, {vocab, features});
+  require("head_bias", head_bias, type, {vocab});
+  if (embedding) require("embedding", embedding, type, {known, embedding->size(1)});
+  require("h_0", h_0, type, {depth, 1, features});
+  require("c_0", c_0, type, {depth, 1, features});
+  check(length >= 0 && (!top_k || *top_k >= 1), "length must not be negative, and top_k must be positive");
+  if (uniforms) require("uniforms, a draw for each token,", uniforms, ScalarType::Double, {length});
+  check(vocab <= known && token >= 0 && token < known, "a token is outside the vocabulary of the first layer");
   const int64_t element = int64_t(head_weight.element_size());
   const Kernels& kernels = choose_kernels(dtype);
   const int threads = available_threads();
 
   Tensor ids = torch::stable::new_empty(h_0, {length}, ScalarType::Long);
-  Tensor h_n = torch::stable::new_empty(h_0, {h_0.size(0), 1, h_0.size(2)});
-  Tensor c_n = torch::stable::new_empty(h_0, {c_0 ? h_0.size(0) : 0, 1, h_0.size(2)});
+  Tensor h_n = torch::stable::new_empty(h_0, {depth, 1, features});
+  Tensor c_n = torch::stable::new_empty(h_0, {c_0 ? depth : 0, 1, features});
   const size_t state_bytes = size_t(h_0.numel() * element);
   std::memcpy(h_n.mutable_data_ptr(), h_0.const_data_ptr(), state_bytes);
   if (c_0) std::memcpy(c_n.mutable_data_ptr(), c_0->const_data_ptr(), state_bytes);
@@ -107,8 +111,7 @@ std::tuple<Tensor, Tensor, Tensor> generate_cpu(std::vector<Tensor> packed, Opti
     x.shape = weights.layer;
     x.packed = weights.panels;
     check(x.shape.lanes == 1 && x.shape.dtype == dtype && x.shape.hidden == features &&
-              x.shape.state == features && h_0.size(2) == features && h_0.size(0) == int64_t(packed.size()) &&
-              x.shape.ids == (l == 0 && !embedding) && (x.shape.ids || x.shape.input == inputs) &&
+              x.shape.state == features && x.shape.ids == (l == 0 && !embedding) && (x.shape.ids || x.shape.input == inputs) &&
               (x.shape.cell == Cell::lstm) == c_0.has_value(),
           "layer ", l, " does not fit the layer before, the states or the head");
     x.shape.steps = x.shape.batch = x.shape.rows = 1;

@@ -7,12 +7,13 @@ namespace rnnfast {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_cpu(Tensor hidden, Tensor weight, OptionalTensor bias,
                                                                     Tensor targets, bool need_gradients) {
-  check(parse_dtype(hidden) == DType::float32 && parse_dtype(weight) == DType::float32, "the loss is computed in float32");
-  check(targets.scalar_type() == ScalarType::Long, "targets are token ids of int64");
-  const bool fit = hidden.size(1) == weight.size(1) && targets.numel() == hidden.size(0);
-  check(fit && (!bias || bias->numel() == weight.size(0)) && hidden.numel() && weight.numel(),
-        "hidden states, weight, bias and targets do not fit each other, or are empty");
+  check(hidden.dim() == 2 && weight.dim() == 2 && hidden.numel() && weight.numel(),
+        "hidden states (N, H) and weight (V, H) must have 2 dimensions, and not be empty");
   const int64_t rows = hidden.size(0), columns = hidden.size(1), classes = weight.size(0);
+  require("hidden", hidden, ScalarType::Float, {rows, columns});
+  require("weight", weight, ScalarType::Float, {classes, columns});
+  require("bias", bias, ScalarType::Float, {classes});
+  require("targets", targets, ScalarType::Long, {rows});
   const auto in = [](const auto& tensor) { return static_cast<const float*>(data(tensor)); };
   const LossArgs x{rows, columns, classes, in(hidden), in(weight), in(bias), static_cast<const int64_t*>(data(targets))};
   for (int64_t row = 0; row < rows; ++row)

@@ -13,6 +13,7 @@ namespace {
 // What stands at the start of packed weights, before the panels.
 struct PackedHeader {
   ScanShape layer;
+  size_t panels;  // bytes
   uint64_t magic;
   static constexpr uint64_t MAGIC = 0x7473616673616e6eULL;
   static constexpr size_t BYTES = 192;
@@ -33,7 +34,7 @@ int available_threads() { return usable_threads(int(torch::stable::get_num_threa
 std::tuple<Tensor, Tensor, Tensor, Tensor> scan_cpu(
     Tensor input, Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr, Tensor h_0,
     OptionalTensor c_0, OptionalTensor batch_sizes, std::string cell, bool bidirectional, bool save_tape) {
-  const Shape s(layer_shape(w_ih, w_hh, w_hr, cell, is_ids(input)), input, h_0, batch_sizes, bidirectional);
+  const Shape s(layer_shape(w_ih, w_hh, b_ih, b_hh, w_hr, cell, is_ids(input)), input, h_0, c_0, batch_sizes, bidirectional);
   const int64_t tape_width = tape_count(s.cell) * s.hidden;
   Tensor output = empty(h_0, {s.rows, s.lanes * s.state}), h_n = empty(h_0, {s.lanes, s.batch, s.state});
   Tensor c_n = c_0 ? empty(h_0, {s.lanes, s.batch, s.hidden}) : empty(h_0, {0});
@@ -55,10 +56,10 @@ Gradients backward(const OptionalTensor& d_output, const OptionalTensor& d_h_n, 
                    const OptionalTensor& b_ih, const OptionalTensor& b_hh, const OptionalTensor& w_hr, const Tensor& h_0,
                    const OptionalTensor& c_0, const OptionalTensor& batch_sizes, const std::string& cell,
                    bool bidirectional, const Tensor& output, const Tensor& tape, bool need_input, bool need_weights) {
-  const Shape s(layer_shape(w_ih, w_hh, w_hr, cell, is_ids(input)), input, h_0, batch_sizes, bidirectional);
-  check(tape.numel() == s.lanes * s.rows * tape_count(s.cell) * s.hidden &&
-            output.numel() == s.rows * s.lanes * s.state,
-        "output and tape are not those of a scan of this layer that was run with save_tape=True");
+  const Shape s(layer_shape(w_ih, w_hh, b_ih, b_hh, w_hr, cell, is_ids(input)), input, h_0, c_0, batch_sizes, bidirectional);
+  s.require_results(d_output, d_h_n, d_c_n, output, tape, tape_count(s.cell) * s.hidden);
+  check(!d_cells || s.cell == Cell::lstm, "d_cells is the gradient of an lstm's c, no other cell has it");
+  require("d_cells", d_cells, scalar_type(s.dtype), {s.lanes, s.rows, s.hidden});
   const int64_t gate_rows = s.gates() * s.hidden;
   const auto when = [&](bool needed, const Sizes& sizes) { return empty(h_0, needed ? sizes : Sizes{0}); };
   Tensor d_input = when(need_input && !s.ids, {s.rows, s.input});
@@ -102,11 +103,12 @@ Gradients scan_cpu_states_backward(OptionalTensor d_output, OptionalTensor d_cel
 
 Tensor scan_cpu_pack(Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr,
                      std::string cell, bool ids) {
-  const PackedHeader header{layer_shape(w_ih, w_hh, w_hr, cell, ids), PackedHeader::MAGIC};
+  PackedHeader header{layer_shape(w_ih, w_hh, b_ih, b_hh, w_hr, cell, ids), 0, PackedHeader::MAGIC};
   ForwardArgs args{header.layer, nullptr,    data(w_ih), data(w_hh), data(b_ih), data(b_hh), data(w_hr),
                    nullptr,      nullptr,    nullptr,    nullptr,    nullptr,    nullptr,    nullptr};
   const Kernels& kernels = choose_kernels(header.layer.dtype);
-  const size_t bytes = PackedHeader::BYTES + kernels.pack(args);
+  header.panels = kernels.pack(args);
+  const size_t bytes = PackedHeader::BYTES + header.panels;
   const size_t room = bytes < HUGE_PAGE / 4 ? bytes : (bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE + HUGE_PAGE;
   Tensor packed = torch::stable::new_empty(w_hh, {int64_t(room)}, ScalarType::Byte);
   wish_huge_pages(packed.mutable_data_ptr(), room);
@@ -118,20 +120,20 @@ Tensor scan_cpu_pack(Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTens
 }
 
 PackedWeights unpack(const Tensor& packed) {
+  constexpr char WRONG[] = "these are not weights that scan_cpu_pack has packed";
+  check(packed.scalar_type() == ScalarType::Byte && packed.is_contiguous(), WRONG);
   PackedHeader header{};
   char* base = packed_base(packed);
-  if (packed.numel() >= int64_t(PackedHeader::BYTES)) std::memcpy(&header, base, sizeof header);
-  check(header.magic == PackedHeader::MAGIC, "these are not weights that scan_cpu_pack has packed");
+  const int64_t room = packed.numel() - (base - static_cast<const char*>(packed.const_data_ptr()));
+  if (room >= int64_t(PackedHeader::BYTES)) std::memcpy(&header, base, sizeof header);
+  check(header.magic == PackedHeader::MAGIC && room >= int64_t(PackedHeader::BYTES + header.panels), WRONG);
   return {header.layer, base + PackedHeader::BYTES};
 }
 
 std::tuple<Tensor, Tensor, Tensor> scan_cpu_packed(Tensor input, Tensor packed, Tensor h_0, OptionalTensor c_0,
                                                    OptionalTensor batch_sizes, bool bidirectional) {
   const auto [layer, panels] = unpack(packed);
-  check(is_ids(input) == layer.ids && parse_dtype(h_0) == layer.dtype && h_0.size(2) == layer.state &&
-            h_0.size(0) == layer.lanes && (layer.ids || input.size(1) == layer.input),
-        "input or state do not fit the packed weights");
-  const Shape s(layer, input, h_0, batch_sizes, bidirectional);
+  const Shape s(layer, input, h_0, c_0, batch_sizes, bidirectional);
   Tensor output = empty(h_0, {s.rows, s.lanes * s.state}), h_n = empty(h_0, {s.lanes, s.batch, s.state});
   Tensor c_n = c_0 ? empty(h_0, {s.lanes, s.batch, s.hidden}) : empty(h_0, {0});
   if (s.rows) {

@@ -11,6 +11,34 @@ extern "C" __attribute__((weak, visibility("default"))) AOTITorchError torch_fro
     int64_t opaque_metadata_size, void (*deleter)(void* data, void* context), void* context);
 
 namespace rnnfast {
+namespace {
+
+const char* name_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Bool: return "bool";
+    case ScalarType::Byte: return "uint8";
+    default: return "another type";
+  }
+}
+
+template <class S>
+std::string shape_text(const S& sizes) {
+  std::string text;
+  for (const int64_t size : sizes) text += (text.empty() ? "" : ", ") + std::to_string(size);
+  return "(" + text + ")";
+}
+
+}  // namespace
+
+void refuse(const char* name, const Tensor& tensor, ScalarType type, std::initializer_list<int64_t> sizes) {
+  throw std::runtime_error(std::string(name) + " must be contiguous " + name_of(type) + " of shape " + shape_text(sizes) +
+                           ", got " + (tensor.is_contiguous() ? "" : "strided ") + name_of(tensor.scalar_type()) +
+                           " of shape " + shape_text(tensor.sizes()));
+}
 
 Tensor empty(const Tensor& like, const Sizes& sizes) {
   Sizes strides(sizes.size());

@@ -150,16 +150,22 @@ def test_mistakes_of_the_operator() -> None:
     native.load()
     hidden, weight, bias, targets = (t.detach() for t in build(6, 5, 4))
     operator = torch.ops.rnnfast.linear_cross_entropy_cpu
-    with pytest.raises(RuntimeError, match="do not fit each other"):
+    with pytest.raises(RuntimeError, match="weight must be contiguous"):
         operator(hidden, weight[:, :3].contiguous(), bias, targets, True)
-    with pytest.raises(RuntimeError, match="do not fit each other"):
+    with pytest.raises(RuntimeError, match="targets must be contiguous"):
         operator(hidden, weight, bias, targets[:5], True)
-    with pytest.raises(RuntimeError, match="do not fit each other"):
+    with pytest.raises(RuntimeError, match="bias must be contiguous"):
         operator(hidden, weight, bias[:3], targets, True)
-    with pytest.raises(RuntimeError, match="token ids of int64"):
+    with pytest.raises(RuntimeError, match="targets must be contiguous int64"):
         operator(hidden, weight, bias, targets.int(), True)
     with pytest.raises(RuntimeError, match="float32"):
         operator(hidden.double(), weight, bias, targets, True)
+    with pytest.raises(RuntimeError, match=r"hidden must be .* got strided float32"):
+        operator(hidden.t().contiguous().t(), weight, bias, targets, True)
+    with pytest.raises(RuntimeError, match="bias must be contiguous float32"):
+        operator(hidden, weight, bias.double(), targets, True)
+    with pytest.raises(RuntimeError, match="2 dimensions, and not be empty"):
+        operator(hidden[:0], weight, bias, targets[:0], True)
     without = operator(hidden, weight, None, targets, True)
     for found, expected in zip(without, operator(hidden, weight, torch.zeros(4), targets, True), strict=True):
         assert torch.equal(found, expected)

@@ -69,6 +69,13 @@ def test_more_gates_than_a_block_of_the_backward_product(ragged: bool, dtype: to
     check(Case("gru", 1, 3, 13, 5, 700, 0, True, ragged, True), dtype)
 
 
+@pytest.mark.parametrize("dtype", FLOOR, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_vocabulary_too_large_for_a_table(cell: str, dtype: torch.dtype) -> None:
+    """Above 4096 ids one call looks its rows up in w_ih itself."""
+    check(Case(cell, 2, 5, 3, 4100, 35, 0, True, True, True), dtype)
+
+
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16", "amx"])
 def test_parity_of_each_instruction_set(isa: str) -> None:
     done = subprocess.run(

@@ -229,6 +229,12 @@ def test_batches_draw_anew_and_reproducibly(shuffle: bool) -> None:
     assert not torch.equal(first[0], first[1])
 
 
+def test_batches_in_text_order_begin_at_any_of_the_first_tokens() -> None:
+    """As in d2l's `seq_data_iter_sequential`, from 0 up to the length of a batch itself."""
+    batches = Batches(torch.arange(100), 4, 3, False, torch.Generator().manual_seed(1))
+    assert {int(batches.epoch()[0][0, 0, 0]) for _ in range(100)} == {0, 1, 2, 3}
+
+
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_shortest_text_has_a_batch_behind_every_offset(shuffle: bool) -> None:
     generator = torch.Generator().manual_seed(0)

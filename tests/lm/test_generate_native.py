@@ -74,6 +74,16 @@ def test_the_same_text_as_the_python_loop(name: str, settings: dict[str, Any]) -
     assert len(written) >= (1 if name == "one unit" else 3)
 
 
+def test_a_nucleus_that_reaches_top_p_exactly() -> None:
+    """Of four tokens as likely as each other, the first two have a probability of 0.5 together."""
+    model = RNNLM(4, "rnn", 8)
+    torch.nn.init.zeros_(model.head.weight)
+    torch.nn.init.zeros_(model.head.bias)
+    written = list(generate(model, [1], 50, temperature=1.0, top_p=0.5))
+    assert set(written) == {0, 1}
+    assert written == list(generate(Wrapped(model), [1], 50, temperature=1.0, top_p=0.5))
+
+
 @pytest.mark.parametrize("length", [0, 1, 2, CHUNK, CHUNK + 1, CHUNK + 2])
 def test_lengths_around_a_chunk(length: int) -> None:
     model = varied("lstm")
@@ -155,9 +165,9 @@ def test_parts_that_do_not_fit() -> None:
         native.generate(parts.packed[1:], torch.zeros(28, 9), *parts[2:], h[1:], h[1:], 1, 5)
     with pytest.raises(RuntimeError, match="scan_cpu_pack"):
         native.generate([torch.zeros(1000, dtype=torch.uint8)], *parts[1:], h, h, 1, 5)
-    with pytest.raises(RuntimeError, match="a float64 draw for each token"):
+    with pytest.raises(RuntimeError, match="a draw for each token, must be contiguous float64"):
         native.generate(*parts, h, h, 1, 5, torch.ones(4, dtype=torch.float64))
     with pytest.raises(RuntimeError, match="top_k must be positive"):
         native.generate(*parts, h, h, 1, 5, torch.ones(5, dtype=torch.float64), top_k=0)
-    with pytest.raises(RuntimeError, match="bias does not fit"):
+    with pytest.raises(RuntimeError, match="head_bias must be"):
         native.generate(parts.packed, parts.embedding, parts.head_weight, torch.zeros(5), h, h, 1, 5)

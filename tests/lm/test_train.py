@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from rnnfast.lm import Interrupted, TrainConfig, UserError, load_corpus, train, train_step
 from rnnfast.lm.checkpoint import FILE_NAME, load
 from rnnfast.lm.config import build_model
-from rnnfast.lm.trainer import Trainer, learning_rate_factor
+from rnnfast.lm.trainer import Trainer, evaluate, learning_rate_factor
 
 train_module = importlib.import_module("rnnfast.lm.train")
 trainer_module = importlib.import_module("rnnfast.lm.trainer")
@@ -57,6 +58,40 @@ def assert_same_parameters(a: nn.Module, b: nn.Module) -> None:
 
 def without_speed(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in record.items() if key != "tokens_per_second"} for record in records]
+
+
+def perplexity_by_torch(model: Any, inputs: Tensor, targets: Tensor, dropout: float) -> float:
+    """Of all tokens of batches (N, T, B) at once, in torch's own layers, the state carried from batch to batch."""
+    layer = nn.LSTM(model.rnn.input_size, model.rnn.hidden_size)
+    layer.load_state_dict(model.rnn.state_dict())
+    state, logits = None, []
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for x in inputs:
+            hidden, state = layer(F.one_hot(x, layer.input_size).float(), state)
+            logits.append(model.head(F.dropout(hidden, dropout)))
+        return math.exp(F.cross_entropy(torch.stack(logits).flatten(0, 2), targets.flatten()))
+
+
+def test_perplexity_is_that_of_the_whole_text() -> None:
+    config = replace(SMALL, cell="lstm", dropout=0.4, validation=0.2, lr=1e-30)  # no step moves a weight
+    corpus = load_corpus(config.corpus, max_tokens=config.max_tokens, validation=config.validation)
+    trainer = Trainer(config, corpus)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.mul_(4)  # for texts of which the state matters
+    drawn = trainer.batches.generator.get_state()
+    train_batches, validation = trainer.batches.epoch(), trainer.validation
+    assert validation is not None
+    assert min(len(train_batches[0]), len(validation[0])) >= 3
+    expected = perplexity_by_torch(trainer.model, *train_batches, config.dropout)
+    torch.manual_seed(1)  # for the same masks of dropout
+    trainer.batches.generator.set_state(drawn)
+    record = trainer.run_epoch(lambda _: None)
+    assert record["perplexity"] == pytest.approx(expected, rel=1e-5)
+    expected = perplexity_by_torch(trainer.model, *validation, 0.0)
+    assert record["validation_perplexity"] == pytest.approx(expected, rel=1e-5)
+    assert evaluate(trainer.model, *validation) == record["validation_perplexity"]
 
 
 @pytest.mark.parametrize("options", [{"cell": "lstm"}, {"scratch": True}], ids=["lstm", "scratch"])
