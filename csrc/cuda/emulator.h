@@ -339,6 +339,17 @@ inline Vec16 load_vector(const void* from) {
   return *static_cast<const Vec16*>(from);
 }
 
+template <class Word>
+void hold(Word&) {}
+
+using Address = uint32_t;
+inline Address address(const void* shared) { return static_cast<Address>(static_cast<const char*>(shared) - shared_memory()); }
+inline Vec16 load_shared(Address from) {
+  if (from + 16 <= emulator::machine()->current->block->shared.size()) return load_vector(shared_memory() + from);
+  emulator::machine()->failure = "a load from beyond the shared memory";
+  return {};
+}
+
 inline void copy_async(void* shared, const void* global) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16)
     emulator::machine()->failure = "misaligned async copy";

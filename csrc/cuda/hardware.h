@@ -123,6 +123,30 @@ RNNFAST_DEVICE Vec16 load_vector(const void* from) {
   return {{v.x, v.y, v.z, v.w}};
 }
 
+// Has a value computed here and kept; of another the compiler may keep what is computed from it, or compute it anew.
+template <class Word>
+RNNFAST_DEVICE void hold(Word& value) {
+  asm volatile("" : "+r"(value));
+}
+
+// Where something lies in this block's shared memory. Of a pointer the compiler finds the block's own part before each load.
+using Address = uint32_t;
+RNNFAST_DEVICE Address address(const void* shared) {
+  Address address = shared_address(shared);
+  hold(address);
+  return address;
+}
+
+// 16 bytes of shared memory in one piece.
+RNNFAST_DEVICE Vec16 load_shared(Address from) {
+  Vec16 v;
+  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
+               : "r"(from)
+               : "memory");
+  return v;
+}
+
 // 16 bytes from global memory, as the L2 has them, to shared memory; complete after copies_wait().
 RNNFAST_DEVICE void copy_async(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");

@@ -60,6 +60,7 @@ struct Layout {
   int columns, groups, group_warps;   // group_warps warps take different groups
   int chunks, splits;                 // `splits` warps take different chunks of the same groups
   int groups_per_warp, chunks_per_warp;
+  int apart;                          // bytes of the operand from one chunk of a warp to its next
   int stride;                         // bytes from one row of the operand to the next
   float per_unit, per_split;          // 1 / units, 1 / splits: a division takes a GPU some twenty instructions
   int rows_at_once;                   // rows whose pairs the threads take side by side
@@ -88,6 +89,7 @@ inline Layout make_layout(int gates, int hidden, Numbers numbers, Pass pass, int
   l.group_warps = warps / l.splits;
   l.groups_per_warp = ceil_div(l.groups, l.group_warps);
   l.chunks_per_warp = ceil_div(l.chunks, l.splits);
+  l.apart = l.splits * chunk_bytes(mma);
   // Eight lanes, over two rows, then read 128 bytes that lie in different banks.
   l.stride = round_up(l.depth * operand_bytes(numbers), 128) + 64;
   l.slots = std::max(0, l.groups_per_warp * l.chunks_per_warp - register_chunks(mma, sum_bytes(numbers)));

@@ -7,6 +7,7 @@ As a program it compiles everything for every default architecture and prints a 
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import re
 import subprocess
@@ -44,6 +45,7 @@ def disassembler() -> Path | None:
     return found if found.exists() else None
 
 
+@functools.cache
 def compile_instance(stem: str, architecture: str, disassemble: bool = False) -> list[Kernel]:
     """Compiles one file. Raises RuntimeError with nvcc's words."""
     sources = build._sources()

@@ -63,6 +63,24 @@ def test_peers_are_sent_to_before_anything_is_stored():
         assert not sent or max(sent) < min(stored), kernel.name  # sums that are scattered leave from the product itself
 
 
+@pytest.mark.skipif(disassembler() is None, reason="needs cuobjdump, which Triton's package brings")
+def test_chunks_are_asked_for_before_the_first_of_them_is_multiplied():
+    """A load that is behind the mma before it waits for shared memory alone, and a step is a row of such waits."""
+    for kernel in compile_instance("bfloat16_cluster", "90a", disassemble=True):
+        products = [i for i, line in enumerate(kernel.code) if "HMMA" in line]
+        blocks = "\n".join(kernel.code[products[0] - 20 : products[-1] + 1]).split("BRA 0x")
+        fours_and_others = [block for block in blocks if "HMMA" in block]
+        assert len(fours_and_others) == 3, kernel.name
+        for block in fours_and_others[:2]:
+            order = re.findall(r"LDS\.128|HMMA", block)
+            assert (order.count("LDS.128"), order.count("HMMA")) == (4, 8), kernel.name
+            assert order[:2] == ["LDS.128", "LDS.128"], kernel.name
+            # From that register the place of shared memory would be computed anew before each load.
+            assert "SR_CgaCtaId" not in block[block.index("LDS.128") : block.rindex("HMMA")], kernel.name
+        in_shared_memory = re.findall(r"LDS\.128|HMMA", fours_and_others[2])
+        assert in_shared_memory == ["LDS.128"] * 3 + ["HMMA"] * 2, kernel.name
+
+
 def loop_of_steps(code):
     """The instructions of the loop over the steps in front of its product, and those behind the product's first."""
     product = next(i for i, line in enumerate(code) if "HMMA" in line)
