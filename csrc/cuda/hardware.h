@@ -196,13 +196,23 @@ RNNFAST_DEVICE void mbarrier_expect(uint64_t* barrier, int bytes) {
                : "memory");
 }
 
-// Whether the phase of this parity is over, after waiting for it as long as the hardware likes to.
+// Whether the phase of this parity is over, after waiting for it as long as the hardware likes to; what peers stored is then seen.
+// All that they store is shared memory. An acquire of everything would have each warp empty the multiprocessor's L1 at each step,
+// so it is restricted to shared memory where the compiler can: the words are of PTX 8.6, which CUDA 12.8 is sure to have.
+#if __CUDACC_VER_MAJOR__ > 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 8)
+#define RNNFAST_WAIT_SEMANTICS "relaxed"
+#define RNNFAST_ACQUIRE_SHARED "@complete fence.acquire.sync_restrict::shared::cluster.cluster;\n"
+#else
+#define RNNFAST_WAIT_SEMANTICS "acquire"
+#define RNNFAST_ACQUIRE_SHARED ""
+#endif
 RNNFAST_DEVICE bool mbarrier_try_wait(uint64_t* barrier, int parity) {
   uint32_t done;
   asm volatile(
       "{\n"
       ".reg .pred complete;\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 complete, [%1], %2;\n"
+      "mbarrier.try_wait.parity." RNNFAST_WAIT_SEMANTICS ".cluster.shared::cta.b64 complete, [%1], %2;\n"
+      RNNFAST_ACQUIRE_SHARED
       "selp.u32 %0, 1, 0, complete;\n"
       "}"
       : "=r"(done)

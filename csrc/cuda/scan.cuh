@@ -65,7 +65,7 @@ RNNFAST_DEVICE void scan_forward(const ScanParams& p) {
     return {w_hh + (int64_t{gate} * p.hidden + unit) * p.hidden + k, p.hidden - k};
   });
 
-  // In shared memory: registers are full, and a cluster's exchange empties the L1 at each step.
+  // In shared memory: registers are full, and all that a step reads and stores passes through the L1.
   Sum* bias = reinterpret_cast<Sum*>(shared + l.bias_at);
   for (int i = hw::thread(); i < l.columns; i += hw::threads())
     bias[i] = ForwardPair<M, KIND>::bias(walk, i / l.units, team.rank * l.units + i % l.units);

@@ -36,6 +36,16 @@ def instances() -> list[str]:
     return sorted(path.stem for path in (sources / "instances").glob("*.cu"))
 
 
+def nvcc_version() -> tuple[int, int]:
+    """Of the CUDA compiler, which must be there."""
+    nvcc = build.nvcc()
+    assert nvcc is not None
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    release = re.search(r"release (\d+)\.(\d+)", said)
+    assert release is not None
+    return int(release[1]), int(release[2])
+
+
 def disassembler() -> Path | None:
     """cuobjdump, as Triton's package brings it."""
     triton = importlib.util.find_spec("triton")

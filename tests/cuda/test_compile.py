@@ -10,7 +10,7 @@ import pytest
 
 from rnnfast.backends.cuda import build
 
-from .compile_report import compile_instance, disassembler, instances
+from .compile_report import compile_instance, disassembler, instances, nvcc_version
 
 pytestmark = pytest.mark.skipif(build.nvcc() is None, reason="needs nvcc, the CUDA compiler")
 
@@ -79,6 +79,15 @@ def test_chunks_are_asked_for_before_the_first_of_them_is_multiplied():
             assert "SR_CgaCtaId" not in block[block.index("LDS.128") : block.rindex("HMMA")], kernel.name
         in_shared_memory = re.findall(r"LDS\.128|HMMA", fours_and_others[2])
         assert in_shared_memory == ["LDS.128"] * 3 + ["HMMA"] * 2, kernel.name
+
+
+@pytest.mark.skipif(disassembler() is None, reason="needs cuobjdump, which Triton's package brings")
+@pytest.mark.skipif(build.nvcc() is not None and nvcc_version() < (12, 8), reason="needs PTX 8.6")
+def test_a_step_of_a_cluster_leaves_the_l1_as_it_is():
+    for kernel in compile_instance("bfloat16_cluster", "90a", disassemble=True):
+        loop = [line for part in loop_of_steps(kernel.code) for line in part]
+        assert any("TRYWAIT" in line for line in loop), kernel.name
+        assert not any("CCTL" in line or "MEMBAR" in line for line in loop), kernel.name
 
 
 def loop_of_steps(code):
