@@ -399,12 +399,12 @@ inline bool mbarrier_try_wait(uint64_t* barrier, int parity) {
   ++emulator::machine()->progress;
   return true;
 }
-inline void remote_store(void* local, uint64_t* barrier, int rank, uint32_t value) {
+inline void remote_store(Address local, uint64_t* barrier, int rank, uint32_t value) {
   emulator::Machine& m = *emulator::machine();
   emulator::Block& mine = *m.current->block;
   emulator::Block& peer = m.blocks[mine.first_of_cluster + rank];
-  const auto there = [&](void* here) { return peer.shared.data() + (static_cast<char*>(here) - mine.shared.data()); };
-  m.in_flight.push_back({there(local), reinterpret_cast<uint64_t*>(there(barrier)), value});
+  char* there = peer.shared.data();
+  m.in_flight.push_back({there + local, reinterpret_cast<uint64_t*>(there + address(barrier)), value});
 }
 
 }  // namespace rnnfast::hw

@@ -221,17 +221,17 @@ RNNFAST_DEVICE bool mbarrier_try_wait(uint64_t* barrier, int parity) {
   return done;
 }
 
-RNNFAST_DEVICE uint32_t remote_address(const void* local, int rank) {
+RNNFAST_DEVICE uint32_t remote_address(Address local, int rank) {
   uint32_t address;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(local)), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(local), "r"(rank));
   return address;
 }
 
 // Stores at the place that is `local` in this block, in the block of that rank, and completes on its `barrier`.
-RNNFAST_DEVICE void remote_store(void* local, uint64_t* barrier, int rank, uint32_t value) {
+RNNFAST_DEVICE void remote_store(Address local, uint64_t* barrier, int rank, uint32_t value) {
   asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(
                    remote_address(local, rank)),
-               "r"(value), "r"(remote_address(barrier, rank))
+               "r"(value), "r"(remote_address(shared_address(barrier), rank))
                : "memory");
 }
 #else
@@ -241,7 +241,7 @@ RNNFAST_DEVICE void mbarrier_init(uint64_t*, int) { __trap(); }
 RNNFAST_DEVICE void mbarrier_publish() { __trap(); }
 RNNFAST_DEVICE void mbarrier_expect(uint64_t*, int) { __trap(); }
 RNNFAST_DEVICE bool mbarrier_try_wait(uint64_t*, int) { __trap(); return false; }
-RNNFAST_DEVICE void remote_store(void*, uint64_t*, int, uint32_t) { __trap(); }
+RNNFAST_DEVICE void remote_store(Address, uint64_t*, int, uint32_t) { __trap(); }
 #endif
 
 }  // namespace rnnfast::hw

@@ -43,6 +43,7 @@ constexpr Pass pass_of(Exchange exchange, int gates, int operand_size, int sum_s
 }
 
 constexpr int kMaxWarps = 16;
+constexpr int kMaxCluster = 16;   // blocks
 constexpr int kStepThreads = 256;  // of the kernel of one step
 constexpr int kMmaRows = 8;
 constexpr int kMaxGridYz = 65535;  // blocks of a launch along y or z
@@ -62,7 +63,8 @@ struct Layout {
   int groups_per_warp, chunks_per_warp;
   int apart;                          // bytes of the operand from one chunk of a warp to its next
   int stride;                         // bytes from one row of the operand to the next
-  float per_unit, per_split;          // 1 / units, 1 / splits: a division takes a GPU some twenty instructions
+  int pieces;                         // of 16 bytes, in a row as the team has it, without padding
+  float per_unit, per_split, per_piece;  // 1 / units, 1 / splits, 1 / pieces: a division takes a GPU some twenty instructions
   int rows_at_once;                   // rows whose pairs the threads take side by side
   int slots;                          // chunks that a warp keeps in shared memory
   int sum_stride;                     // from one row of the block's own sums to the next
@@ -105,6 +107,8 @@ inline Layout make_layout(int gates, int hidden, Numbers numbers, Pass pass, int
   l.rows_at_once = rows / std::max(1, ceil_div(rows * l.units, warps * 32));
   l.per_unit = 1.0f / l.units;
   l.per_split = 1.0f / l.splits;
+  l.pieces = blocks * l.slice * operand_bytes(numbers) / 16;
+  l.per_piece = 1.0f / l.pieces;
   l.bias_at = l.barrier_at + 16;
   l.shared_bytes = l.bias_at + (pass == Pass::forward ? l.columns * sum_bytes(numbers) : 0);
   return l;

@@ -1,6 +1,7 @@
 // The product of a step, operand (rows, depth) times weights (depth, columns), with the weights resident: the first of a
-// warp's chunks, group by group, in registers, the others in shared memory. Each sum goes to put(split, row, column, sum).
-// A row's sums do not depend on the rows beside it.
+// warp's chunks, group by group, in registers, the others in shared memory. begin(), before the operand is waited for, finds
+// what multiply() needs. Each sum goes to put(split, row, first, column, sum), of which block.cuh tells; a row's sums do not
+// depend on the rows beside it.
 #pragma once
 
 #include "layout.h"
@@ -8,12 +9,15 @@
 
 namespace rnnfast::cuda {
 
-// The warp's groups are first_group, first_group + group_warps, ...; its chunks split, split + splits, ...
+// The warp's groups are first_group, first_group + group_warps, ...; its chunks split, split + splits, ... Found where it is
+// made, which may be before a wait, and not where it is used.
 struct WarpShare {
   int split, first_group;
   RNNFAST_DEVICE explicit WarpShare(const Layout& l) : first_group(quotient(hw::warp(), l.per_split)) {
     split = hw::warp() - first_group * l.splits;
     if (first_group >= l.group_warps) first_group = l.groups;  // a warp left over
+    hw::hold(split);
+    hw::hold(first_group);
   }
 };
 
@@ -133,7 +137,7 @@ class PlainProduct {
     constexpr int kCopies = 32 / (ROWS * kColumns);  // lanes that hold the same sum
     const int index = hw::lane() / kCopies;
     const int first_column = (share.first_group + group * l.group_warps) * kColumns;
-    if (hw::lane() % kCopies == 0) put(share.split, row + index / kColumns, first_column + index % kColumns, sums[0]);
+    if (hw::lane() % kCopies == 0) put(share.split, row + index / kColumns, first_column, index % kColumns, sums[0]);
   }
 
  public:
@@ -174,9 +178,15 @@ class PlainProduct {
     }
   }
 
+  struct Begun {
+    WarpShare share;
+    const char* operand;
+  };
+  RNNFAST_DEVICE Begun begin(const Layout& l, const char* operand) const { return {WarpShare(l), operand}; }
+
   template <class Put>
-  RNNFAST_DEVICE void multiply(const Layout& l, const char* operand, Put put) {
-    const WarpShare share(l);
+  RNNFAST_DEVICE void multiply(const Layout& l, const Begun& begun, Put put) {
+    const auto [share, operand] = begun;
     for (int i = 0; i < l.groups_per_warp; ++i) {
       if (share.first_group + i * l.group_warps >= l.groups) break;
       int row = 0;
@@ -282,14 +292,20 @@ class TensorCoreProduct {
     }
   }
 
+  struct Begun {
+    WarpShare share;
+    hw::Address first_chunk;
+  };
+  RNNFAST_DEVICE Begun begin(const Layout& l, const char* operand) const {
+    const WarpShare share(l);
+    return {share, hw::address(operand + hw::lane() / 4 * l.stride + hw::lane() % 4 * 16 + share.split * 64)};
+  }
+
   // Shared memory answers many loads in hardly more time than one, and registers are few: chunks in registers are multiplied by
   // fours, loads first, with a predicate for each and no jump between them; of the others a chunk's three loads go together.
   template <class Put>
-  RNNFAST_DEVICE void multiply(const Layout& l, const char* operand, Put put) {
-    const WarpShare share(l);
-    const int lane = hw::lane();
-    const hw::Address first_chunk = hw::address(operand + lane / 4 * l.stride + lane % 4 * 16 + share.split * 64);
-    const int chunks = quotient(l.chunks - 1 - share.split, l.per_split) + 1;  // of the warp, in each of its groups
+  RNNFAST_DEVICE void multiply(const Layout& l, const Begun& begun, Put put) {
+    const auto [share, first_chunk] = begun;
     hw::warp_barrier();
     for (int i = 0; i < l.groups_per_warp; ++i) {
       const int group = share.first_group + i * l.group_warps;
@@ -300,6 +316,7 @@ class TensorCoreProduct {
         int nth = i;
         hw::hold(nth);  // so that what follows from it is computed here, and takes no registers meanwhile
         const GroupChunks of_group(l, share, nth);
+        const int chunks = l.chunks_per_warp - (of_group.before + (of_group.first + l.chunks_per_warp - 1) * l.splits >= l.chunks);
         const int first_shared = of_group.first_after(kRegisterChunks);
         // Which of the chunks in registers are this group's, a bit for each.
         const uint32_t all_chunks = (1u << (chunks < kRegisterChunks ? chunks : kRegisterChunks)) - 1;
@@ -326,10 +343,12 @@ class TensorCoreProduct {
           hw::warp_barrier();  // or the compiler has the last of them wait for the first mma
           multiply_add(sums, bits<Fragment>(w).word, x);
         }
+        uint32_t lane = hw::lane();
+        hw::hold(lane);
 #pragma unroll
         for (int s = 0; s < 4; ++s) {
-          const int column = group * 16 + lane / 4 + s / 2 * 8, r = row + lane % 4 * 2 + s % 2;
-          put(share.split, r, column, sums[0][s] + sums[1][s]);
+          const int column = lane / 4 + s / 2 * 8, r = row + lane % 4 * 2 + s % 2;
+          put(share.split, r, group * 16, column, sums[0][s] + sums[1][s]);
         }
       }
     }

@@ -27,7 +27,7 @@ void broadcast(int* out) {
   hw::cluster_barrier();
   if (hw::thread() == 0) {
     hw::mbarrier_expect(barrier, 4 * blocks);
-    for (int peer = 0; peer < blocks; ++peer) hw::remote_store(values + rank, barrier, peer, static_cast<uint32_t>(rank));
+    for (int peer = 0; peer < blocks; ++peer) hw::remote_store(hw::address(values + rank), barrier, peer, rank);
   }
   while (WAIT && !hw::mbarrier_try_wait(barrier, 0)) continue;
   for (int i = hw::thread(); i < blocks; i += hw::threads()) out[rank * blocks + i] = values[i];

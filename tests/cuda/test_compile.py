@@ -90,6 +90,15 @@ def test_a_step_of_a_cluster_leaves_the_l1_as_it_is():
         assert not any("CCTL" in line or "MEMBAR" in line for line in loop), kernel.name
 
 
+@pytest.mark.skipif(disassembler() is None, reason="needs cuobjdump, which Triton's package brings")
+def test_no_address_is_divided_for_behind_the_wait():
+    for kernel in compile_instance("bfloat16_cluster", "90a", disassemble=True):
+        if kernel.name.endswith("forward"):
+            before_product, _ = loop_of_steps(kernel.code)
+            waited = next(i for i, line in enumerate(before_product) if "TRYWAIT" in line)
+            assert not any("F2I" in line or "I2F" in line for line in before_product[waited:]), kernel.name
+
+
 def loop_of_steps(code):
     """The instructions of the loop over the steps in front of its product, and those behind the product's first."""
     product = next(i for i, line in enumerate(code) if "HMMA" in line)
