@@ -18,13 +18,17 @@ namespace rnnfast::cuda {
 
 // Ends a kernel with a message where a peer never comes (a fault, a debugger), rather than hanging the device.
 class Watchdog {
-  static constexpr uint32_t kPatience = 1;  // times 2^32 cycles: two to five seconds
-  const uint32_t begin_ = hw::clock_high();
+  const uint32_t patience_, begin_ = hw::clock_high();
 
  public:
+  // Times 2^32 cycles: two to five seconds, and about a minute for blocks that the device may not have begun yet.
+  static constexpr uint32_t kUsual = 1, kForABeginning = 30;
+
+  RNNFAST_DEVICE explicit Watchdog(uint32_t patience = kUsual) : patience_(patience) {}
+
   // After each look that was in vain.
   RNNFAST_DEVICE void look(const char* message, int which) const {
-    if (hw::clock_high() - begin_ > kPatience) hw::fail(message, which);
+    if (hw::clock_high() - begin_ > patience_) hw::fail(message, which);
   }
 };
 

@@ -36,7 +36,8 @@ class GridExchange {
 
   RNNFAST_DEVICE void wait(int step) {
     for (int peer = hw::thread(); peer < layout_.blocks; peer += hw::threads()) {
-      const Watchdog watchdog;
+      // What else runs on the device may keep a block of the team waiting for its multiprocessor.
+      const Watchdog watchdog(step == 1 ? Watchdog::kForABeginning : Watchdog::kUsual);
       while (hw::flag_acquire(flag(peer)) < static_cast<uint32_t>(step))
         watchdog.look("a block of the grid scan did not arrive", peer);
     }

@@ -37,6 +37,7 @@ def test_a_barrier_that_not_all_reach_is_an_error(emulated):
     ("kernel", "message"),
     [
         ("absent peer", "a block of the grid scan did not arrive"),
+        ("peer gone", "a block of the grid scan did not arrive"),
         ("absent bytes", "what the cluster's blocks send did not arrive for step: 1"),
     ],
 )
