@@ -15,6 +15,7 @@ with CUDA, nvcc, a C++ compiler and pytest; no network.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import datetime
 import json
 import os
@@ -43,6 +44,8 @@ from rnnfast.backends.cuda import build
 from rnnfast.table import Point, Table
 
 ROOT = Path(__file__).resolve().parents[1]
+LIBC = ctypes.CDLL(None)  # found here: little is safe between a fork and what it executes
+PR_SET_PDEATHSIG = 1
 Save = Callable[[Any], None]  # keeps what a part has so far
 
 
@@ -268,6 +271,8 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--skip", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.build or options.small_layers or options.tune is not None or options.part is not None:
+        _end_with_parent()  # which may be the sanitizer
     if not torch.cuda.is_available():
         print("this needs a GPU, and PyTorch sees none here", file=sys.stderr)
         return 1
@@ -285,6 +290,7 @@ def main() -> int:
         gpu_parts.load(part.backend)
         work_through(part.tasks()[options.skip :], deadline, part.limit, options.output)
     else:
+        _end_parts_at_signals()
         return run_parts(options.minutes, options.only, options.output)
     return 0
 
@@ -357,7 +363,7 @@ def circumstances() -> Report:
         triton = ""
     return {
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": said("git", "rev-parse", "HEAD"),
+        "commit": said("git", "rev-parse", "HEAD") or os.environ.get("RNNFAST_COMMIT", ""),
         "uncommitted_changes": bool(said("git", "status", "--porcelain", "--untracked-files=no")),
         "sources": table.sources(),
         "card": torch.cuda.get_device_name(),
@@ -382,6 +388,18 @@ def _tune(seconds: float) -> None:
     signal.alarm(0)
 
 
+def _end_parts_at_signals() -> None:
+    """Has an end from outside raise SystemExit, so that the part that runs is ended too."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda received, _: sys.exit(128 + received))
+
+
+def _end_with_parent() -> None:
+    """Has Linux kill this process when its parent ends, however that ends: it would disturb what is measured next."""
+    if sys.platform == "linux":
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _own(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "benchmarks.gpu", *arguments]
 
@@ -398,7 +416,7 @@ def _run(
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "errors": "replace"}
     env = {**os.environ, **(environment or {})}
     # A group of its own, to be stopped together with what it has started.
-    process = subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, **pipes)
+    process = subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, preexec_fn=_end_with_parent, **pipes)
     try:
         while time.perf_counter() < end:
             try:

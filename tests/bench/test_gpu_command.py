@@ -151,6 +151,52 @@ def test_tuning_goes_on_behind_a_point_that_hangs(monkeypatch: pytest.MonkeyPatc
     assert set(next(iter(report["wrong"].values())).values()) == {"it did not end"}
 
 
+PARENT = """
+import sys, time
+from benchmarks import gpu
+gpu._end_parts_at_signals()
+child = "import os, sys, time; print(os.getpid(), file=open(sys.argv[1], 'w'), flush=True); time.sleep(60)"
+gpu._run([sys.executable, "-c", child, sys.argv[1]], time.perf_counter() + 60)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_an_end_from_outside_ends_the_part_that_runs(tmp_path: Path, number: int) -> None:
+    written = tmp_path / "pid"
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(written)], cwd=gpu.ROOT)
+    _wait_until(lambda: written.exists() and written.read_text().endswith("\n"))
+    part = int(written.read_text())
+    assert not _has_ended(part)
+    parent.send_signal(number)
+    assert parent.wait(30) == (128 + number if number == signal.SIGTERM else -number)
+    _wait_until(lambda: _has_ended(part))
+
+
+def _has_ended(process: int) -> bool:
+    try:
+        return ") Z " in Path(f"/proc/{process}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def _wait_until(is_so: Any) -> None:
+    end = time.perf_counter() + 60
+    while not is_so():
+        assert time.perf_counter() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("commit", ["", "0123456789abcdef"])
+def test_where_the_folder_is_no_checkout_the_commit_is_told_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, commit: str
+) -> None:
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu.torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setenv("RNNFAST_COMMIT", commit)
+    assert gpu.circumstances()["commit"] == commit
+
+
 TESTS = """
 import os, signal, pytest
 pytestmark = pytest.mark.gpu
