@@ -139,7 +139,7 @@ def _leave_out_next_point(identity: table.Identity, path: Path) -> None:
 
 
 def run_sanitizer(deadline: float, save: Save) -> Report:
-    """Memcheck and racecheck over small layers of every kernel."""
+    """Memcheck and racecheck over small layers, each with a verdict: what one does wrong hides no other."""
     beside_nvcc = Path(build.nvcc() or "").resolve().with_name("compute-sanitizer")
     places = (shutil.which("compute-sanitizer"), beside_nvcc, "/usr/local/cuda/bin/compute-sanitizer")
     sanitizer = next((str(place) for place in places if place is not None and Path(place).exists()), None)
@@ -155,15 +155,22 @@ def run_sanitizer(deadline: float, save: Save) -> Report:
         "application-only",
     ]
     report: Report = {"passed": True, "summary": ""}
-    for left, tool, more in ((2, "memcheck", ["--report-api-errors", "no"]), (1, "racecheck", [])):
-        limit = time.perf_counter() + (deadline - time.perf_counter()) / left
-        done = _run([sanitizer, "--tool", tool, *options, *more, *_own("--small-layers")], limit)
-        report[tool] = {"exit_status": done.returncode, "said": _last_lines(done, 40)}
-        stopped = done.returncode == STOPPED
-        found = "not ended in its time" if stopped else "clean" if done.returncode == 0 else "not clean"
-        report["summary"] += f"{'; ' if report['summary'] else ''}{tool}: {found}"
-        if done.returncode:
-            report["passed"] = None if stopped and report["passed"] is not False else False
+    for left, (tool, kernel) in zip(range(len(SANITIZED), 0, -1), SANITIZED, strict=True):
+        now = time.perf_counter()
+        if deadline - now < STARTING_SECONDS:
+            found, report["passed"] = "not run for lack of time", report["passed"] and None
+        else:
+            limit = min(deadline, now + max(SECONDS_A_CHECK, (deadline - now) / left))
+            more = ["--report-api-errors", "no"] if tool == "memcheck" else []
+            done = _run([sanitizer, "--tool", tool, *options, *more, *_own("--small-layers", kernel)], limit)
+            report[f"{tool} {kernel}"] = {"exit_status": done.returncode, "said": _ends(done, 20)}
+            if done.returncode == STOPPED:
+                found, report["passed"] = "not ended in its time", report["passed"] and None
+            elif done.returncode:
+                found, report["passed"] = "not clean", False
+            else:
+                found = "clean"
+        report["summary"] += f"{'; ' if report['summary'] else ''}{tool} of {kernel}: {found}"
         save(report)
     return report
 
@@ -245,13 +252,19 @@ PARTS = {
     "calibration": Part(0.62, tasks=gpu_parts.calibration, limit=20),
     "grid": Part(0.68, tasks=partial(gpu_parts.grid, "cuda"), limit=30),
     "triton_grid": Part(0.74, tasks=partial(gpu_parts.grid, "triton"), limit=60, backend="triton"),
-    "triton_tests": Part(0.87, run=partial(run_tests, ("tests/triton",)), backend="triton"),
+    "triton_tests": Part(0.84, run=partial(run_tests, ("tests/triton",)), backend="triton"),
     "sanitizer": Part(0.99, run=run_sanitizer),
 }
 STOPPED = 124  # the status of a program whose time was over
 ENDED_WITH_FAILURES, NO_TESTS = 1, 5  # pytest's
 GRACE_SECONDS = 10  # for a process to end by itself before it is stopped
 STARTING_SECONDS = 15  # too little time to begin again
+SECONDS_A_CHECK = 25  # a sanitizer's, of one kernel, even if others are then left out: much of it is the start
+# What exchanges most comes first. Racecheck looks at shared memory, of which the kernel of one step has none.
+SANITIZED = [
+    *(("memcheck", kernel) for kernel in ("cluster", "grid", "block", "steps")),
+    *(("racecheck", kernel) for kernel in ("cluster", "block", "grid")),
+]
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------
@@ -265,7 +278,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="the JSON file; default: benchmarks/results/gpu-CARD.json")
     # How this program starts itself.
     parser.add_argument("--build", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--small-layers", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--small-layers", help=argparse.SUPPRESS)
     parser.add_argument("--tune", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
@@ -281,7 +294,7 @@ def main() -> int:
         cuda.load()
         print(json.dumps({"library": path.name, "limits": gpu_parts.limits()}))
     elif options.small_layers:
-        gpu_parts.small_layers()
+        gpu_parts.small_layers(options.small_layers)
     elif options.tune is not None:
         _tune(options.tune)
     elif options.part is not None:
@@ -451,6 +464,12 @@ def _replace(path: Path, text: str) -> None:
 
 def _last_lines(done: subprocess.CompletedProcess[str], count: int) -> list[str]:
     return (done.stdout + done.stderr).strip().splitlines()[-count:]
+
+
+def _ends(done: subprocess.CompletedProcess[str], count: int) -> list[str]:
+    """The first and the last lines: a sanitizer's first error tells most, and its last line how many there are."""
+    lines = (done.stdout + done.stderr).strip().splitlines()
+    return lines if len(lines) <= 2 * count else [*lines[:count], "...", *lines[-count:]]
 
 
 if __name__ == "__main__":

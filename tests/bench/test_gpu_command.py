@@ -237,17 +237,25 @@ def test_tests_that_the_time_cuts_short_are_no_failure(tmp_path: Path) -> None:
     assert summary(ended, status=1) == (False, "1 passed")
 
 
+SANITIZED = ("memcheck of cluster", "memcheck of grid", "memcheck of block", "memcheck of steps")
+SANITIZED += ("racecheck of cluster", "racecheck of block", "racecheck of grid")
+
+
 @pytest.mark.parametrize(
-    ("statuses", "passed", "summary"),
+    ("statuses", "passed", "others"),
     [
-        ((0, 0), True, "memcheck: clean; racecheck: clean"),
-        ((9, 0), False, "memcheck: not clean; racecheck: clean"),
-        ((9, gpu.STOPPED), False, "memcheck: not clean; racecheck: not ended in its time"),
-        ((gpu.STOPPED, 0), None, "memcheck: not ended in its time; racecheck: clean"),
+        ({}, True, {}),
+        ({1: 9}, False, {1: "not clean"}),
+        ({0: 9, 4: gpu.STOPPED}, False, {0: "not clean", 4: "not ended in its time"}),
+        ({2: gpu.STOPPED}, None, {2: "not ended in its time"}),
     ],
 )
 def test_the_sanitizer(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, statuses: Any, passed: Any, summary: str
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    statuses: dict[int, int],
+    passed: bool | None,
+    others: dict[int, str],
 ) -> None:
     nvcc, beside = tmp_path / "cuda" / "bin" / "nvcc", tmp_path / "cuda" / "bin" / "compute-sanitizer"
     nvcc.parent.mkdir(parents=True)
@@ -263,18 +271,22 @@ def test_the_sanitizer(
         }
     beside.touch()
     commands: list[list[str]] = []
-    left = iter(statuses)
+    said = "\n".join(f"line {i}" for i in range(100))
 
     def run(command: list[str], deadline: float) -> Any:
         commands.append(command)
-        return subprocess.CompletedProcess(command, next(left), "", "")
+        return subprocess.CompletedProcess(command, statuses.get(len(commands) - 1, 0), said, "")
 
     monkeypatch.setattr(gpu, "_run", run)
     report = gpu.run_sanitizer(time.perf_counter() + 60, lambda result: None)
-    assert (report["passed"], report["summary"]) == (passed, summary)
-    assert [command[:3] for command in commands] == [
-        [str(beside), "--tool", tool] for tool in ("memcheck", "racecheck")
-    ]
+    verdicts = [f"{check}: {others.get(i, 'clean')}" for i, check in enumerate(SANITIZED)]
+    assert (report["passed"], report["summary"]) == (passed, "; ".join(verdicts))
+    assert [f"{command[2]} of {command[-1]}" for command in commands] == list(SANITIZED)
+    assert all(command[:2] == [str(beside), "--tool"] for command in commands)
+    lines = report["memcheck grid"]["said"]
+    assert (lines[0], lines[19:22], lines[-1]) == ("line 0", ["line 19", "...", "line 80"], "line 99")
+    late = gpu.run_sanitizer(time.perf_counter() + 5, lambda result: None)
+    assert late == {"passed": None, "summary": "; ".join(f"{check}: not run for lack of time" for check in SANITIZED)}
 
 
 # All parts
