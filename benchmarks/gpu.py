@@ -44,8 +44,6 @@ from rnnfast.backends.cuda import build
 from rnnfast.table import Point, Table
 
 ROOT = Path(__file__).resolve().parents[1]
-LIBC = ctypes.CDLL(None)  # found here: little is safe between a fork and what it executes
-PR_SET_PDEATHSIG = 1
 Save = Callable[[Any], None]  # keeps what a part has so far
 
 
@@ -255,6 +253,7 @@ PARTS = {
     "triton_tests": Part(0.84, run=partial(run_tests, ("tests/triton",)), backend="triton"),
     "sanitizer": Part(0.99, run=run_sanitizer),
 }
+PR_SET_PDEATHSIG = 1  # Linux's
 STOPPED = 124  # the status of a program whose time was over
 ENDED_WITH_FAILURES, NO_TESTS = 1, 5  # pytest's
 GRACE_SECONDS = 10  # for a process to end by itself before it is stopped
@@ -410,7 +409,15 @@ def _end_parts_at_signals() -> None:
 def _end_with_parent() -> None:
     """Has Linux kill this process when its parent ends, however that ends: it would disturb what is measured next."""
     if sys.platform == "linux":
-        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _ending_with_parent(command: list[str]) -> list[str]:
+    """A command that does the same and becomes `command`. (A preexec_fn would fork, which threads may not survive.)"""
+    if sys.platform != "linux":
+        return command
+    asks = f"import ctypes, os, sys; ctypes.CDLL(None).prctl({PR_SET_PDEATHSIG}, {int(signal.SIGKILL)})"
+    return [sys.executable, "-ISc", f"{asks}; os.execvp(sys.argv[1], sys.argv[1:])", *command]
 
 
 def _own(*arguments: str) -> list[str]:
@@ -429,7 +436,7 @@ def _run(
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "errors": "replace"}
     env = {**os.environ, **(environment or {})}
     # A group of its own, to be stopped together with what it has started.
-    process = subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, preexec_fn=_end_with_parent, **pipes)
+    process = subprocess.Popen(_ending_with_parent(command), cwd=ROOT, env=env, start_new_session=True, **pipes)
     try:
         while time.perf_counter() < end:
             try:
