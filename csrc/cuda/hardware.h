@@ -123,7 +123,7 @@ RNNFAST_DEVICE Vec16 load_vector(const void* from) {
   return {{v.x, v.y, v.z, v.w}};
 }
 
-// Has a value computed here and kept; of another the compiler may keep what is computed from it, or compute it anew.
+// Has a value computed here: else the compiler may compute it anew where it is used, or early what follows from it.
 template <class Word>
 RNNFAST_DEVICE void hold(Word& value) {
   asm volatile("" : "+r"(value));

@@ -316,7 +316,8 @@ class TensorCoreProduct {
         int nth = i;
         hw::hold(nth);  // so that what follows from it is computed here, and takes no registers meanwhile
         const GroupChunks of_group(l, share, nth);
-        const int chunks = l.chunks_per_warp - (of_group.before + (of_group.first + l.chunks_per_warp - 1) * l.splits >= l.chunks);
+        // The warp's in each group: the last round may not reach it.
+        const int chunks = l.chunks_per_warp - (share.split + (l.chunks_per_warp - 1) * l.splits >= l.chunks);
         const int first_shared = of_group.first_after(kRegisterChunks);
         // Which of the chunks in registers are this group's, a bit for each.
         const uint32_t all_chunks = (1u << (chunks < kRegisterChunks ? chunks : kRegisterChunks)) - 1;
@@ -344,7 +345,7 @@ class TensorCoreProduct {
           multiply_add(sums, bits<Fragment>(w).word, x);
         }
         uint32_t lane = hw::lane();
-        hw::hold(lane);
+        hw::hold(lane);  // likewise
 #pragma unroll
         for (int s = 0; s < 4; ++s) {
           const int column = lane / 4 + s / 2 * 8, r = row + lane % 4 * 2 + s % 2;

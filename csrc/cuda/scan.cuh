@@ -89,8 +89,7 @@ RNNFAST_DEVICE void scan_forward(const ScanParams& p) {
   for (int step = 0; step < p.steps; ++step) {
     const auto begun = product.begin(l, exchange.here(step));
     if (step > 0) exchange.wait(step);
-    product.multiply(l, begun,
-                     [&](auto... of_sum) { sums.put(step, of_sum...); });
+    product.multiply(l, begun, [&](auto... of_sum) { sums.put(step, of_sum...); });
     sums.wait(step);
     Sum saved[kPairs][ForwardPair<M, KIND>::kSaved];
 #pragma unroll
@@ -184,8 +183,7 @@ RNNFAST_DEVICE void scan_backward(const ScanParams& p) {
     if (step > 0) {
       const auto begun = product.begin(l, exchange.here(step));
       exchange.wait(step);
-      product.multiply(l, begun,
-                       [&](auto... of_sum) { sums.put(step, of_sum...); });
+      product.multiply(l, begun, [&](auto... of_sum) { sums.put(step, of_sum...); });
       sums.wait(step);
     }
     Sum d_gates[kPairs][BackwardPair<M, KIND>::kInput] = {};
