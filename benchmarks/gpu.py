@@ -15,6 +15,7 @@ with CUDA, nvcc, a C++ compiler and pytest; no network.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import datetime
 import json
 import os
@@ -136,7 +137,7 @@ def _leave_out_next_point(identity: table.Identity, path: Path) -> None:
 
 
 def run_sanitizer(deadline: float, save: Save) -> Report:
-    """Memcheck and racecheck over small layers of every kernel."""
+    """Memcheck and racecheck over small layers, each with a verdict: what one does wrong hides no other."""
     beside_nvcc = Path(build.nvcc() or "").resolve().with_name("compute-sanitizer")
     places = (shutil.which("compute-sanitizer"), beside_nvcc, "/usr/local/cuda/bin/compute-sanitizer")
     sanitizer = next((str(place) for place in places if place is not None and Path(place).exists()), None)
@@ -152,15 +153,22 @@ def run_sanitizer(deadline: float, save: Save) -> Report:
         "application-only",
     ]
     report: Report = {"passed": True, "summary": ""}
-    for left, tool, more in ((2, "memcheck", ["--report-api-errors", "no"]), (1, "racecheck", [])):
-        limit = time.perf_counter() + (deadline - time.perf_counter()) / left
-        done = _run([sanitizer, "--tool", tool, *options, *more, *_own("--small-layers")], limit)
-        report[tool] = {"exit_status": done.returncode, "said": _last_lines(done, 40)}
-        stopped = done.returncode == STOPPED
-        found = "not ended in its time" if stopped else "clean" if done.returncode == 0 else "not clean"
-        report["summary"] += f"{'; ' if report['summary'] else ''}{tool}: {found}"
-        if done.returncode:
-            report["passed"] = None if stopped and report["passed"] is not False else False
+    for left, (tool, kernel) in zip(range(len(SANITIZED), 0, -1), SANITIZED, strict=True):
+        now = time.perf_counter()
+        if deadline - now < STARTING_SECONDS:
+            found, report["passed"] = "not run for lack of time", report["passed"] and None
+        else:
+            limit = min(deadline, now + max(SECONDS_A_CHECK, (deadline - now) / left))
+            more = ["--report-api-errors", "no"] if tool == "memcheck" else []
+            done = _run([sanitizer, "--tool", tool, *options, *more, *_own("--small-layers", kernel)], limit)
+            report[f"{tool} {kernel}"] = {"exit_status": done.returncode, "said": _ends(done, 20)}
+            if done.returncode == STOPPED:
+                found, report["passed"] = "not ended in its time", report["passed"] and None
+            elif done.returncode:
+                found, report["passed"] = "not clean", False
+            else:
+                found = "clean"
+        report["summary"] += f"{'; ' if report['summary'] else ''}{tool} of {kernel}: {found}"
         save(report)
     return report
 
@@ -242,13 +250,20 @@ PARTS = {
     "calibration": Part(0.62, tasks=gpu_parts.calibration, limit=20),
     "grid": Part(0.68, tasks=partial(gpu_parts.grid, "cuda"), limit=30),
     "triton_grid": Part(0.74, tasks=partial(gpu_parts.grid, "triton"), limit=60, backend="triton"),
-    "triton_tests": Part(0.87, run=partial(run_tests, ("tests/triton",)), backend="triton"),
+    "triton_tests": Part(0.84, run=partial(run_tests, ("tests/triton",)), backend="triton"),
     "sanitizer": Part(0.99, run=run_sanitizer),
 }
+PR_SET_PDEATHSIG = 1  # Linux's
 STOPPED = 124  # the status of a program whose time was over
 ENDED_WITH_FAILURES, NO_TESTS = 1, 5  # pytest's
 GRACE_SECONDS = 10  # for a process to end by itself before it is stopped
 STARTING_SECONDS = 15  # too little time to begin again
+SECONDS_A_CHECK = 25  # a sanitizer's, of one kernel, even if others are then left out: much of it is the start
+# What exchanges most comes first. Racecheck looks at shared memory, of which the kernel of one step has none.
+SANITIZED = [
+    *(("memcheck", kernel) for kernel in ("cluster", "grid", "block", "steps")),
+    *(("racecheck", kernel) for kernel in ("cluster", "block", "grid")),
+]
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------
@@ -262,12 +277,14 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="the JSON file; default: benchmarks/results/gpu-CARD.json")
     # How this program starts itself.
     parser.add_argument("--build", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--small-layers", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--small-layers", help=argparse.SUPPRESS)
     parser.add_argument("--tune", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--skip", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.build or options.small_layers or options.tune is not None or options.part is not None:
+        _end_with_parent()  # which may be the sanitizer
     if not torch.cuda.is_available():
         print("this needs a GPU, and PyTorch sees none here", file=sys.stderr)
         return 1
@@ -276,7 +293,7 @@ def main() -> int:
         cuda.load()
         print(json.dumps({"library": path.name, "limits": gpu_parts.limits()}))
     elif options.small_layers:
-        gpu_parts.small_layers()
+        gpu_parts.small_layers(options.small_layers)
     elif options.tune is not None:
         _tune(options.tune)
     elif options.part is not None:
@@ -285,6 +302,7 @@ def main() -> int:
         gpu_parts.load(part.backend)
         work_through(part.tasks()[options.skip :], deadline, part.limit, options.output)
     else:
+        _end_parts_at_signals()
         return run_parts(options.minutes, options.only, options.output)
     return 0
 
@@ -357,7 +375,7 @@ def circumstances() -> Report:
         triton = ""
     return {
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": said("git", "rev-parse", "HEAD"),
+        "commit": said("git", "rev-parse", "HEAD") or os.environ.get("RNNFAST_COMMIT", ""),
         "uncommitted_changes": bool(said("git", "status", "--porcelain", "--untracked-files=no")),
         "sources": table.sources(),
         "card": torch.cuda.get_device_name(),
@@ -382,6 +400,26 @@ def _tune(seconds: float) -> None:
     signal.alarm(0)
 
 
+def _end_parts_at_signals() -> None:
+    """Has an end from outside raise SystemExit, so that the part that runs is ended too."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda received, _: sys.exit(128 + received))
+
+
+def _end_with_parent() -> None:
+    """Has Linux kill this process when its parent ends, however that ends: it would disturb what is measured next."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _ending_with_parent(command: list[str]) -> list[str]:
+    """A command that does the same and becomes `command`. (A preexec_fn would fork, which threads may not survive.)"""
+    if sys.platform != "linux":
+        return command
+    asks = f"import ctypes, os, sys; ctypes.CDLL(None).prctl({PR_SET_PDEATHSIG}, {int(signal.SIGKILL)})"
+    return [sys.executable, "-ISc", f"{asks}; os.execvp(sys.argv[1], sys.argv[1:])", *command]
+
+
 def _own(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "benchmarks.gpu", *arguments]
 
@@ -398,7 +436,7 @@ def _run(
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "errors": "replace"}
     env = {**os.environ, **(environment or {})}
     # A group of its own, to be stopped together with what it has started.
-    process = subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, **pipes)
+    process = subprocess.Popen(_ending_with_parent(command), cwd=ROOT, env=env, start_new_session=True, **pipes)
     try:
         while time.perf_counter() < end:
             try:
@@ -433,6 +471,12 @@ def _replace(path: Path, text: str) -> None:
 
 def _last_lines(done: subprocess.CompletedProcess[str], count: int) -> list[str]:
     return (done.stdout + done.stderr).strip().splitlines()[-count:]
+
+
+def _ends(done: subprocess.CompletedProcess[str], count: int) -> list[str]:
+    """The first and the last lines: a sanitizer's first error tells most, and its last line how many there are."""
+    lines = (done.stdout + done.stderr).strip().splitlines()
+    return lines if len(lines) <= 2 * count else [*lines[:count], "...", *lines[-count:]]
 
 
 if __name__ == "__main__":

@@ -164,17 +164,20 @@ def compare(backend: str, cell: str, hidden: int, batch: int, steps: int, number
     return row
 
 
-def small_layers() -> None:
-    """What compute-sanitizer watches: each kernel once, forward and backward."""
+def small_layers(kernel: str) -> None:
+    """What compute-sanitizer watches: layers on a kernel, forward and backward.
+
+    Each has more rows than one tile of them and so many steps that both buffers of an exchange are used thrice.
+    """
     cuda.load()
-    for kernel, numbers in itertools.product(launch.KERNELS, NUMBERS):
-        blocks = {"block": 1, "cluster": 2, "grid": 2, "steps": 0}[kernel]
-        plan = Plan(kernel, blocks, 8, 8)
-        if kernel == "cluster" and torch.cuda.get_device_capability() < (9, 0):
-            continue
+    if kernel == "cluster" and torch.cuda.get_device_capability() < (9, 0):
+        return
+    plan = Plan(kernel, {"block": 1, "cluster": 2, "grid": 2, "steps": 0}[kernel], 16, 16)
+    for numbers in NUMBERS:
         with arithmetic(numbers), launch.use_plans(plan, plan):
-            for cell in ("rnn_tanh", "lstm"):  # a cluster's backward gathers for the one and scatters for the other
-                layer = _scan_arguments(cell, 24, 8, 3, NUMBERS[numbers])
+            # A cluster's backward gathers for an RNN and scatters for an LSTM.
+            for cell, ragged in (("rnn_tanh", False), ("lstm", False), ("gru", True)):
+                layer = _scan_arguments(cell, 24, 19, 7, NUMBERS[numbers], ragged)
                 output, _, _, tape = _forward(layer)
                 _backward(output, layer, output, tape, True)
     torch.cuda.synchronize()
@@ -314,16 +317,26 @@ def _slope_us(work: Callable[[int], Work]) -> dict[str, float]:
     return {way: 1e6 * (times[f"{way}, long"] - times[f"{way}, short"]) / (long - short) for way in of_short}
 
 
-def _scan_arguments(cell: str, hidden: int, batch: int, steps: int, dtype: torch.dtype) -> list[Any]:
+def _scan_arguments(
+    cell: str, hidden: int, batch: int, steps: int, dtype: torch.dtype, ragged: bool = False
+) -> list[Any]:
+    """Of one direction over sequences of one length; `ragged`: of both, over ids of sequences that differ in length."""
     torch.manual_seed(0)
-    gates = rnnfast.cells.CELLS[cell].gates
+    gates, lanes = rnnfast.cells.CELLS[cell].gates, 2 if ragged else 1
 
     def uniform(*shape: int) -> Tensor:
         return torch.empty(shape, device=DEVICE, dtype=dtype).uniform_(-(hidden**-0.5), hidden**-0.5)
 
-    weights = [uniform(1, gates * hidden, 4), uniform(1, gates * hidden, hidden), uniform(1, gates * hidden)]
-    states = [uniform(1, batch, hidden), uniform(1, batch, hidden) if cell == "lstm" else None]
-    return [uniform(steps * batch, 4), *weights, weights[2].clone(), None, *states, None, cell, False]
+    weights = [
+        uniform(lanes, gates * hidden, 4),
+        uniform(lanes, gates * hidden, hidden),
+        uniform(lanes, gates * hidden),
+    ]
+    states = [uniform(lanes, batch, hidden), uniform(lanes, batch, hidden) if cell == "lstm" else None]
+    batch_sizes = torch.arange(steps, 0, -1) * batch // steps if ragged else None
+    rows = steps * batch if batch_sizes is None else int(batch_sizes.sum())
+    input = torch.randint(4, (rows,), device=DEVICE) if ragged else uniform(rows, 4)
+    return [input, *weights, weights[2].clone(), None, *states, batch_sizes, cell, ragged]
 
 
 def _forward(layer: list[Any]) -> tuple[Tensor, ...]:

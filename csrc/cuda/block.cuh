@@ -3,7 +3,8 @@
 //
 //   start()              once, after both buffers of the operand have been filled
 //   wait(step)           the operand of `step` is complete, here(step) points to it
-//   send(step, row, k, value)   stores a value of the operand of `step`; whole warps call it
+//   place(step, row, k)  where a value of the operand of `step` goes: found before the value is, for which peers wait
+//   send(step, place, further, value)   stores the value that lies `further` values behind the place; whole warps call it
 //   sent(step)           this thread has sent all of its values
 //   finish()             before the block ends
 //
@@ -17,13 +18,17 @@ namespace rnnfast::cuda {
 
 // Ends a kernel with a message where a peer never comes (a fault, a debugger), rather than hanging the device.
 class Watchdog {
-  static constexpr uint32_t kPatience = 1;  // times 2^32 cycles: two to five seconds
-  const uint32_t begin_ = hw::clock_high();
+  const uint32_t patience_, begin_ = hw::clock_high();
 
  public:
+  // Times 2^32 cycles: two to five seconds, and about a minute for blocks that the device may not have begun yet.
+  static constexpr uint32_t kUsual = 1, kForABeginning = 30;
+
+  RNNFAST_DEVICE explicit Watchdog(uint32_t patience = kUsual) : patience_(patience) {}
+
   // After each look that was in vain.
   RNNFAST_DEVICE void look(const char* message, int which) const {
-    if (hw::clock_high() - begin_ > kPatience) hw::fail(message, which);
+    if (hw::clock_high() - begin_ > patience_) hw::fail(message, which);
   }
 };
 
@@ -42,9 +47,10 @@ class BlockExchange {
   }
   RNNFAST_DEVICE void start() { hw::block_barrier(); }
   RNNFAST_DEVICE void wait(int) { hw::block_barrier(); }
-  RNNFAST_DEVICE void send(int step, int row, int k, Operand value) {
-    reinterpret_cast<Operand*>(here(step) + row * layout_.stride)[k] = value;
+  RNNFAST_DEVICE Operand* place(int step, int row, int k) {
+    return reinterpret_cast<Operand*>(here(step) + row * layout_.stride) + k;
   }
+  RNNFAST_DEVICE void send(int, Operand* place, int further, Operand value) { place[further] = value; }
   RNNFAST_DEVICE void sent(int) {}
   RNNFAST_DEVICE void finish() {}
 };
@@ -52,7 +58,8 @@ class BlockExchange {
 // The sums of a product on their way to the threads that own a row and a unit:
 //
 //   start()                            once
-//   put(step, split, row, column, sum) a sum of the product, from the warp that has it
+//   put(step, split, row, first, column, sum)   a sum of the product, from the warp that has it: of a column of the group that
+//                                      begins at the `first`, all of whose columns are of one block's units
 //   wait(step)                         all sums of the step are there
 //   of(step, row, column)              a sum, of all parts
 //   finish()                           before the block ends
@@ -68,8 +75,8 @@ class BlockSums {
       : layout_(p.layout), sums_(reinterpret_cast<Sum*>(shared + p.layout.sums_at)) {}
 
   RNNFAST_DEVICE void start() {}
-  RNNFAST_DEVICE void put(int, int split, int row, int column, Sum sum) {
-    sums_[(split * layout_.rows + row) * layout_.sum_stride + column] = sum;
+  RNNFAST_DEVICE void put(int, int split, int row, int first, int column, Sum sum) {
+    sums_[(split * layout_.rows + row) * layout_.sum_stride + first + column] = sum;
   }
   RNNFAST_DEVICE void wait(int) { hw::block_barrier(); }
   RNNFAST_DEVICE Sum of(int step, int row, int column) const {

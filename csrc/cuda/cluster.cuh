@@ -46,10 +46,17 @@ class ClusterExchange {
   char* shared_;
   Arrivals arrivals_;
 
-  // To every `apart`-th peer. Each block begins with itself, so that not all send to one at a time; `blocks` is a power of two.
-  RNNFAST_DEVICE void send_word(int step, char* place, uint32_t word, int first, int apart) {
-    for (int i = first; i < layout_.blocks; i += apart)
-      hw::remote_store(place, arrivals_.of(step), (hw::block_x() + i) & (layout_.blocks - 1), word);
+  static constexpr int kApart = sizeof(Operand) == 2 ? 2 : 1;  // a lane sends to every peer or, of half types, to every other
+  // Which of them it begins with.
+  static RNNFAST_DEVICE int first() { return hw::lane() & (kApart - 1); }
+
+  // Each block begins with itself, so that not all send to one at a time; `blocks` is a power of two.
+  RNNFAST_DEVICE void send_word(int step, hw::Address place, uint32_t word) {
+#pragma unroll
+    for (int i = 0; i < kMaxCluster; i += kApart) {
+      if (i >= layout_.blocks) break;
+      hw::remote_store(place, arrivals_.of(step), (hw::block_x() + first() + i) & (layout_.blocks - 1), word);
+    }
   }
 
  public:
@@ -68,16 +75,19 @@ class ClusterExchange {
     arrivals_.wait(step, layout_.blocks * layout_.rows * layout_.slice * int{sizeof(Operand)});
   }
 
-  RNNFAST_DEVICE void send(int step, int row, int k, Operand value) {
-    char* place = here(step) + row * layout_.stride + k * sizeof(Operand);
+  RNNFAST_DEVICE hw::Address place(int step, int row, int k) {
+    return hw::address(here(step) + row * layout_.stride + (k - first()) * sizeof(Operand));
+  }
+
+  RNNFAST_DEVICE void send(int step, hw::Address place, int further, Operand value) {
+    place += further * int{sizeof(Operand)};
     if constexpr (sizeof(Operand) == 2) {
       // The least that travels is four bytes, the values of two lanes, which share the peers.
       const uint32_t mine = bits<uint16_t>(value);
       const uint32_t next = hw::shuffle_xor(mine, 1);
-      const int odd = hw::lane() & 1;
-      send_word(step, place - 2 * odd, odd ? next | mine << 16 : mine | next << 16, odd, 2);
+      send_word(step, place, first() ? next | mine << 16 : mine | next << 16);
     } else {
-      send_word(step, place, bits<uint32_t>(value), 0, 1);
+      send_word(step, place, bits<uint32_t>(value));
     }
   }
 
@@ -108,10 +118,10 @@ class ClusterSums {
 
   RNNFAST_DEVICE void start() { arrivals_.start(); }
 
-  RNNFAST_DEVICE void put(int step, int split, int row, int column, Sum sum) {
-    const int owner = quotient(column, layout_.per_unit);
-    Sum* place = part(step, hw::block_x() * layout_.splits + split, row, column - owner * layout_.units);
-    hw::remote_store(place, arrivals_.of(step), owner, bits<uint32_t>(sum));
+  RNNFAST_DEVICE void put(int step, int split, int row, int first, int column, Sum sum) {
+    const int owner = quotient(first, layout_.per_unit);
+    const Sum* place = part(step, hw::block_x() * layout_.splits + split, row, first + column - owner * layout_.units);
+    hw::remote_store(hw::address(place), arrivals_.of(step), owner, bits<uint32_t>(sum));
   }
 
   RNNFAST_DEVICE void wait(int step) {

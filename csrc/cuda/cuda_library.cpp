@@ -153,6 +153,7 @@ void run_one_step(const StepParams& s, const Tensor& h_0, const std::string& cel
                   bool backward) {
   const Cell cell = parse_cell(cell_name);
   const int64_t states = int64_t{s.scan.batch} * s.scan.hidden;
+  STD_TORCH_CHECK(s.scan.lanes <= kMaxGridYz, "the cuda backend takes at most ", kMaxGridYz, " lanes");
   const LaunchShape shape{checked_int((states + kStepThreads - 1) / kStepThreads, "blocks"), 1, s.scan.lanes, kStepThreads, 1,
                           false, 0};
   void* stream = current_stream(h_0.get_device_index());

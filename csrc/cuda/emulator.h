@@ -339,6 +339,17 @@ inline Vec16 load_vector(const void* from) {
   return *static_cast<const Vec16*>(from);
 }
 
+template <class Word>
+void hold(Word&) {}
+
+using Address = uint32_t;
+inline Address address(const void* shared) { return static_cast<Address>(static_cast<const char*>(shared) - shared_memory()); }
+inline Vec16 load_shared(Address from) {
+  if (from + 16 <= emulator::machine()->current->block->shared.size()) return load_vector(shared_memory() + from);
+  emulator::machine()->failure = "a load from beyond the shared memory";
+  return {};
+}
+
 inline void copy_async(void* shared, const void* global) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16)
     emulator::machine()->failure = "misaligned async copy";
@@ -388,12 +399,12 @@ inline bool mbarrier_try_wait(uint64_t* barrier, int parity) {
   ++emulator::machine()->progress;
   return true;
 }
-inline void remote_store(void* local, uint64_t* barrier, int rank, uint32_t value) {
+inline void remote_store(Address local, uint64_t* barrier, int rank, uint32_t value) {
   emulator::Machine& m = *emulator::machine();
   emulator::Block& mine = *m.current->block;
   emulator::Block& peer = m.blocks[mine.first_of_cluster + rank];
-  const auto there = [&](void* here) { return peer.shared.data() + (static_cast<char*>(here) - mine.shared.data()); };
-  m.in_flight.push_back({there(local), reinterpret_cast<uint64_t*>(there(barrier)), value});
+  char* there = peer.shared.data();
+  m.in_flight.push_back({there + local, reinterpret_cast<uint64_t*>(there + address(barrier)), value});
 }
 
 }  // namespace rnnfast::hw

@@ -16,7 +16,7 @@ class GridExchange {
 
   // Found anew where it is needed: registers are scarcer than an instruction.
   RNNFAST_DEVICE int team() const { return hw::block_z() * hw::blocks_y() + hw::block_y(); }
-  RNNFAST_DEVICE int row_bytes() const { return layout_.blocks * layout_.slice * int{sizeof(Operand)}; }
+  RNNFAST_DEVICE int row_bytes() const { return layout_.pieces * 16; }
   // The team's buffer, (rows, blocks * slice).
   RNNFAST_DEVICE char* there(int step) const {
     return static_cast<char*>(p_.exchange) + (int64_t{2} * team() + (step & 1)) * layout_.rows * row_bytes();
@@ -36,21 +36,24 @@ class GridExchange {
 
   RNNFAST_DEVICE void wait(int step) {
     for (int peer = hw::thread(); peer < layout_.blocks; peer += hw::threads()) {
-      const Watchdog watchdog;
+      // What else runs on the device may keep a block of the team waiting for its multiprocessor.
+      const Watchdog watchdog(step == 1 ? Watchdog::kForABeginning : Watchdog::kUsual);
       while (hw::flag_acquire(flag(peer)) < static_cast<uint32_t>(step))
         watchdog.look("a block of the grid scan did not arrive", peer);
     }
     hw::block_barrier();
-    const int pieces = row_bytes() / 16;
-    for (int i = hw::thread(); i < layout_.rows * pieces; i += hw::threads())
-      hw::copy_async(here(step) + i / pieces * layout_.stride + i % pieces * 16, there(step) + int64_t{i} * 16);
+    for (int i = hw::thread(); i < layout_.rows * layout_.pieces; i += hw::threads()) {
+      const int row = quotient(i, layout_.per_piece), piece = i - row * layout_.pieces;
+      hw::copy_async(here(step) + row * layout_.stride + piece * 16, there(step) + int64_t{i} * 16);
+    }
     hw::copies_wait();
     hw::block_barrier();
   }
 
-  RNNFAST_DEVICE void send(int step, int row, int k, Operand value) {
-    reinterpret_cast<Operand*>(there(step) + row * row_bytes())[k] = value;
+  RNNFAST_DEVICE Operand* place(int step, int row, int k) {
+    return reinterpret_cast<Operand*>(there(step) + row * row_bytes()) + k;
   }
+  RNNFAST_DEVICE void send(int, Operand* place, int further, Operand value) { place[further] = value; }
 
   RNNFAST_DEVICE void sent(int step) {
     hw::block_barrier();

@@ -123,6 +123,30 @@ RNNFAST_DEVICE Vec16 load_vector(const void* from) {
   return {{v.x, v.y, v.z, v.w}};
 }
 
+// Has a value computed here: else the compiler may compute it anew where it is used, or early what follows from it.
+template <class Word>
+RNNFAST_DEVICE void hold(Word& value) {
+  asm volatile("" : "+r"(value));
+}
+
+// Where something lies in this block's shared memory. Of a pointer the compiler finds the block's own part before each load.
+using Address = uint32_t;
+RNNFAST_DEVICE Address address(const void* shared) {
+  Address address = shared_address(shared);
+  hold(address);
+  return address;
+}
+
+// 16 bytes of shared memory in one piece.
+RNNFAST_DEVICE Vec16 load_shared(Address from) {
+  Vec16 v;
+  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
+               : "r"(from)
+               : "memory");
+  return v;
+}
+
 // 16 bytes from global memory, as the L2 has them, to shared memory; complete after copies_wait().
 RNNFAST_DEVICE void copy_async(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
@@ -172,13 +196,23 @@ RNNFAST_DEVICE void mbarrier_expect(uint64_t* barrier, int bytes) {
                : "memory");
 }
 
-// Whether the phase of this parity is over, after waiting for it as long as the hardware likes to.
+// Whether the phase of this parity is over, after waiting for it as long as the hardware likes to; what peers stored is then seen.
+// All that they store is shared memory. An acquire of everything would have each warp empty the multiprocessor's L1 at each step,
+// so it is restricted to shared memory where the compiler can: the words are of PTX 8.6, which CUDA 12.8 is sure to have.
+#if __CUDACC_VER_MAJOR__ > 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 8)
+#define RNNFAST_WAIT_SEMANTICS "relaxed"
+#define RNNFAST_ACQUIRE_SHARED "@complete fence.acquire.sync_restrict::shared::cluster.cluster;\n"
+#else
+#define RNNFAST_WAIT_SEMANTICS "acquire"
+#define RNNFAST_ACQUIRE_SHARED ""
+#endif
 RNNFAST_DEVICE bool mbarrier_try_wait(uint64_t* barrier, int parity) {
   uint32_t done;
   asm volatile(
       "{\n"
       ".reg .pred complete;\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 complete, [%1], %2;\n"
+      "mbarrier.try_wait.parity." RNNFAST_WAIT_SEMANTICS ".cluster.shared::cta.b64 complete, [%1], %2;\n"
+      RNNFAST_ACQUIRE_SHARED
       "selp.u32 %0, 1, 0, complete;\n"
       "}"
       : "=r"(done)
@@ -187,17 +221,17 @@ RNNFAST_DEVICE bool mbarrier_try_wait(uint64_t* barrier, int parity) {
   return done;
 }
 
-RNNFAST_DEVICE uint32_t remote_address(const void* local, int rank) {
+RNNFAST_DEVICE uint32_t remote_address(Address local, int rank) {
   uint32_t address;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(local)), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(local), "r"(rank));
   return address;
 }
 
 // Stores at the place that is `local` in this block, in the block of that rank, and completes on its `barrier`.
-RNNFAST_DEVICE void remote_store(void* local, uint64_t* barrier, int rank, uint32_t value) {
+RNNFAST_DEVICE void remote_store(Address local, uint64_t* barrier, int rank, uint32_t value) {
   asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(
                    remote_address(local, rank)),
-               "r"(value), "r"(remote_address(barrier, rank))
+               "r"(value), "r"(remote_address(shared_address(barrier), rank))
                : "memory");
 }
 #else
@@ -207,7 +241,7 @@ RNNFAST_DEVICE void mbarrier_init(uint64_t*, int) { __trap(); }
 RNNFAST_DEVICE void mbarrier_publish() { __trap(); }
 RNNFAST_DEVICE void mbarrier_expect(uint64_t*, int) { __trap(); }
 RNNFAST_DEVICE bool mbarrier_try_wait(uint64_t*, int) { __trap(); return false; }
-RNNFAST_DEVICE void remote_store(void*, uint64_t*, int, uint32_t) { __trap(); }
+RNNFAST_DEVICE void remote_store(Address, uint64_t*, int, uint32_t) { __trap(); }
 #endif
 
 }  // namespace rnnfast::hw

@@ -49,8 +49,9 @@ void launch(void (*kernel)(Params), const LaunchShape& s, const Params& params, 
     attributes[config.numAttrs].val.cooperative = 1;
     ++config.numAttrs;
   }
-  // Attributes belong to the kernel on the current device; setting them again costs a fraction of a microsecond.
-  allow_all_shared_memory(reinterpret_cast<const void*>(kernel));
+  // Attributes belong to the kernel on the current device; setting them again costs a fraction of a microsecond, and no kernel
+  // needs leave for the first 48 KiB.
+  if (s.shared_bytes > 48 * 1024) allow_all_shared_memory(reinterpret_cast<const void*>(kernel));
   if (s.cluster > 8)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "asking for a large cluster");
   check(cudaLaunchKernelEx(&config, kernel, params), "launching the scan");

@@ -43,6 +43,7 @@ constexpr Pass pass_of(Exchange exchange, int gates, int operand_size, int sum_s
 }
 
 constexpr int kMaxWarps = 16;
+constexpr int kMaxCluster = 16;   // blocks
 constexpr int kStepThreads = 256;  // of the kernel of one step
 constexpr int kMmaRows = 8;
 constexpr int kMaxGridYz = 65535;  // blocks of a launch along y or z
@@ -60,8 +61,10 @@ struct Layout {
   int columns, groups, group_warps;   // group_warps warps take different groups
   int chunks, splits;                 // `splits` warps take different chunks of the same groups
   int groups_per_warp, chunks_per_warp;
+  int apart;                          // bytes of the operand from one chunk of a warp to its next
   int stride;                         // bytes from one row of the operand to the next
-  float per_unit, per_split;          // 1 / units, 1 / splits: a division takes a GPU some twenty instructions
+  int pieces;                         // of 16 bytes, in a row as the team has it, without padding
+  float per_unit, per_split, per_piece;  // 1 / units, 1 / splits, 1 / pieces: a division takes a GPU some twenty instructions
   int rows_at_once;                   // rows whose pairs the threads take side by side
   int slots;                          // chunks that a warp keeps in shared memory
   int sum_stride;                     // from one row of the block's own sums to the next
@@ -88,6 +91,7 @@ inline Layout make_layout(int gates, int hidden, Numbers numbers, Pass pass, int
   l.group_warps = warps / l.splits;
   l.groups_per_warp = ceil_div(l.groups, l.group_warps);
   l.chunks_per_warp = ceil_div(l.chunks, l.splits);
+  l.apart = l.splits * chunk_bytes(mma);
   // Eight lanes, over two rows, then read 128 bytes that lie in different banks.
   l.stride = round_up(l.depth * operand_bytes(numbers), 128) + 64;
   l.slots = std::max(0, l.groups_per_warp * l.chunks_per_warp - register_chunks(mma, sum_bytes(numbers)));
@@ -103,6 +107,8 @@ inline Layout make_layout(int gates, int hidden, Numbers numbers, Pass pass, int
   l.rows_at_once = rows / std::max(1, ceil_div(rows * l.units, warps * 32));
   l.per_unit = 1.0f / l.units;
   l.per_split = 1.0f / l.splits;
+  l.pieces = blocks * l.slice * operand_bytes(numbers) / 16;
+  l.per_piece = 1.0f / l.pieces;
   l.bias_at = l.barrier_at + 16;
   l.shared_bytes = l.bias_at + (pass == Pass::forward ? l.columns * sum_bytes(numbers) : 0);
   return l;

@@ -1,6 +1,7 @@
 // The product of a step, operand (rows, depth) times weights (depth, columns), with the weights resident: the first of a
-// warp's chunks, group by group, in registers, the others in shared memory. Each sum goes to put(split, row, column, sum).
-// A row's sums do not depend on the rows beside it.
+// warp's chunks, group by group, in registers, the others in shared memory. begin(), before the operand is waited for, finds
+// what multiply() needs. Each sum goes to put(split, row, first, column, sum), of which block.cuh tells; a row's sums do not
+// depend on the rows beside it.
 #pragma once
 
 #include "layout.h"
@@ -8,12 +9,15 @@
 
 namespace rnnfast::cuda {
 
-// The warp's groups are first_group, first_group + group_warps, ...; its chunks split, split + splits, ...
+// The warp's groups are first_group, first_group + group_warps, ...; its chunks split, split + splits, ... Found where it is
+// made, which may be before a wait, and not where it is used.
 struct WarpShare {
   int split, first_group;
   RNNFAST_DEVICE explicit WarpShare(const Layout& l) : first_group(quotient(hw::warp(), l.per_split)) {
     split = hw::warp() - first_group * l.splits;
     if (first_group >= l.group_warps) first_group = l.groups;  // a warp left over
+    hw::hold(split);
+    hw::hold(first_group);
   }
 };
 
@@ -133,7 +137,7 @@ class PlainProduct {
     constexpr int kCopies = 32 / (ROWS * kColumns);  // lanes that hold the same sum
     const int index = hw::lane() / kCopies;
     const int first_column = (share.first_group + group * l.group_warps) * kColumns;
-    if (hw::lane() % kCopies == 0) put(share.split, row + index / kColumns, first_column + index % kColumns, sums[0]);
+    if (hw::lane() % kCopies == 0) put(share.split, row + index / kColumns, first_column, index % kColumns, sums[0]);
   }
 
  public:
@@ -174,9 +178,15 @@ class PlainProduct {
     }
   }
 
+  struct Begun {
+    WarpShare share;
+    const char* operand;
+  };
+  RNNFAST_DEVICE Begun begin(const Layout& l, const char* operand) const { return {WarpShare(l), operand}; }
+
   template <class Put>
-  RNNFAST_DEVICE void multiply(const Layout& l, const char* operand, Put put) {
-    const WarpShare share(l);
+  RNNFAST_DEVICE void multiply(const Layout& l, const Begun& begun, Put put) {
+    const auto [share, operand] = begun;
     for (int i = 0; i < l.groups_per_warp; ++i) {
       if (share.first_group + i * l.group_warps >= l.groups) break;
       int row = 0;
@@ -196,6 +206,7 @@ class TensorCoreProduct {
  private:
   using Operand = typename M::Operand;
   static constexpr int kRegisterChunks = register_chunks(true, 4);
+  static constexpr int kAtOnce = 4;
   struct Fragment {
     uint32_t word[2][4];
   };
@@ -281,38 +292,64 @@ class TensorCoreProduct {
     }
   }
 
-  template <class Put>
-  RNNFAST_DEVICE void multiply(const Layout& l, const char* operand, Put put) {
+  struct Begun {
+    WarpShare share;
+    hw::Address first_chunk;
+  };
+  RNNFAST_DEVICE Begun begin(const Layout& l, const char* operand) const {
     const WarpShare share(l);
+    return {share, hw::address(operand + hw::lane() / 4 * l.stride + hw::lane() % 4 * 16 + share.split * 64)};
+  }
+
+  // Shared memory answers many loads in hardly more time than one, and registers are few: chunks in registers are multiplied by
+  // fours, loads first, with a predicate for each and no jump between them; of the others a chunk's three loads go together.
+  template <class Put>
+  RNNFAST_DEVICE void multiply(const Layout& l, const Begun& begun, Put put) {
+    const auto [share, first_chunk] = begun;
     hw::warp_barrier();
-    const int lane = hw::lane();
     for (int i = 0; i < l.groups_per_warp; ++i) {
-      const GroupChunks of_group(l, share, i);
       const int group = share.first_group + i * l.group_warps;
       if (group >= l.groups) break;
       for (int row = 0; row < l.rows; row += kMmaRows) {
         float sums[2][4] = {};
-        const char* from = operand + (row + lane / 4) * l.stride + lane % 4 * 16;
-        if (of_group.first < kRegisterChunks) {
-#pragma unroll
-          for (int m = 0; m < kRegisterChunks; ++m) {
-            const int chunk = of_group.before + m * l.splits;
-            if (static_cast<unsigned>(chunk) < static_cast<unsigned>(l.chunks))
-              multiply_add(sums, weights_[m].word, hw::load_vector(from + chunk * 64));
-          }
-        }
+        hw::Address from = first_chunk + row * l.stride;
+        int nth = i;
+        hw::hold(nth);  // so that what follows from it is computed here, and takes no registers meanwhile
+        const GroupChunks of_group(l, share, nth);
+        // The warp's in each group: the last round may not reach it.
+        const int chunks = l.chunks_per_warp - (share.split + (l.chunks_per_warp - 1) * l.splits >= l.chunks);
         const int first_shared = of_group.first_after(kRegisterChunks);
-        const hw::Vec16* place = slot(first_shared - kRegisterChunks);
-        for (int chunk = of_group.before + first_shared * l.splits; chunk < l.chunks; chunk += l.splits, place += 64) {
-          const hw::Vec16 w0 = hw::load_vector(place), w1 = hw::load_vector(place + 32);
-          const uint32_t w[2][4] = {{w0.word[0], w0.word[1], w0.word[2], w0.word[3]},
-                                    {w1.word[0], w1.word[1], w1.word[2], w1.word[3]}};
-          multiply_add(sums, w, hw::load_vector(from + chunk * 64));
+        // Which of the chunks in registers are this group's, a bit for each.
+        const uint32_t all_chunks = (1u << (chunks < kRegisterChunks ? chunks : kRegisterChunks)) - 1;
+        uint32_t used = of_group.first < kRegisterChunks ? all_chunks << of_group.first : 0;
+        hw::hold(used);  // as one register, not as a register for each bit
+#pragma unroll
+        for (int m = 0; m < kRegisterChunks; m += kAtOnce) {
+          if (!(used >> m & ((1 << kAtOnce) - 1))) continue;
+          hw::Vec16 x[kAtOnce] = {};
+#pragma unroll
+          for (int j = 0; j < kAtOnce; ++j)
+            if (used >> (m + j) & 1) {
+              x[j] = hw::load_shared(from);
+              from += l.apart;
+            }
+#pragma unroll
+          for (int j = 0; j < kAtOnce; ++j)
+            if (used >> (m + j) & 1) multiply_add(sums, weights_[m + j].word, x[j]);
         }
+        hw::Address weights = hw::address(slot(first_shared - kRegisterChunks));
+#pragma unroll 1
+        for (int left = of_group.first + chunks - first_shared; left > 0; --left, from += l.apart, weights += 1024) {
+          const hw::Vec16 x = hw::load_shared(from), w[2] = {hw::load_shared(weights), hw::load_shared(weights + 512)};
+          hw::warp_barrier();  // or the compiler has the last of them wait for the first mma
+          multiply_add(sums, bits<Fragment>(w).word, x);
+        }
+        uint32_t lane = hw::lane();
+        hw::hold(lane);  // likewise
 #pragma unroll
         for (int s = 0; s < 4; ++s) {
-          const int column = group * 16 + lane / 4 + s / 2 * 8, r = row + lane % 4 * 2 + s % 2;
-          put(share.split, r, column, sums[0][s] + sums[1][s]);
+          const int column = lane / 4 + s / 2 * 8, r = row + lane % 4 * 2 + s % 2;
+          put(share.split, r, group * 16, column, sums[0][s] + sums[1][s]);
         }
       }
     }

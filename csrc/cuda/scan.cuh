@@ -65,7 +65,7 @@ RNNFAST_DEVICE void scan_forward(const ScanParams& p) {
     return {w_hh + (int64_t{gate} * p.hidden + unit) * p.hidden + k, p.hidden - k};
   });
 
-  // In shared memory: registers are full, and a cluster's exchange empties the L1 at each step.
+  // In shared memory: registers are full, and all that a step reads and stores passes through the L1.
   Sum* bias = reinterpret_cast<Sum*>(shared + l.bias_at);
   for (int i = hw::thread(); i < l.columns; i += hw::threads())
     bias[i] = ForwardPair<M, KIND>::bias(walk, i / l.units, team.rank * l.units + i % l.units);
@@ -87,15 +87,16 @@ RNNFAST_DEVICE void scan_forward(const ScanParams& p) {
   exchange.start();
 
   for (int step = 0; step < p.steps; ++step) {
+    const auto begun = product.begin(l, exchange.here(step));
     if (step > 0) exchange.wait(step);
-    product.multiply(l, exchange.here(step),
-                     [&](int split, int row, int column, Sum sum) { sums.put(step, split, row, column, sum); });
+    product.multiply(l, begun, [&](auto... of_sum) { sums.put(step, of_sum...); });
     sums.wait(step);
     Sum saved[kPairs][ForwardPair<M, KIND>::kSaved];
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) {
       const Share<kPairs> share(p, team, j);
       if (!share.owned) continue;
+      const auto place = exchange.place(step + 1, share.row, team.rank * l.slice + share.unit);
       if (pairs[j].row >= 0) {
         Sum gh[kGates];
         sums.of(step, share.row, share.unit, l.units, gh);
@@ -103,8 +104,7 @@ RNNFAST_DEVICE void scan_forward(const ScanParams& p) {
         for (int g = 0; g < kGates; ++g) gh[g] += bias[g * l.units + share.unit];
         pairs[j].step(walk, gh, saved[j]);
       }
-      if (step + 1 < p.steps)
-        exchange.send(step + 1, share.row, team.rank * l.slice + share.unit, M::operand(pairs[j].h));
+      if (step + 1 < p.steps) exchange.send(step + 1, place, 0, M::operand(pairs[j].h));
     }
     if (step + 1 < p.steps) exchange.sent(step + 1);
     // The next step's input is on its way while what the peers send is, and while it is multiplied.
@@ -181,9 +181,9 @@ RNNFAST_DEVICE void scan_backward(const ScanParams& p) {
       if (share.real) pairs[j].fetch(walk, p.steps - 1 - step, share.at);
     }
     if (step > 0) {
+      const auto begun = product.begin(l, exchange.here(step));
       exchange.wait(step);
-      product.multiply(l, exchange.here(step),
-                       [&](int split, int row, int column, Sum sum) { sums.put(step, split, row, column, sum); });
+      product.multiply(l, begun, [&](auto... of_sum) { sums.put(step, of_sum...); });
       sums.wait(step);
     }
     Sum d_gates[kPairs][BackwardPair<M, KIND>::kInput] = {};
@@ -191,13 +191,12 @@ RNNFAST_DEVICE void scan_backward(const ScanParams& p) {
     for (int j = 0; j < kPairs; ++j) {
       const Share<kPairs> share(p, team, j);
       if (!share.owned) continue;
+      const auto place = exchange.place(step + 1, share.row, (team.rank - first_block) * l.slice + share.unit);
       if (step > 0) pairs[j].d_h += sums.of(step, share.row, share.unit);
       if (pairs[j].row >= 0) pairs[j].step(walk, d_gates[j]);
       if (step < p.steps) {
 #pragma unroll
-        for (int g = 0; g < kGates; ++g)
-          exchange.send(step + 1, share.row, (team.rank - first_block) * l.slice + g * l.units + share.unit,
-                        M::operand(d_gates[j][g]));
+        for (int g = 0; g < kGates; ++g) exchange.send(step + 1, place, g * l.units, M::operand(d_gates[j][g]));
       }
     }
     if (step < p.steps) exchange.sent(step + 1);

@@ -151,6 +151,52 @@ def test_tuning_goes_on_behind_a_point_that_hangs(monkeypatch: pytest.MonkeyPatc
     assert set(next(iter(report["wrong"].values())).values()) == {"it did not end"}
 
 
+PARENT = """
+import sys, time
+from benchmarks import gpu
+gpu._end_parts_at_signals()
+child = "import os, sys, time; print(os.getpid(), file=open(sys.argv[1], 'w'), flush=True); time.sleep(60)"
+gpu._run([sys.executable, "-c", child, sys.argv[1]], time.perf_counter() + 60)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_an_end_from_outside_ends_the_part_that_runs(tmp_path: Path, number: int) -> None:
+    written = tmp_path / "pid"
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(written)], cwd=gpu.ROOT)
+    _wait_until(lambda: written.exists() and written.read_text().endswith("\n"))
+    part = int(written.read_text())
+    assert not _has_ended(part)
+    parent.send_signal(number)
+    assert parent.wait(30) == (128 + number if number == signal.SIGTERM else -number)
+    _wait_until(lambda: _has_ended(part))
+
+
+def _has_ended(process: int) -> bool:
+    try:
+        return ") Z " in Path(f"/proc/{process}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def _wait_until(is_so: Any) -> None:
+    end = time.perf_counter() + 60
+    while not is_so():
+        assert time.perf_counter() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("commit", ["", "0123456789abcdef"])
+def test_where_the_folder_is_no_checkout_the_commit_is_told_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, commit: str
+) -> None:
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu.torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setenv("RNNFAST_COMMIT", commit)
+    assert gpu.circumstances()["commit"] == commit
+
+
 TESTS = """
 import os, signal, pytest
 pytestmark = pytest.mark.gpu
@@ -191,17 +237,25 @@ def test_tests_that_the_time_cuts_short_are_no_failure(tmp_path: Path) -> None:
     assert summary(ended, status=1) == (False, "1 passed")
 
 
+SANITIZED = ("memcheck of cluster", "memcheck of grid", "memcheck of block", "memcheck of steps")
+SANITIZED += ("racecheck of cluster", "racecheck of block", "racecheck of grid")
+
+
 @pytest.mark.parametrize(
-    ("statuses", "passed", "summary"),
+    ("statuses", "passed", "others"),
     [
-        ((0, 0), True, "memcheck: clean; racecheck: clean"),
-        ((9, 0), False, "memcheck: not clean; racecheck: clean"),
-        ((9, gpu.STOPPED), False, "memcheck: not clean; racecheck: not ended in its time"),
-        ((gpu.STOPPED, 0), None, "memcheck: not ended in its time; racecheck: clean"),
+        ({}, True, {}),
+        ({1: 9}, False, {1: "not clean"}),
+        ({0: 9, 4: gpu.STOPPED}, False, {0: "not clean", 4: "not ended in its time"}),
+        ({2: gpu.STOPPED}, None, {2: "not ended in its time"}),
     ],
 )
 def test_the_sanitizer(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, statuses: Any, passed: Any, summary: str
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    statuses: dict[int, int],
+    passed: bool | None,
+    others: dict[int, str],
 ) -> None:
     nvcc, beside = tmp_path / "cuda" / "bin" / "nvcc", tmp_path / "cuda" / "bin" / "compute-sanitizer"
     nvcc.parent.mkdir(parents=True)
@@ -217,18 +271,22 @@ def test_the_sanitizer(
         }
     beside.touch()
     commands: list[list[str]] = []
-    left = iter(statuses)
+    said = "\n".join(f"line {i}" for i in range(100))
 
     def run(command: list[str], deadline: float) -> Any:
         commands.append(command)
-        return subprocess.CompletedProcess(command, next(left), "", "")
+        return subprocess.CompletedProcess(command, statuses.get(len(commands) - 1, 0), said, "")
 
     monkeypatch.setattr(gpu, "_run", run)
     report = gpu.run_sanitizer(time.perf_counter() + 60, lambda result: None)
-    assert (report["passed"], report["summary"]) == (passed, summary)
-    assert [command[:3] for command in commands] == [
-        [str(beside), "--tool", tool] for tool in ("memcheck", "racecheck")
-    ]
+    verdicts = [f"{check}: {others.get(i, 'clean')}" for i, check in enumerate(SANITIZED)]
+    assert (report["passed"], report["summary"]) == (passed, "; ".join(verdicts))
+    assert [f"{command[2]} of {command[-1]}" for command in commands] == list(SANITIZED)
+    assert all(command[:2] == [str(beside), "--tool"] for command in commands)
+    lines = report["memcheck grid"]["said"]
+    assert (lines[0], lines[19:22], lines[-1]) == ("line 0", ["line 19", "...", "line 80"], "line 99")
+    late = gpu.run_sanitizer(time.perf_counter() + 5, lambda result: None)
+    assert late == {"passed": None, "summary": "; ".join(f"{check}: not run for lack of time" for check in SANITIZED)}
 
 
 # All parts

@@ -7,6 +7,7 @@ As a program it compiles everything for every default architecture and prints a 
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import re
 import subprocess
@@ -35,6 +36,16 @@ def instances() -> list[str]:
     return sorted(path.stem for path in (sources / "instances").glob("*.cu"))
 
 
+def nvcc_version() -> tuple[int, int]:
+    """Of the CUDA compiler, which must be there."""
+    nvcc = build.nvcc()
+    assert nvcc is not None
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    release = re.search(r"release (\d+)\.(\d+)", said)
+    assert release is not None
+    return int(release[1]), int(release[2])
+
+
 def disassembler() -> Path | None:
     """cuobjdump, as Triton's package brings it."""
     triton = importlib.util.find_spec("triton")
@@ -44,6 +55,7 @@ def disassembler() -> Path | None:
     return found if found.exists() else None
 
 
+@functools.cache
 def compile_instance(stem: str, architecture: str, disassemble: bool = False) -> list[Kernel]:
     """Compiles one file. Raises RuntimeError with nvcc's words."""
     sources = build._sources()

@@ -27,7 +27,7 @@ void broadcast(int* out) {
   hw::cluster_barrier();
   if (hw::thread() == 0) {
     hw::mbarrier_expect(barrier, 4 * blocks);
-    for (int peer = 0; peer < blocks; ++peer) hw::remote_store(values + rank, barrier, peer, static_cast<uint32_t>(rank));
+    for (int peer = 0; peer < blocks; ++peer) hw::remote_store(hw::address(values + rank), barrier, peer, rank);
   }
   while (WAIT && !hw::mbarrier_try_wait(barrier, 0)) continue;
   for (int i = hw::thread(); i < blocks; i += hw::threads()) out[rank * blocks + i] = values[i];
@@ -39,11 +39,11 @@ void half_a_barrier(int*) {
 }
 
 // Waits for the flag of a block that never raises it.
-void absent_peer(uint32_t* flags) {
+void absent_peer(uint32_t* flags, int step) {
   ScanParams p{};
   p.flags = flags;
   p.layout.blocks = 2;
-  GridExchange<float>(p, hw::shared_memory()).wait(1);
+  GridExchange<float>(p, hw::shared_memory()).wait(step);
 }
 
 // Waits for bytes that no block of the cluster sends.
@@ -70,7 +70,8 @@ extern "C" const char* rnnfast_run_fault(const char* name, int* out) {
     if (kernel == "broadcast") emulator::run({4, 1, 1, 32, 4, 64}, [&] { broadcast<true>(out); });
     if (kernel == "broadcast without a wait") emulator::run({4, 1, 1, 32, 4, 64}, [&] { broadcast<false>(out); });
     if (kernel == "half a barrier") emulator::run({1, 1, 1, 64, 1, 64}, [&] { half_a_barrier(out); });
-    if (kernel == "absent peer") emulator::run({2, 1, 1, 32, 1, 64}, [&] { absent_peer(flags); });
+    if (kernel == "absent peer") emulator::run({2, 1, 1, 32, 1, 64}, [&] { absent_peer(flags, 1); });
+    if (kernel == "peer gone") emulator::run({2, 1, 1, 32, 1, 64}, [&] { absent_peer(flags, 2); });
     if (kernel == "absent bytes") emulator::run({2, 1, 1, 32, 2, 64}, [&] { absent_bytes(); });
   } catch (const std::exception& error) {
     message = error.what();

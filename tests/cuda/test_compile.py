@@ -10,7 +10,7 @@ import pytest
 
 from rnnfast.backends.cuda import build
 
-from .compile_report import compile_instance, disassembler, instances
+from .compile_report import compile_instance, disassembler, instances, nvcc_version
 
 pytestmark = pytest.mark.skipif(build.nvcc() is None, reason="needs nvcc, the CUDA compiler")
 
@@ -61,6 +61,42 @@ def test_peers_are_sent_to_before_anything_is_stored():
         stored = [i for i, line in enumerate(behind_product) if "STG" in line]
         assert stored, kernel.name
         assert not sent or max(sent) < min(stored), kernel.name  # sums that are scattered leave from the product itself
+
+
+@pytest.mark.skipif(disassembler() is None, reason="needs cuobjdump, which Triton's package brings")
+def test_chunks_are_asked_for_before_the_first_of_them_is_multiplied():
+    """A load that is behind the mma before it waits for shared memory alone, and a step is a row of such waits."""
+    for kernel in compile_instance("bfloat16_cluster", "90a", disassemble=True):
+        products = [i for i, line in enumerate(kernel.code) if "HMMA" in line]
+        blocks = "\n".join(kernel.code[products[0] - 20 : products[-1] + 1]).split("BRA 0x")
+        fours_and_others = [block for block in blocks if "HMMA" in block]
+        assert len(fours_and_others) == 3, kernel.name
+        for block in fours_and_others[:2]:
+            order = re.findall(r"LDS\.128|HMMA", block)
+            assert (order.count("LDS.128"), order.count("HMMA")) == (4, 8), kernel.name
+            assert order[:2] == ["LDS.128", "LDS.128"], kernel.name
+            # From that register the place of shared memory would be computed anew before each load.
+            assert "SR_CgaCtaId" not in block[block.index("LDS.128") : block.rindex("HMMA")], kernel.name
+        in_shared_memory = re.findall(r"LDS\.128|HMMA", fours_and_others[2])
+        assert in_shared_memory == ["LDS.128"] * 3 + ["HMMA"] * 2, kernel.name
+
+
+@pytest.mark.skipif(disassembler() is None, reason="needs cuobjdump, which Triton's package brings")
+@pytest.mark.skipif(build.nvcc() is not None and nvcc_version() < (12, 8), reason="needs PTX 8.6")
+def test_a_step_of_a_cluster_leaves_the_l1_as_it_is():
+    for kernel in compile_instance("bfloat16_cluster", "90a", disassemble=True):
+        loop = [line for part in loop_of_steps(kernel.code) for line in part]
+        assert any("TRYWAIT" in line for line in loop), kernel.name
+        assert not any("CCTL" in line or "MEMBAR" in line for line in loop), kernel.name
+
+
+@pytest.mark.skipif(disassembler() is None, reason="needs cuobjdump, which Triton's package brings")
+def test_no_address_is_divided_for_behind_the_wait():
+    for kernel in compile_instance("bfloat16_cluster", "90a", disassemble=True):
+        if kernel.name.endswith("forward"):
+            before_product, _ = loop_of_steps(kernel.code)
+            waited = next(i for i, line in enumerate(before_product) if "TRYWAIT" in line)
+            assert not any("F2I" in line or "I2F" in line for line in before_product[waited:]), kernel.name
 
 
 def loop_of_steps(code):

@@ -3,6 +3,10 @@
 import ctypes
 
 import pytest
+import torch
+
+from benchmarks import gpu_parts
+from rnnfast.backends.cuda import launch
 
 SCHEDULES = range(8)
 
@@ -37,8 +41,19 @@ def test_a_barrier_that_not_all_reach_is_an_error(emulated):
     ("kernel", "message"),
     [
         ("absent peer", "a block of the grid scan did not arrive"),
+        ("peer gone", "a block of the grid scan did not arrive"),
         ("absent bytes", "what the cluster's blocks send did not arrive for step: 1"),
     ],
 )
 def test_the_watchdog_says_what_is_missing(emulated, kernel, message):
     assert message in _run(emulated, kernel, 0)[1]
+
+
+@pytest.mark.parametrize("kernel", launch.KERNELS)
+def test_what_the_sanitizer_watches_can_be_run(schedule, monkeypatch, kernel):
+    monkeypatch.setattr(gpu_parts, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu_parts, "NUMBERS", {"float32": torch.float32, "bfloat16": torch.bfloat16})
+    monkeypatch.setattr(gpu_parts.cuda, "load", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    gpu_parts.small_layers(kernel)

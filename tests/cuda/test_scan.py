@@ -146,6 +146,12 @@ def test_a_team_that_cannot_be_is_an_error(schedule, monkeypatch):
         launch.forward(*random_layer("lstm", 20, 4, 3, torch.float32), False)
 
 
+def test_more_lanes_than_a_launch_has_are_an_error(schedule, monkeypatch):
+    use(monkeypatch, TEAMS["steps"][0], "float32")
+    with pytest.raises(RuntimeError, match="at most 65535 lanes"):
+        launch.forward(*random_layer("rnn_tanh", 1, 1, 1, torch.float32, lanes=65536), False)
+
+
 def test_what_it_does_not_compute_is_declined(monkeypatch):
     layer = random_layer("lstm", 4, 1, 1, torch.float32)
     layer[5] = torch.zeros(1, 2, 4)
