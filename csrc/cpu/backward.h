@@ -215,7 +215,7 @@ class Backward {
   // As in the forward scan.
   bool fetches(int64_t rows) const {
     const int64_t of_row = tape_count(s.cell) * s.hidden + (x.d_output ? s.state : 0) + (s.cell != Cell::lstm ? s.state : 0);
-    return rows > MAX_ROWS && s.steps * rows * (of_row * int64_t(sizeof(S)) + d.stride * int64_t(sizeof(O))) > near_bytes();
+    return rows >= FETCHED_ROWS && s.steps * rows * (of_row * int64_t(sizeof(S)) + d.stride * int64_t(sizeof(O))) > near_bytes();
   }
   RowsAhead of_next_step(const Item& item, const Walk<O>& walk, int64_t lane, int64_t step) const {
     RowsAhead ahead(walk.count());

@@ -265,7 +265,7 @@ class Forward {
   // Nothing is fetched that stays near from step to step, nor where rows are so few that a tile is bound by reading weights.
   bool fetches(int64_t rows) const {
     const int64_t of_row = (x.tape ? tape_count(s.cell) * s.hidden : 0) + s.state;
-    return rows > MAX_ROWS && s.steps * rows * of_row * int64_t(sizeof(S)) > near_bytes();
+    return rows >= FETCHED_ROWS && s.steps * rows * of_row * int64_t(sizeof(S)) > near_bytes();
   }
   RowsAhead of_next_step(const Item& item, const Walk<O>& walk, int64_t lane, int64_t step) const {
     RowsAhead ahead(walk.count());

@@ -307,6 +307,9 @@ class Walk {
   int64_t taken_ = 0;
 };
 
+// Rows from which on those that come next are fetched: the tile of fewer is bound by reading its weights.
+constexpr int64_t FETCHED_ROWS = 4;
+
 // What is read and written next by rows: the tiles at work fetch it, each a part. Rows lie too many and too far apart for the
 // processor to see them coming. One thread alone fetches those of its next step; a member of a team, of which it cannot say
 // which pieces of a step will be its own, those of its next piece.
