@@ -226,12 +226,12 @@ class Backward {
   }
   RowsAhead of_next_piece(const Item& item, const Walk<O>& walk, const Piece& piece, int64_t step) const {
     RowsAhead ahead;
-    const auto next = walk.next(piece);
-    if (!next) return ahead;
-    const int64_t t = s.time(next->lane, step), rows = alive(s, item, t), first = next->first(rows, walk.groups());
-    const int64_t of_panel = states.vectors * V, unit = next->panel * of_panel;
+    const auto [next, steps_on] = walk.next(piece);
+    if (step < steps_on) return ahead;
+    const int64_t t = s.time(next.lane, step - steps_on), rows = alive(s, item, t), first = next.first(rows, walk.groups());
+    const int64_t of_panel = states.vectors * V, unit = next.panel * of_panel;
     if (fetches(rows))
-      fetch_rows(ahead, next->lane, t, item.first + first, next->end(rows, walk.groups()) - first, unit,
+      fetch_rows(ahead, next.lane, t, item.first + first, next.end(rows, walk.groups()) - first, unit,
                  min64(unit + of_panel, s.hidden));
     return ahead;
   }

@@ -276,12 +276,12 @@ class Forward {
   }
   RowsAhead of_next_piece(const Item& item, const Walk<O>& walk, const Piece& piece, int64_t step) const {
     RowsAhead ahead;
-    const auto next = walk.next(piece);
-    if (!next) return ahead;
-    const int64_t t = s.time(next->lane, step), rows = alive(s, item, t), first = next->first(rows, walk.groups());
-    const int64_t unit = next->panel * packed.gates.units_per_panel;
+    const auto [next, steps_on] = walk.next(piece);
+    if (step + steps_on == s.steps) return ahead;
+    const int64_t t = s.time(next.lane, step + steps_on), rows = alive(s, item, t), first = next.first(rows, walk.groups());
+    const int64_t unit = next.panel * packed.gates.units_per_panel;
     if (fetches(rows))
-      fetch_rows(ahead, next->lane, s.offset_at(t) + item.first + first, next->end(rows, walk.groups()) - first, unit,
+      fetch_rows(ahead, next.lane, s.offset_at(t) + item.first + first, next.end(rows, walk.groups()) - first, unit,
                  min64(unit + packed.gates.units_per_panel, s.hidden));
     return ahead;
   }

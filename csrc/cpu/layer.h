@@ -1,7 +1,7 @@
 // What forward and backward share: weights packed for the forward scan, the split of work over threads, and the walk.
 #pragma once
 
-#include <optional>
+#include <utility>
 
 #include "../scan.h"
 #include "memory.h"
@@ -243,10 +243,10 @@ class Walk {
   // The pieces of each lane that a member has where nothing is dealt.
   int64_t count() const { return count_; }
   int64_t groups() const { return groups_; }
-  // The piece that is likely to follow.
-  std::optional<Piece> next(const Piece& piece) const {
-    if (piece.next < 0) return std::nullopt;
-    return Piece{lane_of(piece.next), panel_of(piece.next), piece.next % groups_, piece.before + 1, -1};
+  // The piece that is likely to follow, and whether in this step, 0, or the next one, 1, which turns round where this one ends.
+  std::pair<Piece, int> next(const Piece& piece) const {
+    if (piece.next < 0) return {piece, 1};
+    return {Piece{lane_of(piece.next), panel_of(piece.next), piece.next % groups_, piece.before + 1, -1}, 0};
   }
 
   void begin(int64_t step) {
