@@ -9,13 +9,15 @@ them make for more parallel rows and fewer steps.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import _C, Tensor
 from torch.nn.utils.rnn import PackedSequence
+
+if TYPE_CHECKING:
+    import numpy as np
 
 __all__ = ["Segments", "cut"]
 
@@ -127,7 +129,9 @@ def checked_reset(state: Tensor, reset_to: Tensor) -> Tensor:
 
 
 def _plan(lengths: Tensor, reset: Tensor | None, steps: int, batch: int, device: torch.device) -> tuple[Tensor, ...]:
-    """The tensors of `Segments`, in its order. Made by NumPy, whose many small operations cost a quarter of torch's."""
+    """The tensors of `Segments`, in its order. Made by NumPy, whose small operations cost a quarter of torch's."""
+    import numpy as np  # here alone: layers without lengths and resets need nothing but torch
+
     ends_at = _values(lengths).astype(np.int64)
     if batch and (ends_at.min() < 0 or ends_at.max() > steps):
         raise ValueError(f"lengths must be in [0, {steps}], the steps of the input, got {ends_at.tolist()}")
