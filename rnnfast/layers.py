@@ -296,9 +296,11 @@ def _run_cut(layer: Any, input: Tensor, hx: Any, lengths: Any, reset: Any, reset
         hx, reset_to = _both_states(layer, input, hx, reset_to)
         mask = reset.reshape(1, batch, 1).to(input.device)
         hx = map_state(hx, lambda old, new: torch.where(mask, sequences.checked_reset(old, new), old), reset_to)
-    elif reset_to is not None or not sequences.are_whole(steps, batch, lengths, reset):
-        segments = sequences.cut(steps, batch, lengths, reset, input.device)
-        return _run_segments(layer, input, *_both_states(layer, input, hx, reset_to), segments)
+    else:
+        lengths, reset = sequences.on_cpu(lengths), sequences.on_cpu(reset)
+        if reset_to is not None or not sequences.are_whole(steps, batch, lengths, reset):
+            segments = sequences.cut(steps, batch, lengths, reset, input.device)
+            return _run_segments(layer, input, *_both_states(layer, input, hx, reset_to), segments)
     if torch.compiler.is_compiling():
         return _run(layer, input, hx, None)
     if (result := direct.run(layer, input, hx, batch_first=False)) is None:

@@ -111,6 +111,12 @@ def cut(
     return Segments((steps, batch), *_plan(*arguments))
 
 
+def on_cpu(values: Any) -> Any:
+    """Lengths or resets that lie on a GPU, waited for once; others as they are, and those that torch.vmap maps over."""
+    stay = not isinstance(values, Tensor) or torch.compiler.is_compiling() or values.is_cpu or is_mapped(values)
+    return values if stay else values.cpu()
+
+
 def are_whole(steps: int, batch: int, lengths: Tensor | Sequence[int] | None, reset: Tensor | None) -> bool:
     """Whether no sequence ends early or is reset on the way, as far as lengths and resets can be looked at."""
     if steps == 0 or torch.compiler.is_compiling() or is_mapped(reset):
