@@ -65,7 +65,7 @@ void amx_tile(int64_t k_units, const bf16* const* a, const bf16* w, const float*
   _tile_zero(3);
   int64_t u = 0;
   for (; u + UNITS <= k_units; u += UNITS, w += UNITS * NV * 32) {
-    if (ahead) ahead->fetch(UNITS / Ahead::BLOCK);
+    for (int64_t block = 0; ahead && block < UNITS / Ahead::BLOCK; ++block) ahead->fetch();
     if (even) {
       amx_multiply<NV>(a[0] + u * 2, stride * 2, w, NV * 64);
       continue;

@@ -242,21 +242,20 @@ class Backward {
     const int64_t gate_bytes = (end - unit) * int64_t(sizeof(O)), stride = d.stride * int64_t(sizeof(O));
     const int64_t tape = tape_count(s.cell), in_tape = (lane * s.rows + row) * tape * s.hidden + unit;
     const int64_t in_output = (row * s.lanes + lane) * s.hidden + unit;
+    if (x.tape) ahead.add(at<S>(x.tape, in_tape), bytes, rows * tape, hidden);
+    if (x.d_output) ahead.add(at<S>(x.d_output, in_output), bytes, rows, s.lanes * hidden);
+    if (s.gates() == 1) ahead.add(at<S>(x.output, in_output), bytes, rows, s.lanes * hidden);
+    // The state before, c or h: it is new here, and stands in the tape or the output of the step that comes next.
+    if (before >= 0 && s.cell == Cell::lstm)
+      ahead.add(at<S>(x.tape, (lane * s.rows + before) * tape * s.hidden + (tape - 1) * s.hidden + unit), bytes, rows,
+                tape * hidden);
+    if (before >= 0 && s.cell == Cell::gru)
+      ahead.add(at<S>(x.output, (before * s.lanes + lane) * s.hidden + unit), bytes, rows, s.lanes * hidden);
     const O* gates = d.gates_x(lane, row) + unit;
     if (unit == 0 && end == s.hidden)
       ahead.add(gates, stride, rows, stride);
     else if (d.stride == d.width)  // else the parts of all rows are not equally far apart
       ahead.add(gates, gate_bytes, rows * (d.width / s.hidden), s.hidden * int64_t(sizeof(O)));
-    if (x.tape) ahead.add(at<S>(x.tape, in_tape), bytes, rows * tape, hidden);
-    if (x.d_output) ahead.add(at<S>(x.d_output, in_output), bytes, rows, s.lanes * hidden);
-    if (s.gates() == 1) ahead.add(at<S>(x.output, in_output), bytes, rows, s.lanes * hidden);
-    if (s.gates() == 1 || before < 0) return;
-    // The state before, c or h: it is new here, and stands in the tape or the output of the step that comes next.
-    if (s.cell == Cell::lstm)
-      ahead.add(at<S>(x.tape, (lane * s.rows + before) * tape * s.hidden + (tape - 1) * s.hidden + unit), bytes, rows,
-                tape * hidden);
-    else
-      ahead.add(at<S>(x.output, (before * s.lanes + lane) * s.hidden + unit), bytes, rows, s.lanes * hidden);
   }
 
   // Row r of d_gates_h, as every block of the walk's panels multiplies it.

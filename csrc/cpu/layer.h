@@ -326,39 +326,21 @@ class RowsAhead {
     parts_[count_++] = {static_cast<const char*>(data), width * count, width, stride};
     lines_ += width * count;
   }
-  // The part of tile `tile` of a piece's `tiles`, all of them k_units deep.
+  // The share of tile `tile` of a piece's `tiles`, all of them k_units deep.
   Ahead::Rows share(const Piece& piece, int64_t tile, int64_t tiles, int64_t k_units) const {
     if (!lines_) return {};
-    tile += piece.before % pieces_ * tiles;
-    tiles *= pieces_;
-    const int64_t blocks = ceil_div(k_units, Ahead::BLOCK);
-    int64_t each = ceil_div(lines_, tiles * blocks);
-    // A tile fetches of one part only; with few tiles each then has to take more.
-    const auto needed = [&] {
-      int64_t n = 0;
-      for (int i = 0; i < count_; ++i) n += ceil_div(parts_[i].lines, each * blocks);
-      return n;
-    };
-    if (tiles >= count_)
-      while (needed() > tiles) ++each;
-    for (int i = 0; i < count_; ++i) {
-      const Part& part = parts_[i];
-      const int64_t fetching = ceil_div(part.lines, each * blocks), line = tile * each * blocks;
-      if (tile < fetching)
-        return {part.data + line / part.width * part.stride + line % part.width * 64, each, part.width, part.stride,
-                line % part.width};
-      tile -= fetching;
-    }
-    return {};
+    const Slice slice = slice_of(lines_, piece.before % pieces_ * tiles + tile, pieces_ * tiles);
+    const Ahead::Part* part = parts_;
+    int64_t line = slice.first;
+    for (; line >= part->lines; ++part) line -= part->lines;
+    const int64_t column = line % part->width, lines = slice.end - slice.first;
+    return {part, ceil_div(lines, ceil_div(k_units, Ahead::BLOCK)), lines,
+            part->data + line / part->width * part->stride + column * 64, part->lines - line, column};
   }
 
  private:
-  struct Part {
-    const char* data;
-    int64_t lines, width, stride;
-  };
   int64_t pieces_;
-  Part parts_[4];
+  Ahead::Part parts_[4];
   int count_ = 0;
   int64_t lines_ = 0;
 };

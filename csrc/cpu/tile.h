@@ -72,31 +72,49 @@ struct Ahead {
   struct Stream {
     const char* data = nullptr;
     int64_t lines = 0;
-    void fetch(int64_t blocks) {
-      for (int64_t line = 0; line < blocks * lines; ++line, data += 64) __builtin_prefetch(data, 0, 2);
+    void fetch() {
+      for (const char* end = data + 64 * lines; data < end; data += 64) __builtin_prefetch(data, 0, 2);
     }
   };
-  // Rows of `width` lines, `stride` bytes from one to the next. Fetched to be written, where there is such an instruction: a line
-  // that other cores have, too, would be asked for once more when it is.
+  // A tensor's part in the rows: `width` lines of each, `stride` bytes from one row to the next.
+  struct Part {
+    const char* data;
+    int64_t lines, width, stride;
+  };
+  // Some lines of some parts, the first of them at `data`. Fetched to be written, where there is such an instruction: a line that
+  // other cores have, too, would be asked for once more when it is.
   struct Rows {
+    const Part* part = nullptr;
+    int64_t lines = 0, left = 0;  // at most so many a block, and in all
     const char* data = nullptr;
-    int64_t lines = 0, width = 0, stride = 0;
-    int64_t column = 0;  // lines from the beginning of a row to data
-    void fetch(int64_t blocks) {
-      for (int64_t line = 0; line < blocks * lines; ++line) {
-        __builtin_prefetch(data, 1, 2);
-        data += ++column < width ? 64 : stride - 64 * (width - 1);
-        if (column == width) column = 0;
+    int64_t left_of_part = 0, column = 0;  // lines of the part from data on, and of its row before data
+    void fetch() {
+      if (left == 0) return;
+      int64_t n = lines < left ? lines : left, next = column;
+      n = n < left_of_part ? n : left_of_part;
+      const int64_t width = part->width, jump = part->stride - 64 * width;
+      const char* at = data;
+      left -= n;
+      left_of_part -= n;
+      do {
+        __builtin_prefetch(at, 1, 2);
+        at += 64;
+        if (++next == width) at += jump, next = 0;
+      } while (--n > 0);
+      if (left_of_part == 0 && left > 0) {
+        ++part;
+        at = part->data, left_of_part = part->lines, next = 0;
       }
+      data = at, column = next;
     }
   };
   Stream weights;  // that a core's cache cannot hold: under all tiles of the panel before, and not under their own first
   Rows rows;       // that are read and written next
   // Null where there is nothing to fetch.
   Ahead* any() { return weights.lines + rows.lines > 0 ? this : nullptr; }
-  void fetch(int64_t blocks) {
-    weights.fetch(blocks);
-    rows.fetch(blocks);
+  void fetch() {
+    weights.fetch();
+    rows.fetch();
   }
 };
 
@@ -142,7 +160,7 @@ __attribute__((noinline)) void tile_block(int64_t k_units, const O* const* a, co
   };
   if (!ahead) multiply_to(k_units);
   while (k < k_units) {
-    ahead->fetch(1);
+    ahead->fetch();
     multiply_to(min64(k + Ahead::BLOCK, k_units));
   }
 #pragma GCC unroll 8
