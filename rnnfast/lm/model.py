@@ -78,9 +78,12 @@ class RNNLM(nn.Module):
 
     def hidden_states(self, ids: Tensor, state: State = None) -> tuple[Tensor, State]:
         """What the head reads, (T, B, hidden), and the state."""
-        inputs = ids if self.embedding is None else self.dropout(self.embedding(ids))
+        inputs = ids if self.embedding is None else self._dropout(self.embedding(ids))
         output, state = self.rnn(inputs, state)
-        return self.dropout(output), state
+        return self._dropout(output), state
+
+    def _dropout(self, tensor: Tensor) -> Tensor:
+        return self.dropout(tensor) if self.dropout.p else tensor
 
     def head_weights(self) -> tuple[Tensor, Tensor]:
         """Weight (vocabulary, hidden) and bias (vocabulary)."""

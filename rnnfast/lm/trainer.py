@@ -6,6 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,10 @@ def train_step(
         The mean cross entropy in nats (a tensor: reading it waits for the device), and the detached state.
     """
     loss, state = loss_of(model, inputs, targets, state, precision)
-    optimizer.zero_grad()
+    trained = [p for group in optimizer.param_groups for p in group["params"]]  # a list already, unlike the model's
+    for parameter in trained:
+        parameter.grad = None  # as `zero_grad` does, which asks for more than a small model's step has time for
     loss.backward()
-    trained = (p for group in optimizer.param_groups for p in group["params"])  # a list already, unlike the model's
     clip_gradients([p.grad for p in trained if p.grad is not None], clip, model.backend)
     optimizer.step()
     return loss.detach(), detach(state)
@@ -69,7 +71,9 @@ def loss_of(
     model: RNNLM | RNNLMScratch, inputs: Tensor, targets: Tensor, state: State, precision: str = "float32"
 ) -> tuple[Tensor, State]:
     """The mean cross entropy in nats, in float32 or wider, and the state; arguments as in `train_step`."""
-    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+    device, mixed = inputs.device.type, precision == "bfloat16"
+    is_plain = not mixed and not torch.is_autocast_enabled(device)
+    with nullcontext() if is_plain else torch.autocast(device, torch.bfloat16, enabled=mixed):
         hidden, state = model.hidden_states(inputs, state)
         return cross_entropy(hidden, *model.head_weights(), targets, model.backend), state
 
