@@ -15,7 +15,7 @@ class WeightGradients {
   // long sum.
   static constexpr int64_t K_BLOCK = 128, BIAS_BLOCK = 32;
   static constexpr int64_t INPUT_ROWS = 48;   // rows of d_input in a task
-  static constexpr int64_t BIAS_COLUMNS = 256;
+  static constexpr int64_t BIAS_COLUMNS = 256, ID_COLUMNS = 64;
 
   const BackwardArgs& x;
   const ScanShape& s;
@@ -24,8 +24,7 @@ class WeightGradients {
   const int64_t gate_rows;
   const Panels inputs, states, units_;
   const bool both_weights;  // w_ih's gradient is computed beside w_hh's, from the same gradients of the gates
-  const int64_t id_columns;  // columns in a task that adds up by ids: of a small vocabulary more, and their sums are still near
-  int64_t block_rows;        // rows of a weight's gradient in a task
+  int64_t block_rows;       // rows of a weight's gradient in a task
   O* w_ih = nullptr;     // packed: d_gates_x w_ih
 
   struct Kind {
@@ -44,8 +43,7 @@ class WeightGradients {
         inputs(plain_panels(s.input, V)),
         states(plain_panels(s.state, V)),
         units_(plain_panels(s.hidden, V)),
-        both_weights(x.d_w_hh && x.d_w_ih && !s.ids && d.last == 0),
-        id_columns(s.input <= 32 ? 256 : 64) {
+        both_weights(x.d_w_hh && x.d_w_ih && !s.ids && d.last == 0) {
     // A task's sums take half of a core's cache and leave the rest to the packed rows of one K_BLOCK; tasks come out equal
     // for each thread.
     const int64_t most = max64(V, near_bytes() / 2 / (sum_columns() * int64_t(sizeof(T))));
@@ -55,7 +53,7 @@ class WeightGradients {
     kinds[0] = {x.d_input ? ceil_div(s.rows, INPUT_ROWS) : 0, &WeightGradients::input_gradient};
     kinds[1] = {x.d_w_hh ? s.lanes * blocks : 0, &WeightGradients::w_hh_gradient};
     kinds[2] = {x.d_w_ih && !s.ids && !both_weights ? s.lanes * blocks : 0, &WeightGradients::w_ih_gradient};
-    kinds[3] = {x.d_w_ih && s.ids ? s.lanes * ceil_div(gate_rows, id_columns) : 0, &WeightGradients::w_ids_gradient};
+    kinds[3] = {x.d_w_ih && s.ids ? s.lanes * ceil_div(gate_rows, ID_COLUMNS) : 0, &WeightGradients::w_ids_gradient};
     kinds[4] = {x.d_w_hr ? s.lanes * ceil_div(s.state, block_rows) : 0, &WeightGradients::w_hr_gradient};
     // The products of a weight's gradient add up those of the bias beside it.
     kinds[5] = {x.d_b_ih && !x.d_w_hh ? s.lanes * ceil_div(gate_rows, BIAS_COLUMNS) : 0, &WeightGradients::bias_gradient};
@@ -68,7 +66,7 @@ class WeightGradients {
     Carver carver(nullptr);
     ProductBuffers(*this, carver);
     Carver other(nullptr);
-    other.take<T>(s.ids ? s.input * id_columns : 0);
+    other.take<T>(s.ids ? s.input * ID_COLUMNS : 0);
     other.take<T>(2 * BIAS_COLUMNS);
     other.take<T>(MAX_ROWS * MAX_VECTORS * V);
     return carver.used() > other.used() ? carver.used() : other.used();
@@ -240,10 +238,10 @@ class WeightGradients {
   // A segment sum over ids, transposed on the way out. A row has one id, so the sum over ids is the bias's (of the other
   // cells w_hh_gradient has it).
   void w_ids_gradient(int64_t task, char* local) const {
-    const int64_t blocks = ceil_div(gate_rows, id_columns), lane = task / blocks, first = task % blocks * id_columns;
-    const int64_t n = min64(id_columns, gate_rows - first);
+    const int64_t blocks = ceil_div(gate_rows, ID_COLUMNS), lane = task / blocks, first = task % blocks * ID_COLUMNS;
+    const int64_t n = min64(ID_COLUMNS, gate_rows - first);
     T* sums = reinterpret_cast<T*>(local);
-    std::memset(sums, 0, size_t(s.input * id_columns) * sizeof(T));
+    std::memset(sums, 0, size_t(s.input * ID_COLUMNS) * sizeof(T));
     const int64_t* ids = at<int64_t>(x.input, 0);
     // Too little of each row to be seen coming.
     constexpr int64_t FETCHED = 8;
@@ -251,14 +249,14 @@ class WeightGradients {
       if (row + FETCHED < s.rows)
         for (int64_t j = 0; j < n; j += 64 / int64_t(sizeof(O)))
           __builtin_prefetch(d.gates_x(lane, row + FETCHED) + d.column_x(first) + j);
-      add_columns(sums + ids[row] * id_columns, lane, row, first, n);
+      add_columns(sums + ids[row] * ID_COLUMNS, lane, row, first, n);
     }
     for (int64_t m = 0; m < n; ++m) {
       S* out = at<S>(x.d_w_ih, (lane * gate_rows + first + m) * s.input);
       T sum{};
       for (int64_t id = 0; id < s.input; ++id) {
-        store_one(out + id, sums[id * id_columns + m]);
-        sum += sums[id * id_columns + m];
+        store_one(out + id, sums[id * ID_COLUMNS + m]);
+        sum += sums[id * ID_COLUMNS + m];
       }
       if (s.cell == Cell::gru && x.d_b_ih) store_one(at<S>(x.d_b_ih, lane * gate_rows + first + m), sum);
     }
