@@ -66,7 +66,7 @@ class WeightGradients {
     Carver carver(nullptr);
     ProductBuffers(*this, carver);
     Carver other(nullptr);
-    other.take<T>(s.ids ? s.input * ID_COLUMNS : 0);
+    IdBuffers(*this, other);
     other.take<T>(2 * BIAS_COLUMNS);
     other.take<T>(MAX_ROWS * MAX_VECTORS * V);
     return carver.used() > other.used() ? carver.used() : other.used();
@@ -102,7 +102,7 @@ class WeightGradients {
 
   struct ProductBuffers {
     O *a, *w;
-    T *sums, *bias;
+    T *sums, *bias, *block_bias;
     int64_t a_stride, sums_stride;
     ProductBuffers(const WeightGradients& of, Carver& carver) {
       a_stride = round_up(K_BLOCK, V * Product<O>::depth);
@@ -111,6 +111,18 @@ class WeightGradients {
       w = carver.take<O>(K_BLOCK * sums_stride);
       sums = carver.take<T>(of.block_rows * sums_stride);
       bias = carver.take<T>(of.block_rows + V);
+      block_bias = carver.take<T>(of.block_rows + V);
+    }
+  };
+
+  struct IdBuffers {
+    T *sums, *blocks;  // (I, ID_COLUMNS)
+    uint8_t* counts;   // the rows in each block
+    IdBuffers(const WeightGradients& of, Carver& carver) {
+      const int64_t ids = of.s.ids ? of.s.input : 0;
+      sums = carver.take<T>(ids * ID_COLUMNS);
+      blocks = carver.take<T>(ids * ID_COLUMNS);
+      counts = carver.take<uint8_t>(ids);
     }
   };
 
@@ -134,28 +146,30 @@ class WeightGradients {
     Carver carver(local);
     const ProductBuffers buffers(*this, carver);
     const int64_t m_rows = end - first;
-    T* const bias_sums = bias ? buffers.bias : nullptr;
-    if (bias) std::memset(bias_sums, 0, size_t(m_rows + V) * sizeof(T));
+    T* const block_bias = bias ? buffers.block_bias : nullptr;
+    if (bias) std::memset(buffers.bias, 0, size_t(m_rows + V) * sizeof(T));
     for (int64_t k0 = 0; k0 < s.rows; k0 += K_BLOCK) {
       const int64_t k = min64(K_BLOCK, s.rows - k0);
       const auto a_row = [&](int64_t i) { return a(k0 + i); };
       const int64_t cut = max64(first, min64(jump, end));
-      if (first < cut) pack_transposed<O>(buffers.a, buffers.a_stride, a_row, k, column(first), cut - first, bias_sums);
+      if (bias) std::memset(block_bias, 0, size_t(m_rows + V) * sizeof(T));
+      if (first < cut) pack_transposed<O>(buffers.a, buffers.a_stride, a_row, k, column(first), cut - first, block_bias);
       if (cut < end)
         pack_transposed<O>(buffers.a + (cut - first) * buffers.a_stride, buffers.a_stride, a_row, k, column(cut), end - cut,
-                           bias ? bias_sums + (cut - first) : nullptr);
-      (add_block(buffers, m_rows, k0, k, factors), ...);
+                           bias ? block_bias + (cut - first) : nullptr);
+      if (bias) add_block(buffers.bias, block_bias, m_rows);
+      (add_products(buffers, m_rows, k0, k, factors), ...);
     }
     for (int64_t m = 0; m < m_rows; ++m)
       (convert_row(factors.out + m * factors.columns, buffers.sums + m * buffers.sums_stride + factors.at, factors.columns),
        ...);
-    if (bias) convert_row(bias, bias_sums, m_rows);
-    if (again) convert_row(again, bias_sums, m_rows);
+    if (bias) convert_row(bias, buffers.bias, m_rows);
+    if (again) convert_row(again, buffers.bias, m_rows);
   }
 
   // Adds the products of rows [k0, k0 + k) of the batch to a factor's sums.
   template <class Row>
-  void add_block(const ProductBuffers& buffers, int64_t m_rows, int64_t k0, int64_t k, const Factor<Row>& factor) const {
+  void add_products(const ProductBuffers& buffers, int64_t m_rows, int64_t k0, int64_t k, const Factor<Row>& factor) const {
     const Panels& panels = factor.panels;
     using Pointer = decltype(factor.row(int64_t(0)));
     Pointer rows[K_BLOCK];
@@ -240,8 +254,11 @@ class WeightGradients {
   void w_ids_gradient(int64_t task, char* local) const {
     const int64_t blocks = ceil_div(gate_rows, ID_COLUMNS), lane = task / blocks, first = task % blocks * ID_COLUMNS;
     const int64_t n = min64(ID_COLUMNS, gate_rows - first);
-    T* sums = reinterpret_cast<T*>(local);
+    Carver carver(local);
+    const IdBuffers buffers(*this, carver);
+    T* const sums = buffers.sums;
     std::memset(sums, 0, size_t(s.input * ID_COLUMNS) * sizeof(T));
+    std::memset(buffers.counts, 0, size_t(s.input));
     const int64_t* ids = at<int64_t>(x.input, 0);
     // Too little of each row to be seen coming.
     constexpr int64_t FETCHED = 8;
@@ -249,14 +266,26 @@ class WeightGradients {
       if (row + FETCHED < s.rows)
         for (int64_t j = 0; j < n; j += 64 / int64_t(sizeof(O)))
           __builtin_prefetch(d.gates_x(lane, row + FETCHED) + d.column_x(first) + j);
-      add_columns(sums + ids[row] * ID_COLUMNS, lane, row, first, n);
+      const int64_t id = ids[row];
+      T* const block = buffers.blocks + id * ID_COLUMNS;
+      if (!buffers.counts[id]) std::memset(block, 0, ID_COLUMNS * sizeof(T));
+      add_columns(block, lane, row, first, n);
+      if (++buffers.counts[id] < BIAS_BLOCK) continue;
+      add_block(sums + id * ID_COLUMNS, block, n);
+      buffers.counts[id] = 0;
     }
+    for (int64_t id = 0; id < s.input; ++id)
+      if (buffers.counts[id]) add_block(sums + id * ID_COLUMNS, buffers.blocks + id * ID_COLUMNS, n);
     for (int64_t m = 0; m < n; ++m) {
       S* out = at<S>(x.d_w_ih, (lane * gate_rows + first + m) * s.input);
       T sum{};
-      for (int64_t id = 0; id < s.input; ++id) {
-        store_one(out + id, sums[id * ID_COLUMNS + m]);
-        sum += sums[id * ID_COLUMNS + m];
+      for (int64_t id = 0; id < s.input;) {
+        T block{};
+        for (const int64_t end = min64(id + BIAS_BLOCK, s.input); id < end; ++id) {
+          store_one(out + id, sums[id * ID_COLUMNS + m]);
+          block += sums[id * ID_COLUMNS + m];
+        }
+        sum += block;
       }
       if (s.cell == Cell::gru && x.d_b_ih) store_one(at<S>(x.d_b_ih, lane * gate_rows + first + m), sum);
     }
@@ -299,8 +328,13 @@ class WeightGradients {
     for (int64_t row = 0; row < s.rows;) {
       std::memset(block, 0, BIAS_COLUMNS * sizeof(T));
       for (const int64_t end = min64(row + BIAS_BLOCK, s.rows); row < end; ++row) add(block, row);
-      for (int64_t m = 0; m < n; m += V) store(sums + m, load(sums + m) + load(block + m));
+      add_block(sums, block, n);
     }
+  }
+
+  // The sums of a block of rows to those of the blocks before it. What stands behind the last of n is rubbish.
+  static void add_block(T* sums, const T* block, int64_t n) {
+    for (int64_t m = 0; m < n; m += V) store(sums + m, load(sums + m) + load(block + m));
   }
 
   // Adds over the lanes in their order, in the accumulators.

@@ -6,10 +6,13 @@ import math
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+import rnnfast
 from tests.cpu import test_cross_entropy, test_extended
 from tests.cpu.harness import Case, compare, native
 
@@ -74,6 +77,30 @@ def test_more_gates_than_a_block_of_the_backward_product(ragged: bool, dtype: to
 def test_a_vocabulary_too_large_for_a_table(cell: str, dtype: torch.dtype) -> None:
     """Above 4096 ids one call looks its rows up in w_ih itself."""
     check(Case(cell, 2, 5, 3, 4100, 35, 0, True, True, True), dtype)
+
+
+@pytest.mark.parametrize("ids", [False, True])
+@pytest.mark.parametrize("layer", ["RNN", "LSTM", "GRU"])
+def test_float32_error_of_sums_over_many_rows_is_at_most_twice_that_of_torch(layer: str, ids: bool) -> None:
+    steps, batch, inputs, hidden = 400, 64, 2, 8
+    torch.manual_seed(0)
+    ours = getattr(rnnfast, layer)(inputs, hidden, backend="cpu")
+    numbers = torch.randint(inputs, (steps, batch))
+    vectors = nn.functional.one_hot(numbers, inputs).float() if ids else torch.randn(steps, batch, inputs)
+    weights = torch.rand(steps, batch, hidden)  # of one sign: the sums grow with every row
+
+    def gradients(module: Any, input: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        output = module(input)[0]
+        return torch.autograd.grad((output * weights.to(output.dtype)).sum(), list(module.parameters()))
+
+    theirs, wide = getattr(nn, layer)(inputs, hidden), getattr(nn, layer)(inputs, hidden, dtype=torch.float64)
+    for module in (theirs, wide):
+        module.load_state_dict(ours.state_dict())
+    found = gradients(ours, numbers if ids else vectors), gradients(theirs, vectors), gradients(wide, vectors.double())
+    for (name, _), mine, their, true in zip(ours.named_parameters(), *found, strict=True):
+        error, torchs = (((of - true).norm() / true.norm()).item() for of in (mine, their))
+        allowed = 2 * torchs + 2 * torch.finfo(torch.float32).eps
+        assert error <= allowed, f"{name}: relative error {error:.2e}, torch.nn's {torchs:.2e}"
 
 
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16", "amx"])
