@@ -163,7 +163,8 @@ def test_mistakes_after_a_call_are_told_as_before(name: str, direct_call_names: 
     h = torch.randn(3, 7)
     states = [h[:2], h[:, :4], h[0], h[None], h.double(), h.int()]
     cases: list[tuple[Any, Any]] = [(torch.randn(3, 5), (s, s) if name == "LSTMCell" else s) for s in states]
-    inputs = [torch.randn(3, 4), torch.randn(2, 3, 5), torch.randn(3, 5).double(), torch.tensor([5]), "text", h.bool()]
+    inputs = [torch.randn(3, 4), torch.randn(2, 3, 5), torch.tensor(1.0), torch.randn(3, 5).double()]
+    inputs += [torch.tensor([5]), "text", h.bool()]
     for input, hx in [*cases, *((input, None) for input in inputs)]:
         with pytest.raises(Exception) as expected:  # noqa: PT011 (whatever a cell without a plan raises)
             new(input, hx)

@@ -96,9 +96,10 @@ def cell(module: Any, input: Any, hx: Any) -> Any | None:
         return None
     ids = input.dtype is torch.int64
     shape = input.shape
-    batch = shape[: len(shape) + ids - 1]  # (B,), or () if unbatched
-    if len(batch) > 1:
+    dims = len(shape) + ids
+    if dims not in (1, 2):
         return None
+    batch = shape[: dims - 1]  # (B,), or () if unbatched
     tensors = contiguous(plan, ids, input, shape, hx, batch)
     if tensors is None:
         return None
