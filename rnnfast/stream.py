@@ -78,8 +78,9 @@ class Stream:
             return not torch.compiler.is_compiling() and threading.get_ident() != thread
 
         def enter(name: str) -> Any:
-            def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                if is_another_call():
+            # A call that meets this hook while its own call takes it off calls it without the keyword arguments.
+            def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+                if kwargs is None or is_another_call():
                     return None
                 if name in ran:
                     raise RuntimeError(f"layer '{name}' ran twice in one call: a stream cannot tell its states apart")

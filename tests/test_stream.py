@@ -153,6 +153,31 @@ def test_streams_of_one_model_in_several_threads() -> None:
         torch.testing.assert_close(result, right)
 
 
+def test_a_stream_in_another_thread_ends_while_a_layer_is_about_to_run() -> None:
+    model, ids = Tagger(), torch.randint(7, (BATCH, STEPS))
+    expected, first = model(ids), threading.current_thread()
+    begun, go_on = threading.Event(), threading.Event()
+
+    def hold(*_: Any) -> None:  # the other call, its hooks on the layers, until this one is in the layer
+        if threading.current_thread() is not first:
+            begun.set()
+            assert go_on.wait(60)
+
+    def let_end(*_: Any) -> None:
+        if threading.current_thread() is first:
+            go_on.set()
+            other.join(60)
+
+    handles = model.embedding.register_forward_hook(hold), model.lower.register_forward_pre_hook(let_end)
+    other = threading.Thread(target=rnnfast.Stream(model), args=(ids,))
+    other.start()
+    assert begun.wait(60)
+    torch.testing.assert_close(rnnfast.Stream(model)(ids), expected)
+    assert not other.is_alive()
+    for handle in handles:
+        handle.remove()
+
+
 def test_a_model_that_hides_its_layers_is_refused() -> None:
     model, input = Tagger(), torch.randint(0, 5, (4, 2))
     torch._dynamo.reset()
