@@ -85,9 +85,10 @@ class Stream:
                 if name in ran:
                     raise RuntimeError(f"layer '{name}' ran twice in one call: a stream cannot tell its states apart")
                 ran.add(name)
-                if name not in self._states:
-                    self._started_from[name] = args[1] if len(args) > 1 else kwargs.get("hx")
-                return args[:1], kwargs | {"hx": self._states.get(name, self._started_from[name])}
+                given = args[1] if len(args) > 1 else kwargs.get("hx")
+                if name not in self._states or name not in self._started_from:  # such a state was set
+                    self._started_from[name] = given
+                return args[:1], kwargs | {"hx": self._states.get(name, given)}
 
             return hook
 

@@ -120,6 +120,18 @@ def test_a_state_can_be_kept_and_set_again() -> None:
             torch.testing.assert_close(stream(input), after, rtol=0, atol=0)
 
 
+def test_a_models_state_continues_in_another_stream() -> None:
+    model, ids = Tagger(), torch.randint(7, (BATCH, STEPS))
+    stream, other = rnnfast.Stream(model), rnnfast.Stream(model)
+    with torch.no_grad():
+        stream(ids)
+        other.state = stream.state
+        torch.testing.assert_close(other(ids), stream(ids), rtol=0, atol=0)
+        stream.reset([1])
+        other.reset([1])  # to the state that the model gives it, which the other stream has seen, too
+        torch.testing.assert_close(other(ids), stream(ids), rtol=0, atol=0)
+
+
 def test_truncated_backpropagation() -> None:
     layer = rnnfast.GRU(5, 8)
     input = torch.randn(STEPS, BATCH, 5, requires_grad=True)
