@@ -67,11 +67,14 @@ class Stream:
 
         Raises:
             RuntimeError: a layer of the model ran twice in one call, or none ran where it could be seen; and what the
-                module raises.
+                module raises. The states are then those before the call.
         """
         if self._is_alone:
             return self._feed(self.module, *args, **kwargs)
         handles, ran, thread = [], set(), threading.get_ident()
+        # Taken over once the whole model has run: after an error the same steps can be fed again.
+        states: dict[str, Any] = {}
+        started_from: dict[str, Any] = {}
 
         def is_another_call() -> bool:
             """A thread that calls the same model meets the hooks of this call, too. (No compiler knows of threads.)"""
@@ -87,7 +90,7 @@ class Stream:
                 ran.add(name)
                 given = args[1] if len(args) > 1 else kwargs.get("hx")
                 if name not in self._states or name not in self._started_from:  # such a state was set
-                    self._started_from[name] = given
+                    started_from[name] = given
                 return args[:1], kwargs | {"hx": self._states.get(name, given)}
 
             return hook
@@ -95,7 +98,7 @@ class Stream:
         def leave(name: str) -> Any:
             def hook(layer: nn.Module, args: tuple[Any, ...], result: Any) -> None:
                 if not is_another_call():
-                    self._states[name] = result[1]
+                    states[name] = result[1]
 
             return hook
 
@@ -111,6 +114,8 @@ class Stream:
                     "no recurrent layer was seen to run, so no state was kept. A model that was compiled and called "
                     "before hides its layers: stream the one that is not compiled, or call torch._dynamo.reset() first"
                 )
+            self._states.update(states)
+            self._started_from.update(started_from)
             return result
         finally:
             for handle in handles:

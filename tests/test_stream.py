@@ -132,6 +132,22 @@ def test_a_models_state_continues_in_another_stream() -> None:
         torch.testing.assert_close(other(ids), stream(ids), rtol=0, atol=0)
 
 
+def test_a_call_that_fails_midway_can_be_made_again() -> None:
+    model, ids = Tagger(), torch.randint(7, (BATCH, STEPS))
+    stream, unbroken = rnnfast.Stream(model), rnnfast.Stream(model)
+
+    def fail(*_: Any) -> None:
+        raise InterruptedError
+
+    with torch.no_grad():
+        for piece in ids.split(6, dim=1):
+            handle = model.upper.register_forward_pre_hook(fail)  # the lower layer has run by then
+            with pytest.raises(InterruptedError):
+                stream(piece)
+            handle.remove()
+            torch.testing.assert_close(stream(piece), unbroken(piece), rtol=0, atol=0)
+
+
 def test_truncated_backpropagation() -> None:
     layer = rnnfast.GRU(5, 8)
     input = torch.randn(STEPS, BATCH, 5, requires_grad=True)
