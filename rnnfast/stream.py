@@ -175,7 +175,11 @@ class Stream:
 
 
 def _with_rows(state: Tensor, rows: Tensor | Sequence[int], begin: Tensor) -> Tensor:
-    if isinstance(rows, Tensor) and (rows.is_floating_point() or rows.dtype == torch.uint8):
+    if not isinstance(rows, Tensor):
+        # Of floats, which may be a mask's, indexing would make integers. An empty list is float, too, and means no row.
+        rows = torch.as_tensor(rows)
+        rows = rows if rows.numel() else rows.long()
+    if rows.is_floating_point() or rows.dtype == torch.uint8:
         raise TypeError(f"rows are integer indices or a bool mask, got {rows.dtype}; of a mask make rows.bool()")
     state = state.clone()
     state[:, rows] = begin[:, rows].to(state.dtype)

@@ -94,6 +94,24 @@ def test_rows_begin_anew_while_others_go_on() -> None:
     torch.testing.assert_close((torch.stack(outputs), stream.state), (expected, final), rtol=0, atol=0)
 
 
+def test_rows_to_reset_as_a_list() -> None:
+    stream = rnnfast.Stream(rnnfast.GRU(5, 8))
+    for rows, cleared in (
+        ([1], [False, True]),
+        ([-1, 0], [True, True]),
+        ([True, False], [True, False]),
+        (range(1), [True, False]),
+        (1, [False, True]),
+        ([], [False, False]),
+    ):
+        stream.reset()
+        stream(torch.ones(2, 5))
+        stream.reset(rows)  # type: ignore[arg-type]  # one index as it is will do, too
+        assert (stream.state == 0).all(2)[0].tolist() == cleared
+    with pytest.raises(TypeError, match="rows are integer indices or a bool mask"):
+        stream.reset([1.0, 0.0])  # type: ignore[list-item]  # a mask of floats, which indices 1 and 0 are not
+
+
 def test_a_models_rows_begin_from_the_state_it_gives() -> None:
     model, ids = Tagger(), torch.randint(7, (BATCH, STEPS))
     stream, fresh = rnnfast.Stream(model), rnnfast.Stream(model)
