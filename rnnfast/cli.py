@@ -85,6 +85,8 @@ def _parse(parser: ArgumentParser, argv: list[str]) -> Any:
         return parser.parse_args(argv)
     except (ArgumentError, argparse.ArgumentError) as error:
         message = re.sub(r'Parser key "(\w+)"', lambda match: flag(match[1]), " ".join(str(error).split()))
+        if message.startswith("Unexpected config:"):
+            raise UserError("the --config file holds no settings: write lines such as hidden_size: 256") from error
         raise UserError(re.sub(r"<class '(\w+)'>|typing\.", lambda match: match[1] or "", message)) from error
     except UnicodeDecodeError as error:
         raise UserError(

@@ -67,33 +67,38 @@ class Stream:
 
         Raises:
             RuntimeError: a layer of the model ran twice in one call, or none ran where it could be seen; and what the
-                module raises.
+                module raises. The states are then those before the call.
         """
         if self._is_alone:
             return self._feed(self.module, *args, **kwargs)
         handles, ran, thread = [], set(), threading.get_ident()
+        # Taken over once the whole model has run: after an error the same steps can be fed again.
+        states: dict[str, Any] = {}
+        started_from: dict[str, Any] = {}
 
         def is_another_call() -> bool:
             """A thread that calls the same model meets the hooks of this call, too. (No compiler knows of threads.)"""
             return not torch.compiler.is_compiling() and threading.get_ident() != thread
 
         def enter(name: str) -> Any:
-            def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                if is_another_call():
+            # A call that meets this hook while its own call takes it off calls it without the keyword arguments.
+            def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+                if kwargs is None or is_another_call():
                     return None
                 if name in ran:
                     raise RuntimeError(f"layer '{name}' ran twice in one call: a stream cannot tell its states apart")
                 ran.add(name)
-                if name not in self._states:
-                    self._started_from[name] = args[1] if len(args) > 1 else kwargs.get("hx")
-                return args[:1], kwargs | {"hx": self._states.get(name, self._started_from[name])}
+                given = args[1] if len(args) > 1 else kwargs.get("hx")
+                if name not in self._states or name not in self._started_from:  # such a state was set
+                    started_from[name] = given
+                return args[:1], kwargs | {"hx": self._states.get(name, given)}
 
             return hook
 
         def leave(name: str) -> Any:
             def hook(layer: nn.Module, args: tuple[Any, ...], result: Any) -> None:
                 if not is_another_call():
-                    self._states[name] = result[1]
+                    states[name] = result[1]
 
             return hook
 
@@ -109,6 +114,8 @@ class Stream:
                     "no recurrent layer was seen to run, so no state was kept. A model that was compiled and called "
                     "before hides its layers: stream the one that is not compiled, or call torch._dynamo.reset() first"
                 )
+            self._states.update(states)
+            self._started_from.update(started_from)
             return result
         finally:
             for handle in handles:
@@ -168,7 +175,11 @@ class Stream:
 
 
 def _with_rows(state: Tensor, rows: Tensor | Sequence[int], begin: Tensor) -> Tensor:
-    if isinstance(rows, Tensor) and (rows.is_floating_point() or rows.dtype == torch.uint8):
+    if not isinstance(rows, Tensor):
+        # Of floats, which may be a mask's, indexing would make integers. An empty list is float, too, and means no row.
+        rows = torch.as_tensor(rows)
+        rows = rows if rows.numel() else rows.long()
+    if rows.is_floating_point() or rows.dtype == torch.uint8:
         raise TypeError(f"rows are integer indices or a bool mask, got {rows.dtype}; of a mask make rows.bool()")
     state = state.clone()
     state[:, rows] = begin[:, rows].to(state.dtype)

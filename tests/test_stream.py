@@ -94,6 +94,24 @@ def test_rows_begin_anew_while_others_go_on() -> None:
     torch.testing.assert_close((torch.stack(outputs), stream.state), (expected, final), rtol=0, atol=0)
 
 
+def test_rows_to_reset_as_a_list() -> None:
+    stream = rnnfast.Stream(rnnfast.GRU(5, 8))
+    for rows, cleared in (
+        ([1], [False, True]),
+        ([-1, 0], [True, True]),
+        ([True, False], [True, False]),
+        (range(1), [True, False]),
+        (1, [False, True]),
+        ([], [False, False]),
+    ):
+        stream.reset()
+        stream(torch.ones(2, 5))
+        stream.reset(rows)  # type: ignore[arg-type]  # one index as it is will do, too
+        assert (stream.state == 0).all(2)[0].tolist() == cleared
+    with pytest.raises(TypeError, match="rows are integer indices or a bool mask"):
+        stream.reset([1.0, 0.0])  # type: ignore[list-item]  # a mask of floats, which indices 1 and 0 are not
+
+
 def test_a_models_rows_begin_from_the_state_it_gives() -> None:
     model, ids = Tagger(), torch.randint(7, (BATCH, STEPS))
     stream, fresh = rnnfast.Stream(model), rnnfast.Stream(model)
@@ -118,6 +136,34 @@ def test_a_state_can_be_kept_and_set_again() -> None:
             after = stream(input)
             stream.state = kept
             torch.testing.assert_close(stream(input), after, rtol=0, atol=0)
+
+
+def test_a_models_state_continues_in_another_stream() -> None:
+    model, ids = Tagger(), torch.randint(7, (BATCH, STEPS))
+    stream, other = rnnfast.Stream(model), rnnfast.Stream(model)
+    with torch.no_grad():
+        stream(ids)
+        other.state = stream.state
+        torch.testing.assert_close(other(ids), stream(ids), rtol=0, atol=0)
+        stream.reset([1])
+        other.reset([1])  # to the state that the model gives it, which the other stream has seen, too
+        torch.testing.assert_close(other(ids), stream(ids), rtol=0, atol=0)
+
+
+def test_a_call_that_fails_midway_can_be_made_again() -> None:
+    model, ids = Tagger(), torch.randint(7, (BATCH, STEPS))
+    stream, unbroken = rnnfast.Stream(model), rnnfast.Stream(model)
+
+    def fail(*_: Any) -> None:
+        raise InterruptedError
+
+    with torch.no_grad():
+        for piece in ids.split(6, dim=1):
+            handle = model.upper.register_forward_pre_hook(fail)  # the lower layer has run by then
+            with pytest.raises(InterruptedError):
+                stream(piece)
+            handle.remove()
+            torch.testing.assert_close(stream(piece), unbroken(piece), rtol=0, atol=0)
 
 
 def test_truncated_backpropagation() -> None:
@@ -151,6 +197,31 @@ def test_streams_of_one_model_in_several_threads() -> None:
     handle.remove()
     for result, right in zip(results, expected, strict=True):
         torch.testing.assert_close(result, right)
+
+
+def test_a_stream_in_another_thread_ends_while_a_layer_is_about_to_run() -> None:
+    model, ids = Tagger(), torch.randint(7, (BATCH, STEPS))
+    expected, first = model(ids), threading.current_thread()
+    begun, go_on = threading.Event(), threading.Event()
+
+    def hold(*_: Any) -> None:  # the other call, its hooks on the layers, until this one is in the layer
+        if threading.current_thread() is not first:
+            begun.set()
+            assert go_on.wait(60)
+
+    def let_end(*_: Any) -> None:
+        if threading.current_thread() is first:
+            go_on.set()
+            other.join(60)
+
+    handles = model.embedding.register_forward_hook(hold), model.lower.register_forward_pre_hook(let_end)
+    other = threading.Thread(target=rnnfast.Stream(model), args=(ids,))
+    other.start()
+    assert begun.wait(60)
+    torch.testing.assert_close(rnnfast.Stream(model)(ids), expected)
+    assert not other.is_alive()
+    for handle in handles:
+        handle.remove()
 
 
 def test_a_model_that_hides_its_layers_is_refused() -> None:

@@ -103,6 +103,11 @@ def test_a_config_file_sets_defaults_and_flags_override(tmp_path: Path, capsys: 
         assert "--hidden-size" in refused(capsys, "train", "--config", str(config))
     config.write_bytes(b"prefix: caf\xe9\n")
     assert "--config file is not UTF-8" in refused(capsys, "train", "--config", str(config))
+    for text in ("", "# hidden_size: 8\n", "- 8\n"):
+        config.write_text(text)
+        assert "the --config file holds no settings: write lines such as" in refused(
+            capsys, "train", "--config", str(config)
+        )
 
 
 @pytest.mark.usefixtures("matplotlib")
