@@ -90,8 +90,7 @@ struct Ahead {
     int64_t left_of_part = 0, column = 0;  // lines of the part from data on, and of its row before data
     void fetch() {
       if (left == 0) return;
-      int64_t n = lines < left ? lines : left, next = column;
-      n = n < left_of_part ? n : left_of_part;
+      int64_t n = min64(lines, min64(left, left_of_part)), next = column;
       const int64_t width = part->width, jump = part->stride - 64 * width;
       const char* at = data;
       left -= n;

@@ -117,16 +117,6 @@ RNNFAST_INLINE F32 at_least(float low, F32 x) { return x < splat(low) ? splat(lo
 #endif
 RNNFAST_INLINE F64 at_least(double low, F64 x) { return x < splat(low) ? splat(low) : x; }
 
-// x, but at most high. A NaN stays one.
-#if defined(__AVX512F__)
-RNNFAST_INLINE F32 at_most(float high, F32 x) { return (F32)_mm512_min_ps((__m512)splat(high), (__m512)x); }
-#elif defined(__AVX2__)
-RNNFAST_INLINE F32 at_most(float high, F32 x) { return (F32)_mm256_min_ps((__m256)splat(high), (__m256)x); }
-#else
-RNNFAST_INLINE F32 at_most(float high, F32 x) { return x > splat(high) ? splat(high) : x; }
-#endif
-RNNFAST_INLINE F64 at_most(double high, F64 x) { return x > splat(high) ? splat(high) : x; }
-
 RNNFAST_INLINE float widen(float x) { return x; }
 RNNFAST_INLINE double widen(double x) { return x; }
 RNNFAST_INLINE float widen(bf16 x) {
@@ -252,7 +242,7 @@ struct Math {
 
   // 1 / (1 + e^-x), with relative accuracy for negative x, too; 0 where it would not be a normal number.
   RNNFAST_INLINE V sigmoid(V x) {
-    const auto s = SplitExp<T>::of(at_most(-lowest, at_least(lowest, -x)));
+    const auto s = SplitExp<T>::of(at_least(lowest, -at_least(lowest, x)));
     return x < splat(lowest) ? V{} : splat(T(1)) / (splat(T(1)) + fma(s.scale, s.m, s.scale));
   }
   // With e = e^(-2|x|) and m = 1 - e: m / (2 - m), which has no cancellation near 0; from |x| = 0.55 on
