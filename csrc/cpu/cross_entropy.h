@@ -62,9 +62,9 @@ class LinearCrossEntropy {
     double loss = 0;
     for (int64_t task = 0; task < row_tasks; ++task) loss += memory.losses[task];
     for (int64_t c = 0; d && c < x.classes; ++c) {
-      float sum = 0;
-      for (int64_t task = 0; task < row_tasks; ++task) sum += memory.sums[task * stride + c];
-      d->bias[c] = sum;
+      double sum = 0;
+      for (int64_t task = 0; task < row_tasks; ++task) sum += double(memory.sums[task * stride + c]);
+      d->bias[c] = float(sum);
     }
     return loss / double(x.rows);
   }

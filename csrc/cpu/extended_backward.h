@@ -31,7 +31,6 @@ template <class S, class O>
 class ExtendedBackward {
   using T = typename Product<O>::T;
   static constexpr int V = LANES<O>;
-  static constexpr int64_t GAIN_COLUMNS = 256, GAIN_ROWS = 32;
 
   const ExtendedBackwardArgs& args;
   const BackwardArgs& x;
@@ -136,23 +135,23 @@ class ExtendedBackward {
   // ---- gains and peepholes: parallel in time, as the gradients in weights.h ----------------------------------------
 
   int64_t tasks() const { return s.lanes * (gate_blocks() + cell_blocks() + peephole_blocks()); }
-  static size_t task_bytes() { return 2 * GAIN_COLUMNS * sizeof(T); }
+  static size_t task_bytes() { return 3 * SUM_COLUMNS * sizeof(T); }
   void run(int64_t task, char* local) const {
     const int64_t lane = task % s.lanes, block = task / s.lanes, of_cell = block - gate_blocks();
     T* sums = reinterpret_cast<T*>(local);
-    if (of_cell >= cell_blocks()) return peepholes(lane, (of_cell - cell_blocks()) * GAIN_COLUMNS, sums);
-    if (of_cell >= 0) return cell_gains(lane, of_cell * GAIN_COLUMNS, sums);
-    gate_gains(lane, block / 2 * GAIN_COLUMNS, block % 2, sums);
+    if (of_cell >= cell_blocks()) return peepholes(lane, (of_cell - cell_blocks()) * SUM_COLUMNS, sums);
+    if (of_cell >= 0) return cell_gains(lane, of_cell * SUM_COLUMNS, sums);
+    gate_gains(lane, block / 2 * SUM_COLUMNS, block % 2, sums);
   }
 
  private:
-  int64_t gate_blocks() const { return args.d_gain_ih ? 2 * ceil_div(gate_rows, GAIN_COLUMNS) : 0; }
-  int64_t cell_blocks() const { return args.d_gain_c ? ceil_div(s.hidden, GAIN_COLUMNS) : 0; }
-  int64_t peephole_blocks() const { return args.d_peepholes ? ceil_div(s.hidden, GAIN_COLUMNS) : 0; }
+  int64_t gate_blocks() const { return args.d_gain_ih ? 2 * ceil_div(gate_rows, SUM_COLUMNS) : 0; }
+  int64_t cell_blocks() const { return args.d_gain_c ? ceil_div(s.hidden, SUM_COLUMNS) : 0; }
+  int64_t peephole_blocks() const { return args.d_peepholes ? ceil_div(s.hidden, SUM_COLUMNS) : 0; }
 
   void gate_gains(int64_t lane, int64_t first, bool recurrent, T* sums) const {
-    const int64_t end = min64(first + GAIN_COLUMNS, gate_rows);
-    sum_rows(sums, [&](T* block_sums, int64_t row) {
+    const int64_t end = min64(first + SUM_COLUMNS, gate_rows);
+    sum_rows(sums, end - first, s.rows, [&](T* block_sums, int64_t row) {
       const int64_t at_row = lane * s.rows + row;
       const O* d = recurrent ? gates.gates_h(lane, row) : gates.gates_x(lane, row);
       const S* product = at<S>(x.tape, at_row * columns.width + columns.products) + (recurrent ? gate_rows : 0);
@@ -385,9 +384,9 @@ class ExtendedBackward {
   }
 
   void cell_gains(int64_t lane, int64_t first, T* sums) const {
-    const int64_t n = min64(GAIN_COLUMNS, s.hidden - first);
+    const int64_t n = min64(SUM_COLUMNS, s.hidden - first);
     for (int shift = 0; shift < 2; ++shift) {
-      sum_rows(sums, [&](T* block, int64_t row) {
+      sum_rows(sums, n, s.rows, [&](T* block, int64_t row) {
         const int64_t at_row = lane * s.rows + row;
         const S* c = at<S>(x.tape, at_row * columns.width + 4 * s.hidden + first);
         for (int64_t j = 0; j < n; j += V) {
@@ -402,11 +401,11 @@ class ExtendedBackward {
   }
 
   void peepholes(int64_t lane, int64_t first, T* sums) const {
-    const int64_t n = min64(GAIN_COLUMNS, s.hidden - first);
+    const int64_t n = min64(SUM_COLUMNS, s.hidden - first);
     StepOfRow step_of(s);
     for (int k = 0; k < 3; ++k) {
       const int gate = k == 2 ? 3 : k;  // i f o, of i f g o
-      sum_rows(sums, [&](T* block, int64_t row) {
+      sum_rows(sums, n, s.rows, [&](T* block, int64_t row) {
         const int64_t t = step_of(row), b = row - s.offset_at(t);
         const S* seen = k == 2 ? at<S>(x.tape, (lane * s.rows + row) * columns.width + 4 * s.hidden)
                                : cell_before(lane, row_before(s, lane, t, b), b);
@@ -418,18 +417,6 @@ class ExtendedBackward {
         }
       });
       convert_row(at<S>(args.d_peepholes, (lane * 3 + k) * s.hidden + first), sums, n);
-    }
-  }
-
-  // sums[m] = what `add` adds for every row, in sums of blocks of them, which round less than one long sum.
-  template <class F>
-  void sum_rows(T* sums, F add) const {
-    T* block = sums + GAIN_COLUMNS;
-    std::memset(sums, 0, GAIN_COLUMNS * sizeof(T));
-    for (int64_t row = 0; row < s.rows;) {
-      std::memset(block, 0, GAIN_COLUMNS * sizeof(T));
-      for (const int64_t end = min64(row + GAIN_ROWS, s.rows); row < end; ++row) add(block, row);
-      for (int64_t m = 0; m < GAIN_COLUMNS; m += V) store(sums + m, load(sums + m) + load(block + m));
     }
   }
 };

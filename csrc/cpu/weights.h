@@ -5,6 +5,38 @@
 
 namespace rnnfast::RNNFAST_ISA {
 
+// Columns that `sum_rows` adds at a time, at most, and rows of a block of it.
+constexpr int64_t SUM_COLUMNS = 256, SUM_ROWS = 32;
+
+// The sums of a block of rows to those of the blocks before it. What stands behind the last of n is rubbish.
+template <class T>
+void add_block(T* sums, const T* block, int64_t n) {
+  for (int64_t m = 0; m < n; m += Lanes<T>::count) store(sums + m, load(sums + m) + load(block + m));
+}
+// The same, with what an addition rounds off kept in `lost` for the next one (Kahan 1965): the error does not grow with the
+// number of blocks.
+template <class T>
+void add_block(T* sums, T* lost, const T* block, int64_t n) {
+  for (int64_t m = 0; m < n; m += Lanes<T>::count) {
+    const Vec<T> sum = load(sums + m), more = load(block + m) - load(lost + m), next = sum + more;
+    const Vec<T> error = (next - sum) - more;
+    store(sums + m, next);
+    store(lost + m, error - error == Vec<T>{} ? error : Vec<T>{});  // an infinite sum stays infinite
+  }
+}
+
+// sums[m] = what `add` adds for every row, for n columns at most SUM_COLUMNS; there is room for three times as many.
+template <class T, class F>
+void sum_rows(T* sums, int64_t n, int64_t rows, F add) {
+  T *const lost = sums + SUM_COLUMNS, *const block = lost + SUM_COLUMNS;
+  std::memset(sums, 0, 2 * SUM_COLUMNS * sizeof(T));
+  for (int64_t row = 0; row < rows;) {
+    std::memset(block, 0, SUM_COLUMNS * sizeof(T));
+    for (const int64_t end = min64(row + SUM_ROWS, rows); row < end; ++row) add(block, row);
+    add_block(sums, lost, block, n);
+  }
+}
+
 // Work is cut into tasks that threads take as they come free. A task owns its part of a result and adds up rows in their
 // order in memory, so the result depends neither on who ran it nor on the number of threads.
 template <class S, class O>
@@ -13,9 +45,9 @@ class WeightGradients {
   static constexpr int V = LANES<O>;
   // Rows of the batch that are packed and added up at a time: sums of blocks, added in their order, round less than one
   // long sum.
-  static constexpr int64_t K_BLOCK = 128, BIAS_BLOCK = 32;
+  static constexpr int64_t K_BLOCK = 128;
   static constexpr int64_t INPUT_ROWS = 48;   // rows of d_input in a task
-  static constexpr int64_t BIAS_COLUMNS = 256, ID_COLUMNS = 64;
+  static constexpr int64_t ID_COLUMNS = 64;
 
   const BackwardArgs& x;
   const ScanShape& s;
@@ -56,7 +88,7 @@ class WeightGradients {
     kinds[3] = {x.d_w_ih && s.ids ? s.lanes * ceil_div(gate_rows, ID_COLUMNS) : 0, &WeightGradients::w_ids_gradient};
     kinds[4] = {x.d_w_hr ? s.lanes * ceil_div(s.state, block_rows) : 0, &WeightGradients::w_hr_gradient};
     // The products of a weight's gradient add up those of the bias beside it.
-    kinds[5] = {x.d_b_ih && !x.d_w_hh ? s.lanes * ceil_div(gate_rows, BIAS_COLUMNS) : 0, &WeightGradients::bias_gradient};
+    kinds[5] = {x.d_b_ih && !x.d_w_hh ? s.lanes * ceil_div(gate_rows, SUM_COLUMNS) : 0, &WeightGradients::bias_gradient};
   }
 
   void carve(Carver& carver) {
@@ -67,7 +99,7 @@ class WeightGradients {
     ProductBuffers(*this, carver);
     Carver other(nullptr);
     IdBuffers(*this, other);
-    other.take<T>(2 * BIAS_COLUMNS);
+    other.take<T>(3 * SUM_COLUMNS);
     other.take<T>(MAX_ROWS * MAX_VECTORS * V);
     return carver.used() > other.used() ? carver.used() : other.used();
   }
@@ -102,7 +134,7 @@ class WeightGradients {
 
   struct ProductBuffers {
     O *a, *w;
-    T *sums, *bias, *block_bias;
+    T *sums, *bias, *lost_bias, *block_bias;
     int64_t a_stride, sums_stride;
     ProductBuffers(const WeightGradients& of, Carver& carver) {
       a_stride = round_up(K_BLOCK, V * Product<O>::depth);
@@ -111,6 +143,7 @@ class WeightGradients {
       w = carver.take<O>(K_BLOCK * sums_stride);
       sums = carver.take<T>(of.block_rows * sums_stride);
       bias = carver.take<T>(of.block_rows + V);
+      lost_bias = carver.take<T>(of.block_rows + V);
       block_bias = carver.take<T>(of.block_rows + V);
     }
   };
@@ -148,8 +181,11 @@ class WeightGradients {
     const int64_t m_rows = end - first;
     T* const block_bias = bias ? buffers.block_bias : nullptr;
     if (bias) std::memset(buffers.bias, 0, size_t(m_rows + V) * sizeof(T));
-    for (int64_t k0 = 0; k0 < s.rows; k0 += K_BLOCK) {
-      const int64_t k = min64(K_BLOCK, s.rows - k0);
+    if (bias) std::memset(buffers.lost_bias, 0, size_t(m_rows + V) * sizeof(T));
+    // Of few rows, the error is that of the longest sum; of many, that of the number of sums.
+    const int64_t k_block = s.rows <= 8 * K_BLOCK ? K_BLOCK / 2 : K_BLOCK;
+    for (int64_t k0 = 0; k0 < s.rows; k0 += k_block) {
+      const int64_t k = min64(k_block, s.rows - k0);
       const auto a_row = [&](int64_t i) { return a(k0 + i); };
       const int64_t cut = max64(first, min64(jump, end));
       if (bias) std::memset(block_bias, 0, size_t(m_rows + V) * sizeof(T));
@@ -157,7 +193,7 @@ class WeightGradients {
       if (cut < end)
         pack_transposed<O>(buffers.a + (cut - first) * buffers.a_stride, buffers.a_stride, a_row, k, column(cut), end - cut,
                            bias ? block_bias + (cut - first) : nullptr);
-      if (bias) add_block(buffers.bias, block_bias, m_rows);
+      if (bias) add_block(buffers.bias, buffers.lost_bias, block_bias, m_rows);
       (add_products(buffers, m_rows, k0, k, factors), ...);
     }
     for (int64_t m = 0; m < m_rows; ++m)
@@ -270,7 +306,7 @@ class WeightGradients {
       T* const block = buffers.blocks + id * ID_COLUMNS;
       if (!buffers.counts[id]) std::memset(block, 0, ID_COLUMNS * sizeof(T));
       add_columns(block, lane, row, first, n);
-      if (++buffers.counts[id] < BIAS_BLOCK) continue;
+      if (++buffers.counts[id] < SUM_ROWS) continue;
       add_block(sums + id * ID_COLUMNS, block, n);
       buffers.counts[id] = 0;
     }
@@ -281,7 +317,7 @@ class WeightGradients {
       T sum{};
       for (int64_t id = 0; id < s.input;) {
         T block{};
-        for (const int64_t end = min64(id + BIAS_BLOCK, s.input); id < end; ++id) {
+        for (const int64_t end = min64(id + SUM_ROWS, s.input); id < end; ++id) {
           store_one(out + id, sums[id * ID_COLUMNS + m]);
           block += sums[id * ID_COLUMNS + m];
         }
@@ -304,13 +340,13 @@ class WeightGradients {
   }
 
   void bias_gradient(int64_t task, char* local) const {
-    const int64_t blocks = ceil_div(gate_rows, BIAS_COLUMNS), lane = task / blocks, first = task % blocks * BIAS_COLUMNS;
-    const int64_t n = min64(BIAS_COLUMNS, gate_rows - first), at_ = lane * gate_rows + first;
+    const int64_t blocks = ceil_div(gate_rows, SUM_COLUMNS), lane = task / blocks, first = task % blocks * SUM_COLUMNS;
+    const int64_t n = min64(SUM_COLUMNS, gate_rows - first), at_ = lane * gate_rows + first;
     T* sums = reinterpret_cast<T*>(local);
-    sum_rows(sums, n, [&](T* block, int64_t row) { add_columns(block, lane, row, first, n); });
+    sum_rows(sums, n, s.rows, [&](T* block, int64_t row) { add_columns(block, lane, row, first, n); });
     convert_row(at<S>(x.d_b_ih, at_), sums, n);
     if (s.cell == Cell::gru)
-      sum_rows(sums, n, [&](T* block, int64_t row) {
+      sum_rows(sums, n, s.rows, [&](T* block, int64_t row) {
         const O* gates = d.gates_h(lane, row) + first;
         for (int64_t m = 0; m < n; m += V) {
           const int count = int(min64(V, n - m));
@@ -318,23 +354,6 @@ class WeightGradients {
         }
       });
     convert_row(at<S>(x.d_b_hh, at_), sums, n);
-  }
-
-  // sums[m] = what `add` adds for every row; sums has room for BIAS_COLUMNS twice.
-  template <class F>
-  void sum_rows(T* sums, int64_t n, F add) const {
-    T* block = sums + BIAS_COLUMNS;
-    std::memset(sums, 0, BIAS_COLUMNS * sizeof(T));
-    for (int64_t row = 0; row < s.rows;) {
-      std::memset(block, 0, BIAS_COLUMNS * sizeof(T));
-      for (const int64_t end = min64(row + BIAS_BLOCK, s.rows); row < end; ++row) add(block, row);
-      add_block(sums, block, n);
-    }
-  }
-
-  // The sums of a block of rows to those of the blocks before it. What stands behind the last of n is rubbish.
-  static void add_block(T* sums, const T* block, int64_t n) {
-    for (int64_t m = 0; m < n; m += V) store(sums + m, load(sums + m) + load(block + m));
   }
 
   // Adds over the lanes in their order, in the accumulators.

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import rnnfast
 from tests.cpu import test_cross_entropy, test_extended
@@ -81,25 +81,35 @@ def test_a_vocabulary_too_large_for_a_table(cell: str, dtype: torch.dtype) -> No
 
 @pytest.mark.parametrize("ids", [False, True])
 @pytest.mark.parametrize("layer", ["RNN", "LSTM", "GRU"])
-def test_float32_error_of_sums_over_many_rows_is_at_most_twice_that_of_torch(layer: str, ids: bool) -> None:
-    steps, batch, inputs, hidden = 400, 64, 2, 8
-    torch.manual_seed(0)
-    ours = getattr(rnnfast, layer)(inputs, hidden, backend="cpu")
-    numbers = torch.randint(inputs, (steps, batch))
-    vectors = nn.functional.one_hot(numbers, inputs).float() if ids else torch.randn(steps, batch, inputs)
-    weights = torch.rand(steps, batch, hidden)  # of one sign: the sums grow with every row
+@pytest.mark.parametrize(("steps", "batch"), [(8, 16), (400, 64)])  # one block of rows, and many
+def test_float32_error_of_sums_over_rows_is_at_most_twice_that_of_torch(
+    steps: int, batch: int, layer: str, ids: bool
+) -> None:
+    inputs, hidden = 2, 8
+    squares: dict[str, Tensor] = {}
+    for seed in range(3):  # one draw may be a lucky one
+        torch.manual_seed(seed)
+        ours = getattr(rnnfast, layer)(inputs, hidden, backend="cpu")
+        numbers = torch.randint(inputs, (steps, batch))
+        vectors = nn.functional.one_hot(numbers, inputs).float() if ids else torch.randn(steps, batch, inputs)
+        weights = torch.rand(steps, batch, hidden)  # of one sign: the sums grow with every row
 
-    def gradients(module: Any, input: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        output = module(input)[0]
-        return torch.autograd.grad((output * weights.to(output.dtype)).sum(), list(module.parameters()))
+        def gradients(module: Any, input: Tensor, weights: Tensor = weights) -> tuple[Tensor, ...]:
+            output = module(input)[0]
+            return torch.autograd.grad((output * weights.to(output.dtype)).sum(), list(module.parameters()))
 
-    theirs, wide = getattr(nn, layer)(inputs, hidden), getattr(nn, layer)(inputs, hidden, dtype=torch.float64)
-    for module in (theirs, wide):
-        module.load_state_dict(ours.state_dict())
-    found = gradients(ours, numbers if ids else vectors), gradients(theirs, vectors), gradients(wide, vectors.double())
-    for (name, _), mine, their, true in zip(ours.named_parameters(), *found, strict=True):
-        error, torchs = (((of - true).norm() / true.norm()).item() for of in (mine, their))
-        allowed = 2 * torchs + 2 * torch.finfo(torch.float32).eps
+        theirs, wide = getattr(nn, layer)(inputs, hidden), getattr(nn, layer)(inputs, hidden, dtype=torch.float64)
+        for module in (theirs, wide):
+            module.load_state_dict(ours.state_dict())
+        inputs_of = (ours, numbers if ids else vectors), (theirs, vectors), (wide, vectors.double())
+        found = [gradients(module, input) for module, input in inputs_of]
+        for (name, _), mine, their, true in zip(ours.named_parameters(), *found, strict=True):
+            errors = torch.stack([((of - true).norm() / true.norm()).square() for of in (mine, their)])
+            squares[name] = squares.get(name, 0) + errors / 3
+    for name, sums in squares.items():
+        error, torchs = sums.sqrt().tolist()
+        of_ids = ids and layer == "GRU" and name == "bias_ih_l0"  # of the sums of two ids' rows
+        allowed = 2 * torchs + (2 if of_ids else 0.25) * torch.finfo(torch.float32).eps
         assert error <= allowed, f"{name}: relative error {error:.2e}, torch.nn's {torchs:.2e}"
 
 
