@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
+from torch.types import Device
 
 from rnnfast import dispatch, functional, inputs, sequences
 from rnnfast.autocast import dtype_of_products
@@ -86,7 +87,7 @@ class Stack(nn.Module):
         peepholes: bool = False,
         connection: str | None = None,
         backend: str = dispatch.AUTO,
-        device: torch.device | str | None = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
