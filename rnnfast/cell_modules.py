@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.types import Device
 
-from rnnfast import direct, dispatch, functional, scan
+from rnnfast import compiling, direct, dispatch, functional, scan
 from rnnfast.autocast import autocast_dtype
 
 State = TypeVar("State")  # of a cell: h, or (h, c) of an LSTM
@@ -31,6 +31,10 @@ class DropInCell(nn.RNNCellBase, Generic[State]):
         dispatch.check_name(backend)
         super().__init__(*args, **kwargs)
         self.backend = backend
+
+    def __prepare_scriptable__(self) -> None:
+        """What torch.jit.script asks before it reads the source."""
+        compiling.refuse_script()
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.backend == dispatch.AUTO else f", backend={self.backend!r}")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.types import Device
 
-from rnnfast import direct, dispatch, functional, inputs, sequences
+from rnnfast import compiling, direct, dispatch, functional, inputs, sequences
 from rnnfast.autocast import autocast_dtype
 from rnnfast.inputs import map_state
 from rnnfast.sequences import Segments
@@ -37,6 +37,10 @@ class DropIn(nn.RNNBase, Generic[State]):
         dispatch.check_name(backend)
         super().__init__(*args, **kwargs)
         self.backend = backend
+
+    def __prepare_scriptable__(self) -> None:
+        """What torch.jit.script asks before it reads the source."""
+        compiling.refuse_script()
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.backend == dispatch.AUTO else f", backend={self.backend!r}")
