@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.types import Device
 
-from rnnfast import compiling, direct, dispatch, functional, scan
+from rnnfast import compiling, direct, dispatch, functional, inputs, scan
 from rnnfast.autocast import autocast_dtype
 
 State = TypeVar("State")  # of a cell: h, or (h, c) of an LSTM
@@ -73,12 +73,12 @@ class DropInCell(nn.RNNCellBase, Generic[State]):
         name, dims = type(self).__name__, input.dim() + token_ids
         if dims not in (1, 2):
             if token_ids:
-                raise ValueError(functional.token_ids_error(name, "0D or 1D", input))
+                raise ValueError(inputs.token_ids_error(name, "0D or 1D", input))
             raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
         is_lstm = kind == "lstm"
         if hx is not None and not is_lstm and not isinstance(hx, Tensor):
             raise RuntimeError(f"{name} takes one tensor h as its state, got {type(hx).__name__}")
-        states: list[Tensor] = [] if hx is None else list(functional.pair(hx)) if is_lstm else [hx]
+        states: list[Tensor] = [] if hx is None else list(inputs.checked_pair(hx)) if is_lstm else [hx]
         for index, state in enumerate(states):
             if state.dim() not in (1, 2):
                 what = f"hx[{index}]" if is_lstm else "hidden"

@@ -462,7 +462,7 @@ def _check_state_size(layer: Any, hx: Any, batch: int) -> None:
 
 def _check_state_form(layer: Any, hx: Any) -> None:
     if layer.mode == "LSTM":
-        functional.pair(hx)
+        inputs.checked_pair(hx)
     elif not isinstance(hx, Tensor):
         raise RuntimeError(f"{type(layer).__name__} takes one tensor h_0 as its state, got {type(hx).__name__}")
 

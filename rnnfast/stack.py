@@ -286,7 +286,7 @@ class Stack(nn.Module):
         output, final = self._run(input.unsqueeze(0), states, None, Masks((1, len(input)), None, generator))
         return output.squeeze(0), final
 
-    def request(self, input: Tensor) -> dispatch.Request:
+    def _request(self, input: Tensor) -> dispatch.Request:
         """What decides which backend can run these layers, in the mode they are in, on such input."""
         there = (self.training and self.recurrent_dropout > 0, any(self.zoneout), self.layer_norm, self.peepholes)
         extensions = tuple(name for name, is_there in zip(dispatch.EXTENDED_RECURRENCE, there, strict=True) if is_there)
@@ -306,7 +306,7 @@ class Stack(nn.Module):
             rows = rows.to(dtype) if rows.is_floating_point() else rows
             states = map_state(states, lambda part: part.to(dtype))
             resets = map_state(resets, lambda part: part.to(dtype))
-        request, backend = self.request(rows), dispatch.asked(self.backend)
+        request, backend = self._request(rows), dispatch.asked(self.backend)
         extended = dispatch.choose_name(backend, None, *request) if request.extensions else None
         final: list[State] = []
         for layer, state in enumerate(states):
