@@ -6,7 +6,7 @@ import math
 import operator
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from rnnfast.backends.reference import Extension, Norms
 from rnnfast.cells import CELLS
 from rnnfast.extended import scan_extended
 from rnnfast.inputs import map_state
-from rnnfast.layers import is_hooked
+from rnnfast.layers import Sequences, is_hooked
 from rnnfast.regularisation import Masks, dropout_mask
 from rnnfast.scan import is_transformed
 
@@ -252,6 +252,19 @@ class Stack(nn.Module):
             return PackedSequence(output, *packed[1:]), final
         output = output if segments is None else segments.scatter(output)
         return inputs.from_time_major(output, final, batched, self.batch_first)
+
+    if TYPE_CHECKING:  # torch.nn's is Callable[..., Any]
+
+        def __call__(
+            self,
+            input: Sequences,
+            hx: Sequence[State] | None = None,
+            *,
+            lengths: Tensor | Sequence[int] | None = None,
+            reset: Tensor | None = None,
+            reset_to: Sequence[State] | None = None,
+            generator: torch.Generator | None = None,
+        ) -> tuple[Sequences, tuple[State, ...]]: ...
 
     def step(
         self, input: Tensor, hx: Sequence[State] | None = None, *, generator: torch.Generator | None = None

@@ -32,6 +32,12 @@ def test_a_call_returns_what_it_was_given() -> None:
     assert_type(lstm.step(X[0]), tuple[Tensor, tuple[Tensor, Tensor]])
 
 
+def test_a_stack_returns_what_it_was_given() -> None:
+    stack = rnnfast.Stack("lstm", 3, [5, 4])
+    assert_type(stack(X, lengths=[4, 2])[0], Tensor)
+    assert_type(stack(PACKED)[0], PackedSequence)
+
+
 def test_a_cell_returns_its_state() -> None:
     assert_type(rnnfast.RNNCell(3, 5, nonlinearity="relu")(X[0]), Tensor)
     assert_type(rnnfast.GRUCell(3, 5, bias=False)(X[0], torch.zeros(2, 5)), Tensor)
