@@ -19,7 +19,7 @@ from rnnfast import dispatch, tuning
 from rnnfast.backends import cuda, products
 from rnnfast.backends.cuda import launch
 from rnnfast.backends.cuda.launch import Plan
-from rnnfast.tuning import CELLS, NUMBERS, arithmetic, seconds_in_turns
+from rnnfast.tuning import LAYERS, NUMBERS, arithmetic, seconds_in_turns
 
 Report = dict[str, Any]
 Task = tuple[Report, Callable[[], Report]]
@@ -87,7 +87,7 @@ def calibration() -> list[Task]:
     def cudnn(algorithm: str) -> Report:
         cell, hidden, numbers = CUDNN_LAYERS[algorithm]
         with arithmetic(numbers):
-            layer = getattr(nn, CELLS[cell])(128, hidden).to(DEVICE, NUMBERS[numbers])
+            layer = getattr(nn, LAYERS[cell])(128, hidden).to(DEVICE, NUMBERS[numbers])
             return {"us": _layer_step_us(layer, 32, NUMBERS[numbers]), "layer": f"{cell} {hidden} {numbers}, B=32"}
 
     clusters = [Plan("cluster", blocks, 8, 16) for blocks in (16, 8, 4, 2)]
@@ -122,7 +122,7 @@ def pipeline() -> list[Task]:
 def grid(backend: str) -> list[Task]:
     """Whole layers on a backend beside cuDNN, after they were found right."""
     shapes = [(32, 35), (32, 1024), (1, 128), (128, 128)]
-    sizes = itertools.product(shapes, (512, 256, 128, 1024, 64, 32, 2048), CELLS, NUMBERS)
+    sizes = itertools.product(shapes, (512, 256, 128, 1024, 64, 32, 2048), LAYERS, NUMBERS)
     return [
         (
             {"cell": cell, "hidden": hidden, "batch": batch, "steps": steps, "numbers": numbers},
@@ -191,7 +191,7 @@ def limits() -> list[int]:
 def _layers(cell: str, hidden: int, inputs: int, numbers: str, backend: str) -> tuple[nn.RNNBase, nn.RNNBase]:
     """Ours on the backend, and torch.nn's with the same weights."""
     torch.manual_seed(0)
-    name, dtype = CELLS[cell], NUMBERS[numbers]
+    name, dtype = LAYERS[cell], NUMBERS[numbers]
     theirs = getattr(nn, name)(inputs, hidden).to(DEVICE, dtype)
     ours = getattr(rnnfast, name)(inputs, hidden, backend=backend).to(DEVICE, dtype)
     ours.load_state_dict(theirs.state_dict())
@@ -224,7 +224,7 @@ class _Model(nn.Module):
         super().__init__()
         self.ids = backend != "torch"
         options: Report = {"backend": backend} if self.ids else {}
-        self.rnn = getattr(rnnfast if self.ids else nn, CELLS[cell])(28, hidden, **options)
+        self.rnn = getattr(rnnfast if self.ids else nn, LAYERS[cell])(28, hidden, **options)
         self.head = nn.Linear(hidden, 28)
 
     def forward(self, ids: Tensor, state: Any = None) -> tuple[Tensor, Any]:

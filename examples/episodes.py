@@ -40,7 +40,7 @@ for update in range(60):
                 kept.append(value)
             clock = (clock + 1) % LENGTH
 
-    output, _ = memory(torch.stack(seen), first_state, reset=torch.stack(begins))
+    output = memory(torch.stack(seen), first_state, reset=torch.stack(begins))[0]
     chosen = torch.distributions.Categorical(logits=policy(output)).log_prob(torch.stack(actions))
     gained = torch.stack(rewards)
     answers = gained.sum() / (STEPS * WORLDS / LENGTH)

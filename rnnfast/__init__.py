@@ -1,6 +1,6 @@
 """rnnfast: fast drop-in recurrent layers for PyTorch."""
 
-from importlib.metadata import PackageNotFoundError, version
+from importlib import metadata as _metadata
 
 from rnnfast import functional, sequences
 from rnnfast.cell_modules import GRUCell, LSTMCell, RNNCell
@@ -14,8 +14,8 @@ from rnnfast.swap import accelerate, restore
 from rnnfast.tuning import tune
 
 try:
-    __version__ = version("rnnfast")
-except PackageNotFoundError:  # a source tree on the path, not installed
+    __version__ = _metadata.version("rnnfast")
+except _metadata.PackageNotFoundError:  # a source tree on the path, not installed
     __version__ = "0+unknown"
 
 __all__ = [

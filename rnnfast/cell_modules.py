@@ -1,23 +1,25 @@
 """RNNCell, LSTMCell and GRUCell: drop-in replacements of torch.nn's, one time step a call.
 
-Each is a subclass of its torch.nn namesake and inherits its constructor, parameters, pickling and repr. Beyond
-torch.nn, each takes token ids in place of one-hot vectors, and a `backend`. For a loop that does no more than feed
-the state back, `layer.step` or `rnnfast.Stream` serve as well; a sequence that is all there is faster in one call of
-a layer.
+Each is a subclass of its torch.nn namesake and inherits its parameters, pickling and repr. Beyond torch.nn, each takes
+token ids in place of one-hot vectors, and a `backend`. For a loop that does no more than feed the state back,
+`layer.step` or `rnnfast.Stream` serve as well; a sequence that is all there is faster in one call of a layer.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.types import Device
 
-from rnnfast import direct, dispatch, functional, scan
+from rnnfast import compiling, direct, dispatch, functional, inputs, scan
 from rnnfast.autocast import autocast_dtype
 
+State = TypeVar("State")  # of a cell: h, or (h, c) of an LSTM
 
-class DropInCell(nn.RNNCellBase):
+
+class DropInCell(nn.RNNCellBase, Generic[State]):
     """What the three cells share: torch.nn's conventions and checks, and the step.
 
     `forward` uses of `self` what torch.nn's cells have, and `backend`; so `accelerate` can bind it to one of those.
@@ -29,6 +31,10 @@ class DropInCell(nn.RNNCellBase):
         dispatch.check_name(backend)
         super().__init__(*args, **kwargs)
         self.backend = backend
+
+    def __prepare_scriptable__(self) -> None:
+        """What torch.jit.script asks before it reads the source."""
+        compiling.refuse_script()
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.backend == dispatch.AUTO else f", backend={self.backend!r}")
@@ -67,12 +73,12 @@ class DropInCell(nn.RNNCellBase):
         name, dims = type(self).__name__, input.dim() + token_ids
         if dims not in (1, 2):
             if token_ids:
-                raise ValueError(functional.token_ids_error(name, "0D or 1D", input))
+                raise ValueError(inputs.token_ids_error(name, "0D or 1D", input))
             raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
         is_lstm = kind == "lstm"
         if hx is not None and not is_lstm and not isinstance(hx, Tensor):
             raise RuntimeError(f"{name} takes one tensor h as its state, got {type(hx).__name__}")
-        states: list[Tensor] = [] if hx is None else list(functional.pair(hx)) if is_lstm else [hx]
+        states: list[Tensor] = [] if hx is None else list(inputs.checked_pair(hx)) if is_lstm else [hx]
         for index, state in enumerate(states):
             if state.dim() not in (1, 2):
                 what = f"hx[{index}]" if is_lstm else "hidden"
@@ -99,26 +105,89 @@ class DropInCell(nn.RNNCellBase):
         c = torch.ops.aten._unsafe_view.default(c_n, c_n.shape[1:])
         return (h.squeeze(0), c.squeeze(0)) if dims == 1 else (h, c)
 
+    if TYPE_CHECKING:  # torch.nn's is Callable[..., Any]
 
-class RNNCell(DropInCell, nn.RNNCell):
+        def __call__(self, input: Tensor, hx: State | None = None) -> State: ...
+
+
+class RNNCell(DropInCell[Tensor], nn.RNNCell):
     """`torch.nn.RNNCell`: h' = tanh(W_ih x + b_ih + W_hh h + b_hh), or relu (Elman 1990).
 
     Takes torch.nn.RNNCell's arguments, and `backend`: "auto" or a name of `rnnfast.backends()`.
     """
 
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "tanh",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: str = dispatch.AUTO,
+    ) -> None:
+        super().__init__(
+            input_size,
+            hidden_size,
+            bias=bias,
+            nonlinearity=nonlinearity,
+            device=device,
+            dtype=dtype,
+            backend=backend,
+        )
 
-class LSTMCell(DropInCell, nn.LSTMCell):
+
+class LSTMCell(DropInCell[tuple[Tensor, Tensor]], nn.LSTMCell):
     """`torch.nn.LSTMCell` with forget gates (Gers et al. 2000).
 
     Takes torch.nn.LSTMCell's arguments, and `backend`: "auto" or a name of `rnnfast.backends()`.
     """
 
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: str = dispatch.AUTO,
+    ) -> None:
+        super().__init__(
+            input_size,
+            hidden_size,
+            bias=bias,
+            device=device,
+            dtype=dtype,
+            backend=backend,
+        )
 
-class GRUCell(DropInCell, nn.GRUCell):
+
+class GRUCell(DropInCell[Tensor], nn.GRUCell):
     """`torch.nn.GRUCell` (Cho et al. 2014), the reset gate applied after the recurrent product.
 
     Takes torch.nn.GRUCell's arguments, and `backend`: "auto" or a name of `rnnfast.backends()`.
     """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: str = dispatch.AUTO,
+    ) -> None:
+        super().__init__(
+            input_size,
+            hidden_size,
+            bias=bias,
+            device=device,
+            dtype=dtype,
+            backend=backend,
+        )
 
 
 _OF_TORCH = {"lstm": nn.LSTMCell, "gru": nn.GRUCell}

@@ -38,6 +38,6 @@ CELLS = {
 }
 
 
-def cell_of(layer: str) -> Cell:
+def cell_named(layer: str) -> Cell:
     """The cell of a layer as configurations name it: "rnn" (tanh), "rnn_relu", "lstm" or "gru"."""
     return CELLS["rnn_tanh" if layer == "rnn" else layer]

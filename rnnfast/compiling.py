@@ -1,4 +1,4 @@
-"""Lets torch.compile trace the layers.
+"""Lets torch.compile and torch.fx trace the layers, and has torch.jit.script say why it cannot compile them.
 
 Dynamo declines every instance of nn.RNN, nn.LSTM and nn.GRU, as it would unroll torch's own step by step. Ours are one
 operator a layer. It asks `isinstance` in one private method, and a configuration flag turns the question off for all
@@ -10,7 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
+
+import torch.fx
+from torch import nn
 
 from rnnfast.imports import after_import
 
@@ -36,3 +39,21 @@ def let_dynamo_trace(is_ours: Callable[[Any], bool]) -> None:
         builder.VariableBuilder.wrap_module = wrap
 
     after_import(_BUILDER, allow)
+
+
+def let_fx_keep_whole(is_ours: Callable[[Any], bool]) -> None:
+    """Has torch.fx's tracers record a call of our layers and cells as they do of torch.nn's own: as one node."""
+    is_leaf = torch.fx.Tracer.is_leaf_module
+
+    def wrap(self: torch.fx.Tracer, m: nn.Module, module_qualified_name: str) -> bool:
+        return is_ours(m) or is_leaf(self, m, module_qualified_name)
+
+    torch.fx.Tracer.is_leaf_module = wrap  # type: ignore[method-assign]
+
+
+def refuse_script() -> NoReturn:
+    """Says what torch.jit.script, whose own error names a type, leaves unsaid."""
+    raise RuntimeError(
+        "torch.jit.script cannot compile rnnfast's layers: use torch.export or torch.jit.trace; or give it torch.nn's, "
+        "which take the same state_dict, and which rnnfast.restore makes of accelerated ones again"
+    )

@@ -341,9 +341,9 @@ def explain(layer: Any, input: Tensor | PackedSequence) -> Choice:
     if not isinstance(input, Tensor | PackedSequence):
         raise TypeError(f"explain takes a tensor or a PackedSequence as input, got {type(input).__name__}")
     data = input if isinstance(input, Tensor) else input.data
-    if hasattr(layer, "request"):
-        choice = choose(layer.request(data), layer.backend)
-        return choice._replace(elsewhere=_elsewhere(choice, layer.request(data)))
+    if hasattr(layer, "_request"):
+        choice = choose(layer._request(data), layer.backend)
+        return choice._replace(elsewhere=_elsewhere(choice, layer._request(data)))
     if isinstance(layer, torch.nn.RNNCellBase):  # which computes in its weights' type under autocast, too
         weight, projected = layer.weight_hh, False
         dtype = weight.dtype

@@ -16,6 +16,7 @@ from torch import Tensor
 from rnnfast import dispatch
 from rnnfast.backends import torch_nn
 from rnnfast.cells import CELLS
+from rnnfast.inputs import checked_pair
 from rnnfast.scan import Weights, is_traced, is_transformed, lstm_states, scan_layer, stack_lanes
 from rnnfast.sequences import is_known
 
@@ -81,7 +82,7 @@ def lstm(
     Arguments, shapes and errors are those of `rnn`, but for `hx` = (h_0 (L*D, B, P), c_0 (L*D, B, H)). Returns output
     (T, B, D*P) and (h_n, c_n).
     """
-    h_0, c_0 = pair(hx)
+    h_0, c_0 = checked_pair(hx)
     output, h_n, c_n = run("lstm", input, h_0, c_0, weights, batch_sizes, bidirectional, dropout, training, backend)
     return output, (h_n, c_n)
 
@@ -228,7 +229,7 @@ def states(
     enabled, it runs on the cpu backend or the reference, which give c gradients; else on any scan, whose tape holds c.
     """
     directions = 2 if bidirectional else 1
-    check("lstm", input, *pair(hx), weights, batch_sizes, directions)
+    check("lstm", input, *checked_pair(hx), weights, batch_sizes, directions)
     w_hh, token_ids, mapped = weights[0].w_hh, not input.is_floating_point(), is_transformed()
     tensors = [input, *hx, *(parameter for lane in weights for parameter in lane if parameter is not None)]
     # A transform of torch.func may want gradients of tensors that say nothing of them.
@@ -326,25 +327,6 @@ def check(
         low, high = (int(bound) for bound in input.long().aminmax())
         if low < 0 or high >= w_ih.shape[1]:
             raise IndexError(f"token ids must be in [0, {w_ih.shape[1]}), got {low if low < 0 else high}")
-
-
-def pair(hx: Any) -> tuple[Tensor, Tensor]:
-    """The state of an LSTM as it must be given."""
-    if not isinstance(hx, tuple | list) or len(hx) != 2:
-        given = f"{len(hx)} of them" if isinstance(hx, tuple | list) else type(hx).__name__
-        raise RuntimeError(f"the state of an LSTM is a pair of tensors (h_0, c_0), got {given}")
-    for part in hx:
-        if not isinstance(part, Tensor):
-            raise RuntimeError(f"the state of an LSTM is a pair of tensors (h_0, c_0), got {type(part).__name__} in it")
-    return hx[0], hx[1]
-
-
-def token_ids_error(name: str, expected: str, input: Tensor) -> str:
-    """What is wrong with integers of too many dimensions: most are vectors, as of torch.nn.functional.one_hot."""
-    return (
-        f"{name}: Expected token ids to be {expected}, got {input.dim()}D {input.dtype} instead; "
-        "of vectors, one-hot or others, make floating input: input.float()"
-    )
 
 
 def _check_weights(cell: str, weights: Sequence[Weights], directions: int) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnfast import functional, sequences
+from rnnfast import sequences
 
 
 def check_kind(input: Any, lengths: Any = None, reset: Any = None, reset_to: Any = None) -> None:
@@ -53,7 +53,26 @@ def is_batched(input: Tensor, name: str, tensor: str = "") -> bool:
         return dims == 2
     if has_features:
         raise ValueError(f"{name}: Expected input to be 2D or 3D, got {input.dim()}D{tensor} instead")
-    raise ValueError(functional.token_ids_error(name, "1D or 2D", input))
+    raise ValueError(token_ids_error(name, "1D or 2D", input))
+
+
+def token_ids_error(name: str, expected: str, input: Tensor) -> str:
+    """What is wrong with integers of too many dimensions: most are vectors, as of torch.nn.functional.one_hot."""
+    return (
+        f"{name}: Expected token ids to be {expected}, got {input.dim()}D {input.dtype} instead; "
+        "of vectors, one-hot or others, make floating input: input.float()"
+    )
+
+
+def checked_pair(hx: Any) -> tuple[Tensor, Tensor]:
+    """The state of an LSTM as it must be given."""
+    if not isinstance(hx, tuple | list) or len(hx) != 2:
+        given = f"{len(hx)} of them" if isinstance(hx, tuple | list) else type(hx).__name__
+        raise RuntimeError(f"the state of an LSTM is a pair of tensors (h_0, c_0), got {given}")
+    for part in hx:
+        if not isinstance(part, Tensor):
+            raise RuntimeError(f"the state of an LSTM is a pair of tensors (h_0, c_0), got {type(part).__name__} in it")
+    return hx[0], hx[1]
 
 
 def to_time_major(

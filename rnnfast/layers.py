@@ -1,7 +1,7 @@
 """RNN, LSTM and GRU: drop-in replacements of torch.nn's.
 
-Each is a subclass of its torch.nn namesake and inherits its constructor, parameters, checks, pickling and repr; only
-`forward` differs. Beyond torch.nn, each takes token ids (an integer tensor) in place of one-hot vectors, and a
+Each is a subclass of its torch.nn namesake and inherits its parameters, checks, pickling and repr; only `forward`
+differs. Beyond torch.nn, each takes token ids (an integer tensor) in place of one-hot vectors, and a
 `backend`.
 """
 
@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
+from torch.types import Device
 
-from rnnfast import direct, dispatch, functional, inputs, sequences
+from rnnfast import compiling, direct, dispatch, functional, inputs, sequences
 from rnnfast.autocast import autocast_dtype
 from rnnfast.inputs import map_state
 from rnnfast.sequences import Segments
 
+Sequences = TypeVar("Sequences", Tensor, PackedSequence)
+State = TypeVar("State")  # of a layer: h, or (h, c) of an LSTM
 
-class DropIn(nn.RNNBase):
+
+class DropIn(nn.RNNBase, Generic[State]):
     """What the three layers share: from torch.nn's calling conventions to time-major rows and back.
 
     The methods use of `self` what torch.nn's layers have, and `backend`; so `accelerate` can bind them to one of those.
@@ -33,6 +37,10 @@ class DropIn(nn.RNNBase):
         dispatch.check_name(backend)
         super().__init__(*args, **kwargs)
         self.backend = backend
+
+    def __prepare_scriptable__(self) -> None:
+        """What torch.jit.script asks before it reads the source."""
+        compiling.refuse_script()
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.backend == dispatch.AUTO else f", backend={self.backend!r}")
@@ -107,7 +115,19 @@ class DropIn(nn.RNNBase):
                 direct.prepare(self, input)
         return inputs.from_time_major(output, state, batched, self.batch_first)
 
-    def step(self, input: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
+    if TYPE_CHECKING:  # torch.nn's is Callable[..., Any]
+
+        def __call__(
+            self,
+            input: Sequences,
+            hx: State | None = None,
+            *,
+            lengths: Tensor | Sequence[int] | None = None,
+            reset: Tensor | None = None,
+            reset_to: State | None = None,
+        ) -> tuple[Sequences, State]: ...
+
+    def step(self, input: Tensor, hx: State | None = None) -> tuple[Tensor, State]:
         """Runs one time step of a stream; feeding the state back gives the bits of one call over the whole sequence.
 
         In bfloat16 the state is rounded between the calls, and the bits may differ. On the cpu backend without
@@ -126,6 +146,7 @@ class DropIn(nn.RNNBase):
             RuntimeError: the layer is bidirectional, so that its first output needs the last input.
             Further errors are those of `forward`.
         """
+        state: Any
         hooked = self._forward_pre_hooks or self._forward_hooks  # `is_hooked`, without a call: a step is short
         may_be_direct = hx is not None and not hooked and not torch.compiler.is_compiling()
         if may_be_direct and (result := direct.step(self, input, hx)) is not None:
@@ -137,13 +158,13 @@ class DropIn(nn.RNNBase):
             time = 1 if self.batch_first else 0
             output, state = self(input.unsqueeze(time), hx)
             return output.squeeze(time), state
-        weights = functional.lane_weights(self)
-        if hx is None:
-            hx = _zero_state(self, input.shape[0], weights[0].w_hh.dtype, input.device)
+        weights, state = functional.lane_weights(self), hx
+        if state is None:
+            state = _zero_state(self, input.shape[0], weights[0].w_hh.dtype, input.device)
         else:
-            _check_state_form(self, hx)
-        input, hx, weights = _autocast(input, hx, weights)
-        h_0, c_0 = hx if isinstance(hx, tuple | list) else (hx, None)
+            _check_state_form(self, state)
+        input, state, weights = _autocast(input, state, weights)
+        h_0, c_0 = state if isinstance(state, tuple | list) else (state, None)
         output, h_n, c_n = functional.step(
             self.mode.lower(),
             input,
@@ -155,28 +176,114 @@ class DropIn(nn.RNNBase):
         )
         if may_be_direct:
             direct.prepare(self, input)
-        return output, (h_n if c_0 is None else (h_n, c_n))
+        state = h_n if c_0 is None else (h_n, c_n)
+        return output, state
 
 
-class RNN(DropIn, nn.RNN):
+class RNN(DropIn[Tensor], nn.RNN):
     """`torch.nn.RNN`: h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), or relu (Elman 1990).
 
     Takes torch.nn.RNN's arguments, and `backend`: "auto" or a name of `rnnfast.backends()`.
     """
 
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: str = dispatch.AUTO,
+    ) -> None:
+        super().__init__(
+            input_size,
+            hidden_size,
+            num_layers=num_layers,
+            nonlinearity=nonlinearity,
+            bias=bias,
+            batch_first=batch_first,
+            dropout=dropout,
+            bidirectional=bidirectional,
+            device=device,
+            dtype=dtype,
+            backend=backend,
+        )
 
-class GRU(DropIn, nn.GRU):
+
+class GRU(DropIn[Tensor], nn.GRU):
     """`torch.nn.GRU` (Cho et al. 2014), the reset gate applied after the recurrent product.
 
     Takes torch.nn.GRU's arguments, and `backend`: "auto" or a name of `rnnfast.backends()`.
     """
 
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: str = dispatch.AUTO,
+    ) -> None:
+        super().__init__(
+            input_size,
+            hidden_size,
+            num_layers=num_layers,
+            bias=bias,
+            batch_first=batch_first,
+            dropout=dropout,
+            bidirectional=bidirectional,
+            device=device,
+            dtype=dtype,
+            backend=backend,
+        )
 
-class LSTM(DropIn, nn.LSTM):
+
+class LSTM(DropIn[tuple[Tensor, Tensor]], nn.LSTM):
     """`torch.nn.LSTM` with forget gates (Gers et al. 2000) and optional projections (Sak et al. 2014).
 
     Takes torch.nn.LSTM's arguments, and `backend`: "auto" or a name of `rnnfast.backends()`.
     """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: str = dispatch.AUTO,
+    ) -> None:
+        super().__init__(
+            input_size,
+            hidden_size,
+            num_layers=num_layers,
+            bias=bias,
+            batch_first=batch_first,
+            dropout=dropout,
+            bidirectional=bidirectional,
+            proj_size=proj_size,
+            device=device,
+            dtype=dtype,
+            backend=backend,
+        )
 
     def states(
         self,
@@ -355,7 +462,7 @@ def _check_state_size(layer: Any, hx: Any, batch: int) -> None:
 
 def _check_state_form(layer: Any, hx: Any) -> None:
     if layer.mode == "LSTM":
-        functional.pair(hx)
+        inputs.checked_pair(hx)
     elif not isinstance(hx, Tensor):
         raise RuntimeError(f"{type(layer).__name__} takes one tensor h_0 as its state, got {type(hx).__name__}")
 

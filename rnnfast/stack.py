@@ -6,12 +6,13 @@ import math
 import operator
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
+from torch.types import Device
 
 from rnnfast import dispatch, functional, inputs, sequences
 from rnnfast.autocast import dtype_of_products
@@ -19,7 +20,7 @@ from rnnfast.backends.reference import Extension, Norms
 from rnnfast.cells import CELLS
 from rnnfast.extended import scan_extended
 from rnnfast.inputs import map_state
-from rnnfast.layers import is_hooked
+from rnnfast.layers import Sequences, is_hooked
 from rnnfast.regularisation import Masks, dropout_mask
 from rnnfast.scan import is_transformed
 
@@ -86,7 +87,7 @@ class Stack(nn.Module):
         peepholes: bool = False,
         connection: str | None = None,
         backend: str = dispatch.AUTO,
-        device: torch.device | str | None = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
@@ -252,6 +253,19 @@ class Stack(nn.Module):
         output = output if segments is None else segments.scatter(output)
         return inputs.from_time_major(output, final, batched, self.batch_first)
 
+    if TYPE_CHECKING:  # torch.nn's is Callable[..., Any]
+
+        def __call__(
+            self,
+            input: Sequences,
+            hx: Sequence[State] | None = None,
+            *,
+            lengths: Tensor | Sequence[int] | None = None,
+            reset: Tensor | None = None,
+            reset_to: Sequence[State] | None = None,
+            generator: torch.Generator | None = None,
+        ) -> tuple[Sequences, tuple[State, ...]]: ...
+
     def step(
         self, input: Tensor, hx: Sequence[State] | None = None, *, generator: torch.Generator | None = None
     ) -> tuple[Tensor, tuple[State, ...]]:
@@ -285,7 +299,7 @@ class Stack(nn.Module):
         output, final = self._run(input.unsqueeze(0), states, None, Masks((1, len(input)), None, generator))
         return output.squeeze(0), final
 
-    def request(self, input: Tensor) -> dispatch.Request:
+    def _request(self, input: Tensor) -> dispatch.Request:
         """What decides which backend can run these layers, in the mode they are in, on such input."""
         there = (self.training and self.recurrent_dropout > 0, any(self.zoneout), self.layer_norm, self.peepholes)
         extensions = tuple(name for name, is_there in zip(dispatch.EXTENDED_RECURRENCE, there, strict=True) if is_there)
@@ -305,7 +319,7 @@ class Stack(nn.Module):
             rows = rows.to(dtype) if rows.is_floating_point() else rows
             states = map_state(states, lambda part: part.to(dtype))
             resets = map_state(resets, lambda part: part.to(dtype))
-        request, backend = self.request(rows), dispatch.asked(self.backend)
+        request, backend = self._request(rows), dispatch.asked(self.backend)
         extended = dispatch.choose_name(backend, None, *request) if request.extensions else None
         final: list[State] = []
         for layer, state in enumerate(states):

@@ -27,7 +27,7 @@ _OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.GRUCell: cell_modules.GRUCell,
 }
 _NAMES = {theirs.__name__ for theirs in _OURS}
-_METHODS = "forward", "step", "states"
+_METHODS = "forward", "step", "states", "__prepare_scriptable__"
 _ATTRIBUTES = (*_METHODS, "backend")
 # What of a class takes part in a call: a subclass that changes none of it computes what torch.nn's does.
 _TAKING_PART = (
@@ -161,6 +161,7 @@ def is_ours(module: Any) -> bool:
 
 
 compiling.let_dynamo_trace(is_ours)
+compiling.let_fx_keep_whole(is_ours)
 
 
 def _bind(module: nn.Module) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from rnnfast import dispatch, table
 from rnnfast.table import Point, Table
 
-CELLS = {"rnn_tanh": "RNN", "lstm": "LSTM", "gru": "GRU"}  # relu goes by tanh: they are one kernel
+LAYERS = {"rnn_tanh": "RNN", "lstm": "LSTM", "gru": "GRU"}  # relu goes by tanh: they are one kernel
 NUMBERS = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Most telling first, for a run that is cut short.
 HIDDEN = (512, 256, 128, 1024, 64)
@@ -116,7 +116,7 @@ def measure(point: Point, backends: Sequence[str], device: torch.device) -> None
         RuntimeError: a kernel has broken the device; `failures` tells which, if it was found while checking.
     """
     torch.manual_seed(0)
-    dtype, name = NUMBERS[point.numbers], CELLS[point.cell]
+    dtype, name = NUMBERS[point.numbers], LAYERS[point.cell]
     with arithmetic(point.numbers):
         nn_layer = getattr(nn, name)(point.hidden, point.hidden, device=device, dtype=dtype)
         parity = Parity(nn_layer, point.batch, point.numbers)
@@ -247,7 +247,7 @@ def arithmetic(numbers: str) -> Iterator[None]:
 
 
 def grid() -> Iterator[tuple[str, str, int, int]]:
-    for batch, hidden, numbers, cell in itertools.product(BATCHES, HIDDEN, NUMBERS, CELLS):
+    for batch, hidden, numbers, cell in itertools.product(BATCHES, HIDDEN, NUMBERS, LAYERS):
         yield cell, numbers, hidden, batch
 
 

@@ -15,6 +15,7 @@ import re
 import runpy
 from collections.abc import Iterable
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
@@ -334,6 +335,12 @@ def anchors(page: Path) -> set[str]:
     """Those of a page's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_no_name_of_the_package_is_there_by_accident() -> None:
+    for name in dir(rnnfast):
+        if not name.startswith("_") and name not in rnnfast.__all__:
+            assert isinstance(getattr(rnnfast, name), ModuleType), name
 
 
 def test_the_names_of_d2l_are_told() -> None:

@@ -249,3 +249,29 @@ def test_a_trace_holds_the_weights_and_no_packed_copy_of_them() -> None:
         for weight in traced.parameters():
             weight.mul_(0.5)
         assert torch.equal(traced(input)[0], layer(input)[0])
+
+
+@pytest.mark.parametrize("name", ["LSTM", "LSTMCell"])
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_torch_fx_keeps_it_whole_with_its_hooks(name: str, accelerated: bool) -> None:
+    model = nn.Sequential(getattr(nn if accelerated else rnnfast, name)(3, 4), nn.Identity())
+    if accelerated:
+        rnnfast.accelerate(model)
+    model[0].register_forward_pre_hook(lambda _, args: (2 * args[0],))
+    traced, input = torch.fx.symbolic_trace(model), torch.randn(2, 3)
+    assert [node.op for node in traced.graph.nodes] == ["placeholder", "call_module", "call_module", "output"]
+    torch.testing.assert_close(traced(input), model(input), rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("name", ["GRU", "GRUCell"])
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_torch_jit_script_is_told_what_to_do(name: str, accelerated: bool) -> None:
+    model = nn.Sequential(getattr(nn if accelerated else rnnfast, name)(3, 4))
+    if accelerated:
+        rnnfast.accelerate(model)
+    with pytest.raises(RuntimeError, match=r"cannot compile rnnfast's layers: use torch\.export"):
+        torch.jit.script(model)
+    if accelerated:
+        rnnfast.restore(model)
+        torch.jit.script(model)

@@ -22,10 +22,18 @@ import threading
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rnnfast import building
 from rnnfast.cells import CELLS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+    from rnnfast.dispatch import Request
+
+    Key = tuple[str, bool, bool, tuple[int, ...]]  # cell, ids and extended of `packed_weights`, and the weights' ids
 
 _FLAGS = (
     "-std=c++17 -O3 -g0 -fPIC -fopenmp -ffp-contract=off -fvisibility=hidden "
@@ -64,9 +72,8 @@ infer: Any = None
 forward: Any = None
 backward: Any = None
 _are_as_they_were: Any = None  # of csrc/cpu/weight_samples.h
-packings: dict[tuple[Any, ...], _Packed] = {}  # what `packed_weights` keeps, by how it was packed and the weights' ids
+packings: dict[Key, _Packed] = {}  # what `packed_weights` keeps
 _kept: dict[int, _Kept] = {}  # the weights that it was made of, by id
-_IDS = 3  # where they begin in a key
 fused_steps = 0  # of optimizers with fused=True, whose writes torch does not count
 _loaded = False
 _failure: str | None = None
@@ -116,7 +123,7 @@ def load() -> None:
         _loaded = True
 
 
-def _empty(like: Any, sizes: list[int]) -> Any:
+def _empty(like: Tensor, sizes: list[int]) -> Tensor:
     """`direct_empty_cpu` without memory, for torch's compiler, which compiled autograd shows this function."""
     return like.new_empty(sizes)
 
@@ -140,7 +147,7 @@ def why_not() -> str | None:
     return None
 
 
-def declines(request: Any) -> str | None:
+def declines(request: Request) -> str | None:
     """Returns why this backend cannot run a `rnnfast.dispatch.Request`, or None."""
     import torch
 
@@ -151,19 +158,19 @@ def declines(request: Any) -> str | None:
 
 class _Packed(NamedTuple):
     stamp: tuple[Any, ...]
-    samples: Any  # of `weight_samples`
-    weights: Any
-    memory: list[Any]  # of the tensors: new ones might else come to lie where they were
+    samples: Tensor  # of `weight_samples`
+    weights: Tensor
+    memory: list[Tensor]  # of the tensors: new ones might else come to lie where they were
 
 
 class _Kept(NamedTuple):
     """A weight of which packed weights are kept."""
 
     end: weakref.finalize[..., Any]  # forgets them
-    keys: set[tuple[Any, ...]]  # of `packings`
+    keys: set[Key]  # of `packings`
 
 
-def _count_fused_step(optimizer: Any, *_: Any) -> None:
+def _count_fused_step(optimizer: Optimizer, *_: Any) -> None:
     global fused_steps
     import torch
 
@@ -171,7 +178,7 @@ def _count_fused_step(optimizer: Any, *_: Any) -> None:
         fused_steps += 1
 
 
-def packed_weights(lanes: Sequence[Sequence[Any]], cell: str, ids: bool, extended: bool = False) -> Any:
+def packed_weights(lanes: Sequence[Sequence[Any]], cell: str, ids: bool, extended: bool = False) -> Tensor:
     """Returns a layer's weights packed for `scan_packed`, from the last call's while they have not changed.
 
     A change is seen by the tensors' version counters and addresses, and by the steps of fused optimizers. Other writes
@@ -187,7 +194,7 @@ def packed_weights(lanes: Sequence[Sequence[Any]], cell: str, ids: bool, extende
     """
     lanes = [(*lane[:2], None, None, *lane[4:]) for lane in lanes] if extended else lanes
     tensors = [tensor for lane in lanes for tensor in lane if tensor is not None]
-    key = (cell, ids, extended, *map(id, tensors))
+    key = (cell, ids, extended, tuple(map(id, tensors)))
     found = packings.get(key)
     if (
         found is not None
@@ -200,8 +207,8 @@ def packed_weights(lanes: Sequence[Sequence[Any]], cell: str, ids: bool, extende
 
 
 def _pack(
-    lanes: Sequence[Sequence[Any]], cell: str, ids: bool, extended: bool, key: tuple[Any, ...], tensors: list[Any]
-) -> Any:
+    lanes: Sequence[Sequence[Any]], cell: str, ids: bool, extended: bool, key: Key, tensors: list[Tensor]
+) -> Tensor:
     import torch
 
     load()
@@ -211,6 +218,7 @@ def _pack(
     stamp = (fused_steps, *((tensor._version, tensor.data_ptr()) for tensor in tensors)) if is_kept else ()
     units = lanes[0][1].shape[0] // CELLS[cell].gates
     samples = weight_samples(tensors, units) if is_kept else None
+    packed: Tensor
     with torch.no_grad():
         stacked = [None if column[0] is None else torch.stack(column) for column in zip(*lanes, strict=True)]
         if extended:
@@ -218,7 +226,7 @@ def _pack(
             packed = torch.ops.rnnfast.scan_extended_cpu_pack(w_ih, w_hh, w_hr, cell, ids)
         else:
             packed = torch.ops.rnnfast.scan_cpu_pack(*stacked, cell, ids)
-    if not is_kept:
+    if samples is None:
         return packed
     for tensor in tensors:
         if id(tensor) not in _kept:
@@ -233,7 +241,7 @@ def _forget_weight(weight: int) -> None:
     kept = _kept.pop(weight, None)
     for key in kept.keys if kept else ():
         packings.pop(key, None)
-        for other in key[_IDS:]:
+        for other in key[-1]:
             if other in _kept:
                 _kept[other].keys.discard(key)
 
@@ -246,19 +254,25 @@ def forget() -> None:
     packings.clear()
 
 
-def weight_samples(weights: Sequence[Any], units: int) -> Any:
+def weight_samples(weights: Sequence[Tensor], units: int) -> Tensor:
     """What tells whether contiguous weights of so many units hold what they do now, while they are where they are."""
     import torch
 
     load()
     # Another process that writes to shared weights counts no version here, be it under `torch.no_grad()`.
     is_shared = any(weight.is_shared() for weight in weights)
-    return torch.ops.rnnfast.weight_samples_cpu([weight.detach() for weight in weights], units, is_shared)
+    samples: Tensor = torch.ops.rnnfast.weight_samples_cpu([weight.detach() for weight in weights], units, is_shared)
+    return samples
 
 
 def scan_packed(
-    input: Any, packed: Any, h_0: Any, c_0: Any, batch_sizes: Any = None, bidirectional: bool = False
-) -> tuple[Any, Any, Any]:
+    input: Tensor,
+    packed: Tensor,
+    h_0: Tensor,
+    c_0: Tensor | None,
+    batch_sizes: Tensor | None = None,
+    bidirectional: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The scan without gradients, with weights from `packed_weights`; bitwise equal to `rnnfast.scan.scan`.
 
     A call costs about five microseconds beyond its arithmetic. Arguments and results are those of `rnnfast.scan.scan`,
@@ -266,26 +280,26 @@ def scan_packed(
     """
     import torch
 
-    result: tuple[Any, Any, Any] = torch.ops.rnnfast.scan_cpu_packed.default(
+    result: tuple[Tensor, Tensor, Tensor] = torch.ops.rnnfast.scan_cpu_packed.default(
         input, packed, h_0, c_0, batch_sizes, bidirectional
     )
     return result
 
 
 def generate(
-    packed: list[Any],
-    embedding: Any,
-    head_weight: Any,
-    head_bias: Any,
-    h_0: Any,
-    c_0: Any,
+    packed: list[Tensor],
+    embedding: Tensor | None,
+    head_weight: Tensor,
+    head_bias: Tensor | None,
+    h_0: Tensor,
+    c_0: Tensor | None,
     token: int,
     length: int,
-    uniforms: Any = None,
+    uniforms: Tensor | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-) -> tuple[Any, Any, Any]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Feeds `token` to L layers and a linear head, picks the next token, feeds that, and so on, all in C++.
 
     Args:
@@ -306,7 +320,7 @@ def generate(
     """
     import torch
 
-    result: tuple[Any, Any, Any] = torch.ops.rnnfast.generate_cpu.default(
+    result: tuple[Tensor, Tensor, Tensor] = torch.ops.rnnfast.generate_cpu.default(
         packed, embedding, head_weight, head_bias, h_0, c_0, token, length, uniforms, temperature, top_k, top_p
     )
     return result

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 import rnnfast
 from rnnfast.bench.measure import TOLERANCE, Work, alternate_with_limits, check_same, timed
 from rnnfast.bench.report import OURS, TORCH, Row
-from rnnfast.cells import cell_of
+from rnnfast.cells import cell_named
 
 LAYERS = {"rnn": "RNN", "rnn_relu": "RNN", "lstm": "LSTM", "gru": "GRU"}
 FORWARD, BOTH = "forward", "forward+backward"
@@ -56,7 +56,7 @@ class LayerCase:
 
     @property
     def gates(self) -> int:
-        return cell_of(self.cell).gates
+        return cell_named(self.cell).gates
 
     def lengths(self) -> list[int]:
         """Steps of each sequence, longest first."""

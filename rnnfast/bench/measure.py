@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rnnfast.backends import native
-from rnnfast.cells import cell_of
+from rnnfast.cells import cell_named
 from rnnfast.errors import UserError, note
 
 Turn = Callable[[int], float]
@@ -187,7 +187,8 @@ def _least_seconds(work: Work, operators: Any) -> float:
         return found * 1e9
 
     def gates(units: float, backward: bool) -> float:
-        return units / float(operators.gate_limit_cpu(cell_of(work.cell).name, backward, GATE_ROUNDS)) if units else 0.0
+        cell = cell_named(work.cell).name
+        return units / float(operators.gate_limit_cpu(cell, backward, GATE_ROUNDS)) if units else 0.0
 
     seconds = work.recurrent_flops / product(min(work.batch, FULL_BATCH))
     if work.parallel_flops:

@@ -18,7 +18,7 @@ from rnnfast.bench import chapter
 from rnnfast.bench.layers import LAYERS
 from rnnfast.bench.measure import Turn, Work, alternate_with_limits, check_same, timed
 from rnnfast.bench.report import OURS, Row
-from rnnfast.cells import cell_of
+from rnnfast.cells import cell_named
 
 CHAPTER, CHAPTER_NO_GRAD = "the chapter's loop", "the chapter's loop without gradients"
 PREFIX = "time traveller"
@@ -44,7 +44,7 @@ class PipelineCase:
 
     def work(self, tokens: int, vocab_size: int) -> Work:
         """Layer and head, of token ids: no input product. Loss, clipping and update are not in it."""
-        cell = cell_of(self.cell)
+        cell = cell_named(self.cell)
         units = float(tokens * self.hidden_size)
         recurrent, head = 2 * units * cell.gates * self.hidden_size, 2 * units * vocab_size
         if self.what == "generation":  # the head waits for the layer, and the next step for it

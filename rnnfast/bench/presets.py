@@ -15,15 +15,13 @@ from rnnfast.bench.report import Row
 from rnnfast.bench.scan import ScanCase, measure_scan
 from rnnfast.bench.stream import measure_stream, stream_case
 
-CELLS = ("rnn", "lstm", "gru")
-
 
 @dataclass(frozen=True)
 class Grid:
     """The cases of a benchmark, and how long each is measured; every field but `measures` is a flag."""
 
     measures: str
-    cells: Sequence[str] = CELLS
+    cells: Sequence[str] = ("rnn", "lstm", "gru")
     hidden_sizes: Sequence[int] = (64, 256, 512, 1024)
     batches: Sequence[int] = (1, 32)
     steps: Sequence[int] = (35, 128)

@@ -11,7 +11,7 @@ from torch import Tensor
 from rnnfast import dispatch
 from rnnfast.bench.measure import TOLERANCE, Work, alternate_with_limits, check_same, timed
 from rnnfast.bench.report import OURS, Row
-from rnnfast.cells import Cell, cell_of
+from rnnfast.cells import Cell, cell_named
 from rnnfast.errors import UserError
 
 VOCABULARY = 28
@@ -45,7 +45,7 @@ class ScanCase:
 
     @property
     def _cell(self) -> Cell:
-        return cell_of(self.cell)
+        return cell_named(self.cell)
 
     def arguments(self) -> list[Any]:
         """Those of the forward operator but for `save_tape`: one lane, token ids."""

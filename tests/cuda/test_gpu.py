@@ -128,7 +128,7 @@ def test_it_runs_on_the_device_of_its_tensors(hidden):
 
 
 @pytest.mark.parametrize("numbers", tuning.NUMBERS)
-@pytest.mark.parametrize("cell", tuning.CELLS)
+@pytest.mark.parametrize("cell", tuning.LAYERS)
 def test_tuning_finds_it_right(cell, numbers):
     cuda.load()
     point = Point(cell, numbers, 256, 8)

@@ -6,11 +6,14 @@ of the hardware, and compiled for sm_80 and sm_90a.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from rnnfast.autocast import without_autocast
+
+if TYPE_CHECKING:
+    from rnnfast.dispatch import Request
 
 _library: torch.library.Library | None = None
 _failure: str | None = None
@@ -32,7 +35,7 @@ def why_not() -> str | None:
     return build.why_not()
 
 
-def declines(request: Any) -> str | None:
+def declines(request: Request) -> str | None:
     """Returns why this backend cannot run a `rnnfast.dispatch.Request`, or None."""
     from rnnfast.backends.cuda.launch import unsupported
 

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from rnnfast.autocast import without_autocast
+
+if TYPE_CHECKING:
+    from rnnfast.dispatch import Request
 
 _library: torch.library.Library | None = None
 
@@ -30,7 +33,7 @@ def why_not() -> str | None:
     return None
 
 
-def declines(request: Any) -> str | None:
+def declines(request: Request) -> str | None:
     """Returns why this backend cannot run a `rnnfast.dispatch.Request`, or None."""
     from rnnfast.backends.triton.plan import unsupported
 
