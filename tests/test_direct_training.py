@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import rnnfast
+from rnnfast.direct import plans, training
 
 
 def states_for(layer: Any, *batch: int) -> tuple[Tensor, ...]:
@@ -207,6 +208,60 @@ def test_changed_weights_are_seen(way: str, direct_call_names: list[str]) -> Non
                 each(input)
     else:
         assert_same(results(layer, input, ()), results(fresh, input, ()))
+
+
+@pytest.mark.parametrize("token_ids", [False, True])
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU", "LSTMCell", "GRUCell"])
+def test_a_loop_of_short_calls_packs_its_weights_once(
+    name: str, token_ids: bool, direct_call_names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {} if name.endswith("Cell") else {"num_layers": 2}
+    layer = getattr(rnnfast, name)(5, 24, **options)
+    steps = torch.randint(5, (6, 1, 3)) if token_ids else torch.randn(6, 1, 3, 5)
+    packings = []
+    pack = plans.Plan.pack
+    monkeypatch.setattr(plans.Plan, "pack", lambda plan, ids: packings.append(ids) or pack(plan, ids))
+
+    def loop() -> list[Tensor]:
+        state, outputs = None, []
+        for step in steps[:, 0] if name.endswith("Cell") else steps:
+            output, state = (layer(step, state),) * 2 if name.endswith("Cell") else layer(step, state)
+            outputs.append(output[0] if isinstance(output, tuple) else output)
+        result = torch.stack(outputs)
+        return [result, *torch.autograd.grad(result.sin().sum(), list(layer.parameters()))]
+
+    loop()  # the first call leaves a plan, the third packs
+    direct_call_names.clear()
+    found = loop()
+    layers = options.get("num_layers", 1)
+    assert direct_call_names == [*["forward"] * 6 * layers, *["backward"] * 6 * layers]
+    assert packings == [token_ids]
+    with monkeypatch.context() as context:
+        context.setattr(training, "_SHORT", 0)
+        assert_same(found, loop())
+
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter *= 0.5
+    layer(steps[0, 0] if name.endswith("Cell") else steps[0])
+    assert not plans.all_plans[id(layer)].packed  # the weights that were are not held
+    found = loop()
+    with monkeypatch.context() as context:
+        context.setattr(training, "_SHORT", 0)
+        assert_same(found, loop())
+
+
+def test_a_loop_sees_weights_written_through_data(direct_call_names: list[str]) -> None:
+    layer, input = rnnfast.LSTM(8, 8), torch.randn(1, 2, 8)
+    for _ in range(4):
+        layer(input)
+    assert direct_call_names == ["forward"] * 3
+    assert plans.all_plans[id(layer)].packed
+    layer.weight_hh_l0.data *= 0.5
+    assert_same(results(layer, input, ()), results(copy.deepcopy(layer), input, ()))
+    assert direct_call_names == ["forward"] * 3  # the general way, once
+    assert_same(results(layer, input, ()), results(copy.deepcopy(layer), input, ()))
+    assert direct_call_names == [*["forward"] * 4, "backward"]
 
 
 def test_checkpointing_before_and_behind_a_plan(direct_call_names: list[str]) -> None:

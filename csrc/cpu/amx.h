@@ -44,11 +44,12 @@ RNNFAST_INLINE void amx_multiply(const void* a, int64_t a_bytes, const void* w, 
 
 // As `tile`, of which it is the other form; see there.
 template <int R, int NV>
-void amx_tile(int64_t k_units, const bf16* const* a, const bf16* w, const float* const* start, int64_t offset,
+void amx_tile(int64_t k_units, const bf16* const* a, Panel<bf16> panel, const float* const* start, int64_t offset,
               const float* last, float* out, int64_t out_stride, Ahead* ahead) {
   constexpr int64_t UNITS = 16, DEPTH = 2 * UNITS;  // of one instruction
   alignas(64) bf16 rows[16 * DEPTH], columns[NV * UNITS * DEPTH];
   alignas(64) float sums[NV][16 * 16];
+  const bf16* w = panel.data;  // it is packed: units of w are not columns of a matrix
   const int64_t stride = R > 1 ? a[1] - a[0] : DEPTH;
   bool even = true;
   for (int r = 2; r < R; ++r) even &= a[r] - a[r - 1] == stride;

@@ -49,6 +49,17 @@ struct Gradients {
   }
 };
 
+// Whether weights of so many rows, the units of k, by columns are multiplied where they lie, in every step by so many rows: packing
+// does not pay for few tiles. It does from the third step on where they have more pages than a core keeps the addresses of; packed
+// they lie in huge ones.
+template <class S, class O>
+bool worth_no_packing(int64_t k, int64_t columns, int64_t steps, int64_t rows) {
+  constexpr int64_t TILES = 40, ADDRESSED = 8 << 20;
+  if (sizeof(S) != sizeof(O) || Product<O>::depth > 1 || columns % LANES<O> != 0) return false;
+  const int64_t tiles = ceil_div(rows, MAX_ROWS);
+  return k * columns * int64_t(sizeof(O)) <= ADDRESSED ? steps * tiles <= TILES : steps <= 2 && tiles <= 8;
+}
+
 template <class S, class O>
 class Backward {
   using T = typename Product<O>::T;
@@ -62,6 +73,7 @@ class Backward {
   const Gradients<S, O>& d;
   const Panels states, units_;
   const int64_t gate_rows;
+  const bool unpacked;  // w_hh is not packed
   O *w_hh = nullptr, *w_hr = nullptr;       // packed: d_gates_h w_hh, d_state w_hr
   T *carry_h = nullptr, *carry_c = nullptr;  // (D, B, hidden_stride): what reaches the state before without w_hh
 
@@ -80,10 +92,11 @@ class Backward {
         d(gradients),
         states(plain_panels(s.state, V)),
         units_(plain_panels(s.hidden, V)),
-        gate_rows(s.gates() * s.hidden) {}
+        gate_rows(s.gates() * s.hidden),
+        unpacked(worth_no_packing<S, O>(gate_rows, s.state, s.steps, s.batch)) {}
 
   void carve(Carver& carver) {
-    w_hh = carver.take<O>(s.lanes * packed_size<O>(states, gate_rows));
+    if (!unpacked) w_hh = carver.take<O>(s.lanes * packed_size<O>(states, gate_rows));
     if (s.has_projection) w_hr = carver.take<O>(s.lanes * packed_size<O>(units_, s.state));
     if (s.cell == Cell::gru) carry_h = carver.take<T>(s.lanes * s.batch * d.hidden_stride);
     if (s.cell == Cell::lstm) carry_c = carver.take<T>(s.lanes * s.batch * d.hidden_stride);
@@ -96,7 +109,7 @@ class Backward {
   }
 
   void pack(int thread, int threads) const {
-    for (int64_t i = thread; i < s.lanes * states.count(); i += threads) {
+    for (int64_t i = thread; i < s.lanes * states.count() && !unpacked; i += threads) {
       const int64_t lane = i / states.count(), p = i % states.count();
       pack_rows<O>(
           w_hh + lane * packed_size<O>(states, gate_rows) + panel_offset<O>(states, p, gate_rows), states.width(p),
@@ -116,8 +129,8 @@ class Backward {
   void run_item(Item item, const Local& local, Team& team) const {
     if (local.member == 0 && item.done == 0) init_carries(item);
     team.barrier.wait(local.members);
-    Walk<O> walk(w_hh, states, gate_rows, item, s.steps + 1, local.member, local.members, BLOCK, team.deal.get(),
-                 row_groups(s, split, states));
+    Walk<O> walk(unpacked ? at<O>(x.w_hh, 0) : w_hh, states, gate_rows, item, s.steps + 1, local.member, local.members, BLOCK,
+                 team.deal.get(), row_groups(s, split, states), unpacked ? s.state : 0);
     for (int64_t step = s.steps - 1 - item.done; step >= 0; --step) {
       team.share(item, s.steps - 1 - step);
       state_gradients(item, local, walk, step);
@@ -273,7 +286,7 @@ class Backward {
     const int64_t blocks = walk.blocks();
     const int width = states.width(p);
     for (int64_t block = 0; block < blocks; ++block) {
-      const O* w = walk.weights(piece.lane, p) + walk.block_start(block) * width * V * Product<O>::depth;
+      const Panel<O> w = walk.weights(piece.lane, p, block);
       for_tiles(end - first, width, [&](int64_t row, int count, int64_t tile, int64_t of) {
         T* sums = local.tile + (blocks > 1 ? row * width * V : 0);
         row += first;

@@ -134,6 +134,8 @@ int rnnfast_infer_cpu(const DirectInfer* call) {
 
 int rnnfast_forward_cpu(const DirectForward* call) {
   const DirectForward& c = *call;
+  const Plan* plan = static_cast<const Plan*>(c.plan);
+  if (plan && !are_as_they_were(plan->samples)) return DIRECT_STALE;
   return guarded([&] {
     const ScanShape s = shape_of_call(*c.layer, c.steps, c.batch);
     if (!ids_fit(s, c.input)) return DIRECT_FAILED;
@@ -152,7 +154,7 @@ int rnnfast_forward_cpu(const DirectForward* call) {
                         c.h_n,
                         c.c_n,
                         c.tape,
-                        nullptr};
+                        plan ? plan->layer()[c.index].panels : nullptr};
     choose_kernels(s.dtype).forward(x, available_threads());
     return DIRECT_DONE;
   });

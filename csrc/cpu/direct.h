@@ -10,7 +10,7 @@ namespace rnnfast {
 
 // Kept by Python as tensors of bytes. Their schemas are in rnnfast/backends/native.py.
 //
-// What calls without gradients need: the packed weights of every layer, and samples of the weights that they were packed from,
+// What calls with packed weights need: those of every layer, and samples of the weights that they were packed from,
 // all of which must outlive it.
 Tensor direct_plan_cpu(std::vector<Tensor> packed, Tensor weight_samples);
 // What calls with gradients need: the ScanShape of one layer.
@@ -36,9 +36,12 @@ struct DirectInfer {
   void *output, *h_n, *c_n;
 };
 
-// One layer of one direction, and its derivative: the arguments of scan_cpu and scan_cpu_backward.
+// One layer of one direction, and its derivative: the arguments of scan_cpu and scan_cpu_backward. The forward scan takes the
+// packed weights of layer `index` of a plan, if there is one.
 struct DirectForward {
   const ScanShape* layer;
+  const void* plan;
+  int64_t index;
   int64_t steps, batch;
   const void *input, *h_0, *c_0, *w_ih, *w_hh, *b_ih, *b_hh, *w_hr;
   void *output, *tape, *h_n, *c_n;
@@ -51,8 +54,8 @@ struct DirectBackward {
   void *d_input, *d_h_0, *d_c_0, *d_w_ih, *d_w_hh, *d_b_ih, *d_b_hh, *d_w_hr;
 };
 
-// As many fields as rnnfast/direct.py packs.
-static_assert(sizeof(DirectInfer) == 9 * 8 && sizeof(DirectForward) == 15 * 8 && sizeof(DirectBackward) == 24 * 8);
+// As many fields as rnnfast/direct packs.
+static_assert(sizeof(DirectInfer) == 9 * 8 && sizeof(DirectForward) == 17 * 8 && sizeof(DirectBackward) == 24 * 8);
 
 }  // namespace rnnfast
 

@@ -224,8 +224,9 @@ template <class O>
 class Walk {
  public:
   Walk(const O* weights, const Panels& of, int64_t depth, const Item& item, int64_t steps, int member, int members,
-       int64_t block = INT64_MAX, Deal* deal = nullptr, int64_t groups = 1)
+       int64_t block = INT64_MAX, Deal* deal = nullptr, int64_t groups = 1, int64_t row_stride = 0)
       : base_(weights),
+        row_stride_(row_stride),
         panels_(of),
         k_(depth),
         lane_(item.lane),
@@ -267,8 +268,10 @@ class Walk {
     piece = {lane_of(index), panel_of(index), index % groups_, taken_++, next};
     return true;
   }
-  const O* weights(int64_t lane, int64_t p) const {
-    return base_ + lane * packed_size<O>(panels_, k_) + panel_offset<O>(panels_, p, k_);
+  Panel<O> weights(int64_t lane, int64_t p, int64_t block = 0) const {
+    if (row_stride_) return {base_ + (lane * k_ + block_start(block)) * row_stride_ + p * panels_.vectors * LANES<O>, row_stride_};
+    return base_ + lane * packed_size<O>(panels_, k_) + panel_offset<O>(panels_, p, k_) +
+           block_start(block) * panels_.width(p) * LANES<O> * Product<O>::depth;
   }
   // Blocks of k that a panel is multiplied in, one after the other for all rows, and where they begin.
   int64_t blocks() const { return ceil_div(units<O>(k_), block_); }
@@ -279,12 +282,11 @@ class Walk {
   // another tile of this one leaves time for it.
   Ahead::Stream ahead(const Piece& piece, int64_t block, int64_t tile, int64_t tiles) const {
     const bool last = block + 1 == blocks();
-    if (piece.before / groups_ * blocks() + block + 1 < near_ || tiles == 1 || (last && piece.next < 0)) return {};
+    if (row_stride_ || piece.before / groups_ * blocks() + block + 1 < near_ || tiles == 1 || (last && piece.next < 0)) return {};
     const int64_t lane = last ? lane_of(piece.next) : piece.lane, p = last ? panel_of(piece.next) : piece.panel;
     if (last && lane == piece.lane && p == piece.panel) return {};
     const int64_t next = last ? 0 : block + 1, depth = Product<O>::depth;
-    return share_of_panel<O>(weights(lane, p) + block_start(next) * panels_.width(p) * LANES<O> * depth, panels_.width(p),
-                             block_units(next) * depth, tile, tiles);
+    return share_of_panel<O>(weights(lane, p, next).data, panels_.width(p), block_units(next) * depth, tile, tiles);
   }
 
  private:
@@ -296,6 +298,7 @@ class Walk {
   int64_t panel_of(int64_t index) const { return index / groups_ % panels_.count(); }
 
   const O* base_;
+  int64_t row_stride_;  // of weights that are not packed
   const Panels& panels_;
   int64_t k_, lane_, lanes_, first_, count_, groups_;
   int64_t block_;   // units of k

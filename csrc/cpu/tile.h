@@ -117,12 +117,22 @@ struct Ahead {
   }
 };
 
+// A panel of w: for each unit of k some vectors, packed after those of the unit before, or columns of a matrix with a row for each
+// unit, `stride` elements from one to the next.
+template <class O>
+struct Panel {
+  const O* data;
+  int64_t stride = 0;  // or 0 where it is packed
+  Panel(const O* packed) : data(packed) {}
+  Panel(const O* columns, int64_t row_stride) : data(columns), stride(row_stride) {}
+};
+
 // Units of k whose products are added up one by one: in a longer sum each would be rounded to the size that it has come to.
 constexpr int64_t SUM_BLOCK = 256;
 
 // `tile` of at most SUM_BLOCK units; a function of its own, as the compiler else moves the sums of the inner loop about.
 template <int R, int NV, class O>
-__attribute__((noinline)) void tile_block(int64_t k_units, const O* const* a, const O* w,
+__attribute__((noinline)) void tile_block(int64_t k_units, const O* const* a, const O* w, int64_t w_stride,
                                           const typename Product<O>::T* const* start, int64_t offset,
                                           const typename Product<O>::T* last, typename Product<O>::T* out, int64_t out_stride,
                                           Ahead* ahead) {
@@ -138,7 +148,7 @@ __attribute__((noinline)) void tile_block(int64_t k_units, const O* const* a, co
   }
   int64_t k = 0;
   const auto multiply = [&](int64_t at) __attribute__((always_inline)) {
-    const O* w_k = w + at * NV * V * P::depth;
+    const O* w_k = w + at * w_stride;
     typename P::Unit wk[NV];
 #pragma GCC unroll 4
     for (int c = 0; c < NV; ++c) std::memcpy(&wk[c], w_k + c * V * P::depth, sizeof wk[c]);
@@ -175,11 +185,11 @@ __attribute__((noinline)) void tile_block(int64_t k_units, const O* const* a, co
 
 // `tile` of more than SUM_BLOCK units.
 template <int R, int NV, class O>
-__attribute__((noinline)) void tile_blocks(int64_t k_units, const O* const* a, const O* w,
+__attribute__((noinline)) void tile_blocks(int64_t k_units, const O* const* a, const O* w, int64_t w_stride,
                                            const typename Product<O>::T* const* start, int64_t offset,
                                            const typename Product<O>::T* last, typename Product<O>::T* out, int64_t out_stride,
                                            Ahead* ahead) {
-  tile_block<R, NV, O>(SUM_BLOCK, a, w, start, offset, last, out, out_stride, ahead);
+  tile_block<R, NV, O>(SUM_BLOCK, a, w, w_stride, start, offset, last, out, out_stride, ahead);
   for (int64_t k = SUM_BLOCK; k < k_units; k += SUM_BLOCK) {
     const O* a_k[R];
     const typename Product<O>::T* so_far[R];
@@ -187,17 +197,18 @@ __attribute__((noinline)) void tile_blocks(int64_t k_units, const O* const* a, c
       a_k[r] = a[r] + k * Product<O>::depth;
       so_far[r] = out + r * out_stride;
     }
-    tile_block<R, NV, O>(min64(k_units - k, SUM_BLOCK), a_k, w + k * NV * LANES<O> * Product<O>::depth, so_far, 0, nullptr, out,
-                         out_stride, ahead);
+    tile_block<R, NV, O>(min64(k_units - k, SUM_BLOCK), a_k, w + k * w_stride, w_stride, so_far, 0, nullptr, out, out_stride,
+                         ahead);
   }
 }
 
 // Row r of the tile adds a[r] . w to start[r][offset...]; the last vector starts from `last` instead where that is given.
 template <int R, int NV, class O>
-void tile(int64_t k_units, const O* const* a, const O* w, const typename Product<O>::T* const* start, int64_t offset,
+void tile(int64_t k_units, const O* const* a, Panel<O> w, const typename Product<O>::T* const* start, int64_t offset,
           const typename Product<O>::T* last, typename Product<O>::T* out, int64_t out_stride, Ahead* ahead) {
-  if (k_units <= SUM_BLOCK) return tile_block<R, NV, O>(k_units, a, w, start, offset, last, out, out_stride, ahead);
-  tile_blocks<R, NV, O>(k_units, a, w, start, offset, last, out, out_stride, ahead);
+  const int64_t stride = w.stride ? w.stride : NV * LANES<O> * Product<O>::depth;
+  const auto add = k_units <= SUM_BLOCK ? tile_block<R, NV, O> : tile_blocks<R, NV, O>;
+  add(k_units, a, w.data, stride, start, offset, last, out, out_stride, ahead);
 }
 
 template <class O>

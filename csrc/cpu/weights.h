@@ -46,7 +46,7 @@ class WeightGradients {
   // Rows of the batch that are packed and added up at a time: sums of blocks, added in their order, round less than one
   // long sum.
   static constexpr int64_t K_BLOCK = 128;
-  static constexpr int64_t INPUT_ROWS = 48;   // rows of d_input in a task
+  static constexpr int64_t INPUT_ROWS = 48;   // rows of d_input in a task, of some of its panels where they are few
   static constexpr int64_t ID_COLUMNS = 64;
 
   const BackwardArgs& x;
@@ -56,6 +56,8 @@ class WeightGradients {
   const int64_t gate_rows;
   const Panels inputs, states, units_;
   const bool both_weights;  // w_ih's gradient is computed beside w_hh's, from the same gradients of the gates
+  const bool unpacked;      // w_ih is not packed
+  int64_t input_parts;      // tasks of the same rows of d_input
   int64_t block_rows;       // rows of a weight's gradient in a task
   O* w_ih = nullptr;     // packed: d_gates_x w_ih
 
@@ -75,14 +77,19 @@ class WeightGradients {
         inputs(plain_panels(s.input, V)),
         states(plain_panels(s.state, V)),
         units_(plain_panels(s.hidden, V)),
-        both_weights(x.d_w_hh && x.d_w_ih && !s.ids && d.last == 0) {
+        both_weights(x.d_w_hh && x.d_w_ih && !s.ids && d.last == 0),
+        // Where gradients are permuted, the products of each part are to be added up in the same blocks as those of all.
+        unpacked(worth_no_packing<S, O>(gate_rows, s.input, 1, s.rows) && s.rows <= 2 * INPUT_ROWS &&
+                 (!d.permuted || s.hidden % SUM_BLOCK == 0)) {
     // A task's sums take half of a core's cache and leave the rest to the packed rows of one K_BLOCK; tasks come out equal
     // for each thread.
     const int64_t most = max64(V, near_bytes() / 2 / (sum_columns() * int64_t(sizeof(T))));
     const int64_t rounds = ceil_div(gate_rows, threads * most);
     block_rows = round_up(ceil_div(gate_rows, threads * rounds), V);
     const int64_t blocks = ceil_div(gate_rows, block_rows);
-    kinds[0] = {x.d_input ? ceil_div(s.rows, INPUT_ROWS) : 0, &WeightGradients::input_gradient};
+    const int64_t input_blocks = ceil_div(s.rows, INPUT_ROWS);
+    input_parts = max64(1, min64(inputs.count(), ceil_div(threads, input_blocks)));
+    kinds[0] = {x.d_input ? input_blocks * input_parts : 0, &WeightGradients::input_gradient};
     kinds[1] = {x.d_w_hh ? s.lanes * blocks : 0, &WeightGradients::w_hh_gradient};
     kinds[2] = {x.d_w_ih && !s.ids && !both_weights ? s.lanes * blocks : 0, &WeightGradients::w_ih_gradient};
     kinds[3] = {x.d_w_ih && s.ids ? s.lanes * ceil_div(gate_rows, ID_COLUMNS) : 0, &WeightGradients::w_ids_gradient};
@@ -92,7 +99,7 @@ class WeightGradients {
   }
 
   void carve(Carver& carver) {
-    if (x.d_input) w_ih = carver.take<O>(s.lanes * packed_size<O>(inputs, gate_rows));
+    if (x.d_input && !unpacked) w_ih = carver.take<O>(s.lanes * packed_size<O>(inputs, gate_rows));
   }
   size_t local_bytes() const {
     Carver carver(nullptr);
@@ -196,11 +203,28 @@ class WeightGradients {
       if (bias) add_block(buffers.bias, buffers.lost_bias, block_bias, m_rows);
       (add_products(buffers, m_rows, k0, k, factors), ...);
     }
-    for (int64_t m = 0; m < m_rows; ++m)
-      (convert_row(factors.out + m * factors.columns, buffers.sums + m * buffers.sums_stride + factors.at, factors.columns),
-       ...);
+    (take_sums(buffers, m_rows, factors), ...);
     if (bias) convert_row(bias, buffers.bias, m_rows);
     if (again) convert_row(again, buffers.bias, m_rows);
+  }
+
+  // The sums of a factor: its result itself, where they fit.
+  struct Sums {
+    T* data;
+    int64_t stride;
+  };
+  template <class Row>
+  Sums sums_of(const ProductBuffers& buffers, const Factor<Row>& factor) const {
+    if constexpr (sizeof(S) == sizeof(T))
+      if (factor.columns % V == 0) return {factor.out, factor.columns};
+    return {buffers.sums + factor.at, buffers.sums_stride};
+  }
+  template <class Row>
+  void take_sums(const ProductBuffers& buffers, int64_t m_rows, const Factor<Row>& factor) const {
+    const Sums sums = sums_of(buffers, factor);
+    if (static_cast<const void*>(sums.data) == factor.out) return;
+    for (int64_t m = 0; m < m_rows; ++m)
+      convert_row(factor.out + m * factor.columns, sums.data + m * sums.stride, factor.columns);
   }
 
   // Adds the products of rows [k0, k0 + k) of the batch to a factor's sums.
@@ -221,19 +245,20 @@ class WeightGradients {
                      [&](int64_t row) { return rows[i + row]; }, n, p * panels.vectors * V, factor.columns);
     }
     alignas(64) static constexpr T zeros[MAX_VECTORS * V] = {};
+    const Sums of_factor = sums_of(buffers, factor);
     for (int64_t p = 0; p < panels.count(); ++p) {
       const int width = panels.width(p);
-      const int64_t at_column = factor.at + p * panels.vectors * V;
+      T* const sums = of_factor.data + p * panels.vectors * V;
       const O* packed = buffers.w + panel_offset<O>(panels, p, k);
       for_tiles(m_rows, width, [&](int64_t m, int count, int64_t, int64_t) {
         const O* a[MAX_ROWS];
         const T* start[MAX_ROWS];
         for (int r = 0; r < count; ++r) {
           a[r] = buffers.a + (m + r) * buffers.a_stride;
-          start[r] = k0 ? buffers.sums + (m + r) * buffers.sums_stride + at_column : zeros;
+          start[r] = k0 ? sums + (m + r) * of_factor.stride : zeros;
         }
-        tile_function<O>(count, width)(units<O>(k), a, packed, start, 0, nullptr,
-                                       buffers.sums + m * buffers.sums_stride + at_column, buffers.sums_stride, nullptr);
+        tile_function<O>(count, width)(units<O>(k), a, packed, start, 0, nullptr, sums + m * of_factor.stride, of_factor.stride,
+                                       nullptr);
       });
     }
   }
@@ -358,26 +383,37 @@ class WeightGradients {
 
   // Adds over the lanes in their order, in the accumulators.
   void input_gradient(int64_t task, char* local) const {
-    const int64_t first = task * INPUT_ROWS, n = min64(INPUT_ROWS, s.rows - first);
+    const int64_t first = task / input_parts * INPUT_ROWS, n = min64(INPUT_ROWS, s.rows - first);
+    const Slice slice = slice_of(inputs.count(), task % input_parts, input_parts);
     T* sums = reinterpret_cast<T*>(local);
-    for (int64_t p = 0; p < inputs.count(); ++p) {
+    for (int64_t p = slice.first; p < slice.end; ++p) {
       const int width = inputs.width(p);
+      const int64_t column = p * inputs.vectors * V;
       for_tiles(n, width, [&](int64_t row, int count, int64_t, int64_t) {
         row += first;
         std::memset(sums, 0, sizeof(T) * size_t(count) * width * V);
         const O* a[MAX_ROWS];
         const T* start[MAX_ROWS];
         for (int r = 0; r < count; ++r) start[r] = sums + r * width * V;
+        const auto multiply = [&](int64_t lane, int64_t k, int64_t end, Panel<O> w) {
+          for (int r = 0; r < count; ++r) a[r] = d.gates_x(lane, row + r) + k;
+          tile_function<O>(count, width)(units<O>(end - k), a, w, start, 0, nullptr, sums, width * V, nullptr);
+        };
         for (int64_t lane = 0; lane < s.lanes; ++lane) {
-          for (int r = 0; r < count; ++r) a[r] = d.gates_x(lane, row + r);
-          const O* w = w_ih + lane * packed_size<O>(inputs, gate_rows) + panel_offset<O>(inputs, p, gate_rows);
-          tile_function<O>(count, width)(units<O>(gate_rows), a, w, start, 0, nullptr, sums, width * V, nullptr);
+          if (!unpacked) {
+            multiply(lane, 0, gate_rows,
+                     w_ih + lane * packed_size<O>(inputs, gate_rows) + panel_offset<O>(inputs, p, gate_rows));
+            continue;
+          }
+          const auto rows_from = [&](int64_t k) {
+            return Panel<O>(at<O>(x.w_ih, (lane * gate_rows + d.weight_row_x(k)) * s.input + column), s.input);
+          };
+          const int64_t jump = d.permuted ? s.hidden : 0;
+          if (jump) multiply(lane, 0, jump, rows_from(0));
+          multiply(lane, jump, gate_rows, rows_from(jump));
         }
-        for (int r = 0; r < count; ++r) {
-          const int64_t column = p * inputs.vectors * V;
-          convert_row(at<S>(x.d_input, (row + r) * s.input + column), sums + r * width * V,
-                      min64(width * V, s.input - column));
-        }
+        for (int r = 0; r < count; ++r)
+          convert_row(at<S>(x.d_input, (row + r) * s.input + column), sums + r * width * V, min64(width * V, s.input - column));
       });
     }
   }

@@ -3,8 +3,8 @@
 The first call of a layer or a cell goes the general way and leaves a plan: what must not have changed for that call's
 checks of the weights to hold. Later calls that ask for nothing special (no compiler, no transform, plain tensors)
 follow it. Without gradients they are one call of a C function for all layers, with packed weights; in training each
-layer is one autograd function whose forward and backward are a call each. Their results have the bits of the general
-way.
+layer is one autograd function whose forward and backward are a call each. A loop of short calls in training packs its
+weights once. Their results have the bits of the general way.
 
 Whatever is unusual, mistakes included, is not done here: the functions return None, and the general way does it or says
 what is wrong.
@@ -21,7 +21,7 @@ from torch import Tensor, is_grad_enabled
 
 from rnnfast.backends import native
 from rnnfast.direct import training
-from rnnfast.direct.plans import Plan, address_of, all_plans, contiguous, plan_of, prepare, signature_of, version_of
+from rnnfast.direct.plans import Plan, all_plans, contiguous, plan_of, prepare, signature_of
 
 __all__ = ["cell", "forget_packed_weights", "prepare", "run", "step"]
 
@@ -112,7 +112,9 @@ def cell(module: Any, input: Any, hx: Any) -> Any | None:
 
 
 def forget_packed_weights() -> None:
-    """Has every layer and cell pack its weights again, at its next call without gradients on the cpu backend.
+    """Has every layer and cell pack its weights again, at its next call on the cpu backend.
+
+    They are packed for calls without gradients, and for loops of short calls with gradients.
 
     Changed weights are noticed, except for one case: a write that torch does not count, as through `.data`, `.numpy()`
     or a flat vector that the weights are views of, to a few elements of a matrix. (All of a column, of a gate or of a
@@ -122,6 +124,7 @@ def forget_packed_weights() -> None:
     native.forget()
     for plan in list(all_plans.values()):
         plan.packed.clear()
+        plan.last_stamp.clear()
         plan.layers.clear()
 
 
@@ -142,10 +145,9 @@ def _infer(
     output: Tensor,
 ) -> tuple[Tensor, Any] | None:
     """All layers, into `output`; returns it and the final state."""
-    packed, weights, dtype = plan.packed.get(ids), plan.weights, plan.dtype
-    stamp = [native.fused_steps, *map(version_of, weights), *map(address_of, weights)]
-    if packed is None or stamp != packed.stamp:
-        if plan.signature != signature_of(weights):
+    packed, dtype = plan.packed.get(ids), plan.dtype
+    if packed is None or plan.stamp() != packed.stamp:
+        if plan.signature != signature_of(plan.weights):
             return None
         packed = plan.pack(ids)
     c_n = None

@@ -26,7 +26,7 @@ _shape_of, _dtype_of, _is_on_cpu = _base.shape.__get__, _base.dtype.__get__, _ba
 
 @dataclass(slots=True)
 class Packed:
-    """Weights packed for `native.infer`, good while the stamp, of versions and addresses, is this.
+    """Weights packed for `native.infer` and `native.forward`, good while the stamp, of versions and addresses, is this.
 
     The weights' memory is kept with them: new weights might else come to lie where the old ones were.
     """
@@ -40,6 +40,7 @@ class Packed:
 class Layer:
     """One layer of one direction, or a cell, as the autograd function takes it."""
 
+    index: int  # in the plan
     weights: scan.Weights
     has_weight: tuple[bool, ...]
     cell: str
@@ -77,6 +78,7 @@ class Plan:
     has_cell_state: bool
     lead: tuple[int, ...]  # a state's first dimensions: (L*D,) of a layer, () of a cell
     packed: dict[bool, Packed] = field(default_factory=dict)
+    last_stamp: list[int] = field(default_factory=list)  # of the last short call with gradients
     layers: dict[bool, list[Layer]] = field(default_factory=dict)  # while the weights have the addresses `described`
     described: list[int] = field(default_factory=list)
     # Of the last step: one to make others like it, quicker than by its sizes.
@@ -89,9 +91,23 @@ class Plan:
         """
         return list(map(_shape_of, self.weights)) == self.signature[0] and all(map(Tensor.is_contiguous, self.weights))
 
+    def stamp(self) -> list[int]:
+        return [native.fused_steps, *map(version_of, self.weights), *map(address_of, self.weights)]
+
+    def packed_for_loop(self, ids: bool) -> Packed | None:
+        """What one of a loop of short calls with gradients needs; None for the first one with these weights."""
+        stamp, packed = self.stamp(), self.packed.get(ids)
+        if packed is not None and packed.stamp == stamp:
+            return packed
+        self.packed.pop(ids, None)
+        if stamp == self.last_stamp:
+            return self.pack(ids)
+        self.last_stamp = stamp
+        return None
+
     def pack(self, ids: bool) -> Packed:
         """What calls without gradients need; the versions are read first, so that a write meanwhile is seen later."""
-        stamp = [native.fused_steps, *map(version_of, self.weights), *map(address_of, self.weights)]
+        stamp = self.stamp()
         layers = [self.lanes[first : first + self.directions] for first in range(0, len(self.lanes), self.directions)]
         memory = [weight.detach() for weight in self.weights]
         samples = native.weight_samples(memory, self.hidden_size)
@@ -109,7 +125,7 @@ class Plan:
             w_ih, w_hh, *_, w_hr = (w if w is None else w.unsqueeze(0) for w in memory)
             first_ids = ids and not index
             kept = torch.ops.rnnfast.direct_layer_cpu(w_ih, w_hh, w_hr, self.cell, first_ids)
-            form = lane, tuple(w is not None for w in lane), self.cell, self.dtype, first_ids
+            form = index, lane, tuple(w is not None for w in lane), self.cell, self.dtype, first_ids
             tape_size = cell.tape * self.hidden_size
             sizes = self.state_size, self.hidden_size, tape_size, cell.has_cell_state
             layers.append(Layer(*form, *sizes, kept.data_ptr(), kept, memory, addresses(memory)))

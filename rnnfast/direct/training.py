@@ -14,12 +14,13 @@ from torch._C._autograd import _top_saved_tensors_default_hooks
 
 from rnnfast import derivatives, scan
 from rnnfast.backends import native
-from rnnfast.direct.plans import Layer, Plan, address_of, addresses, is_observed, is_plain, signature_of
+from rnnfast.direct.plans import Layer, Packed, Plan, address_of, addresses, is_observed, is_plain, signature_of
 
 DONE = 0  # of csrc/cpu/direct.h, as the structures are
-_forward_call, _backward_call = (Struct(f"{fields}q").pack for fields in (15, 24))
+_forward_call, _backward_call = (Struct(f"{fields}q").pack for fields in (17, 24))
 WORTH_KEEPING = 128 << 10  # that of csrc/cpu/memory.h, in bytes
 _NO_WEIGHT = (False,) * 5
+_SHORT = 128  # rows of a call in which packing the weights takes a good part of the time
 
 
 def run(
@@ -36,12 +37,14 @@ def run(
     layers = None if plan.directions == 2 else _layers(plan, ids)
     if layers is None:
         return None
+    packed = _packed(plan, ids, steps, batch)
     finals = []
     for index, layer in enumerate(layers):
         # One layer's state is not sliced: that is an operation to be differentiated.
         h, c = (h_0, c_0) if len(layers) == 1 else (t if t is None else t[index : index + 1] for t in (h_0, c_0))
-        rows, *states = _Scan.apply(layer, steps, batch, rows, h, c, *layer.weights)
+        rows, *states = _Scan.apply(layer, packed, steps, batch, rows, h, c, *layer.weights)
         if rows is None:
+            plan.packed.pop(ids, None)  # it may be stale
             return None
         finals.append(states)
         if dropout > 0 and index + 1 < len(layers):
@@ -57,7 +60,10 @@ def run_cell(
     layers = _layers(plan, ids)
     if layers is None:
         return None
-    next_h, _, *next_c = _Scan.apply(layers[0], None, batch, input, h, c, *layers[0].weights)
+    packed = _packed(plan, ids, 1, batch)
+    next_h, _, *next_c = _Scan.apply(layers[0], packed, None, batch, input, h, c, *layers[0].weights)
+    if next_h is None:
+        plan.packed.pop(ids, None)
     return (next_h, *next_c) if next_c and next_h is not None else next_h
 
 
@@ -69,6 +75,10 @@ def _layers(plan: Plan, ids: bool) -> list[Layer] | None:
     if plan.described != [*map(address_of, plan.weights)]:
         plan.layers.clear()
     return plan.layers.get(ids) or plan.describe(ids)
+
+
+def _packed(plan: Plan, ids: bool, steps: int, batch: Sequence[int]) -> Packed | None:
+    return plan.packed_for_loop(ids) if steps * prod(batch) <= _SHORT else None
 
 
 def empty(like: Tensor, *sizes: int) -> Tensor:
@@ -87,15 +97,17 @@ def _empty_like(tensor: Tensor) -> Tensor:
 class _Scan(derivatives.Function):
     """One layer of one direction: `derivatives.Scan` of the cpu backend, but a call each forward and backward.
 
-    apply(layer, T, [B] or [] if unbatched, input (T, B, I) or ids (T, B), h_0 and c_0 (1, B, P) or None for zeros, the
-    five of `scan.Weights`) returns output (T, B, P), h_n and, of an LSTM, c_n; or None, None where the kernel fails.
-    A cell has no T: nor have its input and output, and its states lack the 1; in the place of h_n is None.
+    apply(layer, its packed weights or None, T, [B] or [] if unbatched, input (T, B, I) or ids (T, B), h_0 and c_0
+    (1, B, P) or None for zeros, the five of `scan.Weights`) returns output (T, B, P), h_n and, of an LSTM, c_n; or
+    None, None where the kernel fails. A cell has no T: nor have its input and output, and its states lack the 1; in
+    the place of h_n is None.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         layer: Layer,
+        packed: Packed | None,
         steps: int | None,
         batch: Sequence[int],
         input: Tensor,
@@ -112,7 +124,8 @@ class _Scan(derivatives.Function):
         c_n = torch.empty(*lane, *batch, layer.hidden_size, dtype=dtype) if layer.has_cell_state else None
         given = (input, h_0, c_0)
         places = *addresses(given), *layer.memory_addresses, *addresses((output, tape, h_n, c_n))
-        if native.forward(_forward_call(layer.address, *sizes, *places)) != DONE:
+        plan = 0 if packed is None else packed.address
+        if native.forward(_forward_call(layer.address, plan, layer.index, *sizes, *places)) != DONE:
             return None, None
         ctx.layer, ctx.sizes = layer, sizes
         # The tensors themselves for derivatives of the gradients, and what they hold now for the gradients.
@@ -125,8 +138,8 @@ class _Scan(derivatives.Function):
     @staticmethod
     def backward(ctx: Any, d_output: Tensor | None, d_h_n: Tensor | None, d_c_n: Tensor | None = None) -> Any:
         if d_output is None and d_h_n is None and d_c_n is None:
-            return (None,) * 11
-        layer, saved, needs, given = ctx.layer, ctx.saved_tensors, ctx.needs_input_grad[3:], (d_output, d_h_n, d_c_n)
+            return (None,) * 12
+        layer, saved, needs, given = ctx.layer, ctx.saved_tensors, ctx.needs_input_grad[4:], (d_output, d_h_n, d_c_n)
         need_weights = True in needs[3:]
         memory = (*saved[10:], *layer.memory, *saved[8:10])
         # Not where it is itself to be differentiated, or somebody looks on.
@@ -136,9 +149,9 @@ class _Scan(derivatives.Function):
             found = [_empty_like(tensor) if want else None for tensor, want in zip(memory, wanted, strict=False)]
             places = addresses((*d_results, *memory, *found))
             if native.backward(_backward_call(layer.address, *ctx.sizes, *places)) == DONE:
-                return (None, None, None, *found)
+                return (None, None, None, None, *found)
         kept = saved[:10] if is_grad_enabled() else memory
-        return (None, None, None, *_through_the_operator(ctx, given, kept, needs, need_weights))
+        return (None, None, None, None, *_through_the_operator(ctx, given, kept, needs, need_weights))
 
 
 def _through_the_operator(
