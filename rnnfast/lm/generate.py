@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from rnnfast.layers import is_hooked
 from rnnfast.lm.model import RNNLM, RNNLMScratch, State
 from rnnfast.lm.vocab import Vocab
 
+_modes = threading.RLock()  # held while a model in training mode is in evaluation mode for a step
 CHUNK = 64  # tokens that the native loop writes before it returns to Python, where a stream can be shown or stopped
 
 
@@ -53,6 +55,7 @@ def generate(
 
     Raises:
         UserError: an empty prefix, an option outside its range, or a bidirectional model.
+        TypeError: the prefix is a text, or a tensor.
     """
     _check(model, prefix, length, temperature, top_k, top_p, seed)
     return _generate(model, prefix, length, temperature, top_k, top_p, seed)
@@ -88,14 +91,17 @@ def _step(model: nn.Module, modules: list[nn.Module], inputs: Tensor, state: Sta
     In evaluation mode, for this call only: between two tokens the model is its owner's, who may train it. `modules` are
     all of the model's: to ask each is quicker than to put the whole model into a mode, which takes longer than a step.
     """
-    training = [module for module in modules if module.training]
-    if training:
-        model.eval()
-    try:
-        logits, state = model(inputs, state)
-    finally:
-        for module in training:
-            module.training = True
+    with _modes:  # a text of another thread would otherwise lose the evaluation mode in the middle of its step
+        training = [module for module in modules if module.training]
+        if training:
+            model.eval()
+            try:
+                logits, state = model(inputs, state)
+            finally:
+                for module in training:
+                    module.training = True
+            return logits[-1, 0], state
+    logits, state = model(inputs, state)
     return logits[-1, 0], state
 
 
@@ -216,6 +222,9 @@ def _check(
             "a bidirectional model cannot generate: its backward direction reads the tokens that are yet to be "
             "written; train without --bidirectional"
         )
+    if isinstance(prefix, str | Tensor):
+        made = "encode_prefix makes one" if isinstance(prefix, str) else "take its .tolist()"
+        raise TypeError(f"the prefix is a list of token ids, not a {type(prefix).__name__}: {made}")
     if not prefix:
         raise UserError("the prefix is empty: give at least one token")
     if length < 0:
