@@ -106,7 +106,7 @@ def read_text(path: Path) -> str:
     if not data.strip():
         raise UserError(f"{path} is empty: name a text file with --corpus FILE")
     if b"\0" in data:
-        raise UserError(f"{path} is a binary file, not a text: name a UTF-8 text file")
+        raise UserError(f"{path} is a binary file, or UTF-16 (iconv -f utf-16 -t utf-8): name a UTF-8 text file")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
