@@ -210,7 +210,7 @@ def sequential_batches(ids: Tensor, batch_size: int, num_steps: int, offset: int
     Returns:
         Inputs and targets (the next tokens), both (batches, num_steps, batch_size) and contiguous.
     """
-    length = (len(ids) - offset - 1) // batch_size
+    length = max(0, len(ids) - offset - 1) // batch_size
     num_batches = length // num_steps
 
     def cut(start: int) -> Tensor:
@@ -238,7 +238,7 @@ def random_batches(
 
 def num_random_pieces(num_tokens: int, num_steps: int, offset: int) -> int:
     """How many pieces `random_batches` cuts a text into."""
-    return (num_tokens - offset - 1) // num_steps
+    return max(0, num_tokens - offset - 1) // num_steps
 
 
 @dataclass

@@ -161,6 +161,7 @@ def _native(
     from rnnfast.backends import native
 
     h, c = state if isinstance(state, tuple) else (state, None)
+    top_k = None if top_k is None else min(top_k, len(parts.head_weight))  # the operator takes 64 bits
     for start in range(0, length, CHUNK):
         count = min(CHUNK, length - start)
         draws = uniforms(count, generator) if temperature > 0 else None
