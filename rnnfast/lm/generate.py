@@ -15,6 +15,9 @@ from rnnfast.layers import is_hooked
 from rnnfast.lm.model import RNNLM, RNNLMScratch, State
 from rnnfast.lm.vocab import Vocab
 
+Drawing = tuple[float, int | None, float | None]
+"""What a token is drawn from: temperature, top_k and top_p, as in `generate`."""
+
 _modes = threading.RLock()  # held while a model in training mode is in evaluation mode for a step
 CHUNK = 64  # tokens that the native loop writes before it returns to Python, where a stream can be shown or stopped
 
@@ -58,28 +61,20 @@ def generate(
         TypeError: the prefix is a text, or a tensor.
     """
     _check(model, prefix, length, temperature, top_k, top_p, seed)
-    return _generate(model, prefix, length, temperature, top_k, top_p, seed)
+    return _generate(model, prefix, length, (temperature, top_k, top_p), seed)
 
 
-def _generate(
-    model: nn.Module,
-    prefix: list[int],
-    length: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    seed: int,
-) -> Iterator[int]:
+def _generate(model: nn.Module, prefix: list[int], length: int, drawing: Drawing, seed: int) -> Iterator[int]:
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     inputs, state = torch.tensor(prefix, device=device).view(-1, 1), None
     modules, native = [*model.modules()], native_parts(model)
     for i in range(length):
         logits, state = _step(model, modules, inputs, state)
-        token = pick(logits, temperature, top_k, top_p, generator)
+        token = pick(logits, *drawing, generator)
         yield int(token)
         if native is not None:
-            yield from _native(native, state, int(token), length - i - 1, temperature, top_k, top_p, generator)
+            yield from _native(native, state, int(token), length - i - 1, drawing, generator)
             return
         inputs = token.to(device).view(1, 1)
 
@@ -148,19 +143,13 @@ def native_parts(model: nn.Module) -> NativeParts | None:
 
 
 def _native(
-    parts: NativeParts,
-    state: State,
-    token: int,
-    length: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    generator: torch.Generator,
+    parts: NativeParts, state: State, token: int, length: int, drawing: Drawing, generator: torch.Generator
 ) -> Iterator[int]:
     """Goes on from a state and the token to be fed to it."""
     from rnnfast.backends import native
 
     h, c = state if isinstance(state, tuple) else (state, None)
+    temperature, top_k, top_p = drawing
     top_k = None if top_k is None else min(top_k, len(parts.head_weight))  # the operator takes 64 bits
     for start in range(0, length, CHUNK):
         count = min(CHUNK, length - start)
