@@ -44,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that lacks a letter shows a question mark
     try:
-        return _run(list(sys.argv[1:] if argv is None else argv))
+        status = _run(list(sys.argv[1:] if argv is None else argv))
+        print(end="", flush=True)  # what is left in a buffer fails here, where it is told
+        return status
     except UserError as error:
         note(f"error: {error}")
         return 2
@@ -52,11 +54,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         note(str(error) or "interrupted")
         return 128 + getattr(error, "signum", 2)
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:  # our own files tell more; this is the terminal, or a full disk behind `>`
         note(f"error: {error}")
         return 2
+    finally:
+        _drop_unwritten()
+
+
+def _drop_unwritten() -> None:
+    """Output that could not be written is still in its buffer: at its end Python would try again, and complain."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(argv: list[str]) -> int:
@@ -87,11 +98,18 @@ def _parse(parser: ArgumentParser, argv: list[str]) -> Any:
         message = re.sub(r'Parser key "(\w+)"', lambda match: flag(match[1]), " ".join(str(error).split()))
         if message.startswith("Unexpected config:"):
             raise UserError("the --config file holds no settings: write lines such as hidden_size: 256") from error
-        raise UserError(re.sub(r"<class '(\w+)'>|typing\.", lambda match: match[1] or "", message)) from error
+        message = re.sub(r"<class '(\w+)'>|typing\.", lambda match: match[1] or "", message)
+        message = NO_NUMBER.sub(lambda match: f"expected {NUMBERS[match[1]]}, got {match[2]}", message)
+        raise UserError(message) from error
     except UnicodeDecodeError as error:
         raise UserError(
             f"the --config file is not UTF-8 ({error}): convert it with iconv -f latin1 -t utf-8"
         ) from error
+
+
+# What jsonargparse says of a value that is no number, or, where none may be given, of a union of types.
+NO_NUMBER = re.compile(r"(?:Expected a |Does not validate .* Subtypes: \[)(int|float)\b.* value: (.*)")
+NUMBERS = {"int": "a whole number", "float": "a number"}
 
 
 def _parser(verb: str, description: str) -> ArgumentParser:
@@ -168,7 +186,7 @@ def _generate_parser() -> ArgumentParser:
 
 def _generate(options: Any) -> int:
     model, vocab, config, _ = checkpoint.load_model(options.checkpoint, options.device, options.backend)
-    ids = encode_prefix(options.prefix, vocab, config.tokens)
+    ids = encode_prefix(options.prefix, vocab, config.tokens, tell=False)
     written = generate(
         model,
         ids,
@@ -178,6 +196,7 @@ def _generate(options: Any) -> int:
         top_p=options.top_p,
         seed=options.seed,
     )
+    encode_prefix(options.prefix, vocab, config.tokens)  # its note comes once all options are found right
     print(options.prefix, end="", flush=True)
     for piece in render(written, vocab, config.tokens):
         print(piece, end="", flush=True)

@@ -82,9 +82,10 @@ def seq_data_iter_random(
     """Batches X, Y, (batch_size, num_steps), of pieces of the text in random order, cut from a random offset on."""
     ids = torch.as_tensor(corpus)
     offset = random.randint(0, num_steps - 1)
-    order = list(range(data.num_random_pieces(len(ids), num_steps, offset)))
-    random.shuffle(order)
-    yield from _batch_first(data.random_batches(ids, batch_size, num_steps, offset, torch.tensor(order)))
+    pieces = list(range(data.num_random_pieces(len(ids), num_steps, offset)))
+    random.shuffle(pieces)
+    order = torch.tensor(pieces, dtype=torch.int64)  # an empty list is float
+    yield from _batch_first(data.random_batches(ids, batch_size, num_steps, offset, order))
 
 
 def seq_data_iter_sequential(

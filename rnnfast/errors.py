@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 
 
 class UserError(Exception):
@@ -10,8 +11,10 @@ class UserError(Exception):
 
 
 def note(message: str) -> None:
-    """Tell the user something in one line on stderr, apart from the program's output."""
-    print(f"rnnfast: {message}", file=sys.stderr)
+    """Tell the user something in one line on stderr, apart from the program's output, if anyone is there to read it."""
+    if sys.stderr is not None:  # else `print` would take the program's output
+        with suppress(OSError):
+            print(f"rnnfast: {message}", file=sys.stderr)
 
 
 def reason(error: OSError) -> str:

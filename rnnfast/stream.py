@@ -159,6 +159,9 @@ class Stream:
 
         Args:
             rows: indices into the batch, or a (B,) bool mask. None: all, and the next call may have another B.
+
+        Raises:
+            IndexError: an index, or the mask's size, is not the batch's.
         """
         if rows is None:
             self._states.clear()
@@ -182,5 +185,10 @@ def _with_rows(state: Tensor, rows: Tensor | Sequence[int], begin: Tensor) -> Te
     if rows.is_floating_point() or rows.dtype == torch.uint8:
         raise TypeError(f"rows are integer indices or a bool mask, got {rows.dtype}; of a mask make rows.bool()")
     state = state.clone()
-    state[:, rows] = begin[:, rows].to(state.dtype)
+    try:
+        state[:, rows] = begin[:, rows].to(state.dtype)
+    except IndexError as error:
+        size = state.shape[1]
+        got = f"a mask {tuple(rows.shape)}" if rows.dtype == torch.bool else rows.tolist()
+        raise IndexError(f"rows are indices below {size}, the batch's, or a bool mask ({size},), got {got}") from error
     return state

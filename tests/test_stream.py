@@ -110,6 +110,11 @@ def test_rows_to_reset_as_a_list() -> None:
         assert (stream.state == 0).all(2)[0].tolist() == cleared
     with pytest.raises(TypeError, match="rows are integer indices or a bool mask"):
         stream.reset([1.0, 0.0])  # type: ignore[list-item]  # a mask of floats, which indices 1 and 0 are not
+    state = stream.state
+    for rows, got in (([5], r"\[5\]"), ([-3], r"\[-3\]"), (2, "2"), ([True] * 3, r"a mask \(3,\)")):
+        with pytest.raises(IndexError, match=rf"rows are indices below 2, .* a bool mask \(2,\), got {got}"):
+            stream.reset(rows)  # type: ignore[arg-type]
+    assert stream.state is state
 
 
 def test_a_models_rows_begin_from_the_state_it_gives() -> None:

@@ -106,7 +106,7 @@ def read_text(path: Path) -> str:
     if not data.strip():
         raise UserError(f"{path} is empty: name a text file with --corpus FILE")
     if b"\0" in data:
-        raise UserError(f"{path} is a binary file, not a text: name a UTF-8 text file")
+        raise UserError(f"{path} is a binary file, or UTF-16 (iconv -f utf-16 -t utf-8): name a UTF-8 text file")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -210,7 +210,7 @@ def sequential_batches(ids: Tensor, batch_size: int, num_steps: int, offset: int
     Returns:
         Inputs and targets (the next tokens), both (batches, num_steps, batch_size) and contiguous.
     """
-    length = (len(ids) - offset - 1) // batch_size
+    length = max(0, len(ids) - offset - 1) // batch_size
     num_batches = length // num_steps
 
     def cut(start: int) -> Tensor:
@@ -238,7 +238,7 @@ def random_batches(
 
 def num_random_pieces(num_tokens: int, num_steps: int, offset: int) -> int:
     """How many pieces `random_batches` cuts a text into."""
-    return (num_tokens - offset - 1) // num_steps
+    return max(0, num_tokens - offset - 1) // num_steps
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -14,6 +15,10 @@ from rnnfast.layers import is_hooked
 from rnnfast.lm.model import RNNLM, RNNLMScratch, State
 from rnnfast.lm.vocab import Vocab
 
+Drawing = tuple[float, int | None, float | None]
+"""What a token is drawn from: temperature, top_k and top_p, as in `generate`."""
+
+_modes = threading.RLock()  # held while a model in training mode is in evaluation mode for a step
 CHUNK = 64  # tokens that the native loop writes before it returns to Python, where a stream can be shown or stopped
 
 
@@ -53,30 +58,23 @@ def generate(
 
     Raises:
         UserError: an empty prefix, an option outside its range, or a bidirectional model.
+        TypeError: the prefix is a text, or a tensor.
     """
     _check(model, prefix, length, temperature, top_k, top_p, seed)
-    return _generate(model, prefix, length, temperature, top_k, top_p, seed)
+    return _generate(model, prefix, length, (temperature, top_k, top_p), seed)
 
 
-def _generate(
-    model: nn.Module,
-    prefix: list[int],
-    length: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    seed: int,
-) -> Iterator[int]:
+def _generate(model: nn.Module, prefix: list[int], length: int, drawing: Drawing, seed: int) -> Iterator[int]:
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     inputs, state = torch.tensor(prefix, device=device).view(-1, 1), None
     modules, native = [*model.modules()], native_parts(model)
     for i in range(length):
         logits, state = _step(model, modules, inputs, state)
-        token = pick(logits, temperature, top_k, top_p, generator)
+        token = pick(logits, *drawing, generator)
         yield int(token)
         if native is not None:
-            yield from _native(native, state, int(token), length - i - 1, temperature, top_k, top_p, generator)
+            yield from _native(native, state, int(token), length - i - 1, drawing, generator)
             return
         inputs = token.to(device).view(1, 1)
 
@@ -88,14 +86,17 @@ def _step(model: nn.Module, modules: list[nn.Module], inputs: Tensor, state: Sta
     In evaluation mode, for this call only: between two tokens the model is its owner's, who may train it. `modules` are
     all of the model's: to ask each is quicker than to put the whole model into a mode, which takes longer than a step.
     """
-    training = [module for module in modules if module.training]
-    if training:
-        model.eval()
-    try:
-        logits, state = model(inputs, state)
-    finally:
-        for module in training:
-            module.training = True
+    with _modes:  # a text of another thread would otherwise lose the evaluation mode in the middle of its step
+        training = [module for module in modules if module.training]
+        if training:
+            model.eval()
+            try:
+                logits, state = model(inputs, state)
+            finally:
+                for module in training:
+                    module.training = True
+            return logits[-1, 0], state
+    logits, state = model(inputs, state)
     return logits[-1, 0], state
 
 
@@ -142,19 +143,14 @@ def native_parts(model: nn.Module) -> NativeParts | None:
 
 
 def _native(
-    parts: NativeParts,
-    state: State,
-    token: int,
-    length: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    generator: torch.Generator,
+    parts: NativeParts, state: State, token: int, length: int, drawing: Drawing, generator: torch.Generator
 ) -> Iterator[int]:
     """Goes on from a state and the token to be fed to it."""
     from rnnfast.backends import native
 
     h, c = state if isinstance(state, tuple) else (state, None)
+    temperature, top_k, top_p = drawing
+    top_k = None if top_k is None else min(top_k, len(parts.head_weight))  # the operator takes 64 bits
     for start in range(0, length, CHUNK):
         count = min(CHUNK, length - start)
         draws = uniforms(count, generator) if temperature > 0 else None
@@ -216,6 +212,9 @@ def _check(
             "a bidirectional model cannot generate: its backward direction reads the tokens that are yet to be "
             "written; train without --bidirectional"
         )
+    if isinstance(prefix, str | Tensor):
+        made = "encode_prefix makes one" if isinstance(prefix, str) else "take its .tolist()"
+        raise TypeError(f"the prefix is a list of token ids, not a {type(prefix).__name__}: {made}")
     if not prefix:
         raise UserError("the prefix is empty: give at least one token")
     if length < 0:

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from shlex import quote
@@ -65,7 +65,7 @@ class Run:
             raise UserError(f"cannot write {path}: {reason(error)}; the last checkpoint is untouched") from error
 
     def save(self) -> None:
-        self.trainer.check_finite()
+        self.trainer.check_parameters()
         self.trainer.checkpoint().save(self.folder / checkpoints.FILE_NAME)
         self.saved_at = time.monotonic()
 
@@ -93,9 +93,14 @@ class TrainResult:
 
 
 def _print(line: str) -> None:
-    """Print above the progress bar, and at once where the output is a file or a pipe."""
-    tqdm.write(line)
-    sys.stdout.flush()
+    """Print above the progress bar, and at once where the output is a file or a pipe.
+
+    A reader that has gone, as `head` does, or a full disk ends no run: what is printed is in the log, too.
+    """
+    if sys.stdout is not None:
+        with suppress(OSError):
+            tqdm.write(line)
+            sys.stdout.flush()
 
 
 # What may differ between a checkpoint and the run that goes on from it.
@@ -184,12 +189,13 @@ def train(
 
 def _loop(trainer: Trainer, run: Run | None, records: list[dict[str, Any]], report: Callable[[str], None]) -> None:
     config = trainer.config
-    bar = tqdm(total=config.epochs, initial=trainer.epoch, unit="epoch", disable=None, bar_format=BAR, leave=False)
+    hidden = True if sys.stderr is None else None  # None: where stderr is no terminal
+    bar = tqdm(total=config.epochs, initial=trainer.epoch, unit="epoch", disable=hidden, bar_format=BAR, leave=False)
 
     def after_step(num_steps: int) -> None:
         bar.update(1 / num_steps)
         if caught or trainer.step % LOOK_EVERY == 0:
-            trainer.check_finite()
+            trainer.check_loss()
             if run is not None and (caught or time.monotonic() - run.saved_at > config.save_every):
                 run.save()
             if caught:

@@ -174,7 +174,7 @@ class Trainer:
             self.tokens += x.numel()
             self.seconds = time.perf_counter() - began
             after_step(len(inputs))
-        self.check_finite()  # waits for the device
+        self.check_loss()  # waits for the device
         self.seconds = time.perf_counter() - began
         record = {
             "epoch": self.epoch + 1,
@@ -189,17 +189,30 @@ class Trainer:
         self.epoch_rng = self.batches.generator.get_state()
         return record
 
-    def check_finite(self) -> None:
+    def check_loss(self) -> None:
         """Stop at a loss that is not a number.
 
         Raises:
             UserError: it says what to try.
         """
         if not math.isfinite(self.loss_sum.item()):
-            raise UserError(
-                f"the loss is no longer finite in epoch {self.epoch + 1}: try a smaller --lr (now {self.config.lr:g}), "
-                f"a smaller --clip (now {self.config.clip:g}), or a gated cell (--cell lstm or gru)"
-            )
+            raise self._diverged("loss is")
+
+    def check_parameters(self) -> None:
+        """Stop before a checkpoint would be lost to parameters that are not numbers, which the next loss would show.
+
+        Raises:
+            UserError: it says what to try.
+        """
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            raise self._diverged("parameters are")
+
+    def _diverged(self, what: str) -> UserError:
+        return UserError(
+            f"the {what} no longer finite in epoch {self.epoch + (self.step > 0)}: try a smaller --lr "
+            f"(now {self.config.lr:g}), a smaller --clip (now {self.config.clip:g}), or a gated cell "
+            "(--cell lstm or gru)"
+        )
 
     def sample(self, length: int = 50) -> str:
         """The sample text of a report, greedy as in the chapter."""

@@ -187,6 +187,10 @@ def test_unknown_characters_are_taken_as_unk_and_named_once(run: Path, capsys: p
     assert captured.err.splitlines() == ["rnnfast: the vocabulary lacks 'T', 'ö' of the prefix: replaced by <unk>"]
 
 
+def test_what_is_wrong_is_told_before_unknown_characters(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "temperature" in refused(capsys, "generate", str(run), "--prefix", "É", "--temperature", "-1")
+
+
 # What does not
 
 
@@ -275,7 +279,11 @@ def test_bidirectional_models_do_not_generate(tmp_path: Path, capsys: pytest.Cap
         (["fly"], "fly"),
         (["train", "--fly"], "--fly"),
         (["train", "--cell", "cnn"], "--cell"),
-        (["train", "--epochs", "some"], "--epochs: Expected a int"),
+        (["train", "--epochs", "some"], "error: --epochs: expected a whole number, got some"),
+        (["train", "--lr", "nan"], "error: --lr: expected a number, got nan"),
+        (["train", "--embedding-size", "1.5"], "error: --embedding-size: expected a whole number, got 1.5"),
+        (["generate", "x", "--temperature", "nan"], "error: --temperature: expected a number, got nan"),
+        (["generate", "x", "--top-p", "nan"], "error: --top-p: expected a number, got nan"),
         (["train", "--lr", "-1"], "--lr must be a positive number"),
         (["train", "--config", "/nowhere.yaml"], "/nowhere.yaml"),
         (["train", "--backend", "magic"], "magic"),
@@ -341,3 +349,41 @@ def test_a_reader_that_goes_is_no_error(run: Path) -> None:
     assert process.stderr is not None
     assert process.stderr.read() == b""
     process.stderr.close()
+
+
+# As Python buffers output unless it is told not to.
+BUFFERED = {key: value for key, value in ENVIRONMENT.items() if key != "PYTHONUNBUFFERED"}
+
+
+def test_a_run_outlives_the_reader_of_its_reports(tmp_path: Path) -> None:
+    argv = command("train", *TINY, "--epochs", "3", "--sample-every", "1", "--out", str(tmp_path))
+    process = subprocess.Popen(argv, env=BUFFERED, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, b"")
+    assert load(tmp_path).progress["epoch"] == 3
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_output_on_a_full_disk_is_one_error() -> None:
+    with Path("/dev/full").open("w") as full:
+        argv = [sys.executable, "-m", "rnnfast", "info"]
+        done = subprocess.run(argv, env=BUFFERED, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "rnnfast: error: [Errno 28] No space left on device\n"
+
+
+def test_a_process_without_terminal_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert main([*TRAIN, "--sample-every", "1", "--out", str(tmp_path)]) == 0
+
+
+def test_without_stderr_notes_are_not_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    assert main([*TRAIN, "--prefix", "É", "--out", str(tmp_path)]) == 0
+    assert main(["generate", str(tmp_path), "--prefix", "É", "--num-chars", "3"]) == 0
+    assert "rnnfast:" not in capsys.readouterr().out

@@ -73,6 +73,13 @@ def test_random_batches_are_the_books() -> None:
     assert all(torch.equal(Y, X + 1) for X, Y in batches)
 
 
+@pytest.mark.parametrize("iterate", [d2l.seq_data_iter_random, d2l.seq_data_iter_sequential])
+@pytest.mark.parametrize("num_tokens", [0, 1, 3, 6])
+def test_a_text_too_short_for_a_batch_has_none(iterate: Any, num_tokens: int) -> None:
+    for _ in range(10):  # whatever the offset
+        assert list(iterate(list(range(num_tokens)), batch_size=2, num_steps=5)) == []
+
+
 def test_loader() -> None:
     for use_random_iter in (False, True):
         loader, vocab = d2l.load_data_time_machine(32, 35, use_random_iter)

@@ -125,6 +125,7 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(
         (b"", "empty"),
         (b" \n\n", "empty"),
         (b"\x7fELF\0\0\1", "binary"),
+        ("text".encode("utf-16"), "iconv -f utf-16"),
         ("café".encode("latin1"), "not UTF-8"),
         (b"1234 5678", "no letters"),
     ],

@@ -1,7 +1,12 @@
 """Generation: greedy, sampled, and what it refuses."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 from rnnfast.lm import RNNLM, UserError, Vocab, encode_prefix, generate, render
 from rnnfast.lm.generate import pick
@@ -49,6 +54,23 @@ def test_between_two_tokens_the_model_is_in_its_own_mode(backend: str) -> None:
             assert model.training == training
             assert next(second) == token
             assert model.training == training
+
+
+def test_threads_keep_the_evaluation_mode_of_one_another() -> None:
+    modes: list[bool] = []
+
+    class Slow(RNNLM):
+        def forward(self, ids: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+            time.sleep(0.001)  # the others run now
+            modes.append(any(module.training for module in self.modules()))
+            return super().forward(ids, state)
+
+    model = Slow(28, "lstm", 16, dropout=0.5)
+    with ThreadPoolExecutor(4) as pool:
+        texts = list(pool.map(lambda _: list(generate(model, [1], 20)), range(4)))
+    assert not any(modes)
+    assert all(text == texts[0] for text in texts)
+    assert all(module.training for module in model.modules())
 
 
 LOGITS = torch.tensor([0.5, 0.1, 0.3, 0.1]).log()
@@ -106,6 +128,12 @@ def test_a_part_that_was_in_evaluation_mode_stays_so() -> None:
 def test_bad_options_are_refused_before_the_first_token(model: RNNLM, options: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         generate(model, **({"prefix": [1], "length": 5} | options))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("prefix", "message"), [("abc", "encode_prefix"), (torch.tensor([1, 2]), "tolist")])
+def test_a_prefix_is_a_list_of_ids(model: RNNLM, prefix: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=f"a list of token ids, not a {type(prefix).__name__}: .*{message}"):
+        generate(model, prefix, 5)
 
 
 def test_bidirectional_is_refused_with_the_reason() -> None:

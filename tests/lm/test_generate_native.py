@@ -35,6 +35,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"temperature": 1.0, "top_k": 5},
     {"temperature": 2.0, "top_p": 0.8},
     {"temperature": 1.0, "top_k": 9, "top_p": 0.5},
+    {"temperature": 1.0, "top_k": 10**30},
 ]
 
 

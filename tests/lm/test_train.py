@@ -293,6 +293,27 @@ def test_a_loss_that_is_not_finite_stops_with_what_to_try(tmp_path: Path) -> Non
     assert not (tmp_path / "checkpoint.safetensors").exists()
 
 
+def test_parameters_that_are_not_finite_replace_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(replace(SMALL, epochs=1), tmp_path)
+
+    class Diverging(torch.optim.SGD):
+        """Of what the epoch's last step does to the parameters no loss knows yet."""
+
+        steps = 0
+
+        def step(self, closure: Any = None) -> Any:
+            super().step(closure)
+            self.steps += 1
+            if self.steps == num_steps:
+                self.param_groups[0]["params"][0].data.fill_(math.nan)
+
+    num_steps = len(Trainer(SMALL, load_corpus("pydoc", max_tokens=1500)).batches)
+    monkeypatch.setattr(torch.optim, "SGD", Diverging)
+    with pytest.raises(UserError, match="parameters are no longer finite in epoch 2: try a smaller --lr"):
+        train(replace(SMALL, epochs=2), tmp_path, resume=True)
+    assert all(tensor.isfinite().all() for tensor in load(tmp_path).tensors.values())
+
+
 def test_train_step_is_the_chapters() -> None:
     """Against clipping and SGD written out."""
     torch.manual_seed(0)
