@@ -257,15 +257,11 @@ class WeightGradients {
       tile_function<O>(count, panels.width(p))(units<O>(k), a, buffers.w + panel_offset<O>(panels, p, k), start, 0, nullptr, sums,
                                                of_factor.stride, nullptr);
     };
-    // A panel stays near for all of its tiles. But products of few rows take as long as their sums take to be written: in order.
-    constexpr int64_t FEW = 16;
-    if (k <= FEW)
-      for_tiles(m_rows, int(panels.vectors), [&](int64_t m, int count, int64_t, int64_t) {
-        for (int64_t p = 0; p < panels.count(); ++p) multiply(p, m, count);
-      });
-    else
-      for (int64_t p = 0; p < panels.count(); ++p)
-        for_tiles(m_rows, panels.width(p), [&](int64_t m, int count, int64_t, int64_t) { multiply(p, m, count); });
+    // All panels of a few rows, then the next rows: so the sums are written in their order in memory, which takes longer than the
+    // products where k is small.
+    for_tiles(m_rows, int(panels.vectors), [&](int64_t m, int count, int64_t, int64_t) {
+      for (int64_t p = 0; p < panels.count(); ++p) multiply(p, m, count);
+    });
   }
 
   S* bias_rows(void* d_bias, int64_t lane, int64_t first) const {
