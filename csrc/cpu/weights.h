@@ -246,21 +246,22 @@ class WeightGradients {
     }
     alignas(64) static constexpr T zeros[MAX_VECTORS * V] = {};
     const Sums of_factor = sums_of(buffers, factor);
-    for (int64_t p = 0; p < panels.count(); ++p) {
-      const int width = panels.width(p);
-      T* const sums = of_factor.data + p * panels.vectors * V;
-      const O* packed = buffers.w + panel_offset<O>(panels, p, k);
-      for_tiles(m_rows, width, [&](int64_t m, int count, int64_t, int64_t) {
-        const O* a[MAX_ROWS];
-        const T* start[MAX_ROWS];
-        for (int r = 0; r < count; ++r) {
-          a[r] = buffers.a + (m + r) * buffers.a_stride;
-          start[r] = k0 ? sums + (m + r) * of_factor.stride : zeros;
-        }
-        tile_function<O>(count, width)(units<O>(k), a, packed, start, 0, nullptr, sums + m * of_factor.stride, of_factor.stride,
-                                       nullptr);
-      });
-    }
+    const auto multiply = [&](int64_t p, int64_t m, int count) {
+      T* const sums = of_factor.data + m * of_factor.stride + p * panels.vectors * V;
+      const O* a[MAX_ROWS];
+      const T* start[MAX_ROWS];
+      for (int r = 0; r < count; ++r) {
+        a[r] = buffers.a + (m + r) * buffers.a_stride;
+        start[r] = k0 ? sums + r * of_factor.stride : zeros;
+      }
+      tile_function<O>(count, panels.width(p))(units<O>(k), a, buffers.w + panel_offset<O>(panels, p, k), start, 0, nullptr, sums,
+                                               of_factor.stride, nullptr);
+    };
+    // All panels of a few rows, then the next rows: so the sums are written in their order in memory, which takes longer than the
+    // products where k is small.
+    for_tiles(m_rows, int(panels.vectors), [&](int64_t m, int count, int64_t, int64_t) {
+      for (int64_t p = 0; p < panels.count(); ++p) multiply(p, m, count);
+    });
   }
 
   S* bias_rows(void* d_bias, int64_t lane, int64_t first) const {
