@@ -164,6 +164,26 @@ def torch_contestant(layer: nn.RNNBase, setup: Setup) -> Contestant:
     return Contestant(both, results)
 
 
+def _loop(cell: nn.RNNCellBase, setup: Setup) -> Contestant:
+    """A cell called for each step of the input in turn, and differentiated through all of them."""
+    input = setup.input.detach().clone().requires_grad_()
+    leaves: dict[str, Tensor] = {**dict(cell.named_parameters()), "input": input}
+
+    def call() -> Any:
+        state, steps = None, []
+        for x in input:
+            state = cell(x, state)
+            steps.append(state[0] if isinstance(state, tuple) else state)
+        output = torch.stack(steps)
+        return (output, state), torch.autograd.grad(output, list(leaves.values()), setup.d_output)
+
+    def results(result: Any) -> dict[str, Tensor]:
+        gradients = {f"d_{name}": gradient for name, gradient in zip(leaves, result[1], strict=True)}
+        return outputs(*result[0]) | gradients
+
+    return Contestant(call, results)
+
+
 def outputs(output: Any, state: Any) -> dict[str, Tensor]:
     """A layer's outputs by name."""
     states = state if isinstance(state, tuple) else (state,)
@@ -219,6 +239,25 @@ def measure_dtype(case: LayerCase, seconds: float, backend: str = "auto") -> Row
     full = full._replace(input=input, d_output=setup.d_output.float())
     both = {OURS: torch_contestant(setup.ours, setup), "our float32": torch_contestant(full.ours, full)}
     return _measure(setup, both, "our float32", seconds)
+
+
+def measure_loop(case: LayerCase, seconds: float, backend: str = "auto") -> Row:
+    """A loop of our cell beside one of torch.nn's, forward and backward.
+
+    Raises:
+        Disagreement: they do not compute the same.
+    """
+    setup = set_up(case, backend)
+    weights = {name.removesuffix("_l0"): weight for name, weight in setup.theirs.state_dict().items()}
+    name, sizes, dtype = f"{LAYERS[case.cell]}Cell", (case.inputs, case.hidden_size), case.torch_dtype
+    options = {"nonlinearity": "relu"} if case.cell == "rnn_relu" else {}
+    cells = {
+        OURS: getattr(rnnfast, name)(*sizes, dtype=dtype, backend=backend, **options),
+        TORCH: getattr(nn, name)(*sizes, dtype=dtype, **options),
+    }
+    for cell in cells.values():
+        cell.load_state_dict(weights)
+    return _measure(setup, {library: _loop(cell, setup) for library, cell in cells.items()}, TORCH, seconds)
 
 
 def _measure(setup: Setup, contestants: Mapping[str, Contestant], truth: str, seconds: float) -> Row:

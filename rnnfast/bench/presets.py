@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
-from rnnfast.bench.layers import BOTH, FORWARD, LayerCase, measure_dtype, measure_layer
+from rnnfast.bench.layers import BOTH, FORWARD, LayerCase, measure_dtype, measure_layer, measure_loop
 from rnnfast.bench.memory import measure_memory
 from rnnfast.bench.pipeline import PipelineCase, measure_generation, measure_training
 from rnnfast.bench.report import Row
@@ -67,6 +67,10 @@ PRESETS = {
         "layers on ragged PackedSequences, forward+backward, against torch.nn",
         Grid("layer", hidden_sizes=(256, 512), batches=(8, 32, 128), packed=True),
     ),
+    "loop": Preset(
+        "a loop of cells, a step a call, forward+backward, against torch.nn's cells",
+        Grid("loop", hidden_sizes=(64, 256, 512), batches=(1, 8, 32), steps=(35,)),
+    ),
     "stream": Preset(
         "one streaming step from Python, one sequence, one thread, against torch.nn and ONNX Runtime",
         Grid("stream", hidden_sizes=(64, 256), batches=(1,), steps=(1,), directions=(FORWARD,), peers=True),
@@ -98,6 +102,7 @@ _LAYER_FLAGS = {"cells", "hidden_sizes", "batches", "steps", "dtypes", "inputs",
 FLAGS = {
     "layer": _LAYER_FLAGS | {"directions", "packed", "token_ids", "peers", "seconds"},
     "dtype": _LAYER_FLAGS | {"directions", "packed", "token_ids", "seconds"},
+    "loop": _LAYER_FLAGS | {"seconds"},
     "memory": _LAYER_FLAGS | {"directions", "packed"},
     "scan": {"cells", "hidden_sizes", "batches", "steps", "dtypes", "backend", "seconds"},
     "stream": {"cells", "hidden_sizes", "inputs", "peers", "backend", "seconds"},
@@ -119,6 +124,8 @@ def cases(grid: Grid) -> list[Case]:
             found = [(case, partial(measure_layer, case, *timing, grid.peers)) for case in _layers(grid)]
         case "dtype":
             found = [(case, partial(measure_dtype, case, *timing)) for case in _layers(grid)]
+        case "loop":
+            found = [(case, partial(measure_loop, case, *timing)) for case in _layers(grid)]
         case "memory":  # dense input and token ids, and inference on token ids
             ids = replace(grid, token_ids=True, directions=(*grid.directions, FORWARD))
             layers = dict.fromkeys([*_layers(grid), *_layers(ids)])

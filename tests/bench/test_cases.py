@@ -8,7 +8,16 @@ import torch
 
 from rnnfast import lm
 from rnnfast.bench import chapter, layers, measure, pipeline
-from rnnfast.bench.layers import BOTH, FORWARD, Contestant, LayerCase, check_parity, contestants, set_up
+from rnnfast.bench.layers import (
+    BOTH,
+    FORWARD,
+    Contestant,
+    LayerCase,
+    check_parity,
+    contestants,
+    measure_loop,
+    set_up,
+)
 from rnnfast.bench.measure import Disagreement
 from rnnfast.bench.report import OURS, TORCH
 from rnnfast.bench.scan import ScanCase, measure_scan
@@ -69,6 +78,12 @@ def test_peers_agree(package: str, direction: str, cell: str) -> None:
 def test_peers_do_not_enter_what_they_cannot_do() -> None:
     for case in (replace(CASE, packed=True), replace(CASE, dtype="bfloat16"), replace(CASE, token_ids=True)):
         assert contestants(set_up(case, "reference"), peers=True).keys() == {OURS, TORCH}
+
+
+@pytest.mark.parametrize("cell", ["rnn", "rnn_relu", "lstm", "gru"])
+def test_loops_of_cells_agree(cell: str) -> None:
+    row = measure_loop(replace(CASE, cell=cell), seconds=0.0, backend="reference")
+    assert row.samples.keys() == {OURS, TORCH}
 
 
 def test_operations_are_counted() -> None:
