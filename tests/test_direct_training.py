@@ -251,6 +251,13 @@ def test_a_loop_of_short_calls_packs_its_weights_once(
         assert_same(found, loop())
 
 
+def test_a_loop_with_shared_weights_keeps_none() -> None:
+    layer, input = rnnfast.GRU(8, 8).share_memory(), torch.randn(1, 2, 8)
+    for _ in range(4):
+        layer(input)
+    assert not plans.all_plans[id(layer)].packed
+
+
 def test_a_loop_sees_weights_written_through_data(direct_call_names: list[str]) -> None:
     layer, input = rnnfast.LSTM(8, 8), torch.randn(1, 2, 8)
     for _ in range(4):

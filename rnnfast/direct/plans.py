@@ -95,12 +95,15 @@ class Plan:
         return [native.fused_steps, *map(version_of, self.weights), *map(address_of, self.weights)]
 
     def packed_for_loop(self, ids: bool) -> Packed | None:
-        """What one of a loop of short calls with gradients needs; None for the first one with these weights."""
+        """What one of a loop of short calls with gradients needs, but for the first one with these weights.
+
+        Nor for any with weights in shared memory, which another process may be about to change.
+        """
         stamp, packed = self.stamp(), self.packed.get(ids)
         if packed is not None and packed.stamp == stamp:
             return packed
         self.packed.pop(ids, None)
-        if stamp == self.last_stamp:
+        if stamp == self.last_stamp and not any(weight.is_shared() for weight in self.weights):
             return self.pack(ids)
         self.last_stamp = stamp
         return None
