@@ -135,7 +135,8 @@ int rnnfast_infer_cpu(const DirectInfer* call) {
 int rnnfast_forward_cpu(const DirectForward* call) {
   const DirectForward& c = *call;
   const Plan* plan = static_cast<const Plan*>(c.plan);
-  if (plan && !are_as_they_were(plan->samples)) return DIRECT_STALE;
+  // Samples are of all layers: the first of a call's looks at them.
+  if (plan && c.index == 0 && !are_as_they_were(plan->samples)) return DIRECT_STALE;
   return guarded([&] {
     const ScanShape s = shape_of_call(*c.layer, c.steps, c.batch);
     if (!ids_fit(s, c.input)) return DIRECT_FAILED;

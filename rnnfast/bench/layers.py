@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -157,11 +157,7 @@ def torch_contestant(layer: nn.RNNBase, setup: Setup) -> Contestant:
         rows = output.data if case.packed else output
         return (output, state), torch.autograd.grad(rows, tensors, setup.d_output)
 
-    def results(result: Any) -> dict[str, Tensor]:
-        gradients = {f"d_{name}": gradient for name, gradient in zip(leaves, result[1], strict=True)}
-        return outputs(*result[0]) | gradients
-
-    return Contestant(both, results)
+    return Contestant(both, lambda result: outputs(*result[0]) | _by_leaf(leaves, result[1]))
 
 
 def _loop(cell: nn.RNNCellBase, setup: Setup) -> Contestant:
@@ -177,11 +173,11 @@ def _loop(cell: nn.RNNCellBase, setup: Setup) -> Contestant:
         output = torch.stack(steps)
         return (output, state), torch.autograd.grad(output, list(leaves.values()), setup.d_output)
 
-    def results(result: Any) -> dict[str, Tensor]:
-        gradients = {f"d_{name}": gradient for name, gradient in zip(leaves, result[1], strict=True)}
-        return outputs(*result[0]) | gradients
+    return Contestant(call, lambda result: outputs(*result[0]) | _by_leaf(leaves, result[1]))
 
-    return Contestant(call, results)
+
+def _by_leaf(leaves: Iterable[str], gradients: Sequence[Tensor]) -> dict[str, Tensor]:
+    return {f"d_{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
 
 
 def outputs(output: Any, state: Any) -> dict[str, Tensor]:
