@@ -65,7 +65,7 @@ class Segments(NamedTuple):
         return _select(state, checked_reset(state, reset_to), self.sources, bidirectional)
 
     def final(self, state: Tensor, initial: Tensor, bidirectional: bool) -> Tensor:
-        """The columns' final states (L*D, B, P), from the segments' (L*D, S, P); an empty column's is its initial one."""
+        """The columns' final states (L*D, B, P), from the segments' (L*D, S, P); an empty column keeps its initial."""
         return _select(state, initial.to(state.dtype), self.ends, bidirectional)
 
 
