@@ -42,7 +42,7 @@ class DropInCell(nn.RNNCellBase, Generic[State]):
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         """Runs one time step of B sequences of I = input_size inputs and H = hidden_size units.
 
-        Under autocast a state is still computed, kept and returned in the weights' dtype, except on the torch backend.
+        Even under autocast, states are computed, kept and returned in the weights' dtype, except on the torch backend.
 
         Args:
             input: (B, I), or (I,) unbatched, of the weights' dtype; or integer token ids, which stand for one-hot
@@ -53,8 +53,8 @@ class DropInCell(nn.RNNCellBase, Generic[State]):
             The next state, in hx's form.
 
         Raises:
-            ValueError, RuntimeError: as torch.nn does, for dimensions, sizes and dtypes that do not fit.
-            TypeError: the input is no tensor.
+            ValueError, RuntimeError: as in torch.nn, for dimensions, sizes and dtypes that do not fit.
+            TypeError: the input is not a tensor.
             IndexError: a token id outside [0, I).
         """
         may_be_direct = not torch.compiler.is_compiling()
@@ -165,7 +165,7 @@ class LSTMCell(DropInCell[tuple[Tensor, Tensor]], nn.LSTMCell):
 
 
 class GRUCell(DropInCell[Tensor], nn.GRUCell):
-    """`torch.nn.GRUCell` (Cho et al. 2014), the reset gate applied after the recurrent product.
+    """`torch.nn.GRUCell` (Cho et al. 2014), with the reset gate applied after the recurrent product.
 
     Takes torch.nn.GRUCell's arguments, and `backend`: "auto" or a name of `rnnfast.backends()`.
     """

@@ -27,18 +27,18 @@ from rnnfast.lm.train import train
 
 TRAIN = """Train a language model. With no argument this is the setting of the d2l chapter: a tanh RNN of 512 units on
 the first 10,000 characters of The Time Machine. Ctrl-C saves the run."""
-GENERATE = "Let a trained model go on from a prefix."
-TUNE = """Measure the GPU backends on this card, each held against torch.nn before it is timed beside it, and keep the
-table that `auto` follows from then on. It goes on where an earlier run stopped."""
-INFO = "Show a checkpoint's settings and parameters, or what this machine has to run on."
+GENERATE = "Let a trained model continue a prefix."
+TUNE = """Measure the GPU backends on this card, each compared with torch.nn before both are timed, and keep the
+table that `auto` follows from then on. Continues where an earlier run stopped."""
+INFO = "Show a checkpoint's settings and parameters, or the backends that this machine has."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        The exit status: 0; 2 for an error the user can put right, told in one line on stderr; 128 + the signal's number
-        for a run that was interrupted.
+        The exit status: 0; 2 for an error that the user can correct, reported in one line on stderr; 128 + the signal's
+        number for a run that was interrupted.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -129,7 +129,7 @@ def _train_parser() -> ArgumentParser:
     parser.add_argument("--out", type=str | None, metavar="DIR", help="the run's folder (default: a new one in runs/)")
     parser.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
     parser.add_argument(
-        "--resume", type=str | None, metavar="DIR", help="go on with the run in this folder, or of this checkpoint"
+        "--resume", type=str | None, metavar="DIR", help="continue the run in this folder, or from this checkpoint"
     )
     return parser
 
@@ -235,7 +235,7 @@ def _tune_parser() -> ArgumentParser:
     parser.add_argument("--minutes", type=float, default=5.0, help="start no new size after this")
     parser.add_argument("--backends", type=Literal["cuda", "triton"], nargs="+", help="measure these (default: all)")
     parser.add_argument("--device", type=str | None, help="cuda:1, ... (default: the current GPU)")
-    parser.add_argument("--anew", action="store_true", help="forget what an earlier run measured")
+    parser.add_argument("--anew", action="store_true", help="discard what an earlier run measured")
     return parser
 
 

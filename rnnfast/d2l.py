@@ -1,9 +1,9 @@
 """The classic names (0.17) of "Dive into Deep Learning", chapter on recurrent networks, over rnnfast.
 
 A program of its sections on text, on recurrent networks from scratch and concise, and of the next chapter's on GRU,
-LSTM and deep networks, runs with `from rnnfast import d2l` in place of `from d2l import torch as d2l`, but for what it
-draws with `d2l.plot`. The functions do what the book's do, and draw from Python's `random` as they do; batches,
-recurrence and prediction are rnnfast's.
+LSTM and deep networks, runs with `from rnnfast import d2l` in place of `from d2l import torch as d2l`, except for what
+it draws with `d2l.plot`. The functions do what the book's do, and draw from Python's `random` in the same way;
+batches, recurrence and prediction are rnnfast's.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def load_corpus_time_machine(max_tokens: int = -1) -> tuple[list[int], Vocab]:
 def seq_data_iter_random(
     corpus: Sequence[int] | Tensor, batch_size: int, num_steps: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches X, Y, (batch_size, num_steps), of pieces of the text in random order, cut from a random offset on."""
+    """Batches X, Y, (batch_size, num_steps), of pieces of the text in random order, cut from a random offset."""
     ids = torch.as_tensor(corpus)
     offset = random.randint(0, num_steps - 1)
     pieces = list(range(data.num_random_pieces(len(ids), num_steps, offset)))
@@ -91,7 +91,7 @@ def seq_data_iter_random(
 def seq_data_iter_sequential(
     corpus: Sequence[int] | Tensor, batch_size: int, num_steps: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches X, Y, (batch_size, num_steps), each going on where the one before ended, from a random offset on."""
+    """Batches X, Y, (batch_size, num_steps), each continuing where the last ended, from a random offset."""
     offset = random.randint(0, num_steps)
     yield from _batch_first(data.sequential_batches(torch.as_tensor(corpus), batch_size, num_steps, offset))
 
@@ -217,7 +217,7 @@ Net = RNNModel | RNNModelScratch | Any
 
 
 def predict_ch8(prefix: str, num_preds: int, net: Net, vocab: Vocab, device: torch.device) -> str:
-    """`prefix` and the `num_preds` likeliest characters behind it."""
+    """`prefix`, continued by the likeliest character, `num_preds` times."""
     ids = [vocab[character] for character in prefix]
     inputs, state = torch.tensor([ids], device=device), net.begin_state(batch_size=1, device=device)
     with torch.no_grad():
@@ -260,7 +260,7 @@ def train_epoch_ch8(
         updater: an optimizer, or a function that takes `batch_size` (1: the loss is a mean already).
 
     Returns:
-        Perplexity, and tokens a second.
+        Perplexity, and tokens per second.
     """
     state, timer = None, Timer()
     total, num_tokens = torch.zeros((), dtype=torch.float64, device=device), 0
@@ -359,7 +359,7 @@ class Accumulator:
 
 
 class Animator:
-    """Collects the points of curves, as the book's does; `save` draws them (it needs rnnfast[plot])."""
+    """Collects the points of curves, as the book's does; `save` draws them (needs rnnfast[plot])."""
 
     def __init__(
         self, xlabel: str = "", ylabel: str = "", legend: Sequence[str] = (), xlim: Sequence[float] | None = None

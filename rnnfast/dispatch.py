@@ -184,10 +184,10 @@ _context = _Context()
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Uses the named backend for every rnnfast call of this thread within the block that does not name one itself.
+    """Uses the named backend for this thread's rnnfast calls within the block, unless a call names one itself.
 
     Raises:
-        ValueError: no backend has this name.
+        ValueError: there is no backend of this name.
     """
     check_name(name)
     before = _context.backend
@@ -290,7 +290,7 @@ class BackendTable(tuple[BackendStatus, ...]):
 
 
 def backends() -> BackendTable:
-    """Returns every backend with whether it is available on this machine, or why not."""
+    """Returns all backends, and for each whether it is available on this machine, or why not. Print it."""
     statuses, hint = [], ""
     cards = range(torch.cuda.device_count()) if torch.cuda.is_available() else range(0)
     tables = [table.of(device) for device in cards]
@@ -325,14 +325,14 @@ def _verdict(backend: str, found: table.Found) -> tuple[str, int]:
 
 
 def explain(layer: Any, input: Tensor | PackedSequence) -> Choice:
-    """Returns which backend `layer(input)` would run on and why, and which derivatives run elsewhere; print it.
+    """Returns which backend `layer(input)` would run on and why, and which derivatives run elsewhere. Print it.
 
     Args:
         layer: an `rnnfast.RNN`, `LSTM` or `GRU`, a cell, or a `Stack` in the mode it is in; or an accelerated one.
         input: what the layer would be called with: a floating tensor, token ids, or a PackedSequence.
 
     Raises:
-        TypeError: it is not one of ours, so nothing chooses for it; or the input is of no type that it takes.
+        TypeError: the layer is not one of ours, so there is nothing to choose; or it does not take inputs of this type.
     """
     if not hasattr(layer, "backend"):
         is_recurrent = isinstance(layer, torch.nn.RNNBase | torch.nn.RNNCellBase)

@@ -1,4 +1,4 @@
-"""What the user is told: the one error that is theirs to put right, and notes to the terminal."""
+"""What the user is told: the one error that is theirs to correct, and notes to the terminal."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import suppress
 
 
 class UserError(Exception):
-    """Something the user can put right. The message is one line and says what to do."""
+    """An error that the user can correct. The message is one line and says what to do."""
 
 
 def note(message: str) -> None:

@@ -79,8 +79,8 @@ def lstm(
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """LSTM with forget gates (Hochreiter & Schmidhuber 1997; Gers et al. 2000), and projections (Sak et al. 2014).
 
-    Arguments, shapes and errors are those of `rnn`, but for `hx` = (h_0 (L*D, B, P), c_0 (L*D, B, H)). Returns output
-    (T, B, D*P) and (h_n, c_n).
+    Arguments, shapes and errors are those of `rnn`, except for `hx` = (h_0 (L*D, B, P), c_0 (L*D, B, H)).
+    Returns output (T, B, D*P) and (h_n, c_n).
     """
     h_0, c_0 = checked_pair(hx)
     output, h_n, c_n = run("lstm", input, h_0, c_0, weights, batch_sizes, bidirectional, dropout, training, backend)
@@ -98,7 +98,7 @@ def gru(
     training: bool = False,
     backend: str = dispatch.AUTO,
 ) -> tuple[Tensor, Tensor]:
-    """GRU (Cho et al. 2014) in torch.nn's form, the reset gate applied after the recurrent product.
+    """GRU (Cho et al. 2014) in torch.nn's form, with the reset gate applied after the recurrent product.
 
     Arguments, shapes, results and errors are those of `rnn`.
     """
@@ -107,7 +107,7 @@ def gru(
 
 
 def lane_weights(layer: Any) -> list[Weights]:
-    """The parameters of an RNN, LSTM or GRU, torch.nn's or ours, as these functions take them."""
+    """The parameters of an RNN, LSTM or GRU, torch.nn's or ours, in the form that these functions take."""
     if is_traced():
         # Tensors of a transform or a compiler, which the module must not keep.
         flat: Any = iter([getattr(layer, name) for name in layer._flat_weights_names])
@@ -172,7 +172,7 @@ def step(
     dropout: float = 0.0,
     backend: str = dispatch.AUTO,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One time step through L layers, with little around the arithmetic.
+    """One time step through L layers, with little overhead.
 
     Args:
         cell: a key of `rnnfast.cells.CELLS`.
@@ -182,7 +182,7 @@ def step(
         dropout: probability of zeroing an output between layers.
 
     Returns:
-        output (B, P), h_n and c_n; c_n is empty but for the LSTM.
+        output (B, P), h_n and c_n; c_n is empty except for the LSTM.
 
     Raises:
         RuntimeError, IndexError: as `rnn`.
@@ -223,10 +223,10 @@ def states(
     bidirectional: bool = False,
     backend: str = dispatch.AUTO,
 ) -> tuple[Tensor, Tensor]:
-    """The states of every step of an LSTM, h (N, L*D, P) and c (N, L*D, H), of all rows one after the other.
+    """The states of an LSTM after every step, h (N, L*D, P) and c (N, L*D, H), of all rows one after the other.
 
-    Arguments and errors are those of `lstm`; there is no dropout. Where a gradient can reach an argument and is
-    enabled, it runs on the cpu backend or the reference, which give c gradients; else on any scan, whose tape holds c.
+    Arguments and errors are those of `lstm`; there is no dropout. If gradients are enabled and an argument needs them,
+    it runs on the cpu backend or the reference, which give c gradients; otherwise on any scan, whose tape holds c.
     """
     directions = 2 if bidirectional else 1
     check("lstm", input, *checked_pair(hx), weights, batch_sizes, directions)

@@ -65,19 +65,19 @@ class DropIn(nn.RNNBase, Generic[State]):
             hx: the initial state h_0 (L*D, B, P), for an LSTM (h_0, c_0) with c_0 (L*D, B, hidden_size); without B if
                 unbatched. Zeros if None.
             lengths: (B,) integers in [0, T], in any order and on any device, or a list: the steps of each sequence.
-                What comes after them is padding: it is not read, the output there is zero, and the final state is that
-                at each sequence's own end (its initial state, if it is empty).
+                What follows is padding: it is never read, the output there is zero, and the final state is the one at
+                each sequence's own end (its initial state, if it is empty).
             reset: bool, of the input's shape without I, on any device: True where the state is reset before that step,
-                as at the start of an episode. What comes before is forgotten, by gradients too. A backward direction
-                walks each stretch between resets on its own, from its end.
-            reset_to: what the state is reset to, in hx's form, with B columns or one for all: hx itself, say, or a
-                learned state. Zeros if None.
+                as at the start of an episode. Neither states nor gradients cross a reset. A backward direction runs
+                through each segment between resets on its own, from its end.
+            reset_to: what the state is reset to, in hx's form, with B columns or one for all: for example hx itself,
+                or a learned state. Zeros if None.
 
         Returns:
-            output, of the shape of the input with D*P features or a PackedSequence, and the final state in hx's shape.
+            output, of the input's shape with D*P features or a PackedSequence, and the final state in hx's form.
 
         Raises:
-            ValueError, RuntimeError: as torch.nn does, for dimensions, sizes and dtypes that do not fit.
+            ValueError, RuntimeError: as in torch.nn, for dimensions, sizes and dtypes that do not fit.
             ValueError, TypeError: lengths or resets of the wrong shape, type or range.
             IndexError: a token id outside [0, I).
         """
@@ -128,22 +128,21 @@ class DropIn(nn.RNNBase, Generic[State]):
         ) -> tuple[Sequences, State]: ...
 
     def step(self, input: Tensor, hx: State | None = None) -> tuple[Tensor, State]:
-        """Runs one time step of a stream; feeding the state back gives the bits of one call over the whole sequence.
+        """Runs one time step of a stream. Feeding the state back yields the bits of one call over the whole sequence.
 
-        In bfloat16 the state is rounded between the calls, and the bits may differ. On the cpu backend without
-        gradients a step costs its arithmetic and some ten microseconds. Where the layer has hooks, they run: a step is
-        then a call of the layer with a sequence of one step.
+        That holds on the cpu backend in float32 and float64; in bfloat16 the state is rounded between calls, and the
+        bits may differ. On the cpu backend without gradients a step costs its arithmetic and some ten microseconds. If
+        the layer has hooks, they run: a step is then a call of the layer with a sequence of one step.
 
         Args:
             input: (B, I) of the weights' dtype, or (B,) integer token ids.
-            hx: the state the last step returned, h (L, B, P), for an LSTM (h, c) with c (L, B, hidden_size). Zeros if
-                None.
+            hx: the state from the last step, h (L, B, P), for an LSTM (h, c) with c (L, B, hidden_size). Zeros if None.
 
         Returns:
             output (B, P), and the state for the next step.
 
         Raises:
-            RuntimeError: the layer is bidirectional, so that its first output needs the last input.
+            RuntimeError: the layer is bidirectional, so its first output needs the last input.
             Further errors are those of `forward`.
         """
         state: Any
@@ -217,7 +216,7 @@ class RNN(DropIn[Tensor], nn.RNN):
 
 
 class GRU(DropIn[Tensor], nn.GRU):
-    """`torch.nn.GRU` (Cho et al. 2014), the reset gate applied after the recurrent product.
+    """`torch.nn.GRU` (Cho et al. 2014), with the reset gate applied after the recurrent product.
 
     Takes torch.nn.GRU's arguments, and `backend`: "auto" or a name of `rnnfast.backends()`.
     """
@@ -293,22 +292,22 @@ class LSTM(DropIn[tuple[Tensor, Tensor]], nn.LSTM):
         lengths: Tensor | Sequence[int] | None = None,
         reset: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The states after every step, of all layers: (h[t], c[t]) is the `hx` from which step t + 1 goes on.
+        """The states of all layers after every step: (h[t], c[t]) is the `hx` with which step t + 1 continues.
 
-        In evaluation mode h of the last layer is what `forward` puts out; there is no dropout here. Where gradients are
-        enabled and wanted, c has gradients too, on the cpu backend or the reference; else the states come from any
-        backend's tape.
+        In evaluation mode the last layer's h is the output of `forward`; dropout is never applied here. If gradients
+        are enabled and needed, c has gradients too, on the cpu backend or the reference; otherwise the states come from
+        any backend's tape.
 
         Args:
             input: (T, B, I), or (B, T, I) with batch_first, of the weights' dtype; or token ids without I.
             hx, lengths, reset: as in `forward`; a reset returns to zeros.
 
         Returns:
-            h (T, L*D, B, P) and c (T, L*D, B, hidden_size), also with batch_first; zeros behind a sequence's end.
+            h (T, L*D, B, P) and c (T, L*D, B, hidden_size), even with batch_first; zeros after a sequence's end.
 
         Raises:
-            ValueError, TypeError: the input is not batched, or no tensor, which a PackedSequence is not.
-            RuntimeError: as `forward`; or the layer's backend was asked for by name and cannot give them.
+            ValueError, TypeError: the input is not batched, or not a tensor, such as a PackedSequence.
+            RuntimeError: as `forward`; or the layer's backend was asked for by name and cannot do this.
         """
         if not isinstance(input, Tensor):
             raise TypeError(f"states takes a tensor, and lengths= for a ragged batch, got {type(input).__name__}")

@@ -1,6 +1,6 @@
 """Masks of dropout, weight drop and zoneout.
 
-Masks are drawn in float32 on the generator's device and then moved, so that a seed gives the same ones for every
+Masks are drawn in float32 on the generator's device and then moved, so that a seed gives the same masks for every
 dtype, layout and backend.
 """
 
@@ -64,17 +64,17 @@ def variational_dropout(
     batch_first: bool = False,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Dropout with one mask a sequence, the same at every step (Gal & Ghahramani 2016; "locked dropout" elsewhere).
+    """Dropout with one mask per sequence, the same at every step (Gal & Ghahramani 2016; "locked dropout" elsewhere).
 
     Args:
         input: (T, B, F), or (B, T, F) with batch_first.
         p: the probability of zeroing a feature of a sequence, in [0, 1); the rest is scaled by 1 / (1 - p).
         training: False returns the input.
         batch_first: as in the layers.
-        generator: what the mask is drawn from; torch's default generator if None.
+        generator: the source of the mask; torch's default generator if None.
 
     Raises:
-        ValueError: p outside [0, 1), or an input of other than three dimensions.
+        ValueError: p outside [0, 1), or an input that does not have three dimensions.
     """
     if not 0 <= p < 1:
         raise ValueError(f"dropout probability has to be in [0, 1), got {p}")

@@ -1,9 +1,9 @@
-"""Batches of sequences that end early or start anew on the way, as the ragged rows that the scan runs anyway.
+"""Lengths and resets: turns a padded batch of sequences that end early or restart into ragged rows for the scan.
 
 A sequence whose state is reset is several sequences, one after the other. So a padded batch with lengths and resets
-is a larger batch of *segments*, each cut where its sequence is reset or ends; sorted by length and laid out time-major
-they are the data of a PackedSequence. One ragged scan runs them all: every cell and backend has resets, and more of
-them make for more parallel rows and fewer steps.
+is a larger batch of *segments*, each cut where its sequence is reset or ends. Sorted by length and laid out time-major,
+they are the data of a PackedSequence. One ragged scan runs them all, so every cell and backend supports resets, and
+more resets mean more parallel rows and fewer steps.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ __all__ = ["Segments", "cut"]
 
 
 class Segments(NamedTuple):
-    """Where the rows and states of a padded batch (T, B) lie in its ragged batch of S segments; made by `cut`.
+    """Maps the rows and states of a padded batch (T, B) to its ragged batch of S segments, and back; made by `cut`.
 
     The longest segment comes first; an empty column has none. All but `batch_sizes` are int64 on the device of the
     batch:
 
     shape: (T, B).
-    rows: (N,), for each ragged row its place t*B + b in the padded batch.
+    rows: (N,), the place t*B + b of each ragged row in the padded batch.
     batch_sizes: (longest,) int64 on the CPU, non-increasing: the segments that have a k-th step; [0] if there is none.
     columns: (S,), the column each segment was cut from.
     sources: (2, S), for forward lanes and for backward ones: where each segment's initial state lies among the columns'
@@ -46,17 +46,17 @@ class Segments(NamedTuple):
     ends: Tensor
 
     def gather(self, input: Tensor) -> Tensor:
-        """(T, B, I) or (T, B) to ragged rows (N, I) or (N,). What lies in the padding is never read."""
+        """From (T, B, I) or (T, B) to ragged rows (N, I) or (N,). The padding is never read."""
         return input.flatten(0, 1).index_select(0, self.rows)
 
     def scatter(self, rows: Tensor) -> Tensor:
-        """Ragged rows (N, P) to (T, B, P), zeros in the padding."""
+        """From ragged rows (N, P) to (T, B, P), with zeros in the padding."""
         steps, batch = self.shape
         padded = rows.new_zeros(steps * batch, rows.shape[1]).index_copy(0, self.rows, rows)
         return padded.view(steps, batch, rows.shape[1])
 
     def initial(self, state: Tensor, reset_to: Tensor, bidirectional: bool) -> Tensor:
-        """The segments' initial states (L*D, S, P): a column's own for the segment it enters by, else `reset_to`.
+        """The segments' initial states (L*D, S, P): the column's own for the one entered first, otherwise `reset_to`.
 
         A backward lane enters a sequence at its last segment, and leaves it at its first.
 
@@ -65,7 +65,7 @@ class Segments(NamedTuple):
         return _select(state, checked_reset(state, reset_to), self.sources, bidirectional)
 
     def final(self, state: Tensor, initial: Tensor, bidirectional: bool) -> Tensor:
-        """The columns' final states (L*D, B, P), from the segments' (L*D, S, P); of an empty column its initial one."""
+        """The columns' final states (L*D, B, P), from the segments' (L*D, S, P); an empty column keeps its initial."""
         return _select(state, initial.to(state.dtype), self.ends, bidirectional)
 
 
@@ -86,7 +86,7 @@ def cut(
 ) -> Segments:
     """Cuts a padded batch of B sequences of T steps into segments.
 
-    The plan is made on the CPU, so lengths or resets that lie on a GPU are waited for, once.
+    The plan is made on the CPU, so lengths or resets on a GPU cost one synchronization.
 
     Args:
         steps, batch: T and B.

@@ -28,44 +28,44 @@ State = Any  # of one layer: h, or (h, c) of an LSTM
 
 
 class Stack(nn.Module):
-    """Recurrent layers one upon the other, each of its own size, regularised, normalised and connected.
+    """Stacked recurrent layers, each with its own size, with regularisation, normalisation and connections.
 
     Without options it computes what torch.nn's layers do, and parameters have torch.nn's names, shapes and
     initialisation. Dropout, zoneout and weight drop draw their masks from torch's default generator, or from the one
-    that a call is given.
+    passed to the call.
 
-    What leaves the recurrence as it is, weight drop, dropout of inputs and between layers, connections and sizes, runs
-    on every backend at its speed. Recurrent dropout (in training), zoneout, layer normalisation and peepholes change
-    it, and run on the cpu backend and the reference; `rnnfast.explain(stack, input)` tells.
+    Weight drop, dropout of inputs and between layers, connections and sizes leave the recurrence as it is, and run on
+    every backend at its full speed. Recurrent dropout (in training), zoneout, layer normalisation and peepholes change
+    the recurrence, and run on the cpu backend and the reference; `rnnfast.explain(stack, input)` says which.
 
     Args:
         cell: "lstm", "gru", "rnn_tanh" or "rnn_relu".
         input_size: I, features of the input, or number of token ids.
-        hidden_sizes: the units of each layer, from the first to the last.
-        bias, batch_first, bidirectional: as torch.nn's.
+        hidden_sizes: the units of each layer, from first to last.
+        bias, batch_first, bidirectional: as in torch.nn.
         proj_size: P, to which an LSTM's h is projected in every layer (Sak et al. 2014); 0 for none. Recurrent dropout
-            and zoneout are of the projected h.
+            and zoneout apply to the projected h.
         input_dropout: probability of zeroing a feature of a sequence's input, at all its steps (variational dropout,
             Gal & Ghahramani 2016).
         dropout: the same between layers.
-        recurrent_dropout: the same for h on its way into W_hh, in every layer.
+        recurrent_dropout: the same for h before its product with W_hh, in every layer.
         weight_dropout: probability of zeroing an element of W_hh, for a whole call (DropConnect; "weight drop" of
             AWD-LSTM, Merity et al. 2018).
-        zoneout: probability that a unit's h stays what it was at a step, or for an LSTM a pair, for h and for c, of
-            which one number means both (Krueger et al. 2017). In evaluation the expectation is taken.
-        layer_norm: LSTM and GRU as Ba et al. (2016) normalise them: both products with a gain each (the biases are the
-            shifts), and the cell state of an LSTM on its way to the output.
-        peepholes: lets the gates of an LSTM see its cell state (Gers & Schmidhuber 2000): a weight (3, H) a layer and
-            direction, of the state before in i and f, of the new one in o.
+        zoneout: probability that a unit keeps its h from the previous step (Krueger et al. 2017). For an LSTM a pair,
+            for h and for c, or one number for both. In evaluation the expectation is taken.
+        layer_norm: normalises an LSTM or GRU as Ba et al. (2016): each of the two products, with a gain (the biases are
+            the shifts), and the cell state of an LSTM on its way to the output.
+        peepholes: lets the gates of an LSTM see its cell state (Gers & Schmidhuber 2000), through a weight (3, H) per
+            layer and direction: i and f see the previous state, o the new one.
         connection: "residual" adds a layer's input to its output; "highway" mixes them as t output + (1 - t) input with
-            t = sigmoid(W input + b) (Srivastava et al. 2015), where b begins at -1. Around every layer but the first,
+            t = sigmoid(W input + b) (Srivastava et al. 2015), where b starts at -1. Around every layer but the first,
             with the input as it is before dropout. None: no connection.
         backend: "auto" or a name of `rnnfast.backends()`.
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: an unknown cell, connection or backend, a probability out of range, an option the cell has not, or
-            a connection between layers of different sizes.
+        ValueError: an unknown cell, connection or backend, a probability out of range, an option that the cell lacks,
+            or a connection between layers of different sizes.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class Stack(nn.Module):
             raise ValueError(f"a {self.connection} connection needs layers of one size, got {self.hidden_sizes}")
 
     def reset_parameters(self) -> None:
-        """Draws weights and biases from U(-1/sqrt(H), 1/sqrt(H)) as torch.nn does; gains begin at 1, shifts at 0."""
+        """Draws weights and biases from U(-1/sqrt(H), 1/sqrt(H)) as torch.nn does; gains start at 1, shifts at 0."""
         begin = {"gain_ih": 1.0, "gain_hh": 1.0, "gain_c": 1.0, "bias_c": 0.0, "highway_bias": -1.0}
         for name, parameter in self.named_parameters():
             # Its own, also as a parametrization or pruning renames them; not those of modules that a subclass adds.
@@ -218,14 +218,14 @@ class Stack(nn.Module):
             lengths: (B,) integers in [0, T], in any order and on any device, or a list: the steps of each sequence, as
                 in `rnnfast.LSTM`.
             reset: bool, of the input's shape without I: True where the state is reset before that step. The masks of a
-                sequence stay what they are.
+                sequence stay the same.
             reset_to: what the state is reset to, in hx's form, with B columns or one for all. Zeros if None.
-            generator: what all masks of this call are drawn from. Equal seeds give equal masks, whether the batch is
-                padded, has lengths or is packed. torch's default generator if None.
+            generator: the source of all masks of this call. Equal seeds give equal masks, whether the batch is padded,
+                has lengths or is packed. torch's default generator if None.
 
         Returns:
-            output, of the shape of the input with D*P features of the last layer or a PackedSequence, and the final
-            state in hx's form.
+            output, of the input's shape with D*P features of the last layer or a PackedSequence, and the final state in
+            hx's form.
 
         Raises:
             ValueError, RuntimeError, TypeError: shapes, dtypes, devices, lengths or resets that do not fit; token ids
@@ -271,21 +271,21 @@ class Stack(nn.Module):
     ) -> tuple[Tensor, tuple[State, ...]]:
         """Runs one time step of a stream: what a call over a sequence of one step does.
 
-        In evaluation mode, feeding the state back gives on the cpu backend the bits of one call over the whole
-        sequence, but for highway connections. In training every step draws masks of its own. Where the stack has hooks,
+        In evaluation mode on the cpu backend, feeding the state back yields the bits of one call over the whole
+        sequence, except with highway connections. In training every step draws its own masks. If the stack has hooks,
         they run: a step is then a call with a sequence of one step.
 
         Args:
             input: (B, I) of the weights' dtype, or (B,) integer token ids.
-            hx: the state the last step returned: for each layer h (1, B, P), for an LSTM (h, c) with c (1, B, H). Zeros
-                if None.
+            hx: the state from the last step: for each layer h (1, B, P), for an LSTM (h, c) with c (1, B, H). Zeros if
+                None.
             generator: as in `forward`.
 
         Returns:
             output (B, P) of the last layer, and the state for the next step.
 
         Raises:
-            RuntimeError: the stack is bidirectional, so that its first output needs the last input.
+            RuntimeError: the stack is bidirectional, so its first output needs the last input.
             Further errors are those of `forward`.
         """
         if self.bidirectional:

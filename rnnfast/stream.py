@@ -17,24 +17,24 @@ from rnnfast.swap import is_ours
 class Stream:
     """Keeps the states of a layer, or of every recurrent layer in a model, from one call to the next.
 
-    The outputs of the calls, one after the other, are those of one call over the whole sequence; rnnfast's layers on
-    the cpu backend give its very bits in float32 and float64, however the sequence is cut. A stream belongs to the
-    sequences it is fed: make one for each group of B that run side by side. It neither copies nor changes the module,
-    and any number may share it, in several threads as well. Without `torch.no_grad()` or `torch.inference_mode()` the
+    The outputs of successive calls are those of one call over the whole sequence; on the cpu backend rnnfast's layers
+    yield exactly the same bits in float32 and float64, however the sequence is cut. A stream belongs to the sequences
+    it is fed: make one for each group of B that run side by side. It neither copies nor changes the module, which any
+    number of streams may share, also in several threads. Without `torch.no_grad()` or `torch.inference_mode()` the
     states carry the graph of all calls so far: see `detach`.
 
-    A model is called as it is and needs no change: in its first call a recurrent layer starts from the state that the
-    model gives it, or from zeros; in later calls, from where it stopped. The rest of the model must treat steps alone,
-    as linear layers, embeddings and layer norms do; a convolution over time does not. Cells, whose states the model
-    keeps itself, are left to the model.
+    A model is called as it is and needs no change. In its first call each recurrent layer starts from the state that
+    the model gives it, or from zeros; in later calls, from where it stopped. The rest of the model must treat each time
+    step on its own, as linear layers, embeddings and layer norms do; a convolution over time does not. Cells are left
+    alone, because the model keeps their states itself.
 
     Args:
         module: an `rnnfast.RNN`, `LSTM`, `GRU` or `Stack`; or a model with recurrent layers in it, ours or torch.nn's.
 
     Raises:
-        RuntimeError: a layer is bidirectional, so that its first output needs the last input.
+        RuntimeError: a layer is bidirectional, so its first output needs the last input.
         ValueError: there is no recurrent layer.
-        TypeError: the module is itself a layer of torch.nn, which has no step.
+        TypeError: the module is itself a torch.nn layer, which has no step.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -136,10 +136,10 @@ class Stream:
 
     @property
     def state(self) -> Any:
-        """The state after the last call, to keep and to set again.
+        """The state after the last call, which can be saved and set again.
 
-        For a layer h (L, B, P), or (h, c) of an LSTM, for a stack one of each layer, None before the first call; for a
-        model a dict of such states by the layers' names.
+        For a layer h (L, B, P), or (h, c) for an LSTM; for a stack one for each layer; None before the first call. For
+        a model a dict of such states by the layers' names.
         """
         return self._states.get("") if self._is_alone else dict(self._states)
 
@@ -155,13 +155,13 @@ class Stream:
         self._states = dict(state)
 
     def reset(self, rows: Tensor | Sequence[int] | None = None) -> None:
-        """Begins anew: all sequences, or those of some rows of the batch.
+        """Starts over: all sequences, or those in some rows of the batch.
 
         Args:
             rows: indices into the batch, or a (B,) bool mask. None: all, and the next call may have another B.
 
         Raises:
-            IndexError: an index, or the mask's size, is not the batch's.
+            IndexError: an index outside the batch, or a mask of another size.
         """
         if rows is None:
             self._states.clear()
@@ -173,7 +173,7 @@ class Stream:
             self._states[name] = map_state(state, lambda part, begin: _with_rows(part, rows, begin), start)
 
     def detach(self) -> None:
-        """Cuts the graph behind the states, as truncated backpropagation through time does between its chunks."""
+        """Cuts the graph at the states, as truncated backpropagation through time does between chunks."""
         self._states = {name: map_state(state, lambda part: part.detach()) for name, state in self._states.items()}
 
 

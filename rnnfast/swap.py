@@ -113,19 +113,19 @@ def accelerate(model: nn.Module) -> SwapReport:
     """Makes every nn.RNN, LSTM, GRU, RNNCell, LSTMCell and GRUCell of a model run as rnnfast's, in place.
 
     Parameters, names, hooks, buffers, modes, sharing, `type` and `isinstance` checks, and references from optimizers
-    and elsewhere all stay valid, and the model can be pickled and copied. A swapped layer has rnnfast's `forward`, with
-    `lengths=`, `reset=` and token ids, and `step`, an LSTM `states` as well; a cell has `forward`. All have `backend`,
-    "auto", which may be set to a name of `rnnfast.backends()`. `restore` undoes it. Subclasses of torch.nn's are
-    swapped too unless they change what a call does.
+    and elsewhere all stay valid, and the model can be pickled and copied. A swapped layer gets rnnfast's `forward`,
+    with `lengths=`, `reset=` and token ids, and `step`; an LSTM also gets `states`; a cell gets `forward`. All have a
+    `backend`, "auto", which may be set to a name of `rnnfast.backends()`. Subclasses of torch.nn's classes are swapped
+    too, unless they change what a call does. `restore` undoes all of it.
 
     Args:
-        model: a module with recurrent layers or cells in it, or one itself.
+        model: a module that contains recurrent layers or cells, or is one itself.
 
     Returns:
-        What was swapped, and what was left and why. Print it.
+        A report of what was swapped, and what was left and why. Print it.
 
     Raises:
-        TypeError: it is no module.
+        TypeError: it is not a module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate takes a torch.nn.Module, got {type(model).__name__}")
@@ -140,10 +140,10 @@ def accelerate(model: nn.Module) -> SwapReport:
 
 
 def restore(model: nn.Module) -> None:
-    """Makes torch.nn's again of all that `accelerate` made rnnfast's; layers that were rnnfast's before stay so.
+    """Undoes `accelerate`: the layers and cells it swapped are torch.nn's again; rnnfast's own stay as they are.
 
     Raises:
-        RuntimeError: a module has been given yet another `forward` since, as some libraries' hooks do.
+        RuntimeError: a module has since been given yet another `forward`, as some libraries' hooks do.
     """
     accelerated = [(name, module) for name, module in model.named_modules() if _bound_names(module)]
     for name, module in accelerated:

@@ -52,15 +52,15 @@ def tune(
     anew: bool = False,
     report: Callable[[str], None] = print,
 ) -> Table:
-    """Measures this card, and keeps the table in the user's cache, where `auto` finds it from now on.
+    """Measures the GPU backends on this card, and keeps the table in the user's cache, where `auto` then finds it.
 
-    It goes on where an earlier run with the same driver, torch and rnnfast stopped.
+    It continues where an earlier run with the same driver, torch and rnnfast stopped.
 
     Args:
         device: a CUDA device; default: the current one.
         minutes: start no new point after this.
-        backends: those to measure, of "cuda" and "triton"; default: all that can run here.
-        anew: forget what an earlier run measured.
+        backends: those to measure, from "cuda" and "triton"; default: all that can run here.
+        anew: discard what an earlier run measured.
         report: called with a line of text after each point.
 
     Raises:
@@ -86,7 +86,7 @@ def tune(
     with _on(place):
         for number, key in enumerate(wanted):
             if time.perf_counter() - start > 60 * minutes:
-                report(f"the time is over; {len(wanted) - number} points are left for `rnnfast tune` to go on with")
+                report(f"the time is over; {len(wanted) - number} points are left for the next `rnnfast tune`")
                 break
             point = Point(*key)
             broken = None
@@ -334,7 +334,7 @@ def _require_alive(device: torch.device, where: str, backend: str) -> None:
         _synchronize(device)
     except RuntimeError as error:
         message = f"{where}: the {backend} backend has broken the device ({error}); what was measured before is kept"
-        raise RuntimeError(f"{message}, and `rnnfast tune` goes on behind this point") from error
+        raise RuntimeError(f"{message}, and the next `rnnfast tune` continues after this point") from error
 
 
 def _synchronize(device: torch.device) -> None:

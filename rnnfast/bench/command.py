@@ -27,21 +27,21 @@ from rnnfast.errors import UserError, note, reason
 from rnnfast.files import atomic_write
 from rnnfast.lm.config import check_backend
 
-DESCRIPTION = "Time rnnfast beside torch.nn and other libraries on this machine, after a comparison of their results."
+DESCRIPTION = "Time rnnfast against torch.nn and other libraries on this machine, after comparing their results."
 FORMAT = 1
 RESULTS = Path("benchmarks/results")
 
 HELP = {
     "cells": "recurrent cells",
     "hidden_sizes": "hidden units",
-    "batches": "sequences of a batch",
+    "batches": "sequences per batch",
     "steps": "time steps",
     "directions": "forward is inference, without gradients",
     "dtypes": "of weights, input and state",
     "inputs": "features of the input",
     "packed": "ragged sequences, packed",
-    "token_ids": "ours takes token ids, torch.nn their one-hot rows",
-    "peers": "ONNX Runtime and JAX take part, where they are installed (pip install 'rnnfast[peers]')",
+    "token_ids": "rnnfast takes token ids, torch.nn their one-hot rows",
+    "peers": "ONNX Runtime and JAX take part if they are installed (pip install 'rnnfast[peers]')",
     "backend": "rnnfast's backend",
     "seconds": "about how long to measure a case",
 }
@@ -63,7 +63,7 @@ def parser() -> ArgumentParser:
     usage = f"rnnfast bench [BENCHMARK ...] [options]\n\nbenchmarks:\n{benchmarks}"
     parser = ArgumentParser(usage=usage, description=DESCRIPTION, exit_on_error=False)
     parser.add_argument("benchmarks", type=str, nargs="*", default=["layers"], help="by name; table is all of them")
-    parser.add_argument("--quick", action="store_true", help="a few small cases of each, to see that all works")
+    parser.add_argument("--quick", action="store_true", help="a few small cases of each, to see that everything works")
     for setting, help in HELP.items():
         options: dict[str, Any] = {"action": "store_true", "default": None}
         if setting in TYPES:

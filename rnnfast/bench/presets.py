@@ -68,7 +68,7 @@ PRESETS = {
         Grid("layer", hidden_sizes=(256, 512), batches=(8, 32, 128), packed=True),
     ),
     "loop": Preset(
-        "a loop of cells, a step a call, forward+backward, against torch.nn's cells",
+        "a loop of cells, one step per call, forward+backward, against torch.nn's cells",
         Grid("loop", hidden_sizes=(64, 256, 512), batches=(1, 8, 32), steps=(35,)),
     ),
     "stream": Preset(

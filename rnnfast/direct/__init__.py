@@ -112,14 +112,15 @@ def cell(module: Any, input: Any, hx: Any) -> Any | None:
 
 
 def forget_packed_weights() -> None:
-    """Has every layer and cell pack its weights again, at its next call on the cpu backend.
+    """Makes every layer and cell pack its weights again, at its next call on the cpu backend.
 
-    They are packed for calls without gradients, and for loops of short calls with gradients.
+    Packed weights are kept for calls without gradients, and for loops of short calls with gradients.
 
-    Changed weights are noticed, except for one case: a write that torch does not count, as through `.data`, `.numpy()`
-    or a flat vector that the weights are views of, to a few elements of a matrix. (All of a column, of a gate or of a
-    unit in all its gates, any element of a bias, any of a matrix of 4 KB or less, and any of weights in shared memory
-    is noticed.) Call this after such a write, or write under `torch.no_grad()` instead.
+    Changes to the weights are noticed, with one exception: a write that torch does not count (through `.data`,
+    `.numpy()` or a flat vector that the weights are views of) and that changes only a few elements of a matrix. A
+    change of a whole column, a whole gate or a unit in all its gates, of any element of a bias or of a matrix of 4 KB
+    or less, and of any weights in shared memory is noticed. Call this after such a write, or write under
+    `torch.no_grad()` instead.
     """
     native.forget()
     for plan in list(all_plans.values()):

@@ -1,4 +1,4 @@
-"""The text pipeline: train a language model on any text, save it, and let it write.
+"""The text pipeline: train a language model on any text, save it, and generate text from it.
 
 from rnnfast import lm
 result = lm.train(lm.TrainConfig(cell="gru", hidden_size=256, epochs=100))

@@ -20,7 +20,7 @@ def option(default: Any, help: str) -> Any:
 
 @dataclass
 class TrainConfig:
-    """The settings of a run. Each is a flag of `rnnfast train` and a key of its config file.
+    """The settings of a run; each is a flag of `rnnfast train` and a key of its config file.
 
     Raises:
         UserError: a value is outside its range.
@@ -33,26 +33,26 @@ class TrainConfig:
     max_tokens: int = option(10_000, "use the first tokens of the text only; -1: all")
     validation: float = option(0.0, "share of those tokens, from their end, held out for validation")
 
-    scratch: bool = option(False, "the chapter's model of five parameters, tanh, in place of a layer and a head")
+    scratch: bool = option(False, "the chapter's tanh model of five parameters, instead of a layer and a head")
     cell: Literal["rnn", "rnn_relu", "lstm", "gru"] = option("rnn", "recurrent cell")
-    hidden_size: int = option(512, "hidden units of a layer")
+    hidden_size: int = option(512, "hidden units per layer")
     num_layers: int = option(1, "layers")
     dropout: float = option(0.0, "dropout between layers and in front of the head")
     embedding_size: int | None = option(None, "width of an embedding; none: token ids go straight into the layer")
     tie_weights: bool = option(False, "the head's weight is the embedding's")
     bidirectional: bool = option(False, "read both ways; such a model cannot generate")
 
-    batch_size: int = option(32, "sequences of a batch")
-    steps: int = option(35, "time steps of a batch: backpropagation stops there")
+    batch_size: int = option(32, "sequences per batch")
+    steps: int = option(35, "time steps per batch, the length of backpropagation through time")
     random_batches: bool = option(False, "batches in random order, each from a fresh state; otherwise in text order")
     epochs: int = option(500, "passes over the text")
     optimizer: Literal["sgd", "adamw"] = option("sgd", "optimizer")
     lr: float = option(1.0, "learning rate, at its highest")
-    schedule: Literal["constant", "cosine"] = option("constant", "how the learning rate goes on after the warm-up")
+    schedule: Literal["constant", "cosine"] = option("constant", "how the learning rate continues after the warm-up")
     warmup: int = option(0, "optimizer steps over which the learning rate rises")
     weight_decay: float = option(0.0, "weight decay")
     clip: float = option(1.0, "largest norm of the gradient")
-    seed: int = option(0, "decides a run's every number on the CPU")
+    seed: int = option(0, "determines every number of a run on the CPU")
 
     precision: Literal["float32", "bfloat16"] = option(
         "float32", "of the model's products and states; bfloat16 keeps parameters, loss and optimizer in float32"
@@ -94,9 +94,9 @@ class TrainConfig:
 
     @classmethod
     def from_json(cls, values: dict[str, Any], where: str) -> TrainConfig:
-        """The settings a checkpoint carries, checked: a file from elsewhere may hold anything.
+        """The settings in a checkpoint, checked, since a file from elsewhere may hold anything.
 
-        One that it lacks is newer than the file, and was then what its default is now.
+        A setting that it lacks is newer than the file, and takes its default.
         """
         if unknown := values.keys() - {setting.name for setting in fields(cls)}:
             raise UserError(
@@ -109,7 +109,7 @@ class TrainConfig:
             raise UserError(f"{where} is damaged (of its settings, {error}): take another copy") from error
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values, which are a config file, too."""
+        """The settings as plain JSON values, in the form of a config file."""
         return asdict(self)
 
 
@@ -129,7 +129,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def build_model(config: TrainConfig, vocab_size: int) -> RNNLM | RNNLMScratch:
-    """The model of a configuration, on the current default device, its start drawn from torch's global generator.
+    """The model of a configuration, on the current default device, initialised from torch's global generator.
 
     Raises:
         UserError: it does not fit into memory.

@@ -165,7 +165,7 @@ def tokenize(text: str, unit: str = "char", raw: bool = False) -> str | list[str
 
 @dataclass(frozen=True)
 class Corpus:
-    """A text made ready: `train` and `validation` hold token ids, int64, (N,); `validation` may be empty."""
+    """An encoded text: `train` and `validation` hold token ids, int64, (N,); `validation` may be empty."""
 
     name: str
     vocab: Vocab
@@ -201,11 +201,11 @@ def load_corpus(
 
 
 def sequential_batches(ids: Tensor, batch_size: int, num_steps: int, offset: int = 0) -> tuple[Tensor, Tensor]:
-    """Cut a text into `batch_size` long rows and those into batches, so that each batch goes on where the last ended.
+    """Cut a text into `batch_size` long rows, and these into batches, each of which continues where the last ended.
 
     Args:
         ids: token ids, (N,).
-        offset: tokens left out at the start.
+        offset: number of tokens to skip at the start.
 
     Returns:
         Inputs and targets (the next tokens), both (batches, num_steps, batch_size) and contiguous.
@@ -243,7 +243,7 @@ def num_random_pieces(num_tokens: int, num_steps: int, offset: int) -> int:
 
 @dataclass
 class Batches:
-    """An epoch's batches, drawn anew each time: from a random offset, and for `shuffle` in random order.
+    """Batches, drawn anew for each epoch: from a random offset, and with `shuffle` in random order.
 
     Attributes:
         generator: the source of that randomness; its state decides the epochs to come.

@@ -23,7 +23,7 @@ CHUNK = 64  # tokens that the native loop writes before it returns to Python, wh
 
 
 def encode_prefix(prefix: str, vocab: Vocab, tokens: str = "char", tell: bool = True) -> list[int]:
-    """The ids of a prefix. Tokens that the vocabulary does not know become `<unk>`; `tell` notes them, once, on stderr.
+    """The ids of a prefix. Tokens missing from the vocabulary become `<unk>`; with `tell` they are listed on stderr.
 
     Raises:
         UserError: the prefix is empty.
@@ -47,7 +47,7 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
 ) -> Iterator[int]:
-    """Warm the state up on `prefix`, then yield `length` token ids, each fed back as the next input.
+    """Warm up the state on `prefix`, then yield `length` token ids, each fed back as the next input.
 
     Args:
         temperature: 0 takes the likeliest token (greedy, as in the d2l chapter); otherwise logits are divided by it

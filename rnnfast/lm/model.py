@@ -29,10 +29,10 @@ class RNNLM(nn.Module):
 
     Args:
         cell: "rnn" (tanh), "rnn_relu", "lstm" or "gru".
-        dropout: probability of zeroing an output of a layer, in front of the next layer and of the head.
+        dropout: probability of zeroing an output of a layer, before the next layer and before the head.
         embedding_size: None for no embedding.
         tie_weights: the head's weight is the embedding's (Press & Wolf 2017); their sizes must agree.
-        bidirectional: a model that has read the very token it predicts; it cannot generate.
+        bidirectional: such a model reads the very token it is to predict; it cannot generate.
         backend: rnnfast's backend to run on.
     """
 
@@ -77,7 +77,7 @@ class RNNLM(nn.Module):
             nn.init.normal_(self.head.weight, std=features**-0.5)  # logits of order 1 at the start
 
     def hidden_states(self, ids: Tensor, state: State = None) -> tuple[Tensor, State]:
-        """What the head reads, (T, B, hidden), and the state."""
+        """The hidden states that the head reads, (T, B, hidden), and the state."""
         inputs = ids if self.embedding is None else self._dropout(self.embedding(ids))
         output, state = self.rnn(inputs, state)
         return self._dropout(output), state
@@ -97,7 +97,8 @@ class RNNLM(nn.Module):
 class RNNLMScratch(nn.Module):
     """The d2l chapter's model from scratch: H = tanh(X W_xh + H W_hh + b_h), logits = H W_hq + b_q.
 
-    The five parameters have the chapter's shapes and start, N(0, 0.01^2) weights and zero biases; X is never built.
+    The five parameters have the chapter's shapes and initialisation, N(0, 0.01^2) weights and zero biases. X is never
+    built.
     """
 
     bidirectional = False
@@ -112,7 +113,7 @@ class RNNLMScratch(nn.Module):
         self.b_q = nn.Parameter(torch.zeros(vocab_size))
 
     def hidden_states(self, ids: Tensor, state: State = None) -> tuple[Tensor, State]:
-        """What the head reads, (T, B, hidden), and the state."""
+        """The hidden states that the head reads, (T, B, hidden), and the state."""
         if state is None:
             state = self.b_h.new_zeros(1, ids.shape[1], len(self.b_h))
         return scratch_rnn(ids, state, self.W_xh, self.W_hh, self.b_h, self.backend)

@@ -38,7 +38,7 @@ LOOK_EVERY = 32  # steps between looks at the loss, the clock and the progress b
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM ended a run, after its checkpoint was written, unless it came twice. The message says where."""
+    """Ctrl-C or SIGTERM ended a run after its checkpoint was written (unless it came twice). The message says where."""
 
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)
@@ -82,7 +82,7 @@ class Run:
 
 @dataclass
 class TrainResult:
-    """What a run ends with. `perplexity` is of the last epoch, `tokens_per_second` over the whole run's training."""
+    """The result of a run. `perplexity` is the last epoch's; `tokens_per_second` is over the whole run's training."""
 
     model: nn.Module
     vocab: Vocab
@@ -121,9 +121,9 @@ def train(
 
     Args:
         out: the run's folder; None writes nothing.
-        resume: go on from the checkpoint in `out`; if `out` is a checkpoint file, from that one, in its folder.
+        resume: continue from the checkpoint in `out`; if `out` is a checkpoint file, from that file, in its folder.
             Settings other than the run's length and reports must be the same.
-        overwrite: replace a run that is in `out` already.
+        overwrite: replace the run that `out` already holds.
         report: takes the lines of progress.
 
     Raises:
@@ -131,7 +131,7 @@ def train(
         Interrupted: by Ctrl-C or SIGTERM, after saving.
     """
     if resume and overwrite:
-        raise UserError("--resume goes on with a run, --overwrite replaces it: leave one of them out")
+        raise UserError("--resume continues a run, --overwrite replaces it: leave one of them out")
     if resume and out is None:
         raise ValueError("to resume a run, give its folder as `out`")
     folder = None if out is None else Path(out).expanduser()
@@ -288,7 +288,7 @@ def _read_log(path: Path, epochs: int) -> list[dict[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
-        note(f"{path} cannot be read ({reason(error)}): the log starts anew")
+        note(f"{path} cannot be read ({reason(error)}): a new log is started")
         return []
     records: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
@@ -297,7 +297,7 @@ def _read_log(path: Path, epochs: int) -> list[dict[str, Any]]:
             if record["epoch"] > epochs:
                 break
         except (ValueError, KeyError, TypeError):
-            note(f"line {number} of {path} is damaged: the log goes on from the lines before it")
+            note(f"line {number} of {path} is damaged: the log continues from the lines before it")
             break
         infinite = [key for key in ("perplexity", "validation_perplexity") if record.get(key, 0) is None]
         records.append(record | dict.fromkeys(infinite, math.inf))

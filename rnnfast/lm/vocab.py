@@ -20,14 +20,14 @@ def count_corpus(tokens: Iterable[Any]) -> Counter[Any]:
 
 
 class Vocab:
-    """Token ids and back. `<unk>` is 0, the reserved tokens follow, then tokens by descending frequency;
-    equally frequent ones stay in the order of their first appearance.
+    """Maps tokens to ids and back. `<unk>` is 0, followed by the reserved tokens, then the others by descending
+    frequency, and by first appearance if equally frequent.
 
     Args:
-        tokens: a flat sequence of tokens (a string is one of characters; tuples are tokens), or a list of lines, which
-            are lists of tokens.
+        tokens: a flat sequence of tokens (in a string these are its characters; tuples are tokens), or a list of lines,
+            which are lists of tokens.
         min_freq: tokens seen fewer times become `<unk>`.
-        reserved_tokens: tokens that have an id whether they occur or not, such as `<pad>`.
+        reserved_tokens: tokens that get an id whether they occur or not, such as `<pad>`.
     """
 
     def __init__(

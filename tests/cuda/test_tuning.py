@@ -148,7 +148,7 @@ def test_a_backward_that_is_wrong_leaves_the_forward(clock: Clock, monkeypatch: 
 def test_it_goes_on_where_it_stopped(clock: Clock) -> None:
     made, said = tune(minutes=0)
     assert made.points == []
-    assert said == ["the time is over; 6 points are left for `rnnfast tune` to go on with"]
+    assert said == ["the time is over; 6 points are left for the next `rnnfast tune`"]
     first, _ = tune()
     first.points.pop()
     first.points[0] = replace(first.points[0], failures={"cuda": "kept"})

@@ -190,7 +190,8 @@ def test_a_torn_line_of_the_log_costs_only_what_follows(
     log.write_bytes(b"\n".join([first, torn.encode("latin1"), third]))
     records = train(SMALL, tmp_path, resume=True).records
     assert [record["epoch"] for record in records] == [1, 4]
-    assert capsys.readouterr().err == f"rnnfast: line 2 of {log} is damaged: the log goes on from the lines before it\n"
+    message = f"line 2 of {log} is damaged: the log continues from the lines before it"
+    assert capsys.readouterr().err == f"rnnfast: {message}\n"
 
 
 @pytest.mark.usefixtures("matplotlib")
@@ -230,7 +231,7 @@ def test_a_run_is_not_replaced_unasked(tmp_path: Path) -> None:
     train(replace(SMALL, epochs=1), tmp_path)
     with pytest.raises(UserError, match="--overwrite"):
         train(SMALL, tmp_path)
-    with pytest.raises(UserError, match="--resume goes on with a run, --overwrite replaces it"):
+    with pytest.raises(UserError, match="--resume continues a run, --overwrite replaces it"):
         train(SMALL, tmp_path, resume=True, overwrite=True)
     assert len(train(SMALL, tmp_path, overwrite=True).records) == 4
 
