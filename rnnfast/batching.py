@@ -44,7 +44,7 @@ ROWS, ROWS_OF_LANES, STATES = Place(0, "rows"), Place(1, "rows"), Place(1, "stat
 _LAYER_PLACES = (ROWS, None, None, None, None, None, STATES, STATES)
 
 
-def map_forward(op: Any, every: bool, info: Any, in_dims: Dims, *arguments: Any) -> tuple[Any, Any]:
+def map_forward(every: bool, op: Any, info: Any, in_dims: Dims, *arguments: Any) -> tuple[Any, Any]:
     """The rule of a forward scan; `every` says that its second result is every c rather than the last h."""
     *layer, batch_sizes, cell, bidirectional, save_tape = arguments
     members, dims = info.batch_size, in_dims[:8]
@@ -67,10 +67,10 @@ def map_forward(op: Any, every: bool, info: Any, in_dims: Dims, *arguments: Any)
     lanes = _as_lanes(layer)
     output, *others = op(*lanes, batch_sizes, cell, bidirectional, save_tape or needs_gradient(lanes))
     results = [output.unflatten(1, (members, -1)), *(_from_lanes(t, members) for t in others)]
-    return tuple(t.to(dtype) for t in results), (1, *(None if t.dim() == 1 else 0 for t in others))
+    return tuple(t.to(dtype) for t in results), (1, *_leading(others))
 
 
-def map_backward(op: Any, every: bool, info: Any, in_dims: Dims, *arguments: Any) -> tuple[Any, Any]:
+def map_backward(every: bool, op: Any, info: Any, in_dims: Dims, *arguments: Any) -> tuple[Any, Any]:
     """The rule of a backward scan; `every` says that its second argument is the gradient of every c."""
     *_, need_input, need_weights = arguments
     tensors, dims = [*arguments[:11], *arguments[14:16]], [*in_dims[:11], *in_dims[14:16]]
@@ -80,8 +80,10 @@ def map_backward(op: Any, every: bool, info: Any, in_dims: Dims, *arguments: Any
     in_lanes = need_weights and (_may_be_differentiated(tensors) or tensors[8] is not None)
     if not in_lanes and _none_mapped(dims[4:9]):
         side = _side_by_side(members, tensors, dims, places, arguments[11], in_dims[11])
-        over = _over_rows_and_weights if need_weights else _over_rows
-        return over(scan, side, side.fold(tensors, dims, places), tensors, dims, members, need_input)
+        folded = side.fold(tensors, dims, places)
+        if need_weights:
+            return _over_rows_and_weights(scan, side, folded, tensors, dims, members, need_input)
+        return _over_rows(scan, side, folded, need_input)
     if in_dims[11] is None:
         return _over_lanes(scan, tensors, dims, members, need_input, need_weights)
     of_arguments = (*places[:11], None, None, None, *places[11:], None, None)
@@ -91,9 +93,7 @@ def map_backward(op: Any, every: bool, info: Any, in_dims: Dims, *arguments: Any
 # ---- the backward scan: tensors are the gradients of its results, the layer, output and tape -----------------------
 
 
-def _over_rows(
-    scan: Any, side: _SideBySide, folded: Tensors, tensors: Tensors, dims: Dims, members: int, need_input: bool
-) -> tuple[Any, Any]:
+def _over_rows(scan: Any, side: _SideBySide, folded: Tensors, need_input: bool) -> tuple[Any, Any]:
     """Shared weights without gradient."""
     op, _, cell, bidirectional = scan
     *layer, output, tape = folded
@@ -394,5 +394,4 @@ def _empty(like: Tensor) -> Tensor:
 
 def _widen(tensors: Sequence[Any]) -> Tensors:
     """Half types as float32: the products between the parts of a mapped scan must not be rounded."""
-    half = (torch.float16, torch.bfloat16)
-    return [t.float() if t is not None and t.dtype in half else t for t in tensors]
+    return [None if t is None else reference.widen(t) for t in tensors]

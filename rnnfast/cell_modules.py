@@ -13,31 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.types import Device
 
-from rnnfast import compiling, direct, dispatch, functional, inputs, scan
+from rnnfast import direct, dispatch, functional, inputs, scan
 from rnnfast.autocast import autocast_dtype
 
 State = TypeVar("State")  # of a cell: h, or (h, c) of an LSTM
 
 
-class DropInCell(nn.RNNCellBase, Generic[State]):
+class DropInCell(dispatch.Dispatched, nn.RNNCellBase, Generic[State]):
     """What the three cells share: torch.nn's conventions and checks, and the step.
 
     `forward` uses of `self` what torch.nn's cells have, and `backend`; so `accelerate` can bind it to one of those.
     """
-
-    backend: str = dispatch.AUTO
-
-    def __init__(self, *args: Any, backend: str = dispatch.AUTO, **kwargs: Any) -> None:
-        dispatch.check_name(backend)
-        super().__init__(*args, **kwargs)
-        self.backend = backend
-
-    def __prepare_scriptable__(self) -> None:
-        """What torch.jit.script asks before it reads the source."""
-        compiling.refuse_script()
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + ("" if self.backend == dispatch.AUTO else f", backend={self.backend!r}")
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         """Runs one time step of B sequences of I = input_size inputs and H = hidden_size units.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnfast import table
+from rnnfast import compiling, table
 from rnnfast.autocast import dtype_of_products
 from rnnfast.cells import CELLS
 
@@ -267,6 +267,24 @@ def check_name(name: str) -> None:
         raise ValueError(f"unknown rnnfast backend '{name}'; choose from {', '.join([AUTO, *BACKENDS])}")
 
 
+class Dispatched(torch.nn.Module):
+    """What our layers and cells have beyond torch.nn's: `backend`, and what torch.jit.script is told."""
+
+    backend: str = AUTO
+
+    def __init__(self, *args: Any, backend: str = AUTO, **kwargs: Any) -> None:
+        check_name(backend)
+        super().__init__(*args, **kwargs)
+        self.backend = backend
+
+    def __prepare_scriptable__(self) -> None:
+        """What torch.jit.script asks before it reads the source."""
+        compiling.refuse_script()
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.backend == AUTO else f", backend={self.backend!r}")
+
+
 class BackendStatus(NamedTuple):
     """A row of `backends()`."""
 
@@ -406,12 +424,12 @@ def _size_of_input(cell: str, layer: Any, input: Tensor | PackedSequence, weight
     """The size of `layer(input)`; None where it decides nothing. A cell takes one step of (B, I), (I,) or ids."""
     if weight.device.type not in TABLED:
         return None
-    data = input if isinstance(input, torch.Tensor) else input.data
+    data = input if isinstance(input, Tensor) else input.data
     leading = data.shape[:-1] if data.is_floating_point() else data.shape
     directions = 1
     if isinstance(layer, torch.nn.RNNCellBase):
         steps, batch = 1, leading[0] if leading else 1
-    elif not isinstance(input, torch.Tensor):
+    elif not isinstance(input, Tensor):
         steps, batch, directions = len(input.batch_sizes), int(input.batch_sizes[0]), 1 + layer.bidirectional
     else:
         steps, batch = leading if len(leading) > 1 else (leading[0], 1)

@@ -10,7 +10,6 @@ compiler unrolls it; eager code has autograd run through it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from rnnfast.backends import reference
 from rnnfast.backends.reference import Extension, Norms
 from rnnfast.batching import ROWS, ROWS_OF_LANES, STATES
 from rnnfast.cells import CELLS
-from rnnfast.scan import Weights, is_plain_inference, is_traced, library, may_need_gradient, stack_lanes
+from rnnfast.scan import Weights, call, contiguous, define, is_plain_inference, library, stack_lanes
 
 # D lanes: the gains (D, G*H) but for gain_c (D, H), bias_c (D, H), peepholes (D, 3, H), recurrent_mask (D, B, P),
 # zoneout_h bool (D, N, P) and zoneout_c (D, N, H), or a share of the old state in the new one, 0 for none. The rest is
@@ -58,23 +57,17 @@ def scan_extended(
     """
     extended, shares = _stack_extensions(extensions)
     tensors: tuple[Any, ...] = (input, *stack_lanes(lanes), h_0, c_0, *extended)
+    options = (batch_sizes, *shares, cell, bidirectional)
     if forward_ad._current_level >= 0 or (backend == "reference" and not _is_graph()):
-        layer = (*tensors, batch_sizes, *shares, cell, bidirectional)
-        return definition(*layer)
-    contiguous = [None if t is None else t.contiguous() for t in tensors]
-    save_tape = may_need_gradient(tensors)
-    arguments = (*contiguous, batch_sizes, *shares, cell, bidirectional, save_tape)
-    if backend == "reference":
-        output, h_n, c_n, _ = _FORMULAS[backend].op(*arguments)
-        return output, h_n, c_n
-    if is_plain_inference(tensors):
+        return definition(*tensors, *options)
+    formula = _FORMULAS[backend]
+    if backend == "cpu" and is_plain_inference(tensors):
         from rnnfast.backends import native
 
         packed = native.packed_weights(lanes, cell, not input.is_floating_point(), extended=True)
-        output, h_n, c_n, _ = _FORMULAS[backend].op(*arguments, packed)
-        return output, h_n, c_n
-    formula, eager_training = _FORMULAS[backend], save_tape and not is_traced()
-    output, h_n, c_n, _ = derivatives.Scan.apply(formula, *arguments) if eager_training else formula.op(*arguments)
+        output, h_n, c_n, _ = formula.op(*contiguous(tensors), *options, False, packed)
+    else:
+        output, h_n, c_n, _ = call(formula, tensors, *options)
     return output, h_n, c_n
 
 
@@ -230,24 +223,18 @@ for _backend, _fake, _kept in (
     ("cpu", _fake_forward, ", Tensor? packed=None"),
     ("reference", _fake_forward_of_reference, ""),
 ):
-    _name = f"scan_extended_{_backend}"
-    library.define(
-        f"{_name}({_ARGUMENTS}, bool save_tape{_kept}) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor tape)"
+    _FORMULAS[_backend] = define(
+        f"scan_extended_{_backend}",
+        (
+            f"({_ARGUMENTS}, bool save_tape{_kept}) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor tape)",
+            f"(Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, {_ARGUMENTS}, Tensor output, Tensor tape, "
+            f"bool need_input, bool need_weights) -> ({_GRADIENTS})",
+        ),
+        (_fake, _fake_backward),
+        (_map_forward, _map_backward),
+        definition,
+        (_TENSORS, _LEAVES, _WEIGHTS),
     )
-    library.define(
-        f"{_name}_backward(Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, {_ARGUMENTS}, Tensor output, Tensor tape, "
-        f"bool need_input, bool need_weights) -> ({_GRADIENTS})"
-    )
-    _op = getattr(torch.ops.rnnfast, _name).default
-    _backward_op = getattr(torch.ops.rnnfast, f"{_name}_backward").default
-    _formula = derivatives.Formula(_op, _backward_op, definition, _TENSORS, _LEAVES, _WEIGHTS)
-    _FORMULAS[_backend] = _formula
-    library.impl(_name, derivatives.kernel(derivatives.Scan, _formula, _op), "Autograd")
-    library.impl(f"{_name}_backward", derivatives.kernel(derivatives.ScanBackward, _formula, _backward_op), "Autograd")
-    torch.library.register_fake(f"rnnfast::{_name}", _fake, lib=library)
-    torch.library.register_fake(f"rnnfast::{_name}_backward", _fake_backward, lib=library)
-    torch.library.register_vmap(f"rnnfast::{_name}", partial(_map_forward, _op), lib=library)
-    torch.library.register_vmap(f"rnnfast::{_name}_backward", partial(_map_backward, _backward_op), lib=library)
 library.impl("scan_extended_reference", _forward_of_reference, "CompositeExplicitAutograd")
 library.impl("scan_extended_reference_backward", _backward_of_reference, "CompositeExplicitAutograd")
 flops.count(f"scan_extended_{_backend}" for _backend in _FORMULAS)

@@ -112,10 +112,8 @@ def lane_weights(layer: Any) -> list[Weights]:
         # Tensors of a transform or a compiler, which the module must not keep.
         flat: Any = iter([getattr(layer, name) for name in layer._flat_weights_names])
     else:
-        parameters, names_and_weights = (
-            layer._parameters,
-            zip(layer._flat_weights_names, layer._flat_weights, strict=True),
-        )
+        parameters = layer._parameters
+        names_and_weights = zip(layer._flat_weights_names, layer._flat_weights, strict=True)
         if not all(parameters.get(name) is weight for name, weight in names_and_weights):
             layer._update_flat_weights()  # torch.nn's own way, which takes longer to find that nothing has changed
         flat = iter(layer._flat_weights)
@@ -144,6 +142,7 @@ def run(
     training: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """What `rnn`, `lstm` and `gru` do, for any key of `rnnfast.cells.CELLS`; c_n is empty but for the LSTM."""
     directions = 2 if bidirectional else 1
     check(cell, input, h_0, c_0, weights, batch_sizes, directions)
     first, token_ids = weights[0], not input.is_floating_point()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.types import Device
 
-from rnnfast import compiling, direct, dispatch, functional, inputs, sequences
+from rnnfast import direct, dispatch, functional, inputs, sequences
 from rnnfast.autocast import autocast_dtype
 from rnnfast.inputs import map_state
 from rnnfast.sequences import Segments
@@ -25,25 +25,11 @@ Sequences = TypeVar("Sequences", Tensor, PackedSequence)
 State = TypeVar("State")  # of a layer: h, or (h, c) of an LSTM
 
 
-class DropIn(nn.RNNBase, Generic[State]):
+class DropIn(dispatch.Dispatched, nn.RNNBase, Generic[State]):
     """What the three layers share: from torch.nn's calling conventions to time-major rows and back.
 
     The methods use of `self` what torch.nn's layers have, and `backend`; so `accelerate` can bind them to one of those.
     """
-
-    backend: str = dispatch.AUTO
-
-    def __init__(self, *args: Any, backend: str = dispatch.AUTO, **kwargs: Any) -> None:
-        dispatch.check_name(backend)
-        super().__init__(*args, **kwargs)
-        self.backend = backend
-
-    def __prepare_scriptable__(self) -> None:
-        """What torch.jit.script asks before it reads the source."""
-        compiling.refuse_script()
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + ("" if self.backend == dispatch.AUTO else f", backend={self.backend!r}")
 
     def forward(
         self,

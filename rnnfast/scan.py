@@ -7,7 +7,7 @@ compiled library is loaded; a backend registers implementations and nothing else
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -81,24 +81,24 @@ def scan(
         # Forward-mode derivatives: the reference is made of operations that have them.
         output, h_n, c_n, _ = reference.forward(*tensors, batch_sizes, cell, bidirectional, False)
         return output, h_n, c_n
-    output, h_n, c_n, _ = _call(FORMULAS[backend], tensors, batch_sizes, cell, bidirectional)
+    output, h_n, c_n, _ = call(FORMULAS[backend], tensors, batch_sizes, cell, bidirectional)
     return output, h_n, c_n
 
 
-def _call(
-    formula: derivatives.Formula,
-    tensors: Sequence[Tensor | None],
-    batch_sizes: Tensor | None,
-    cell: str,
-    bidirectional: bool,
+def call(
+    formula: derivatives.Formula, tensors: Sequence[Tensor | None], *options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    contiguous = [None if t is None else t.contiguous() for t in tensors]
+    """Runs a formula's operator, with a tape where a backward may follow; `options` come between tensors and that."""
     save_tape = may_need_gradient(tensors)
-    arguments = (*contiguous, batch_sizes, cell, bidirectional, save_tape)
+    arguments = (*contiguous(tensors), *options, save_tape)
     # What the operator's Autograd kernel does, without the way there through the dispatcher and back into Python.
     eager_training = save_tape and not is_traced()
     results = derivatives.Scan.apply(formula, *arguments) if eager_training else formula.op(*arguments)
     return results  # type: ignore[no-any-return]
+
+
+def contiguous(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [None if t is None else t.contiguous() for t in tensors]
 
 
 def may_need_gradient(tensors: Sequence[Tensor | None]) -> bool:
@@ -138,11 +138,10 @@ def lstm_states(
     if forward_ad._current_level >= 0:
         output, cells, _ = _states_definition(*tensors, batch_sizes, "lstm", bidirectional)
     elif backend in STATES:
-        output, cells, _, _ = _call(FORMULAS[f"{backend}_states"], tensors, batch_sizes, "lstm", bidirectional)
+        output, cells, _, _ = call(FORMULAS[f"{backend}_states"], tensors, batch_sizes, "lstm", bidirectional)
     else:
-        contiguous = [None if t is None else t.contiguous() for t in tensors]
         with torch.no_grad():
-            output, _, _, tape = FORMULAS[backend].op(*contiguous, batch_sizes, "lstm", bidirectional, True)
+            output, _, _, tape = FORMULAS[backend].op(*contiguous(tensors), batch_sizes, "lstm", bidirectional, True)
         cells = _cells(tape, c_0)
     return output, cells
 
@@ -287,31 +286,58 @@ def _states_definition(*layer: Any) -> tuple[Tensor, ...]:
 
 
 library = torch.library.Library("rnnfast", "DEF")
-_TENSORS, _LEAVES, _WEIGHTS = 9, 8, (1, 2, 3, 4, 5)  # of _LAYER
+
+
+def define(
+    name: str,
+    schemas: tuple[str, str],
+    fakes: tuple[Any, Any],
+    rules: tuple[Any, Any] | None,
+    definition: Callable[..., tuple[Tensor, ...]],
+    sizes: tuple[int, int, tuple[int, ...]],
+) -> derivatives.Formula:
+    """Defines the operators `rnnfast::<name>` and `rnnfast::<name>_backward`, all but their implementations.
+
+    Args:
+        schemas, fakes, rules: of the forward scan and of the backward one. The rules are torch.vmap's, and take the
+            operator first; None: it has no vmap.
+        definition, sizes: the formula's, the sizes being its `tensors`, `leaves` and `weights`.
+    """
+    names = (name, f"{name}_backward")
+    for each, schema in zip(names, schemas, strict=True):
+        library.define(each + schema)
+    ops = [getattr(torch.ops.rnnfast, each).default for each in names]
+    formula = derivatives.Formula(ops[0], ops[1], definition, *sizes)
+    functions = (derivatives.Scan, derivatives.ScanBackward)
+    for each, op, function, fake in zip(names, ops, functions, fakes, strict=True):
+        library.impl(each, derivatives.kernel(function, formula, op), "Autograd")
+        torch.library.register_fake(f"rnnfast::{each}", fake, lib=library)
+    for each, op, rule in zip(names, ops, rules or (), strict=False):
+        torch.library.register_vmap(f"rnnfast::{each}", partial(rule, op), lib=library)
+    return formula
+
+
+_SIZES = 9, 8, (1, 2, 3, 4, 5)  # of _LAYER
 FORMULAS: dict[str, derivatives.Formula] = {}
-for _backend in (*BACKENDS, *(f"{name}_states" for name in STATES)):
-    _name, _has_states = f"scan_{_backend}", _backend.endswith("_states")
-    library.define(_name + (FORWARD_SCHEMA.replace("Tensor h_n", "Tensor cells") if _has_states else FORWARD_SCHEMA))
-    library.define(
-        f"{_name}_backward" + (BACKWARD_SCHEMA.replace("d_h_n", "d_cells") if _has_states else BACKWARD_SCHEMA)
+for _backend in BACKENDS:
+    FORMULAS[_backend] = define(
+        f"scan_{_backend}",
+        (FORWARD_SCHEMA, BACKWARD_SCHEMA),
+        (_fake_forward_of_torch if _backend == "torch" else _fake_forward, _fake_backward),
+        # They rely on the tape.
+        None if _backend == "torch" else (partial(batching.map_forward, False), partial(batching.map_backward, False)),
+        _definition,
+        _SIZES,
     )
-    _op = getattr(torch.ops.rnnfast, _name).default
-    _backward_op = getattr(torch.ops.rnnfast, _name + "_backward").default
-    _formula = derivatives.Formula(
-        _op, _backward_op, _states_definition if _has_states else _definition, _TENSORS, _LEAVES, _WEIGHTS
-    )
-    FORMULAS[_backend] = _formula
-    library.impl(_name, derivatives.kernel(derivatives.Scan, _formula, _op), "Autograd")
-    library.impl(_name + "_backward", derivatives.kernel(derivatives.ScanBackward, _formula, _backward_op), "Autograd")
-    _fake = _fake_forward_of_torch if _backend == "torch" else _fake_states if _has_states else _fake_forward
-    for _qualified, _shapes, _rule in (
-        (f"rnnfast::{_name}", _fake, partial(batching.map_forward, _op, _has_states)),
-        (f"rnnfast::{_name}_backward", _fake_backward, partial(batching.map_backward, _backward_op, _has_states)),
-    ):
-        torch.library.register_fake(_qualified, _shapes, lib=library)
-        if _backend != "torch":  # the rules rely on the tape
-            torch.library.register_vmap(_qualified, _rule, lib=library)
 for _backend in STATES:
+    FORMULAS[f"{_backend}_states"] = define(
+        f"scan_{_backend}_states",
+        (FORWARD_SCHEMA.replace("Tensor h_n", "Tensor cells"), BACKWARD_SCHEMA.replace("d_h_n", "d_cells")),
+        (_fake_states, _fake_backward),
+        (partial(batching.map_forward, True), partial(batching.map_backward, True)),
+        _states_definition,
+        _SIZES,
+    )
     library.impl(f"scan_{_backend}_states", partial(_states, _backend), "CompositeExplicitAutograd")
 for _name, _implementation in (
     ("scan_reference", reference.forward),

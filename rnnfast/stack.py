@@ -101,10 +101,8 @@ class Stack(nn.Module):
         self.cell, self.input_size, self.hidden_sizes = cell, input_size, sizes
         self.bias, self.batch_first, self.bidirectional, self.proj_size = bias, batch_first, bidirectional, proj_size
         self.input_dropout, self.dropout, self.recurrent_dropout = input_dropout, dropout, recurrent_dropout
-        self.weight_dropout, self.zoneout, self.layer_norm = weight_dropout, _pair(zoneout), layer_norm
+        self.weight_dropout, self.zoneout, self.layer_norm = weight_dropout, _pair(zoneout, cell), layer_norm
         self.peepholes, self.connection, self.backend = peepholes, connection, backend
-        if isinstance(zoneout, float | int) and cell != "lstm":
-            self.zoneout = (zoneout, 0.0)
         self._check_options()
 
         directions = 2 if bidirectional else 1
@@ -190,9 +188,14 @@ class Stack(nn.Module):
     def extra_repr(self) -> str:
         parts = [repr(self.cell), str(self.input_size), str(list(self.hidden_sizes))]
         defaults: dict[str, Any] = {"bias": True, "batch_first": False, "bidirectional": False, "proj_size": 0}
-        defaults |= {"input_dropout": 0.0}
-        defaults |= {"dropout": 0.0, "recurrent_dropout": 0.0, "weight_dropout": 0.0, "zoneout": (0.0, 0.0)}
-        defaults |= {"layer_norm": False, "peepholes": False, "connection": None, "backend": dispatch.AUTO}
+        defaults |= dict.fromkeys(("input_dropout", "dropout", "recurrent_dropout", "weight_dropout"), 0.0)
+        defaults |= {
+            "zoneout": (0.0, 0.0),
+            "layer_norm": False,
+            "peepholes": False,
+            "connection": None,
+            "backend": dispatch.AUTO,
+        }
         options = {name: getattr(self, name) for name in defaults}
         return ", ".join(parts + [f"{name}={value!r}" for name, value in options.items() if value != defaults[name]])
 
@@ -424,9 +427,10 @@ class Stack(nn.Module):
         return states
 
 
-def _pair(zoneout: float | tuple[float, float]) -> tuple[float, float]:
+def _pair(zoneout: float | tuple[float, float], cell: str) -> tuple[float, float]:
+    """Of h and of c, which is the LSTM's alone."""
     if isinstance(zoneout, float | int):
-        return zoneout, zoneout
+        return zoneout, zoneout if cell == "lstm" else 0.0
     if not isinstance(zoneout, tuple | list) or len(zoneout) != 2:
         raise ValueError(f"zoneout is a number, or a pair for h and for c, got {zoneout}")
     return float(zoneout[0]), float(zoneout[1])

@@ -192,8 +192,9 @@ def _bound_names(module: nn.Module) -> list[str]:
     return [name for name, value in vars(module).items() if isinstance(value, Method)]
 
 
-def _base(kind: type) -> type[nn.Module]:
-    return next(base for base in kind.__mro__ if base in _OURS)
+def _base(kind: type) -> Any:
+    """The class of torch.nn's that it is or derives from, or None if rnnfast has none like it."""
+    return next((base for base in kind.__mro__ if base in _OURS), None)
 
 
 def _recurrent_modules(model: nn.Module) -> list[tuple[tuple[str, ...], nn.Module]]:
@@ -223,7 +224,7 @@ def _why_not(module: nn.Module) -> str | None:
         return "it is quantized or made to be, and rnnfast computes in floating point"
     if is_ours(module):
         return "it is rnnfast's already"
-    base = next((base for base in kind.__mro__ if base in _OURS), None)
+    base = _base(kind)
     if base is None:
         return f"{kind.__name__} is no layer or cell that rnnfast has"
     changed = [name for name in _TAKING_PART if getattr(kind, name, None) is not getattr(base, name, None)]

@@ -75,6 +75,13 @@ def _noted(name: str, function: Any, names: list[str]) -> Any:
 
 
 @pytest.fixture
+def reset_dynamo() -> Iterator[None]:
+    """For tests that compile: nothing of it is left for the next one."""
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
 def matplotlib() -> None:
     """For tests that draw."""
     pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'rnnfast[plot]'")

@@ -36,6 +36,11 @@ class Run(NamedTuple):
     gradients: dict[str, Tensor]
 
 
+def parts(state: Any) -> tuple[Tensor, ...]:
+    """h, and c of an LSTM."""
+    return state if isinstance(state, tuple) else (state,)
+
+
 def make_inputs(case: Case, layer: nn.RNNBase, dtype: torch.dtype) -> tuple[Any, Any, Any]:
     """Input for ours, its floating equivalent for torch.nn, and the initial state (or None)."""
     lengths = torch.randint(1, case.steps + 1, (case.batch,))
@@ -68,15 +73,13 @@ def run(layer: nn.RNNBase, input: Any, hx: Any, seed: int = 0) -> Run:
         data = leaves["input"] = data.detach().clone().requires_grad_()
         input = PackedSequence(data, *input[1:]) if isinstance(input, PackedSequence) else data
     if hx is not None:
-        states = hx if isinstance(hx, tuple) else (hx,)
-        states = tuple(state.detach().clone().requires_grad_() for state in states)
+        states = tuple(state.detach().clone().requires_grad_() for state in parts(hx))
         leaves |= dict(zip(("h_0", "c_0"), states, strict=False))
         hx = states if isinstance(hx, tuple) else states[0]
     torch.default_generator.manual_seed(seed)  # the CPU's; torch.manual_seed takes longer than a small layer
     output, final = layer(input, hx)
     output = output.data if isinstance(output, PackedSequence) else output
-    final = final if isinstance(final, tuple) else (final,)
-    outputs = {"output": output} | dict(zip(("h_n", "c_n"), final, strict=False))
+    outputs = {"output": output} | dict(zip(("h_n", "c_n"), parts(final), strict=False))
     generator = torch.Generator().manual_seed(1)
     weights = [torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out) for out in outputs.values()]
     gradients = torch.autograd.grad(list(outputs.values()), list(leaves.values()), weights)

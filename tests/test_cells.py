@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import rnnfast
+from tests.parity import parts
 
 CELLS = ["RNNCell", "LSTMCell", "GRUCell"]
 BATCH, INPUTS, HIDDEN = 4, 3, 5
@@ -27,10 +28,6 @@ def pair(name: str, backend: str = "auto", **options: Any) -> tuple[Any, Any]:
 def state_of(name: str, *batch: int, **options: Any) -> Any:
     h = torch.randn(*batch, HIDDEN, **options)
     return (h, torch.randn(*batch, HIDDEN, **options)) if name == "LSTMCell" else h
-
-
-def parts(state: Any) -> tuple[Tensor, ...]:
-    return state if isinstance(state, tuple) else (state,)
 
 
 @pytest.mark.parametrize("name", CELLS)

@@ -18,6 +18,7 @@ import rnnfast
 
 # torch's own, raised by its compiler.
 pytestmark = [
+    pytest.mark.usefixtures("reset_dynamo"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
@@ -64,12 +65,6 @@ class Graphs:
         return [
             node.target._schema.name for graph in self.graphs for node in graph.nodes if "rnnfast" in str(node.target)
         ]
-
-
-@pytest.fixture(autouse=True)
-def _reset() -> Any:
-    yield
-    torch._dynamo.reset()
 
 
 def outputs_and_gradients(model: Any, parameters: list[Tensor], arguments: Any) -> list[Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import rnnfast
+from tests.parity import parts
 
 NAMES = ["RNNCell", "LSTMCell", "GRUCell"]
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
@@ -21,10 +22,6 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("GRUCell", {}),
     ("GRUCell", {"dtype": torch.bfloat16}),
 ]
-
-
-def parts(state: Any) -> tuple[Tensor, ...]:
-    return state if isinstance(state, tuple) else (state,)
 
 
 def state_for(cell: Any, *batch: int) -> Any:

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 import rnnfast
+from tests.parity import parts
 
 LAYERS = ["RNN", "LSTM", "GRU"]
 STEPS, BATCH, INPUTS, HIDDEN = 9, 4, 3, 5
@@ -30,10 +31,6 @@ def state_of(layer: Any, batch: int = BATCH, **options: Any) -> Any:
     dtype = layer.weight_hh_l0.dtype
     h = torch.randn(lanes, batch, layer.proj_size or HIDDEN, dtype=dtype, **options)
     return (h, torch.randn(lanes, batch, HIDDEN, dtype=dtype, **options)) if layer.mode == "LSTM" else h
-
-
-def parts(state: Any) -> tuple[Tensor, ...]:
-    return state if isinstance(state, tuple) else (state,)
 
 
 def like(state: Any, values: Any) -> Any:

@@ -39,12 +39,6 @@ def make(cell: str, sizes: Any = (HIDDEN,), **options: Any) -> Any:
     return stack
 
 
-@pytest.fixture(autouse=True)
-def _library() -> None:
-    if native.why_not() is None:
-        native.load()
-
-
 def seeded(stack: Any, *args: Any, seed: int = 0, **kwargs: Any) -> Any:
     return stack(*args, generator=torch.Generator().manual_seed(seed), **kwargs)
 

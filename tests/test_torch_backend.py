@@ -23,16 +23,11 @@ from tests.test_scan import VARIANTS, arguments, backward_arguments, detached, o
 
 # torch's own, raised by its compiler.
 pytestmark = [
+    pytest.mark.usefixtures("reset_dynamo"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore:LSTM with projections is not supported"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _reset() -> Any:
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(("cell", "bidirectional", "ragged", "token_ids"), VARIANTS)

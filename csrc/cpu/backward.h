@@ -102,7 +102,7 @@ class Backward {
     if (s.cell == Cell::lstm) carry_c = carver.take<T>(s.lanes * s.batch * d.hidden_stride);
   }
   Local carve_local(Carver& carver) const {
-    const int64_t rows = split.items_per_lane ? ceil_div(s.batch, split.items_per_lane) : s.batch;
+    const int64_t rows = item_rows(s, split);
     const int64_t blocks = max64(1, ceil_div(units<O>(gate_rows), BLOCK)), sums = blocks > 1 ? rows : 0;
     return {carver.take<const O*>(rows * blocks), carver.take<const T*>(rows),
             carver.take<T>(max64(sums, MAX_ROWS) * MAX_VECTORS * V), 0, 1};

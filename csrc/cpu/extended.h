@@ -114,10 +114,6 @@ void multiply_rows(Walk<O>& walk, const Panels& panels, int64_t depth, int64_t s
   }
 }
 
-RNNFAST_INLINE int64_t item_rows(const ScanShape& s, const Split& split) {
-  return split.items_per_lane ? ceil_div(s.batch, split.items_per_lane) : s.batch;
-}
-
 // Rows [first, end) of n that are a member's, where the members of a team share them.
 template <class Local, class F>
 void own_rows(const Local& local, int64_t n, F f) {
@@ -131,7 +127,6 @@ template <class S, class O>
 class ExtendedForward {
   using T = typename Product<O>::T;
   static constexpr int V = LANES<O>;
-  static constexpr int64_t CHUNK_ROWS = 32;  // rows of input product made at a time, to be read while still near
   static constexpr bool SAME = sizeof(S) == sizeof(O);
 
   const ForwardArgs& x;
@@ -246,7 +241,7 @@ class ExtendedForward {
     int64_t lane, row, b;
   };
 
-  int64_t chunk_steps() const { return max64(1, CHUNK_ROWS / max64(1, item_rows(s, split))); }
+  int64_t chunk_steps() const { return steps_of_chunk(s, split); }
   int64_t chunk_rows() const { return chunk_steps() * item_rows(s, split); }
   int64_t lane_products() const { return ((has_table ? 0 : chunk_rows()) + item_rows(s, split)) * stride; }
   T* products_x(const Item& item, const Local& local, int64_t lane) const {

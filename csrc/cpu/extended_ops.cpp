@@ -57,8 +57,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scan_extended_cpu(
   const Extension e = extension(s, gain_ih, gain_hh, gain_c, bias_c, peepholes, recurrent_mask, zoneout_h, zoneout_c,
                                 share_h, share_c);
   Tensor output = empty(h_0, {s.rows, s.lanes * s.state}), h_n = empty(h_0, {s.lanes, s.batch, s.state});
-  Tensor c_n = c_0 ? empty(h_0, {s.lanes, s.batch, s.hidden}) : empty(h_0, {0});
-  Tensor tape = save_tape ? empty(h_0, {s.lanes, s.rows, ExtendedTape(s, e).width}) : empty(h_0, {0});
+  Tensor c_n = empty_if(c_0.has_value(), h_0, {s.lanes, s.batch, s.hidden});
+  Tensor tape = empty_if(save_tape, h_0, {s.lanes, s.rows, ExtendedTape(s, e).width});
   if (s.rows) {
     const Kernels& kernels = choose_kernels(s.dtype);
     ExtendedForwardArgs args{{s,         data(input), data(w_ih),  data(w_hh), data(b_ih), data(b_hh), data(w_hr),
@@ -83,36 +83,26 @@ scan_extended_cpu_backward(
   const Extension e = extension(s, gain_ih, gain_hh, gain_c, bias_c, peepholes, recurrent_mask, zoneout_h, zoneout_c,
                                 share_h, share_c);
   s.require_results(d_output, d_h_n, d_c_n, output, tape, ExtendedTape(s, e).width);
+  LayerGradients d(s, h_0, b_ih.has_value(), need_input, need_weights);
   const int64_t gate_rows = s.gates() * s.hidden;
-  const auto when = [&](bool needed, const Sizes& sizes) { return empty(h_0, needed ? sizes : Sizes{0}); };
-  Tensor d_input = when(need_input && !s.ids, {s.rows, s.input});
-  Tensor d_w_ih = when(need_weights, {s.lanes, gate_rows, s.input});
-  Tensor d_w_hh = when(need_weights, {s.lanes, gate_rows, s.state});
-  Tensor d_b_ih = when(need_weights && b_ih, {s.lanes, gate_rows});
-  Tensor d_b_hh = when(need_weights && b_ih, {s.lanes, gate_rows});
-  Tensor d_w_hr = when(need_weights && w_hr, {s.lanes, s.state, s.hidden});
-  Tensor d_h_0 = empty(h_0, {s.lanes, s.batch, s.state});
-  Tensor d_c_0 = when(c_0.has_value(), {s.lanes, s.batch, s.hidden});
-  Tensor d_gain_ih = when(need_weights && gain_ih, {s.lanes, gate_rows});
-  Tensor d_gain_hh = when(need_weights && gain_ih, {s.lanes, gate_rows});
-  Tensor d_gain_c = when(need_weights && gain_c, {s.lanes, s.hidden});
-  Tensor d_bias_c = when(need_weights && gain_c, {s.lanes, s.hidden});
-  Tensor d_peepholes = when(need_weights && peepholes, {s.lanes, 3, s.hidden});
+  Tensor d_gain_ih = empty_if(need_weights && gain_ih, h_0, {s.lanes, gate_rows});
+  Tensor d_gain_hh = empty_if(need_weights && gain_ih, h_0, {s.lanes, gate_rows});
+  Tensor d_gain_c = empty_if(need_weights && gain_c, h_0, {s.lanes, s.hidden});
+  Tensor d_bias_c = empty_if(need_weights && gain_c, h_0, {s.lanes, s.hidden});
+  Tensor d_peepholes = empty_if(need_weights && peepholes, h_0, {s.lanes, 3, s.hidden});
   if (s.rows) {
     const BackwardArgs scan{s,          data(d_output), data(d_h_n), data(d_c_n), data(input),  data(w_ih),   data(w_hh),
                             data(b_ih), data(b_hh),     data(w_hr),  data(h_0),   data(c_0),    data(output), data(tape),
-                            out(d_input), out(d_w_ih),  out(d_w_hh), out(d_b_ih), out(d_b_hh),  out(d_w_hr),
-                            out(d_h_0), out(d_c_0),     nullptr};
+                            out(d.input), out(d.w_ih),  out(d.w_hh), out(d.b_ih), out(d.b_hh),  out(d.w_hr),
+                            out(d.h_0), out(d.c_0),     nullptr};
     const ExtendedBackwardArgs args{scan,          e,           out(d_gain_ih), out(d_gain_hh),
                                     out(d_gain_c), out(d_bias_c), out(d_peepholes)};
     choose_kernels(s.dtype).extended_backward(args, available_threads());
   } else {
-    for (Tensor* d : {&d_w_ih, &d_w_hh, &d_b_ih, &d_b_hh, &d_w_hr, &d_gain_ih, &d_gain_hh, &d_gain_c, &d_bias_c,
-                      &d_peepholes})
-      torch::stable::zero_(*d);
+    d.zero_weights();
+    for (Tensor* gradient : {&d_gain_ih, &d_gain_hh, &d_gain_c, &d_bias_c, &d_peepholes}) torch::stable::zero_(*gradient);
   }
-  return {d_input, d_w_ih, d_w_hh,    d_b_ih,    d_b_hh,   d_w_hr,  d_h_0,
-          d_c_0,   d_gain_ih, d_gain_hh, d_gain_c, d_bias_c, d_peepholes};
+  return {d.input, d.w_ih, d.w_hh, d.b_ih, d.b_hh, d.w_hr, d.h_0, d.c_0, d_gain_ih, d_gain_hh, d_gain_c, d_bias_c, d_peepholes};
 }
 
 }  // namespace rnnfast

@@ -9,7 +9,6 @@ template <class S, class O>
 class Forward {
   using T = typename Product<O>::T;
   static constexpr int V = LANES<O>;
-  static constexpr int64_t CHUNK_ROWS = 32;  // rows of input product made at a time, to be read while still near
   // An operand that lies in memory as the tile wants it is read where it is; any other goes through a buffer.
   static constexpr bool SAME = sizeof(S) == sizeof(O);
   // GRU adds the state itself, which must not be the rounded operand.
@@ -100,9 +99,8 @@ class Forward {
   }
 
  private:
-  int64_t item_rows() const { return split.items_per_lane ? ceil_div(s.batch, split.items_per_lane) : s.batch; }
-  int64_t chunk_steps() const { return max64(1, CHUNK_ROWS / max64(1, item_rows())); }
-  int64_t chunk_rows() const { return chunk_steps() * item_rows(); }
+  int64_t chunk_steps() const { return steps_of_chunk(s, split); }
+  int64_t chunk_rows() const { return chunk_steps() * item_rows(s, split); }
   // Rows of the chunk that come before those of this step.
   int64_t chunk_row(const Item& item, int64_t lane, int64_t step) const {
     const int64_t first = step - step % chunk_steps();

@@ -32,14 +32,10 @@ void run_items(const Scan& scan, const ScanShape& s, const Split& split, Local& 
   for (Item item; team.relay->take(item, threads);) scan.run_item(item, local, team);
 }
 
-template <class S, class O>
-void forward(const ForwardArgs& x, int available) {
-  const ScanShape& s = x.shape;
-  const PackedLayer<S, O> sizes(s, nullptr, x.packed);
-  const Split split = split_work(s, sizes.gates.total_vectors * units<O>(s.state), sizes.gates.count(), available);
-  const Scratch packed_memory(x.packed ? 0 : sizes.bytes);
-  const PackedLayer<S, O> packed(s, x.packed ? static_cast<char*>(x.packed) : packed_memory.data(), x.packed);
-  Forward<S, O> scan(x, packed, split);
+// A forward scan, in memory for the length of the call. Weights that are not packed yet are first, each thread's share of them by
+// pack(thread, threads).
+template <class Scan, class Pack>
+void run_forward(Scan& scan, const ScanShape& s, const Split& split, bool is_packed, Pack pack) {
   Carver shared(nullptr), own(nullptr);
   scan.carve(shared);
   scan.carve_local(own);
@@ -51,12 +47,23 @@ void forward(const ForwardArgs& x, int available) {
   parallel(split.threads, [&](int thread, int threads) {
     Carver mine(memory.data() + shared.used() + own.used() * thread);
     auto local = scan.carve_local(mine);
-    if (!x.packed) {
-      packed.pack(x, thread, threads);
+    if (!is_packed) {
+      pack(thread, threads);
       all.wait(threads);
     }
     run_items(scan, s, split, local, thread, threads, team);
   });
+}
+
+template <class S, class O>
+void forward(const ForwardArgs& x, int available) {
+  const ScanShape& s = x.shape;
+  const PackedLayer<S, O> sizes(s, nullptr, x.packed);
+  const Split split = split_work(s, sizes.gates.total_vectors * units<O>(s.state), sizes.gates.count(), available);
+  const Scratch packed_memory(x.packed ? 0 : sizes.bytes);
+  const PackedLayer<S, O> packed(s, x.packed ? static_cast<char*>(x.packed) : packed_memory.data(), x.packed);
+  Forward<S, O> scan(x, packed, split);
+  run_forward(scan, s, split, x.packed, [&](int thread, int threads) { packed.pack(x, thread, threads); });
 }
 
 template <class S>
@@ -148,23 +155,7 @@ void extended_forward(const ExtendedForwardArgs& x, int available) {
   const Panels panels = ExtendedForward<S, O>::panels_of(s);
   const Split split = split_work(s, panels.total_vectors * units<O>(s.state), panels.count(), available);
   ExtendedForward<S, O> scan(x, split);
-  Carver shared(nullptr), own(nullptr);
-  scan.carve(shared);
-  scan.carve_local(own);
-  const Scratch memory(shared.used() + own.used() * split.threads);
-  Carver carver(memory.data());
-  scan.carve(carver);
-  Barrier all;
-  Team team = team_of(split, scan);
-  parallel(split.threads, [&](int thread, int threads) {
-    Carver mine(memory.data() + shared.used() + own.used() * thread);
-    auto local = scan.carve_local(mine);
-    if (!x.scan.packed) {
-      scan.pack(thread, threads);
-      all.wait(threads);
-    }
-    run_items(scan, s, split, local, thread, threads, team);
-  });
+  run_forward(scan, s, split, x.scan.packed, [&](int thread, int threads) { scan.pack(thread, threads); });
 }
 
 template <class S, class O>

@@ -207,6 +207,17 @@ RNNFAST_INLINE Item item_of(const ScanShape& s, const Split& split, int64_t i) {
   return {lane, lane + 1, s.batch * part / split.items_per_lane, s.batch * (part + 1) / split.items_per_lane};
 }
 
+// The most rows of the batch that an item has.
+RNNFAST_INLINE int64_t item_rows(const ScanShape& s, const Split& split) {
+  return split.items_per_lane ? ceil_div(s.batch, split.items_per_lane) : s.batch;
+}
+
+// How many steps of input product a forward scan makes at a time: few enough to be read while still near.
+RNNFAST_INLINE int64_t steps_of_chunk(const ScanShape& s, const Split& split) {
+  constexpr int64_t ROWS = 32;
+  return max64(1, ROWS / max64(1, item_rows(s, split)));
+}
+
 // A part of a step's work: the rows of a group and a panel of a lane.
 struct Piece {
   int64_t lane, panel, group;

@@ -37,8 +37,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scan_cpu(
   const Shape s(layer_shape(w_ih, w_hh, b_ih, b_hh, w_hr, cell, is_ids(input)), input, h_0, c_0, batch_sizes, bidirectional);
   const int64_t tape_width = tape_count(s.cell) * s.hidden;
   Tensor output = empty(h_0, {s.rows, s.lanes * s.state}), h_n = empty(h_0, {s.lanes, s.batch, s.state});
-  Tensor c_n = c_0 ? empty(h_0, {s.lanes, s.batch, s.hidden}) : empty(h_0, {0});
-  Tensor tape = save_tape ? empty(h_0, {s.lanes, s.rows, tape_width}) : empty(h_0, {0});
+  Tensor c_n = empty_if(c_0.has_value(), h_0, {s.lanes, s.batch, s.hidden});
+  Tensor tape = empty_if(save_tape, h_0, {s.lanes, s.rows, tape_width});
   if (s.rows) {
     const ForwardArgs args{s,         data(input), data(w_ih), data(w_hh), data(b_ih), data(b_hh), data(w_hr),
                            data(h_0), data(c_0),   out(output), out(h_n),  out(c_n),   out(tape), nullptr};
@@ -60,26 +60,17 @@ Gradients backward(const OptionalTensor& d_output, const OptionalTensor& d_h_n, 
   s.require_results(d_output, d_h_n, d_c_n, output, tape, tape_count(s.cell) * s.hidden);
   check(!d_cells || s.cell == Cell::lstm, "d_cells is the gradient of an lstm's c, no other cell has it");
   require("d_cells", d_cells, scalar_type(s.dtype), {s.lanes, s.rows, s.hidden});
-  const int64_t gate_rows = s.gates() * s.hidden;
-  const auto when = [&](bool needed, const Sizes& sizes) { return empty(h_0, needed ? sizes : Sizes{0}); };
-  Tensor d_input = when(need_input && !s.ids, {s.rows, s.input});
-  Tensor d_w_ih = when(need_weights, {s.lanes, gate_rows, s.input});
-  Tensor d_w_hh = when(need_weights, {s.lanes, gate_rows, s.state});
-  Tensor d_b_ih = when(need_weights && b_ih, {s.lanes, gate_rows});
-  Tensor d_b_hh = when(need_weights && b_ih, {s.lanes, gate_rows});
-  Tensor d_w_hr = when(need_weights && w_hr, {s.lanes, s.state, s.hidden});
-  Tensor d_h_0 = empty(h_0, {s.lanes, s.batch, s.state});
-  Tensor d_c_0 = when(c_0.has_value(), {s.lanes, s.batch, s.hidden});
+  LayerGradients d(s, h_0, b_ih.has_value(), need_input, need_weights);
   if (s.rows) {
     const BackwardArgs args{s,          data(d_output), data(d_h_n), data(d_c_n), data(input),  data(w_ih),   data(w_hh),
                             data(b_ih), data(b_hh),     data(w_hr),  data(h_0),   data(c_0),    data(output), data(tape),
-                            out(d_input), out(d_w_ih),  out(d_w_hh), out(d_b_ih), out(d_b_hh),  out(d_w_hr),
-                            out(d_h_0), out(d_c_0),     data(d_cells)};
+                            out(d.input), out(d.w_ih),  out(d.w_hh), out(d.b_ih), out(d.b_hh),  out(d.w_hr),
+                            out(d.h_0), out(d.c_0),     data(d_cells)};
     choose_kernels(s.dtype).backward(args, available_threads());
   } else {
-    for (Tensor* d : {&d_w_ih, &d_w_hh, &d_b_ih, &d_b_hh, &d_w_hr}) torch::stable::zero_(*d);
+    d.zero_weights();
   }
-  return {d_input, d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_w_hr, d_h_0, d_c_0};
+  return {d.input, d.w_ih, d.w_hh, d.b_ih, d.b_hh, d.w_hr, d.h_0, d.c_0};
 }
 
 }  // namespace
@@ -135,7 +126,7 @@ std::tuple<Tensor, Tensor, Tensor> scan_cpu_packed(Tensor input, Tensor packed, 
   const auto [layer, panels] = unpack(packed);
   const Shape s(layer, input, h_0, c_0, batch_sizes, bidirectional);
   Tensor output = empty(h_0, {s.rows, s.lanes * s.state}), h_n = empty(h_0, {s.lanes, s.batch, s.state});
-  Tensor c_n = c_0 ? empty(h_0, {s.lanes, s.batch, s.hidden}) : empty(h_0, {0});
+  Tensor c_n = empty_if(c_0.has_value(), h_0, {s.lanes, s.batch, s.hidden});
   if (s.rows) {
     const ForwardArgs args{s,         data(input), nullptr,     nullptr,  nullptr,  nullptr, nullptr,
                            data(h_0), data(c_0),   out(output), out(h_n), out(c_n), nullptr, panels};

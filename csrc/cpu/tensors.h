@@ -34,6 +34,8 @@ void check(bool holds, const Parts&... message) {
 // A contiguous tensor of undefined content, of the type of `like`. One of WORTH_KEEPING bytes and more is a block of memory.h's,
 // which goes back there with the tensor, where torch can have that (2.11 and later).
 Tensor empty(const Tensor& like, const Sizes& sizes);
+// Or one of no elements, as the operators return where there is nothing or it is not needed.
+inline Tensor empty_if(bool needed, const Tensor& like, const Sizes& sizes) { return empty(like, needed ? sizes : Sizes{0}); }
 
 inline const void* data(const Tensor& tensor) { return tensor.const_data_ptr(); }
 inline const void* data(const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
@@ -157,6 +159,25 @@ struct Shape : ScanShape {
     require("output", output, type, {rows, lanes * state});
     check(tape.numel() == lanes * rows * tape_width && tape.scalar_type() == type && tape.is_contiguous(),
           "the tape is not that of a scan of this layer that was run with save_tape=True");
+  }
+};
+
+// The gradients that any backward scan returns first, of undefined content.
+struct LayerGradients {
+  Tensor input, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0;
+
+  LayerGradients(const Shape& s, const Tensor& like, bool biased, bool need_input, bool need_weights)
+      : input(empty_if(need_input && !s.ids, like, {s.rows, s.input})),
+        w_ih(empty_if(need_weights, like, {s.lanes, s.gates() * s.hidden, s.input})),
+        w_hh(empty_if(need_weights, like, {s.lanes, s.gates() * s.hidden, s.state})),
+        b_ih(empty_if(need_weights && biased, like, {s.lanes, s.gates() * s.hidden})),
+        b_hh(empty_if(need_weights && biased, like, {s.lanes, s.gates() * s.hidden})),
+        w_hr(empty_if(need_weights && s.has_projection, like, {s.lanes, s.state, s.hidden})),
+        h_0(empty(like, {s.lanes, s.batch, s.state})),
+        c_0(empty_if(s.cell == Cell::lstm, like, {s.lanes, s.batch, s.hidden})) {}
+  // Of a scan of no rows.
+  void zero_weights() {
+    for (Tensor* d : {&w_ih, &w_hh, &b_ih, &b_hh, &w_hr}) torch::stable::zero_(*d);
   }
 };
 

@@ -67,10 +67,12 @@ _SCHEMAS = (
 )
 _lock = threading.Lock()
 _library: Any = None
-# The C functions of csrc/cpu/direct.h, once the library is loaded. Each takes the bytes of a structure.
+# The C functions of csrc/cpu/direct.h, once the library is loaded. Each takes the bytes of a structure, and returns
+# whether it is done, or the weights are stale, or something else is wrong.
 infer: Any = None
 forward: Any = None
 backward: Any = None
+DONE, STALE = 0, 1
 _are_as_they_were: Any = None  # of csrc/cpu/weight_samples.h
 packings: dict[Key, _Packed] = {}  # what `packed_weights` keeps
 _kept: dict[int, _Kept] = {}  # the weights that it was made of, by id

@@ -1,10 +1,12 @@
-"""What GPU scans share around their kernels: the rows of steps, the input's part of the gates, the weights' gradients.
+"""What GPU scans share around their kernels: what they refuse, rows of steps, gates' inputs, the weights' gradients.
 
 D lanes, N rows, B rows of the first step, I inputs, H hidden units, G gates. All of it is torch's GEMMs and gathers,
 and every sum has a fixed order.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +15,23 @@ from torch import Tensor
 def copy_to(device: torch.device, on_host: Tensor) -> Tensor:
     """Copies without making the host wait for the device."""
     return on_host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else on_host
+
+
+def unsupported(dtype: torch.dtype, projected: bool, dtypes: Sequence[torch.dtype]) -> str | None:
+    """Returns why a backend that computes in these dtypes cannot run a layer, or None."""
+    if projected:
+        return "has no LSTM projection (proj_size)"
+    if dtype not in dtypes:
+        *names, last, given = (str(each).removeprefix("torch.") for each in (*dtypes, dtype))
+        return f"computes {', '.join(names)} and {last}, not {given}"
+    return None
+
+
+def require_supported(backend: str, dtype: torch.dtype, w_hr: Tensor | None, dtypes: Sequence[torch.dtype]) -> None:
+    """Raises NotImplementedError where `unsupported` has a reason."""
+    reason = unsupported(dtype, w_hr is not None, dtypes)
+    if reason is not None:
+        raise NotImplementedError(f"the {backend} backend {reason}; choose another backend")
 
 
 def numbers(dtype: torch.dtype) -> str:

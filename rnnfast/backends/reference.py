@@ -249,18 +249,19 @@ class _Lane(NamedTuple):
     extension: Extension = Extension()
 
 
-def _widen(tensor: Tensor) -> Tensor:
+def widen(tensor: Tensor) -> Tensor:
+    """In the type that it is computed in."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def _lanes(input: Tensor, w_hh: Tensor, *others: Tensor | None, bidirectional: bool) -> list[_Lane]:
-    input = _widen(input)
+    input = widen(input)
     lanes = []
     for d in range(w_hh.shape[0]):
-        w_ih, b_ih, b_hh, w_hr, *states = (None if t is None else _widen(t[d]) for t in others)
+        w_ih, b_ih, b_hh, w_hr, *states = (None if t is None else widen(t[d]) for t in others)
         assert w_ih is not None
         initial = tuple(s for s in states if s is not None)
-        lanes.append(_Lane(input, w_ih, _widen(w_hh[d]), b_ih, b_hh, w_hr, initial, bidirectional and d % 2 == 1))
+        lanes.append(_Lane(input, w_ih, widen(w_hh[d]), b_ih, b_hh, w_hr, initial, bidirectional and d % 2 == 1))
     return lanes
 
 
@@ -309,11 +310,9 @@ def _forward_lane(lane: _Lane, sizes: list[int], cell: str) -> tuple[Tensor, Sta
     mask, *zoneouts, norms, peepholes = lane.extension
     step = _STEPS[cell][0]
     if norms is not None:
-        norms = Norms(
-            _widen(norms.gain_ih), _widen(norms.gain_hh), *(None if t is None else _widen(t) for t in norms[2:])
-        )
+        norms = Norms(widen(norms.gain_ih), widen(norms.gain_hh), *(None if t is None else widen(t) for t in norms[2:]))
     if cell == "lstm":
-        step = partial(_lstm, norms=norms, peepholes=None if peepholes is None else _widen(peepholes))
+        step = partial(_lstm, norms=norms, peepholes=None if peepholes is None else widen(peepholes))
     gain_ih, gain_hh = (None, None) if norms is None else norms[:2]
     gates_x = _gates(lane.input, lane.w_ih, lane.b_ih, gain_ih, cell)
 
@@ -367,16 +366,14 @@ def backward(
     lanes = _lanes(input, w_hh, w_ih, b_ih, b_hh, w_hr, h_0, c_0, bidirectional=bidirectional)
     columns = h_0.shape[2]
     outputs, d_outputs = (
-        _widen(t).split(columns, dim=1) for t in (output, torch.zeros_like(output) if d_output is None else d_output)
+        widen(t).split(columns, dim=1) for t in (output, torch.zeros_like(output) if d_output is None else d_output)
     )
-    d_final = [
-        _widen(torch.zeros_like(s) if d is None else d) for d, s in ((d_h_n, h_0), (d_c_n, c_0)) if s is not None
-    ]
+    d_final = [widen(torch.zeros_like(s) if d is None else d) for d, s in ((d_h_n, h_0), (d_c_n, c_0)) if s is not None]
     lane_gradients = []
     for d, lane in enumerate(lanes):
         d_final_of_lane = tuple(g[d] for g in d_final)
-        d_every = (d_outputs[d],) if d_cells is None else (d_outputs[d], _widen(d_cells[d]))
-        rows = _backward_lane(lane, d_every, d_final_of_lane, outputs[d], _widen(tape[d]), sizes, _STEPS[cell][1])
+        d_every = (d_outputs[d],) if d_cells is None else (d_outputs[d], widen(d_cells[d]))
+        rows = _backward_lane(lane, d_every, d_final_of_lane, outputs[d], widen(tape[d]), sizes, _STEPS[cell][1])
         lane_gradients.append(
             (
                 F.linear(rows.d_gates_x, _turned(lane.w_ih)) if need_input and input.is_floating_point() else None,

@@ -52,7 +52,7 @@ def _child(case: LayerCase, who: str, backend: str) -> int:
     return int(done.stdout)
 
 
-def _pages(key: str) -> int:
+def _bytes_of(key: str) -> int:
     """A line of /proc/self/status, in bytes."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key + ":"))
     return int(line.split()[1]) * 1024
@@ -64,9 +64,9 @@ def peak_of_call(case: LayerCase, who: str, backend: str) -> int:
     call = _contestant(case, who, backend)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")
-    before = _pages("VmRSS")
+    before = _bytes_of("VmRSS")
     result = call()  # held, so that the results are counted
-    peak = _pages("VmHWM") - before
+    peak = _bytes_of("VmHWM") - before
     del result
     return peak
 

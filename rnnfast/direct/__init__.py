@@ -20,14 +20,13 @@ import torch
 from torch import Tensor, is_grad_enabled
 
 from rnnfast.backends import native
+from rnnfast.backends.native import DONE, STALE
 from rnnfast.direct import training
 from rnnfast.direct.plans import Plan, all_plans, contiguous, plan_of, prepare, signature_of
 
 __all__ = ["cell", "forget_packed_weights", "prepare", "run", "step"]
 
-# Of csrc/cpu/direct.h: what its functions return, and the structure that `native.infer` takes.
-_DONE, _STALE = 0, 1
-_infer_call = Struct("9q").pack
+_infer_call = Struct("9q").pack  # of csrc/cpu/direct.h
 _requires_grad: Any = torch._C.TensorBase.requires_grad.__get__  # type: ignore[attr-defined]
 
 
@@ -170,8 +169,8 @@ def _infer(
         0 if c_n is None else c_n.data_ptr(),
     )
     status = native.infer(call)
-    if status == _DONE:
+    if status == DONE:
         return output, h_n if c_n is None else (h_n, c_n)
-    if status == _STALE:
+    if status == STALE:
         plan.packed.pop(ids, None)  # another thread may have found it as well
     return None

@@ -14,10 +14,10 @@ from torch._C._autograd import _top_saved_tensors_default_hooks
 
 from rnnfast import derivatives, scan
 from rnnfast.backends import native
+from rnnfast.backends.native import DONE
 from rnnfast.direct.plans import Layer, Packed, Plan, address_of, addresses, is_observed, is_plain, signature_of
 
-DONE = 0  # of csrc/cpu/direct.h, as the structures are
-_forward_call, _backward_call = (Struct(f"{fields}q").pack for fields in (17, 24))
+_forward_call, _backward_call = (Struct(f"{fields}q").pack for fields in (17, 24))  # of csrc/cpu/direct.h
 WORTH_KEEPING = 128 << 10  # that of csrc/cpu/memory.h, in bytes
 _NO_WEIGHT = (False,) * 5
 _SHORT = 128  # rows of a call in which packing the weights takes a good part of the time

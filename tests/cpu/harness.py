@@ -10,10 +10,9 @@ from torch import Tensor
 import rnnfast.scan  # noqa: F401  (defines the operators)
 from rnnfast.backends import native
 from rnnfast.cells import CELLS
+from tests.scans import GRADIENTS, OUTPUTS, widened
 
 ARGUMENTS = ("input", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "h_0", "c_0")
-OUTPUTS = ("output", "h_n", "c_n", "tape")
-GRADIENTS = ("d_input", "d_w_ih", "d_w_hh", "d_b_ih", "d_b_hh", "d_w_hr", "d_h_0", "d_c_0")
 
 
 class Case(NamedTuple):
@@ -59,11 +58,6 @@ def build(case: Case, dtype: torch.dtype) -> list[Any]:
         cell,
         lanes > 1,
     ]
-
-
-def widen(arguments: Any) -> list[Any]:
-    """The same values in float64."""
-    return [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments]
 
 
 def run(
@@ -154,7 +148,7 @@ def compare(case: Case, dtype: torch.dtype) -> dict[str, Error]:
     for name in OUTPUTS[:3]:
         assert torch.equal(outputs[name], without_tape[name])
     saved = [outputs["output"], outputs["tape"]]
-    truth = reference(case, widen(arguments), widen(d_outputs), widen(saved))
+    truth = reference(case, widened(arguments), widened(d_outputs), widened(saved))
     eager = reference(case, arguments, d_outputs, saved, reverse=dtype is torch.float64)
     errors = {}
     for name, tensor in (outputs | gradients).items():

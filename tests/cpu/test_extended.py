@@ -12,6 +12,7 @@ import rnnfast
 from rnnfast import extended
 from rnnfast.cells import CELLS
 from tests.cpu.harness import Case, build, native
+from tests.scans import widened
 
 pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
 
@@ -92,10 +93,6 @@ def _run(backend: str, arguments: list[Any]) -> tuple[dict[str, Tensor], dict[st
     return {name: out.detach() for name, out in outputs.items()}, dict(zip(leaves, gradients, strict=True))
 
 
-def double(arguments: list[Any]) -> list[Any]:
-    return [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments]
-
-
 SHAPES = [(1, 5, 3, 4, 33), (2, 6, 7, 5, 17), (1, 1, 1, 1, 1), (2, 12, 1, 3, 20)]
 
 
@@ -130,7 +127,7 @@ def test_float32_error_is_at_most_twice_that_of_the_reference(cell: str, option:
         arguments = extend(Case(cell, 2, 20, 16, 11, 64, projected, ragged=True), option, torch.float32)
         truth, theirs, ours = (
             {name: tensor.double() for part in run(backend, values) for name, tensor in part.items()}
-            for backend, values in (("reference", double(arguments)), ("reference", arguments), ("cpu", arguments))
+            for backend, values in (("reference", widened(arguments)), ("reference", arguments), ("cpu", arguments))
         )
         for name, true in truth.items():
             errors = torch.stack([part.square().sum() for part in (true, theirs[name] - true, ours[name] - true)])
@@ -143,7 +140,7 @@ def test_float32_error_is_at_most_twice_that_of_the_reference(cell: str, option:
 
 def assert_near_the_truth(case: Case, option: str, dtype: torch.dtype, limit: float, gradient_limit: float) -> None:
     arguments = extend(case, option, dtype)
-    (truth, true_gradients), (outputs, gradients) = run("reference", double(arguments)), run("cpu", arguments)
+    (truth, true_gradients), (outputs, gradients) = run("reference", widened(arguments)), run("cpu", arguments)
 
     def error(found: Tensor, true: Tensor) -> float:
         return ((found.double() - true).square().sum() / true.square().sum()).sqrt().item()

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from tests.cpu import test_extended
-from tests.cpu.harness import OUTPUTS, Case, build, gradients_like, native, run
+from tests.cpu.harness import Case, build, gradients_like, native, run
+from tests.scans import OUTPUTS
 
 pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
 

@@ -1,7 +1,8 @@
-"""Random layers as the scan operators take them, and the comparison of results with the truth and with torch.nn's."""
+"""The comparison of a scan's results with the truth and with torch.nn's."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,11 +10,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnfast.backends import reference
-from rnnfast.cells import CELLS
 from rnnfast.tuning import allowed_error
+from tests.scans import GRADIENTS, OUTPUTS, random_gradients, widened
 
-OUTPUTS = ("output", "h_n", "c_n", "tape")
-GRADIENTS = ("d_input", "d_w_ih", "d_w_hh", "d_b_ih", "d_b_hh", "d_w_hr", "d_h_0", "d_c_0")
 DTYPES = {
     "float32": torch.float32,
     "tf32": torch.float32,
@@ -25,47 +24,6 @@ DTYPES = {
 # no TF32, and its float64 is the truth itself) a bound of the error's RMS over the truth's, forward and backward: 2^-11
 # a factor in TF32, a few roundings in float64.
 BOUNDS = {"tf32": (1e-3, 2e-3), "float64": (2e-15, 4e-15)}
-
-
-def random_layer(
-    cell: str,
-    hidden: int,
-    batch: int,
-    steps: int,
-    dtype: torch.dtype,
-    *,
-    lanes: int = 1,
-    inputs: int = 3,
-    token_ids: bool = False,
-    ragged: bool = False,
-    bias: bool = True,
-    device: str = "cpu",
-) -> list[Any]:
-    """The arguments of a forward scan but `save_tape`: two lanes are the two directions of a layer."""
-    generator = torch.Generator().manual_seed(hidden + 7 * batch)
-
-    def uniform(*shape: int, scale: float = 1.0) -> Tensor:
-        return ((torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1) * scale).to(device, dtype)
-
-    rows, batch_sizes = steps * batch, None
-    if ragged:
-        lengths = torch.randint(1, steps + 1, (batch,), generator=generator)
-        lengths[0] = steps
-        batch_sizes = (lengths[None, :] > torch.arange(steps)[:, None]).sum(1)
-        rows = int(batch_sizes.sum())
-    input = torch.randint(inputs, (rows,), generator=generator).to(device) if token_ids else uniform(rows, inputs)
-    scale, gate_rows = hidden**-0.5, CELLS[cell].gates * hidden
-    biases = [uniform(lanes, gate_rows, scale=scale) if bias else None for _ in range(2)]
-    w_ih, w_hh = uniform(lanes, gate_rows, inputs, scale=scale), uniform(lanes, gate_rows, hidden, scale=scale)
-    h_0 = uniform(lanes, batch, hidden)
-    c_0 = uniform(lanes, batch, hidden) if CELLS[cell].has_cell_state else None
-    return [input, w_ih, w_hh, *biases, None, h_0, c_0, batch_sizes, cell, lanes > 1]
-
-
-def random_gradients(outputs: tuple[Tensor, ...]) -> list[Tensor | None]:
-    """Gradients of output, h_n and (where the cell has one) c_n."""
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(o.shape, generator=generator).to(o) if o.numel() else None for o in outputs[:3]]
 
 
 def torch_nn(layer: list[Any], d_outputs: list[Tensor | None]) -> tuple[list[Tensor], list[Tensor]]:
@@ -107,10 +65,9 @@ def torch_nn(layer: list[Any], d_outputs: list[Tensor | None]) -> tuple[list[Ten
 _NN_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
-def _wide(x: Any) -> Any:
-    """On the CPU, and in float64 if it is a floating tensor."""
-    x = x.cpu() if isinstance(x, Tensor) else x
-    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+def _wide(values: Sequence[Any]) -> list[Any]:
+    """On the CPU, and in float64."""
+    return widened([x.cpu() if isinstance(x, Tensor) else x for x in values])
 
 
 def _nn_module(cell: str, weights: list[Any], bidirectional: bool) -> nn.RNNBase:
@@ -133,7 +90,7 @@ def check_against_truth(forward: Any, backward: Any, layer: list[Any], numbers: 
 
     Each backward reads the other's tape as well as its own.
     """
-    wide = [_wide(x) for x in layer]
+    wide = _wide(layer)
     truth = reference.forward(*wide, True)
     ours, theirs = forward(*layer, True), reference.forward(*layer, True)
     without_tape = forward(*layer, False)
@@ -148,8 +105,8 @@ def check_against_truth(forward: Any, backward: Any, layer: list[Any], numbers: 
     def true_gradients(output: Tensor) -> tuple[Tensor, ...]:
         # The slope of relu is a step: a sum that rounding takes across zero would count as an error of backward. So
         # each backward is judged by the forward that it was given.
-        output = _wide(output) if layer[-2] == "rnn_relu" else truth[0]
-        return reference.backward(*map(_wide, d_outputs), *wide, output, truth[3], True, True)
+        output = _wide([output])[0] if layer[-2] == "rnn_relu" else truth[0]
+        return reference.backward(*_wide(d_outputs), *wide, output, truth[3], True, True)
 
     nn_truth = true_gradients(nn_outputs[0])
     for way, run, used in (

@@ -14,8 +14,9 @@ from rnnfast.backends.cuda import build, launch
 from rnnfast.backends.cuda.launch import Plan
 from rnnfast.cells import CELLS
 from rnnfast.table import Point
+from tests.scans import random_layer
 
-from .layers import DTYPES, check_against_truth, random_layer
+from .layers import DTYPES, check_against_truth
 
 pytestmark = pytest.mark.gpu
 

@@ -6,8 +6,9 @@ import torch
 from rnnfast.backends.cuda import launch
 from rnnfast.backends.cuda.launch import Plan
 from rnnfast.cells import CELLS
+from tests.scans import random_layer
 
-from .layers import DTYPES, check_against_truth, random_layer
+from .layers import DTYPES, check_against_truth
 
 # Teams small enough that little layers take several blocks, row tiles, column groups and chunks of the depth. Where the
 # second team is given it is for tensor cores, which take rows by eight.

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from rnnfast.backends.triton.plan import Walk
+from tests.scans import random_layer
 
-from .layers import random_layer
 from .test_parity import KERNELS
 
 HIDDEN, BATCH, LANES, GATES, TAPE = 16, 2, 2, 3, 4

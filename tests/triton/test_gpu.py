@@ -10,9 +10,10 @@ import rnnfast
 from rnnfast.backends import reference
 from rnnfast.cells import CELLS
 from rnnfast.scan import Weights, scan
+from tests.scans import GRADIENTS, OUTPUTS, random_gradients, random_layer, widened
 
-from .layers import assert_near, random_gradients, random_layer, widened
-from .test_parity import BACKWARD_ROUNDINGS, FORWARD_ROUNDINGS, GRADIENTS
+from .layers import assert_near
+from .test_parity import BACKWARD_ROUNDINGS, FORWARD_ROUNDINGS
 
 # A batch for which the step scan has more programs than any card has multiprocessors, at 512 units.
 MANY_ROWS = 600
@@ -35,8 +36,7 @@ def assert_matches(launch, layer, dtype):
             assert_near(name, a, t, dtype, roundings[dtype], p)
 
     ours, truth = launch.forward(*layer, True), reference.forward(*widened(layer), True)
-    names = ("output", "h_n", "c_n", "tape")
-    assert_all_near(names, ours, truth, reference.forward(*layer, True), FORWARD_ROUNDINGS)
+    assert_all_near(OUTPUTS, ours, truth, reference.forward(*layer, True), FORWARD_ROUNDINGS)
     arguments = [*random_gradients(ours), *layer, ours[0], ours[3], True, True]
     results, plain = launch.backward(*arguments), reference.backward(*arguments)
     assert_all_near(GRADIENTS, results, reference.backward(*widened(arguments)), plain, BACKWARD_ROUNDINGS)

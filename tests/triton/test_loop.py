@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from rnnfast.backends.triton import plan
-
-from .layers import random_gradients, random_layer
+from tests.scans import random_gradients, random_layer
 
 
 @pytest.fixture

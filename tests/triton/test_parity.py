@@ -8,8 +8,9 @@ from rnnfast.backends import reference
 from rnnfast.backends.triton.plan import Plan
 from rnnfast.cells import CELLS
 from rnnfast.scan import Weights, scan
+from tests.scans import GRADIENTS, OUTPUTS, random_gradients, random_layer, widened
 
-from .layers import assert_near, random_gradients, random_layer, widened
+from .layers import assert_near
 
 # One plan for every kernel, with tiles small enough that little layers take several of them.
 KERNELS = {
@@ -46,7 +47,6 @@ CASES += [
     for shape, dtype in (("odd sizes", torch.float32), ("ragged", torch.bfloat16))
 ]
 CASES += [("rnn_relu", kernel, "ragged", torch.float32) for kernel in KERNELS]
-GRADIENTS = ("d_input", "d_w_ih", "d_w_hh", "d_b_ih", "d_b_hh", "d_w_hr", "d_h_0", "d_c_0")
 # Roundings of half an eps, RMS: a result rounded once stays below 1. In half types 1.28 is DESIGN's bound of 0.005 for
 # bfloat16; a gradient passes through rounded gate gradients on its way.
 FORWARD_ROUNDINGS = {torch.float32: 6.0, torch.bfloat16: 1.28, torch.float16: 1.28}
@@ -72,7 +72,7 @@ def test_matches_the_reference(launch, monkeypatch, device, cell, kernel, shape,
     wide = widened(layer)
     truth = reference.forward(*wide, True)
     ours = launch.forward(*layer, True)
-    for name, a, t in zip(("output", "h_n", "c_n", "tape"), ours, truth, strict=True):
+    for name, a, t in zip(OUTPUTS, ours, truth, strict=True):
         assert_near(name, a, t, dtype, FORWARD_ROUNDINGS[dtype])
 
     gradients = random_gradients(ours)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rnnfast.autocast import without_autocast
+from rnnfast.backends import products
 
 if TYPE_CHECKING:
     from rnnfast.dispatch import Request
@@ -37,9 +38,9 @@ def why_not() -> str | None:
 
 def declines(request: Request) -> str | None:
     """Returns why this backend cannot run a `rnnfast.dispatch.Request`, or None."""
-    from rnnfast.backends.cuda.launch import unsupported
+    from rnnfast.backends.cuda.launch import DTYPES
 
-    reason = unsupported(request.dtype, request.projected)
+    reason = products.unsupported(request.dtype, request.projected, DTYPES)
     return None if reason is None else f"it {reason}"
 
 

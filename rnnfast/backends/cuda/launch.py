@@ -130,7 +130,7 @@ def forward(
     save_tape: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Implements `rnnfast::scan_cuda`; shapes are those of `rnnfast.scan.scan`."""
-    _require_supported(h_0.dtype, w_hr)
+    products.require_supported("cuda", h_0.dtype, w_hr, DTYPES)
     lanes, batch, hidden = h_0.shape
     rows, tape_width = input.shape[0], CELLS[cell].tape * hidden
     output = h_0.new_empty(rows, lanes * hidden)
@@ -181,7 +181,7 @@ def backward(
     need_weights: bool,
 ) -> tuple[Tensor, ...]:
     """Implements `rnnfast::scan_cuda_backward`: what is absent or not needed is returned empty."""
-    _require_supported(h_0.dtype, w_hr)
+    products.require_supported("cuda", h_0.dtype, w_hr, DTYPES)
     lanes, batch, hidden = h_0.shape
     rows, gates = input.shape[0], CELLS[cell].gates
     d_gx = h_0.new_empty(rows, lanes * gates * hidden)
@@ -223,21 +223,6 @@ def backward(
             d_gx, d_g_last, input, w_ih, b_ih is not None, output, h_0, batch_sizes, bidirectional
         )
     return tuple(empty if g is None else g for g in (*gradients, d_h_0, d_c_0))
-
-
-def unsupported(dtype: torch.dtype, projected: bool) -> str | None:
-    """Returns None for what this backend computes, else why not."""
-    if projected:
-        return "has no LSTM projection (proj_size)"
-    if dtype not in DTYPES:
-        return f"computes float32, float64, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
-    return None
-
-
-def _require_supported(dtype: torch.dtype, w_hr: Tensor | None) -> None:
-    reason = unsupported(dtype, w_hr is not None)
-    if reason is not None:
-        raise NotImplementedError(f"the cuda backend {reason}; choose another backend")
 
 
 def _state(tensor: Tensor) -> Tensor:

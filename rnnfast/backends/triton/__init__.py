@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rnnfast.autocast import without_autocast
+from rnnfast.backends import products
 
 if TYPE_CHECKING:
     from rnnfast.dispatch import Request
@@ -35,11 +36,11 @@ def why_not() -> str | None:
 
 def declines(request: Request) -> str | None:
     """Returns why this backend cannot run a `rnnfast.dispatch.Request`, or None."""
-    from rnnfast.backends.triton.plan import unsupported
+    from rnnfast.backends.triton.plan import DTYPES
 
     if request.device == "cpu" and not interpreted():
         return "it runs on a GPU, the input is on the CPU"
-    reason = unsupported(request.dtype, request.projected)
+    reason = products.unsupported(request.dtype, request.projected, DTYPES)
     return None if reason is None else f"it {reason}"
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from rnnfast.backends import products
 from rnnfast.backends.products import numbers, on_device_of, steps_of
 from rnnfast.backends.triton import block, cells, loop, step
-from rnnfast.backends.triton.plan import H100, Card, Plan, Walk, plan, programs, unsupported
+from rnnfast.backends.triton.plan import DTYPES, H100, Card, Plan, Walk, plan, programs
 from rnnfast.cells import CELLS
 
 
@@ -31,7 +31,7 @@ def forward(
     save_tape: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Implements `rnnfast::scan_triton`; shapes are those of `rnnfast.scan.scan`."""
-    _require_supported(h_0.dtype, w_hr)
+    products.require_supported("triton", h_0.dtype, w_hr, DTYPES)
     lanes, _, hidden = h_0.shape
     rows, values = input.shape[0], CELLS[cell].tape
     output = h_0.new_empty(rows, lanes * hidden)
@@ -71,7 +71,7 @@ def backward(
     need_weights: bool,
 ) -> tuple[Tensor, ...]:
     """Implements `rnnfast::scan_triton_backward`: what is absent or not needed is returned empty."""
-    _require_supported(h_0.dtype, w_hr)
+    products.require_supported("triton", h_0.dtype, w_hr, DTYPES)
     lanes, _, hidden = h_0.shape
     rows, gates = input.shape[0], CELLS[cell].gates
     d_gx = h_0.new_empty(rows, lanes * gates * hidden)
@@ -107,12 +107,6 @@ def backward(
 
 
 # ---- before the scan -----------------------------------------------------------------------------------------------
-
-
-def _require_supported(dtype: torch.dtype, w_hr: Tensor | None) -> None:
-    reason = unsupported(dtype, w_hr is not None)
-    if reason is not None:
-        raise NotImplementedError(f"the triton backend {reason}; choose another backend")
 
 
 def _walk(h_0: Tensor, rows: int, batch_sizes: Tensor | None, bidirectional: bool) -> Walk:

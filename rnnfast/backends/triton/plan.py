@@ -77,15 +77,6 @@ H100 = Card(227 * 1024, 132)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def unsupported(dtype: torch.dtype, projected: bool) -> str | None:
-    """Returns None for what this backend computes, else why not."""
-    if projected:
-        return "has no LSTM projection (proj_size)"
-    if dtype not in DTYPES:
-        return f"computes float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
-    return None
-
-
 # The block scan's sizes: H padded to a power of two, and the warps that run a program. In registers W_hh is float32, a
 # program has one batch row and the product is multiply and sum; the fewest warps that hold it exchange least. In shared
 # memory (half types only) it has 16 rows and the product runs on tensor cores.
