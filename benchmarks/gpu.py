@@ -118,7 +118,7 @@ def run_tune(deadline: float, save: Save) -> Report:
 
     while (seconds := deadline - time.perf_counter()) > 5:
         done = _run(_own("--tune", str(seconds - 5)), deadline, meanwhile=partial(_save_now, save, so_far))
-        said += done.stdout.splitlines()
+        said += dict.fromkeys(done.stdout.splitlines())  # each thread of a kernel that fails says so
         if done.returncode == 0:
             break
         said += _last_lines(done, 1)
@@ -201,6 +201,8 @@ def run_tasks(name: str, deadline: float, save: Save) -> list[Report]:
         elif nothing or "failure" not in rows[-1]:
             why = f"it took more than {PARTS[name].limit} s" if took_too_long else "\n".join(_last_lines(done, 8))
             rows.append({**tasks[len(rows)][0], "failure": why or f"it ended with status {done.returncode}"})
+        else:  # a kernel's own words, which the row does not have
+            rows[-1]["said"] = _ends(done, 8)
         save(rows)
         # A process that cannot even start fails the same way every time.
         starts_in_vain = starts_in_vain + 1 if nothing and not took_too_long else 0
@@ -507,7 +509,7 @@ def _last_lines(done: subprocess.CompletedProcess[str], count: int) -> list[str]
 
 
 def _ends(done: subprocess.CompletedProcess[str], count: int) -> list[str]:
-    """The first and the last lines: a sanitizer's first error tells most, and its last line how many there are."""
+    """The first and the last lines: the first error tells most, and a sanitizer's last line how many there are."""
     lines = (done.stdout + done.stderr).strip().splitlines()
     return lines if len(lines) <= 2 * count else [*lines[:count], "...", *lines[-count:]]
 

@@ -97,7 +97,9 @@ for what in BEHAVIOUR[int(given["--skip"]):]:
     if what == "never": sys.exit("cannot start")
     rows.append({"failure": "CUDA error"} if what == "broken" else {"us": what})
     pathlib.Path(given["--output"]).write_text(json.dumps(rows))
-    if what == "broken": sys.exit("device lost")
+    if what == "broken":
+        print("rnnfast: a block did not arrive: 1")
+        sys.exit("device lost")
 """
 
 
@@ -115,7 +117,7 @@ def test_it_goes_on_behind_what_a_process_did_not_survive(monkeypatch: pytest.Mo
     rows, saved = run_tasks(monkeypatch, [1, "crash", 2, "broken", "hang", 3], 60)
     assert [row.get("us") for row in rows] == [1, None, 2, None, None, 3]
     assert rows[1] == {"of": "task 1", "failure": "it ended with status -11"}
-    assert rows[3] == {"failure": "CUDA error"}
+    assert rows[3] == {"failure": "CUDA error", "said": ["rnnfast: a block did not arrive: 1", "device lost"]}
     assert rows[4] == {"of": "task 4", "failure": "it took more than 7 s"}
     assert [len(r) for r in saved] == [2, 4, 5]
     assert gpu.has_failed(rows)
@@ -201,7 +203,9 @@ TESTS = """
 import os, signal, pytest
 pytestmark = pytest.mark.gpu
 def test_right(): pass
-def test_wrong(): assert 1 == 2
+def test_wrong():
+    os.write(1, b"rnnfast: a block did not arrive: 1")
+    assert 1 == 2
 def test_crash(): os.kill(os.getpid(), signal.SIGSEGV)
 @pytest.mark.skip
 def test_left_out(): pass
@@ -218,6 +222,7 @@ def test_tests_go_on_behind_one_that_crashes(tmp_path: Path) -> None:
     outcomes = {test.split("::")[1]: text for test, text in report["wrong"].items()}
     assert outcomes.keys() == {"test_wrong", "test_crash"}
     assert "assert 1 == 2" in outcomes["test_wrong"]
+    assert "rnnfast: a block did not arrive: 1" in outcomes["test_wrong"]
     assert len(saved) >= 2
 
 
