@@ -161,7 +161,8 @@ def run_sanitizer(deadline: float, save: Save) -> Report:
         else:
             limit = min(deadline, now + max(SECONDS_A_CHECK, (deadline - now) / left))
             more = ["--report-api-errors", "no"] if tool == "memcheck" else []
-            done = _run([sanitizer, "--tool", tool, *options, *more, *_own("--small-layers", kernel)], limit)
+            command = [sanitizer, "--tool", tool, *options, *more, *_own("--small-layers", kernel)]
+            done = _run(command, limit, UNCACHED)
             report[f"{tool} {kernel}"] = {"exit_status": done.returncode, "said": _ends(done, 20)}
             if done.returncode == STOPPED:
                 found, report["passed"] = "not ended in its time", report["passed"] and None
@@ -261,6 +262,8 @@ PARTS = {
 PR_SET_PDEATHSIG = 1  # Linux's
 STOPPED = 124  # the status of a program whose time was over
 NOT_CLEAN = 9  # of a sanitizer that has found something
+# Torch keeps tensors side by side in large blocks, within which memcheck would see no access beyond a tensor.
+UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 ENDED_WITH_FAILURES, NO_TESTS = 1, 5  # pytest's
 GRACE_SECONDS = 10  # for a process to end by itself before it is stopped
 STARTING_SECONDS = 15  # too little time to begin again

@@ -279,8 +279,9 @@ def test_the_sanitizer(
     commands: list[list[str]] = []
     said = "\n".join(f"line {i}" for i in range(100))
 
-    def run(command: list[str], deadline: float) -> Any:
+    def run(command: list[str], deadline: float, environment: dict[str, str]) -> Any:
         commands.append(command)
+        assert environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         return subprocess.CompletedProcess(command, statuses.get(len(commands) - 1, 0), said, "")
 
     monkeypatch.setattr(gpu, "_run", run)
