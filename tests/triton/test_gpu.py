@@ -1,7 +1,8 @@
 """What only a GPU can show of the Triton backend: large sizes, torch.compile, graph capture, streams.
 
 The parity tests beside this file run on the GPU too where there is one. Most tests compile kernels of their own, for
-seconds, and `make gpu` has a minute for all: ways of launching come first, then sizes, each for all cells.
+seconds, and `make gpu` has a minute for all: ways of launching come first, then sizes, each for all
+cells, and what torch.compile compiles as well comes last.
 """
 
 import pytest
@@ -151,22 +152,6 @@ def test_long_sequences(launch, device, hidden):
     assert first[0].isfinite().all()
 
 
-def test_graphs_beside_those_of_torch_compile(launch, device, monkeypatch):
-    """Loops kept while torch.compile's CUDA graphs warm up must not lie in their memory."""
-    from rnnfast.backends.triton import loop
-
-    monkeypatch.setattr(loop, "_kept", type(loop._kept)())
-    layer = rnnfast.LSTM(16, 512, num_layers=3, backend="triton", device=device)
-    input = torch.randn(16, MANY_ROWS, 16, device=device)
-    with torch.no_grad():
-        compiled = torch.compile(lambda x: layer(x)[0], mode="reduce-overhead")
-        for _ in range(4):
-            output = compiled(input).clone()
-        eager = layer(input)[0]
-    assert any(kept is not None for kept in loop._kept.values())
-    torch.testing.assert_close(output, eager)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 def test_gemm_and_gates(launch, device, cell, dtype):
@@ -183,6 +168,22 @@ def test_gemm_and_gates(launch, device, cell, dtype):
 def test_sizes_of_every_kernel(launch, device, cell, hidden, dtype):
     """Ragged and in two directions, so the step scan is synchronised within one launch at 512 and below."""
     assert_matches(launch, random_layer(cell, hidden, 19, 12, dtype, lanes=2, ragged=True, device=device), dtype)
+
+
+def test_graphs_beside_those_of_torch_compile(launch, device, monkeypatch):
+    """Loops kept while torch.compile's CUDA graphs warm up must not lie in their memory."""
+    from rnnfast.backends.triton import loop
+
+    monkeypatch.setattr(loop, "_kept", type(loop._kept)())
+    layer = rnnfast.LSTM(16, 512, num_layers=3, backend="triton", device=device)
+    input = torch.randn(16, MANY_ROWS, 16, device=device)
+    with torch.no_grad():
+        compiled = torch.compile(lambda x: layer(x)[0], mode="reduce-overhead")
+        for _ in range(4):
+            output = compiled(input).clone()
+        eager = layer(input)[0]
+    assert any(kept is not None for kept in loop._kept.values())
+    torch.testing.assert_close(output, eager)
 
 
 def _scan_arguments(layer):
