@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import datetime
+import itertools
 import json
 import os
 import shutil
@@ -117,7 +118,7 @@ def run_tune(deadline: float, save: Save) -> Report:
 
     while (seconds := deadline - time.perf_counter()) > 5:
         done = _run(_own("--tune", str(seconds - 5)), deadline, meanwhile=partial(_save_now, save, so_far))
-        said += done.stdout.splitlines()
+        said += dict.fromkeys(done.stdout.splitlines())  # each thread of a kernel that fails says so
         if done.returncode == 0:
             break
         said += _last_lines(done, 1)
@@ -146,7 +147,7 @@ def run_sanitizer(deadline: float, save: Save) -> Report:
     # Our kernels alone, in the program itself. That the device forms no cluster of some size is an answer, no error.
     options = [
         "--error-exitcode",
-        "9",
+        str(NOT_CLEAN),
         "--kernel-name",
         "kernel_substring=rnnfast",
         "--target-processes",
@@ -160,12 +161,15 @@ def run_sanitizer(deadline: float, save: Save) -> Report:
         else:
             limit = min(deadline, now + max(SECONDS_A_CHECK, (deadline - now) / left))
             more = ["--report-api-errors", "no"] if tool == "memcheck" else []
-            done = _run([sanitizer, "--tool", tool, *options, *more, *_own("--small-layers", kernel)], limit)
+            command = [sanitizer, "--tool", tool, *options, *more, *_own("--small-layers", kernel)]
+            done = _run(command, limit, UNCACHED)
             report[f"{tool} {kernel}"] = {"exit_status": done.returncode, "said": _ends(done, 20)}
             if done.returncode == STOPPED:
                 found, report["passed"] = "not ended in its time", report["passed"] and None
             elif done.returncode:
-                found, report["passed"] = "not clean", False
+                # Any other status is the program's, or of a sanitizer that cannot run here: no verdict on the kernel.
+                found = "not clean" if done.returncode == NOT_CLEAN else f"it ended with status {done.returncode}"
+                report["passed"] = False
             else:
                 found = "clean"
         report["summary"] += f"{'; ' if report['summary'] else ''}{tool} of {kernel}: {found}"
@@ -198,6 +202,8 @@ def run_tasks(name: str, deadline: float, save: Save) -> list[Report]:
         elif nothing or "failure" not in rows[-1]:
             why = f"it took more than {PARTS[name].limit} s" if took_too_long else "\n".join(_last_lines(done, 8))
             rows.append({**tasks[len(rows)][0], "failure": why or f"it ended with status {done.returncode}"})
+        else:  # a kernel's own words, which the row does not have
+            rows[-1]["said"] = _ends(done, 8)
         save(rows)
         # A process that cannot even start fails the same way every time.
         starts_in_vain = starts_in_vain + 1 if nothing and not took_too_long else 0
@@ -255,6 +261,9 @@ PARTS = {
 }
 PR_SET_PDEATHSIG = 1  # Linux's
 STOPPED = 124  # the status of a program whose time was over
+NOT_CLEAN = 9  # of a sanitizer that has found something
+# Torch keeps tensors side by side in large blocks, within which memcheck would see no access beyond a tensor.
+UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 ENDED_WITH_FAILURES, NO_TESTS = 1, 5  # pytest's
 GRACE_SECONDS = 10  # for a process to end by itself before it is stopped
 STARTING_SECONDS = 15  # too little time to begin again
@@ -273,7 +282,7 @@ def main() -> int:
     """Runs every part; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=9.0, help="be done by then (9)")
-    parser.add_argument("--only", nargs="+", choices=PARTS, help="these parts only")
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="these parts, which then have all the time")
     parser.add_argument("--output", type=Path, help="the JSON file; default: benchmarks/results/gpu-CARD.json")
     # How this program starts itself.
     parser.add_argument("--build", action="store_true", help=argparse.SUPPRESS)
@@ -308,11 +317,15 @@ def main() -> int:
 
 
 def run_parts(minutes: float, only: list[str] | None, output: Path | None) -> int:
-    """Runs the parts in turn; what they give is in the JSON file from the moment they have it."""
+    """Runs the parts in turn; what they give is in the JSON file from the moment they have it.
+
+    Where only some are run, what the file has of the others under the same circumstances stays.
+    """
     start = time.perf_counter()
     report: Report = circumstances()
     path = output or ROOT / "benchmarks" / "results" / f"gpu-{report['card'].lower().replace(' ', '-')}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
+    report |= _measured_before(path, report) if only else {}
     failed = []
 
     def save(name: str, result: Any) -> None:
@@ -320,12 +333,11 @@ def run_parts(minutes: float, only: list[str] | None, output: Path | None) -> in
         _replace(path, json.dumps(report, indent=1) + "\n")
         _replace(path.with_suffix(".txt"), _readable(report) + "\n")
 
-    for name, part in PARTS.items():
-        if only and name not in ("build", *only):
-            continue
+    for name, until in shares_of_time(only or list(PARTS)).items():
+        part = PARTS[name]
         began = time.perf_counter()
         print(f"== {name}", flush=True)
-        deadline = start + 60 * minutes * part.until
+        deadline = start + 60 * minutes * until
         if part.backend == "cuda" and "build" in failed:
             result: Any = {"failure": "the CUDA kernels did not compile"}
         else:
@@ -337,6 +349,32 @@ def run_parts(minutes: float, only: list[str] | None, output: Path | None) -> in
     print(_readable(report))
     print(f"written to {path}" + (f"; failed: {', '.join(failed)}" if failed else ""))
     return int(bool(failed))
+
+
+def _measured_before(path: Path, now: Report) -> Report:
+    """The parts in the file, if it is of the same code on the same machine."""
+    try:
+        before = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    changing = ("time", "uncommitted_changes")  # the file itself may be such a change
+    same = all(before.get(name) == value for name, value in now.items() if name not in changing)
+    return {name: result for name, result in before.items() if name in PARTS} if same else {}
+
+
+def shares_of_time(only: Sequence[str]) -> dict[str, float]:
+    """By which share of the time each of these parts must be done, in their order, and the build that they may need.
+
+    The time of parts that are left out goes to these, in proportion.
+    """
+    needs_build = any(PARTS[name].backend == "cuda" for name in only)
+    begin, widths = 0.0, {}
+    for name, part in PARTS.items():
+        if name in only or (name == "build" and needs_build):
+            widths[name] = part.until - begin
+        begin = part.until
+    ends = itertools.accumulate(widths.values())
+    return {name: begin * end / sum(widths.values()) for name, end in zip(widths, ends, strict=True)}
 
 
 def _readable(report: Report) -> str:
@@ -474,7 +512,7 @@ def _last_lines(done: subprocess.CompletedProcess[str], count: int) -> list[str]
 
 
 def _ends(done: subprocess.CompletedProcess[str], count: int) -> list[str]:
-    """The first and the last lines: a sanitizer's first error tells most, and its last line how many there are."""
+    """The first and the last lines: the first error tells most, and a sanitizer's last line how many there are."""
     lines = (done.stdout + done.stderr).strip().splitlines()
     return lines if len(lines) <= 2 * count else [*lines[:count], "...", *lines[-count:]]
 

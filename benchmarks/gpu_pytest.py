@@ -39,7 +39,8 @@ def pytest_runtest_logstart(nodeid: str) -> None:
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.failed:
-        _write(report.nodeid, f"failed: {report.longreprtext[-1500:]}")
+        said = report.capstdout + report.capstderr  # a kernel's own words among it
+        _write(report.nodeid, f"failed: {report.longreprtext[-1500:]}\n{said[:500]}")
         try:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()

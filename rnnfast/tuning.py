@@ -308,6 +308,10 @@ def _choose_teams(point: Point, layer: nn.RNNBase, parity: Parity) -> None:
                 except Wrong as error:
                     wrong.append(f"{plan.kernel} of {plan.blocks}: {error}")
                     continue
+                except RuntimeError as error:  # such as a launch that the card refuses, which concerns no other team
+                    _require_alive(weight.device, f"{_name(point)} on a {plan.kernel} of {plan.blocks}", "cuda")
+                    wrong.append(f"{plan.kernel} of {plan.blocks}: it failed: {error}")
+                    continue
                 call = f"{'forward' if direction == 'forward' else 'training'} {table.STEPS[-1]}"
                 work = {"cuda": _work(call, layer, point.batch)}
                 times[plan] = seconds_in_turns(work, SECONDS)["cuda"]["median"]

@@ -97,7 +97,9 @@ for what in BEHAVIOUR[int(given["--skip"]):]:
     if what == "never": sys.exit("cannot start")
     rows.append({"failure": "CUDA error"} if what == "broken" else {"us": what})
     pathlib.Path(given["--output"]).write_text(json.dumps(rows))
-    if what == "broken": sys.exit("device lost")
+    if what == "broken":
+        print("rnnfast: a block did not arrive: 1")
+        sys.exit("device lost")
 """
 
 
@@ -115,7 +117,7 @@ def test_it_goes_on_behind_what_a_process_did_not_survive(monkeypatch: pytest.Mo
     rows, saved = run_tasks(monkeypatch, [1, "crash", 2, "broken", "hang", 3], 60)
     assert [row.get("us") for row in rows] == [1, None, 2, None, None, 3]
     assert rows[1] == {"of": "task 1", "failure": "it ended with status -11"}
-    assert rows[3] == {"failure": "CUDA error"}
+    assert rows[3] == {"failure": "CUDA error", "said": ["rnnfast: a block did not arrive: 1", "device lost"]}
     assert rows[4] == {"of": "task 4", "failure": "it took more than 7 s"}
     assert [len(r) for r in saved] == [2, 4, 5]
     assert gpu.has_failed(rows)
@@ -201,7 +203,9 @@ TESTS = """
 import os, signal, pytest
 pytestmark = pytest.mark.gpu
 def test_right(): pass
-def test_wrong(): assert 1 == 2
+def test_wrong():
+    os.write(1, b"rnnfast: a block did not arrive: 1")
+    assert 1 == 2
 def test_crash(): os.kill(os.getpid(), signal.SIGSEGV)
 @pytest.mark.skip
 def test_left_out(): pass
@@ -218,6 +222,7 @@ def test_tests_go_on_behind_one_that_crashes(tmp_path: Path) -> None:
     outcomes = {test.split("::")[1]: text for test, text in report["wrong"].items()}
     assert outcomes.keys() == {"test_wrong", "test_crash"}
     assert "assert 1 == 2" in outcomes["test_wrong"]
+    assert "rnnfast: a block did not arrive: 1" in outcomes["test_wrong"]
     assert len(saved) >= 2
 
 
@@ -248,6 +253,7 @@ SANITIZED += ("racecheck of cluster", "racecheck of block", "racecheck of grid")
         ({1: 9}, False, {1: "not clean"}),
         ({0: 9, 4: gpu.STOPPED}, False, {0: "not clean", 4: "not ended in its time"}),
         ({2: gpu.STOPPED}, None, {2: "not ended in its time"}),
+        ({3: 255}, False, {3: "it ended with status 255"}),
     ],
 )
 def test_the_sanitizer(
@@ -273,8 +279,9 @@ def test_the_sanitizer(
     commands: list[list[str]] = []
     said = "\n".join(f"line {i}" for i in range(100))
 
-    def run(command: list[str], deadline: float) -> Any:
+    def run(command: list[str], deadline: float, environment: dict[str, str]) -> Any:
         commands.append(command)
+        assert environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         return subprocess.CompletedProcess(command, statuses.get(len(commands) - 1, 0), said, "")
 
     monkeypatch.setattr(gpu, "_run", run)
@@ -319,7 +326,33 @@ def test_every_part_is_kept_and_one_that_raises_costs_no_other(monkeypatch: pyte
     }
     assert gpu._readable({}).startswith("no table: KeyError")
     assert "triton_tests: FAILED  OSError: pytest is not installed" in path.with_suffix(".txt").read_text()
-    assert gpu.run_parts(1.0, ["sanitizer"], path) == 1  # the build failed
+    assert gpu.run_parts(1.0, ["tests"], path) == 1  # the build failed
+    path.unlink()
+    assert gpu.run_parts(1.0, ["sanitizer"], path) == 0  # what is not of CUDA needs none
+    assert json.loads(path.read_text()) == {**CIRCUMSTANCES, "sanitizer": {"passed": True}}
+
+
+def test_parts_that_are_run_later_cost_nothing_of_those_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    state = dict(CIRCUMSTANCES, time="first", sources={"cuda": "a"}, uncommitted_changes=False)
+    verdicts = iter([False, True, True, True])
+
+    def run(deadline: float, save: gpu.Save) -> dict[str, Any]:
+        return {"passed": next(verdicts)}
+
+    parts = {name: gpu.Part(until, run=run, backend="triton") for name, until in (("tests", 0.5), ("sanitizer", 1.0))}
+    monkeypatch.setattr(gpu, "PARTS", parts)
+    monkeypatch.setattr(gpu, "circumstances", lambda: dict(state))
+    path = tmp_path / "gpu.json"
+    assert gpu.run_parts(1.0, ["tests"], path) == 1
+    state |= {"time": "second", "uncommitted_changes": True}
+    assert gpu.run_parts(1.0, ["sanitizer"], path) == 0
+    assert json.loads(path.read_text()) == {**state, "tests": {"passed": False}, "sanitizer": {"passed": True}}
+    state["sources"] = {"cuda": "b"}
+    assert gpu.run_parts(1.0, ["tests"], path) == 0
+    assert json.loads(path.read_text()) == {**state, "tests": {"passed": True}}
+    path.write_text("{")
+    assert gpu.run_parts(1.0, ["sanitizer"], path) == 0
+    assert json.loads(path.read_text()) == {**state, "sanitizer": {"passed": True}}
 
 
 def test_the_table_tells_what_missed_its_goal() -> None:
@@ -393,6 +426,15 @@ def test_the_parts_fit_into_the_time() -> None:
     # minutes all the same.
     assert 9 * 60 * shares[-1] + 2 * gpu.GRACE_SECONDS < 600
     assert all((part.run is None) == (part.limit > 0) for part in gpu.PARTS.values())
+
+
+def test_chosen_parts_have_all_the_time() -> None:
+    assert gpu.shares_of_time(list(gpu.PARTS)) == pytest.approx({name: part.until for name, part in gpu.PARTS.items()})
+    assert gpu.shares_of_time(["triton_tests"]) == pytest.approx({"triton_tests": 0.99})
+    of_triton = gpu.shares_of_time(["triton_tests", "triton_grid"])  # with six and ten hundredths of their own
+    assert list(of_triton) == ["triton_grid", "triton_tests"]
+    assert of_triton == pytest.approx({"triton_grid": 0.99 * 6 / 16, "triton_tests": 0.99})
+    assert list(gpu.shares_of_time(["grid", "triton_grid"])) == ["build", "grid", "triton_grid"]
 
 
 def test_the_tasks_are_named() -> None:

@@ -116,6 +116,15 @@ def test_a_team_that_is_wrong_is_not_used_however_fast(clock: Clock, monkeypatch
     assert point.microseconds["forward 16"] == pytest.approx({"torch": 5.0, "cuda": 2.0})
 
 
+def test_a_team_that_the_card_refuses_costs_no_other(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "plans", lambda h_0, cell, backward: [Plan("cluster", 2, 8, 99), *TEAMS])
+    point = Point("gru", "float32", 16, 3)
+    tuning.measure(point, ["cuda"], torch.device("cpu"))
+    assert point.teams == {"forward": ["cluster", 2, 8, 4], "backward": ["cluster", 2, 8, 4]}
+    assert point.failures["cuda"].count("cluster of 2: it failed: ") == 2
+    assert point.microseconds["training 128"] == pytest.approx({"torch": 5.0, "cuda": 1.0})
+
+
 @pytest.mark.parametrize("factor", [1.05, torch.nan])
 def test_a_backend_that_is_wrong_is_not_timed(clock: Clock, monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
     lie(monkeypatch, lambda kernel: factor)

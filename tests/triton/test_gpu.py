@@ -1,6 +1,8 @@
 """What only a GPU can show of the Triton backend: large sizes, torch.compile, graph capture, streams.
 
-The parity tests beside this file run on the GPU too where there is one.
+The parity tests beside this file run on the GPU too where there is one. Most tests compile kernels of their own, for
+seconds, and `make gpu` has a minute for all: ways of launching come first, then sizes, each for all
+cells, and what torch.compile compiles as well comes last.
 """
 
 import pytest
@@ -42,22 +44,27 @@ def assert_matches(launch, layer, dtype):
     assert_all_near(GRADIENTS, results, reference.backward(*widened(arguments)), plain, BACKWARD_ROUNDINGS)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("hidden", [30, 64, 128, 250, 256, 512])
-@pytest.mark.parametrize("cell", CELLS)
-def test_sizes_of_every_kernel(launch, device, cell, hidden, dtype):
-    """Ragged and in two directions, so the step scan is synchronised within one launch at 512 and below."""
-    assert_matches(launch, random_layer(cell, hidden, 19, 12, dtype, lanes=2, ragged=True, device=device), dtype)
+def test_one_launch_a_step_where_not_all_programs_fit(launch, device, monkeypatch):
+    layer = random_layer("gru", 300, 9, 10, torch.float32, device=device)
+    at_once = launch.forward(*layer, True)
+    monkeypatch.setattr(launch, "_run_at_once", lambda *_: False)
+    for a, b in zip(at_once, launch.forward(*layer, True), strict=True):
+        assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("cell", CELLS)
-def test_gemm_and_gates(launch, device, cell, dtype):
-    """Twice, so that the second time takes the graph; 12 steps leave 4 beside it."""
-    layer = random_layer(cell, 510, MANY_ROWS, 12, dtype, lanes=2, ragged=True, device=device)
-    assert launch._plan(cell, layer[6]).kernel == "gates"
-    for _ in range(2):
-        assert_matches(launch, layer, dtype)
+def test_runs_on_the_current_stream(launch, device):
+    """The input is produced late on a side stream; a kernel on another stream would read it too early."""
+    layer = random_layer("gru", 512, 8, 16, torch.float32, inputs=512, device=device)
+    truth = launch.forward(*layer, True)
+    late = torch.zeros_like(layer[0])
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        late.copy_(layer[0])
+        ours = launch.forward(late, *layer[1:], True)
+    stream.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(ours, truth, strict=True))
 
 
 def test_graphs_serve_other_lengths_and_tensors(launch, device, monkeypatch):
@@ -90,6 +97,79 @@ def test_graphs_serve_other_lengths_and_tensors(launch, device, monkeypatch):
                 assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize(("hidden", "batch"), [(64, 8), (512, 8), (512, MANY_ROWS)])
+def test_cuda_graph_capture_of_a_layer(launch, device, hidden, batch):
+    """Training steps replayed on new input, with torch's graphs as a caller makes them."""
+    layer = rnnfast.LSTM(16, hidden, num_layers=2, backend="triton", device=device)
+    input = torch.randn(16, batch, 16, device=device)
+
+    def step():
+        output, (h_n, c_n) = layer(input)
+        loss = output.square().mean() + h_n.sum() + c_n.sum()
+        return output, *torch.autograd.grad(loss, list(layer.parameters()))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    input.copy_(torch.randn_like(input))
+    graph.replay()
+    for c, e in zip(captured, step(), strict=True):
+        torch.testing.assert_close(c, e)
+
+
+@pytest.mark.parametrize("batch", [8, MANY_ROWS])
+def test_nothing_synchronises_the_device(launch, device, batch):
+    """Once kernels are compiled and, for many rows, the graphs are made."""
+    layer = random_layer("lstm", 512, batch, 16, torch.float32, ragged=True, device=device)
+    gradients = random_gradients(launch.forward(*layer, True))
+
+    def run():
+        output = launch.forward(*layer, True)
+        launch.backward(*gradients, *layer, output[0], output[3], True, True)
+
+    run()
+    run()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("hidden", [64, 512])
+def test_long_sequences(launch, device, hidden):
+    """70,000 steps, past cuDNN's limit of 65,535; rows are addressed in 64 bits."""
+    layer = random_layer("rnn_tanh", hidden, 2, 70_000, torch.float32, device=device)
+    first = launch.forward(*layer, False)
+    again = launch.forward(*layer, False)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert first[0].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_gemm_and_gates(launch, device, cell, dtype):
+    """Twice, so that the second time takes the graph; 12 steps leave 4 beside it."""
+    layer = random_layer(cell, 510, MANY_ROWS, 12, dtype, lanes=2, ragged=True, device=device)
+    assert launch._plan(cell, layer[6]).kernel == "gates"
+    for _ in range(2):
+        assert_matches(launch, layer, dtype)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("hidden", [512, 64, 256, 128, 250, 30])
+def test_sizes_of_every_kernel(launch, device, cell, hidden, dtype):
+    """Ragged and in two directions, so the step scan is synchronised within one launch at 512 and below."""
+    assert_matches(launch, random_layer(cell, hidden, 19, 12, dtype, lanes=2, ragged=True, device=device), dtype)
+
+
 def test_graphs_beside_those_of_torch_compile(launch, device, monkeypatch):
     """Loops kept while torch.compile's CUDA graphs warm up must not lie in their memory."""
     from rnnfast.backends.triton import loop
@@ -104,24 +184,6 @@ def test_graphs_beside_those_of_torch_compile(launch, device, monkeypatch):
         eager = layer(input)[0]
     assert any(kept is not None for kept in loop._kept.values())
     torch.testing.assert_close(output, eager)
-
-
-def test_one_launch_a_step_where_not_all_programs_fit(launch, device, monkeypatch):
-    layer = random_layer("gru", 300, 9, 10, torch.float32, device=device)
-    at_once = launch.forward(*layer, True)
-    monkeypatch.setattr(launch, "_run_at_once", lambda *_: False)
-    for a, b in zip(at_once, launch.forward(*layer, True), strict=True):
-        assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("hidden", [64, 512])
-def test_long_sequences(launch, device, hidden):
-    """70,000 steps, past cuDNN's limit of 65,535; rows are addressed in 64 bits."""
-    layer = random_layer("rnn_tanh", hidden, 2, 70_000, torch.float32, device=device)
-    first = launch.forward(*layer, False)
-    again = launch.forward(*layer, False)
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    assert first[0].isfinite().all()
 
 
 def _scan_arguments(layer):
@@ -159,63 +221,3 @@ def test_torch_compile_of_a_layer(device, launch, cell, hidden):
     compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True)(), list(layer.parameters()))
     for e, c in zip(eager, compiled, strict=True):
         torch.testing.assert_close(c, e)
-
-
-@pytest.mark.parametrize(("hidden", "batch"), [(64, 8), (512, 8), (512, MANY_ROWS)])
-def test_cuda_graph_capture_of_a_layer(launch, device, hidden, batch):
-    """Training steps replayed on new input, with torch's graphs as a caller makes them."""
-    layer = rnnfast.LSTM(16, hidden, num_layers=2, backend="triton", device=device)
-    input = torch.randn(16, batch, 16, device=device)
-
-    def step():
-        output, (h_n, c_n) = layer(input)
-        loss = output.square().mean() + h_n.sum() + c_n.sum()
-        return output, *torch.autograd.grad(loss, list(layer.parameters()))
-
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    input.copy_(torch.randn_like(input))
-    graph.replay()
-    for c, e in zip(captured, step(), strict=True):
-        torch.testing.assert_close(c, e)
-
-
-def test_runs_on_the_current_stream(launch, device):
-    """The input is produced late on a side stream; a kernel on another stream would read it too early."""
-    layer = random_layer("gru", 512, 8, 16, torch.float32, inputs=512, device=device)
-    truth = launch.forward(*layer, True)
-    late = torch.zeros_like(layer[0])
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(100_000_000)
-        late.copy_(layer[0])
-        ours = launch.forward(late, *layer[1:], True)
-    stream.synchronize()
-    assert all(torch.equal(a, b) for a, b in zip(ours, truth, strict=True))
-
-
-@pytest.mark.parametrize("batch", [8, MANY_ROWS])
-def test_nothing_synchronises_the_device(launch, device, batch):
-    """Once kernels are compiled and, for many rows, the graphs are made."""
-    layer = random_layer("lstm", 512, batch, 16, torch.float32, ragged=True, device=device)
-    gradients = random_gradients(launch.forward(*layer, True))
-
-    def run():
-        output = launch.forward(*layer, True)
-        launch.backward(*gradients, *layer, output[0], output[3], True, True)
-
-    run()
-    run()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        run()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
