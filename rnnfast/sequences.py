@@ -16,7 +16,11 @@ import torch.nn.functional as F
 from torch import _C, Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from rnnfast.imports import after_import
+
 if TYPE_CHECKING:
+    from types import ModuleType
+
     import numpy as np
 
 __all__ = ["Segments", "cut"]
@@ -169,6 +173,15 @@ def _plan(lengths: Tensor, reset: Tensor | None, steps: int, batch: int, device:
     ends[:, filled] = rank[last], rank[first]
     plan = [torch.from_numpy(part).to(device) for part in (rows, columns[order], sources.take(order, 1), ends)]
     return plan[0], torch.from_numpy(batch_sizes), *plan[1:]
+
+
+def _keep_dynamo_out(dynamo: ModuleType) -> None:
+    """Where a graph breaks at the plan, Dynamo would compile its NumPy to torch's operations, which lack some types."""
+    global _plan
+    _plan = dynamo.disable(_plan)
+
+
+after_import("torch._dynamo", _keep_dynamo_out)
 
 
 def _values(tensor: Tensor) -> np.ndarray[Any, Any]:

@@ -155,6 +155,16 @@ def test_lengths_and_resets_in_a_graph(name: str, options: Any, backend: str) ->
     assert graphs.operators() == ["rnnfast::cut"] + [f"rnnfast::scan_{backend}"] * layer.num_layers
 
 
+def test_lengths_and_resets_where_the_graph_breaks() -> None:
+    """Without fullgraph Dynamo breaks the graph at the plan, which then runs as it does outside of graphs."""
+    model = Ragged(rnnfast.GRU(5, 7))
+    compiled = torch.compile(model, backend="aot_eager")
+    for steps, lengths, rate in LENGTHS[:2]:
+        arguments = ragged(model.layer, steps, lengths, rate)
+        expected = outputs_and_gradients(model, list(model.parameters()), arguments)
+        torch.testing.assert_close(outputs_and_gradients(compiled, list(model.parameters()), arguments), expected)
+
+
 def test_lengths_in_a_graph_come_in_many_forms() -> None:
     layer, ids = rnnfast.GRU(5, 7, batch_first=True), torch.randint(5, (3, 6))
     ids[0, 2:] = -1  # padding
