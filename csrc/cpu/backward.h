@@ -126,7 +126,7 @@ class Backward {
     }
   }
 
-  void run_item(Item item, const Local& local, Team& team) const {
+  void run_item(Item item, Local local, Team& team) const {
     if (local.member == 0 && item.done == 0) init_carries(item);
     team.barrier.wait(local.members);
     Walk<O> walk(unpacked ? at<O>(x.w_hh, 0) : w_hh, states, gate_rows, item, s.steps + 1, local.member, local.members, BLOCK,
@@ -134,7 +134,8 @@ class Backward {
     for (int64_t step = s.steps - 1 - item.done; step >= 0; --step) {
       team.share(item, s.steps - 1 - step);
       state_gradients(item, local, walk, step);
-      team.end_step(local.members);
+      if (!team.end_step(local.member, local.members)) return;
+      if (local.members == 1) walk.alone();
       if (!s.has_projection) continue;
       for (int64_t lane = item.lane; lane < item.lane_end; ++lane) through_projection(item, local, lane, step);
       team.barrier.wait(local.members);

@@ -210,7 +210,7 @@ class ExtendedForward {
       gather(table + i * stride, i / s.input, i % s.input, 0, gate_rows);
   }
 
-  void run_item(Item item, const Local& local, Team& team) const {
+  void run_item(Item item, Local local, Team& team) const {
     if (local.member == 0 && item.done == 0) init_states(item);
     team.barrier.wait(local.members);
     Walk<O> walk(w_hh, panels, s.state, item, s.steps, local.member, local.members, INT64_MAX, team.deal.get());
@@ -227,7 +227,9 @@ class ExtendedForward {
                       return rows;
                     },
                     [&](int64_t lane) { return products_h(item, local, lane); }, stride);
-      team.end_step(local.members);
+      if (!team.end_step(local.member, local.members)) return;
+      if (local.members == 1)
+        for (Walk<O>* each : {&walk, &input_walk, &projection_walk}) each->alone();
       for (int64_t lane = item.lane; lane < item.lane_end; ++lane) finish_rows(item, local, lane, step);
       team.barrier.wait(local.members);
       if (s.has_projection) project(item, local, projection_walk, step, team.barrier);

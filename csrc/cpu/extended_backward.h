@@ -105,7 +105,7 @@ class ExtendedBackward {
     if (w_hr) pack(w_hr, units_, x.w_hr, s.state, s.hidden, thread, threads);
   }
 
-  void run_item(Item item, const Local& local, Team& team) const {
+  void run_item(Item item, Local local, Team& team) const {
     if (local.member == 0 && item.done == 0) init_carries(item);
     team.barrier.wait(local.members);
     Walk<O> walk(w_hh, states, gate_rows, item, s.steps + 1, local.member, local.members, INT64_MAX, team.deal.get());
@@ -115,7 +115,9 @@ class ExtendedBackward {
       // Of the rows of a step, those come first that have a step after it.
       multiply(item, local, walk, step, [&](int64_t lane) { return followed(item, lane, step); },
                [&](int64_t lane, int64_t) { return s.time(lane, step + 1); });
-      team.end_step(local.members);
+      if (!team.end_step(local.member, local.members)) return;
+      if (local.members == 1)
+        for (Walk<O>* each : {&walk, &projection_walk}) each->alone();
       if (s.has_projection) through_projection(item, local, projection_walk, step, team.barrier);
       each_row(item, local, step, [&](const Place& place, const T* from_after, const T* from_projection) {
         row_gradients(place, local, from_after, from_projection);

@@ -73,7 +73,7 @@ class Forward {
     return local;
   }
 
-  void run_item(Item item, const Local& local, Team& team) const {
+  void run_item(Item item, Local local, Team& team) const {
     const bool together = split.together();
     if (together && !table) make_gates_x(item, local, 0);
     // Nobody goes on before states are copied, nor, where panels are dealt, before all of their input products are made.
@@ -90,7 +90,8 @@ class Forward {
       const int64_t first = step + together;
       if (first % chunk == 0 && first < s.steps && !table) make_gates_x(item, local, first);
       run_step(item, local, walk, step);
-      team.end_step(local.members);
+      if (!team.end_step(local.member, local.members)) return;
+      if (local.members == 1) walk.alone();
       if (!s.has_projection) continue;
       for (int64_t lane = item.lane; lane < item.lane_end; ++lane) project(item, local, lane, step);
       team.barrier.wait(local.members);

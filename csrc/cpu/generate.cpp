@@ -11,6 +11,7 @@
 
 #include "kernels.h"
 #include "tensors.h"
+#include "threads.h"
 
 namespace rnnfast {
 namespace {
@@ -126,7 +127,12 @@ std::tuple<Tensor, Tensor, Tensor> generate_cpu(std::vector<Tensor> packed, Opti
   int64_t weight_bytes = 0;
   for (const ForwardArgs& x : layers)
     weight_bytes += x.shape.gates() * x.shape.hidden * (x.shape.state + (x.shape.ids ? 0 : x.shape.input)) * element;
-  constexpr int64_t WORTH_IT = 512 << 10;  // fewer are read by one core before several have met at their barriers
+  const auto worth_a_team = [&] {
+    // Fewer are read by one core before several have met, behind each layer and the head.
+    constexpr int64_t WORTH_IT = 512 << 10, BYTES_A_CYCLE = 24;
+    const int64_t meetings = int64_t(layers.size()) + 1;
+    return threads > 1 && weight_bytes / 2 > WORTH_IT / 2 + BYTES_A_CYCLE * meetings * stall_cycles();  // two save half
+  };
 
   struct Loop {
     Sampler sampler;
@@ -139,11 +145,13 @@ std::tuple<Tensor, Tensor, Tensor> generate_cpu(std::vector<Tensor> packed, Opti
     const void*& input;
     std::exception_ptr error;
 
-    // From the logits to the next token, and to the first layer's input.
+    // From the logits to the next token, and to the first layer's input. Whether the threads go on: from time to time it is
+    // decided anew how many there are to be.
     bool next() {
+      constexpr int64_t TOKENS = 32;
       *ids++ = token = uniform ? sampler.draw(logits, *uniform++) : argmax(logits);
       if (embedding) input = embedding + token * row_bytes;
-      return --count > 0;
+      return --count % TOKENS > 0;
     }
   };
   const char* table = embedding ? static_cast<const char*>(embedding->const_data_ptr()) : nullptr;
@@ -162,19 +170,19 @@ std::tuple<Tensor, Tensor, Tensor> generate_cpu(std::vector<Tensor> packed, Opti
   if (table) layers[0].input = table + token * row_bytes;
   const HeadArgs head{vocab, features, dtype, head_weight.const_data_ptr(),
                       head_bias ? head_bias->const_data_ptr() : nullptr, layers.back().output, loop.logits.data()};
-  kernels.generate(
-      layers.data(), int64_t(layers.size()), head, weight_bytes > WORTH_IT ? threads : 1,
-      [](void* context) {
-        Loop& loop = *static_cast<Loop*>(context);
-        try {
-          return loop.next();
-        } catch (...) {  // not out of a parallel region
-          loop.error = std::current_exception();
-          return false;
-        }
-      },
-      &loop);
-  if (loop.error) std::rethrow_exception(loop.error);
+  const auto next = [](void* context) {
+    Loop& loop = *static_cast<Loop*>(context);
+    try {
+      return loop.next();
+    } catch (...) {  // not out of a parallel region
+      loop.error = std::current_exception();
+      return false;
+    }
+  };
+  while (loop.count > 0) {
+    kernels.generate(layers.data(), int64_t(layers.size()), head, worth_a_team() ? threads : 1, next, &loop);
+    if (loop.error) std::rethrow_exception(loop.error);
+  }
   return {ids, h_n, c_n};
 }
 

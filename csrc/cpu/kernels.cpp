@@ -80,8 +80,7 @@ void generate(const ForwardArgs* layers, int64_t count, const HeadArgs& head_arg
   const Scratch memory(shared.used() + own.used() * split.threads);
   bool more = true;
   Team team;
-  Barrier all;
-  parallel(split.threads, [&](int thread, int threads) {
+  parallel(split.threads, [&](int thread, int members) {
     do {
       Carver carver(memory.data()), mine(memory.data() + shared.used() + own.used() * thread);
       for (int64_t l = 0; l < count; ++l) {
@@ -89,10 +88,13 @@ void generate(const ForwardArgs* layers, int64_t count, const HeadArgs& head_arg
         Forward<S, S> scan(layers[l], packed, split);
         scan.carve(carver);
         auto local = scan.carve_local(mine);
-        run_items(scan, layers[l].shape, split, local, thread, threads, team);  // ends with all of its output written
+        run_items(scan, layers[l].shape, split, local, thread, members, team);  // ends with all of its output written
+        if (!team.is_dissolved()) continue;
+        if (thread > 0) return;
+        members = 1;
       }
-      head(head_args, thread, threads);
-      all.wait(threads, [&] { more = next(context); });
+      head(head_args, thread, members);
+      team.barrier.wait(members, [&] { more = next(context); });
     } while (more);
   });
 }

@@ -162,7 +162,8 @@ struct Split {
 // Costs are in cycles of one core. A tile of one row is bound by reading its weights, not by their products; weights that are
 // not near cost more, and those that are far from every core are best read by one of them each.
 RNNFAST_INLINE Split split_work(const ScanShape& s, int64_t weight_vectors, int64_t step_panels, int available) {
-  constexpr int64_t BARRIER = 2000, PARALLEL_REGION = 15000, FAR_AWAY = 4;
+  constexpr int64_t FAR_AWAY = 4;
+  const int64_t stall = available == 1 ? 0 : stall_cycles(), barrier = 2000 + stall, parallel_region = 15000 + 2 * stall;
   const auto step = [&](int64_t rows, int64_t vectors, int64_t lanes) {
     const int64_t bytes = vectors * lanes * VECTOR_BYTES;
     const bool near = bytes <= near_bytes(), far = bytes > FAR_AWAY * near_bytes();
@@ -173,12 +174,12 @@ RNNFAST_INLINE Split split_work(const ScanShape& s, int64_t weight_vectors, int6
   const int64_t rows_each = ceil_div(s.batch, parts);
   const int64_t alone = s.steps * step(s.batch, weight_vectors, s.lanes);
   const int64_t by_rows = s.steps * (parts == 1 ? step(s.batch, weight_vectors, lanes_each)
-                                                : step(rows_each, weight_vectors, s.lanes)) + PARALLEL_REGION;
+                                                : step(rows_each, weight_vectors, s.lanes)) + parallel_region;
   // Threads that wait for each other every step go at the pace of the slower, unless a step is long enough to be dealt.
   constexpr int64_t WORTH_DEALING = 100000;
   const int64_t share = step(s.batch, ceil_div(weight_vectors * ceil_div(step_panels, available), step_panels), s.lanes);
   const bool dealt = share >= WORTH_DEALING;
-  const int64_t by_panels = s.steps * ((dealt ? share / 20 * 21 : share / 4 * 5) + BARRIER) + PARALLEL_REGION;
+  const int64_t by_panels = s.steps * ((dealt ? share / 20 * 21 : share / 4 * 5) + barrier) + parallel_region;
   constexpr int64_t ITEM_ROWS = 64;  // keeps an item's states near
   const auto items = [&](int64_t n_parts) {
     return n_parts * max64(1, ceil_div(ceil_div(s.batch, n_parts), ITEM_ROWS));
@@ -259,6 +260,12 @@ class Walk {
   std::pair<Piece, int> next(const Piece& piece) const {
     if (piece.next < 0) return {piece, 1};
     return {Piece{lane_of(piece.next), panel_of(piece.next), piece.next % groups_, piece.before + 1, -1}, 0};
+  }
+
+  // The other members have left.
+  void alone() {
+    first_ = 0;
+    count_ = panels_.count();
   }
 
   void begin(int64_t step) {

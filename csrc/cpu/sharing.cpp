@@ -98,7 +98,9 @@ bool Relay::take(Item& item, int threads) {
     lock.unlock();
     const bool changed = spin_while(changes_, seen);
     lock.lock();
-    if (!changed && !ready()) changed_.wait(lock, ready);
+    if (changed || ready()) continue;
+    const Sleep counted;
+    changed_.wait(lock, ready);
   }
   if (given_.empty()) return false;
   item = given_.back();
@@ -106,8 +108,8 @@ bool Relay::take(Item& item, int threads) {
   return true;
 }
 
-Team::Team() = default;
-Team::Team(int threads, bool together, int64_t pieces) {
+Team::Team() : begun_(nanoseconds()) {}
+Team::Team(int threads, bool together, int64_t pieces) : Team() {
   if (pieces) deal = std::make_unique<Deal>(threads, pieces, steps_walked() & 1);
   if (threads > 1 && !together) relay = std::make_unique<Relay>(threads);
 }
@@ -117,10 +119,26 @@ void Team::share(Item& item, int64_t done) {
   if (relay) relay->share(item, done);
 }
 
-void Team::end_step(int members) {
-  barrier.wait(members, [&] {
+bool Team::end_step(int member, int& members) {
+  constexpr int64_t WORTH_LEAVING = 1000000;  // nanoseconds
+  const auto deal_next = [&] {
     if (deal) deal->next_step();
+  };
+  if (members == 1) {
+    deal_next();
+    return true;
+  }
+  if (member == 0 && barrier.asleep() > WORTH_LEAVING) {
+    const int64_t elapsed = nanoseconds() - begun_;
+    if (is_stalled(members * elapsed - barrier.asleep(), elapsed)) is_stalled_.store(true, std::memory_order_relaxed);
+  }
+  barrier.wait(members, [&] {
+    deal_next();
+    alone_ = is_stalled_.load(std::memory_order_relaxed);
   });
+  if (!alone_) return true;
+  members = 1;
+  return member == 0;
 }
 
 }  // namespace rnnfast

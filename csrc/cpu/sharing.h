@@ -80,7 +80,15 @@ struct Team {
   ~Team();
   // Before a step, where rows may go on in another thread.
   void share(Item& item, int64_t done);
-  void end_step(int members);
+  // Whether the member goes on. Where the team has hardly been quicker than one of its threads, as others are not running, it
+  // dissolves: the first member goes on alone, and `members` becomes 1.
+  bool end_step(int member, int& members);
+  bool is_dissolved() const { return alone_; }
+
+ private:
+  const int64_t begun_;                  // in nanoseconds
+  std::atomic<bool> is_stalled_{false};  // as the first member finds
+  bool alone_ = false;                   // as all know from the next barrier on
 };
 
 }  // namespace rnnfast

@@ -3,6 +3,9 @@
 #include <omp.h>
 #include <pthread.h>
 
+#include <algorithm>
+#include <chrono>
+
 #if defined(__linux__)
 #include <linux/futex.h>
 #include <sys/syscall.h>
@@ -41,15 +44,74 @@ void wake_all(std::atomic<uint32_t>& word) {
 #endif
 }
 
+thread_local int64_t slept = 0, met = 0;
+
+// What the calling thread's parallel regions tell of the machine. Once its team has hardly been quicker than one thread for some
+// time, it is not asked for a while, and then tried again; the while doubles each time in vain, and else is halved.
+class Stalls {
+ public:
+  // A region of so many threads: what has elapsed, what all of them have worked in it, and how often they met.
+  void add(int threads, int64_t elapsed, int64_t worked, int64_t meetings) {
+    constexpr int64_t ENOUGH = 20 * MILLISECOND, SHORTEST = 50 * MILLISECOND, LONGEST = 4000 * MILLISECOND;
+    if (a_meeting() > 0) return;  // a call so long that a team pays all the same
+    elapsed_ += elapsed;
+    worked_ += worked;
+    lost_ += elapsed - worked / threads;
+    meetings_ += meetings;
+    if (elapsed_ < ENOUGH) return;
+    if (is_stalled(worked_, elapsed_)) {
+      a_meeting_ = lost_ / meetings_;
+      while_ = std::clamp(2 * while_, SHORTEST, LONGEST);
+      until_ = nanoseconds() + while_;
+    } else {
+      while_ /= 2;
+    }
+    elapsed_ = worked_ = lost_ = meetings_ = 0;
+  }
+  // Nanoseconds lost in each.
+  int64_t a_meeting() const { return until_ > 0 && nanoseconds() < until_ ? a_meeting_ : 0; }
+
+ private:
+  static constexpr int64_t MILLISECOND = 1000000;
+  int64_t elapsed_ = 0, worked_ = 0, lost_ = 0, meetings_ = 0;  // since the team was last judged
+  int64_t a_meeting_ = 0, while_ = 0, until_ = 0;
+};
+thread_local Stalls stalls;
+
 }  // namespace
 
 int usable_threads(int wanted) { return forked.load() ? 1 : wanted; }
 
 void run_parallel(int threads, void (*body)(void*, int, int), void* context) {
   if (threads <= 1) return body(context, 0, 1);
-#pragma omp parallel num_threads(threads)
-  body(context, omp_get_thread_num(), omp_get_num_threads());
+  const int64_t begin = nanoseconds(), met_before = met;
+  int64_t worked = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : worked)
+  {
+    const int64_t own_begin = nanoseconds(), slept_before = slept;
+    body(context, omp_get_thread_num(), omp_get_num_threads());
+    worked += nanoseconds() - own_begin - (slept - slept_before);
+  }
+  stalls.add(threads, nanoseconds() - begin, worked, met - met_before + 1);
 }
+
+int64_t stall_cycles() {
+  constexpr int64_t CYCLES = 3;  // a nanosecond
+  return CYCLES * stalls.a_meeting();
+}
+
+bool is_stalled(int64_t worked, int64_t elapsed) {
+  return worked < elapsed + elapsed / 4;  // a thread that waits for a core counts as working
+}
+
+int64_t nanoseconds() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+Sleep::Sleep() : begin_(nanoseconds()) {}
+Sleep::~Sleep() { slept += so_far(); }
+
+void count_meeting() { ++met; }
 
 void Barrier::wait(int members) {
   wait(members, [] {});
@@ -72,9 +134,11 @@ bool spin_while(const std::atomic<uint32_t>& word, uint32_t value) {
 
 void Barrier::await(uint32_t phase) {
   if (spin_while(phase_, phase)) return;
+  const Sleep counted;
   sleepers_.fetch_add(1);
   while (phase_.load() == phase) sleep_while(phase_, phase);
   sleepers_.fetch_sub(1);
+  asleep_.fetch_add(counted.so_far(), std::memory_order_relaxed);
 }
 
 int64_t& steps_walked() {

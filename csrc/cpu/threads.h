@@ -15,6 +15,31 @@ int usable_threads(int wanted);
 // libgomp; clang's libomp keeps a second one.
 void run_parallel(int threads, void (*body)(void* context, int thread, int threads), void* context);
 
+// Cycles that threads of the caller's parallel regions lose each time they meet, as it seems: where another program has the core of
+// one, all wait for it, and a step of microseconds takes milliseconds. 0 where there are cores to spare.
+int64_t stall_cycles();
+
+// Whether a team that has worked for so many nanoseconds, of all its threads, in those elapsed was hardly quicker than one thread.
+bool is_stalled(int64_t worked, int64_t elapsed);
+
+int64_t nanoseconds();  // of a clock
+
+// Counts the time of its life as slept by the calling thread, not worked.
+class Sleep {
+ public:
+  Sleep();
+  ~Sleep();
+  Sleep(const Sleep&) = delete;
+  Sleep& operator=(const Sleep&) = delete;
+  int64_t so_far() const { return nanoseconds() - begin_; }
+
+ private:
+  const int64_t begin_;
+};
+
+// Counts a barrier of the calling thread.
+void count_meeting();
+
 // Waits some ten microseconds for a word to change, and says whether it did.
 bool spin_while(const std::atomic<uint32_t>& word, uint32_t value);
 
@@ -26,11 +51,14 @@ class Barrier {
   template <class F>
   void wait(int members, F between) {
     if (members == 1) return between();
+    count_meeting();
     const uint32_t phase = phase_.load(std::memory_order_relaxed);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 < uint32_t(members)) return await(phase);
     between();
     release(phase);
   }
+  // Nanoseconds, of all threads.
+  int64_t asleep() const { return asleep_.load(std::memory_order_relaxed); }
 
  private:
   void await(uint32_t phase);
@@ -39,6 +67,7 @@ class Barrier {
   alignas(64) std::atomic<uint32_t> arrived_{0};
   alignas(64) std::atomic<uint32_t> phase_{0};
   std::atomic<uint32_t> sleepers_{0};
+  std::atomic<int64_t> asleep_{0};
 };
 
 // Steps that the calling thread has walked in all its scans.

@@ -42,6 +42,10 @@ def test_barrier_under_thread_sanitizer(tmp_path: Path) -> None:
     run_program(program, TSAN_OPTIONS="halt_on_error=1")
 
 
+def test_stalled_threads_are_noticed_for_a_while(tmp_path: Path) -> None:
+    run_program(compile_program(tmp_path, "address,undefined", str(HERE / "stalls.cpp"), str(CSRC / "threads.cpp")))
+
+
 @pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
 def test_memory_under_sanitizers(sanitizer: str, tmp_path: Path) -> None:
     run_program(compile_program(tmp_path, sanitizer, str(HERE / "memory.cpp")), TSAN_OPTIONS="halt_on_error=1")
