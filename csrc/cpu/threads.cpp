@@ -52,7 +52,7 @@ class Stalls {
  public:
   // A region of so many threads: what has elapsed, what all of them have worked in it, and how often they met.
   void add(int threads, int64_t elapsed, int64_t worked, int64_t meetings) {
-    constexpr int64_t ENOUGH = 20 * MILLISECOND, SHORTEST = 50 * MILLISECOND, LONGEST = 4000 * MILLISECOND;
+    constexpr int64_t ENOUGH = 30 * MILLISECOND, SHORTEST = 50 * MILLISECOND, LONGEST = 500 * MILLISECOND;
     if (a_meeting() > 0) return;  // a call so long that a team pays all the same
     elapsed_ += elapsed;
     worked_ += worked;
