@@ -46,36 +46,6 @@ void wake_all(std::atomic<uint32_t>& word) {
 
 thread_local int64_t slept = 0, met = 0;
 
-// What the calling thread's parallel regions tell of the machine. Once its team has hardly been quicker than one thread for some
-// time, it is not asked for a while, and then tried again; the while doubles each time in vain, and else is halved.
-class Stalls {
- public:
-  // A region of so many threads: what has elapsed, what all of them have worked in it, and how often they met.
-  void add(int threads, int64_t elapsed, int64_t worked, int64_t meetings) {
-    constexpr int64_t ENOUGH = 30 * MILLISECOND, SHORTEST = 50 * MILLISECOND, LONGEST = 500 * MILLISECOND;
-    if (a_meeting() > 0) return;  // a call so long that a team pays all the same
-    elapsed_ += elapsed;
-    worked_ += worked;
-    lost_ += elapsed - worked / threads;
-    meetings_ += meetings;
-    if (elapsed_ < ENOUGH) return;
-    if (is_stalled(worked_, elapsed_)) {
-      a_meeting_ = lost_ / meetings_;
-      while_ = std::clamp(2 * while_, SHORTEST, LONGEST);
-      until_ = nanoseconds() + while_;
-    } else {
-      while_ /= 2;
-    }
-    elapsed_ = worked_ = lost_ = meetings_ = 0;
-  }
-  // Nanoseconds lost in each.
-  int64_t a_meeting() const { return until_ > 0 && nanoseconds() < until_ ? a_meeting_ : 0; }
-
- private:
-  static constexpr int64_t MILLISECOND = 1000000;
-  int64_t elapsed_ = 0, worked_ = 0, lost_ = 0, meetings_ = 0;  // since the team was last judged
-  int64_t a_meeting_ = 0, while_ = 0, until_ = 0;
-};
 thread_local Stalls stalls;
 
 }  // namespace
@@ -92,12 +62,13 @@ void run_parallel(int threads, void (*body)(void*, int, int), void* context) {
     body(context, omp_get_thread_num(), omp_get_num_threads());
     worked += nanoseconds() - own_begin - (slept - slept_before);
   }
-  stalls.add(threads, nanoseconds() - begin, worked, met - met_before + 1);
+  const int64_t end = nanoseconds();
+  stalls.add(end, threads, end - begin, worked, met - met_before + 1);
 }
 
 int64_t stall_cycles() {
   constexpr int64_t CYCLES = 3;  // a nanosecond
-  return CYCLES * stalls.a_meeting();
+  return CYCLES * stalls.a_meeting(nanoseconds());
 }
 
 bool is_stalled(int64_t worked, int64_t elapsed) {
@@ -107,6 +78,26 @@ bool is_stalled(int64_t worked, int64_t elapsed) {
 int64_t nanoseconds() {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
+
+void Stalls::add(int64_t now, int threads, int64_t elapsed, int64_t worked, int64_t meetings) {
+  constexpr int64_t MILLISECOND = 1000000, ENOUGH = 30 * MILLISECOND, SHORTEST = 50 * MILLISECOND, LONGEST = 500 * MILLISECOND;
+  if (now < until_) return;  // a call so long that a team pays all the same
+  elapsed_ += elapsed;
+  worked_ += worked;
+  lost_ += elapsed - worked / threads;
+  meetings_ += meetings;
+  if (elapsed_ < ENOUGH) return;
+  if (is_stalled(worked_, elapsed_)) {
+    a_meeting_ = lost_ / meetings_;
+    while_ = std::clamp(2 * while_, SHORTEST, LONGEST);
+    until_ = now + while_;
+  } else {
+    while_ /= 2;
+  }
+  elapsed_ = worked_ = lost_ = meetings_ = 0;
+}
+
+int64_t Stalls::a_meeting(int64_t now) const { return now < until_ ? a_meeting_ : 0; }
 
 Sleep::Sleep() : begin_(nanoseconds()) {}
 Sleep::~Sleep() { slept += so_far(); }

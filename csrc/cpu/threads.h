@@ -22,6 +22,20 @@ int64_t stall_cycles();
 // Whether a team that has worked for so many nanoseconds, of all its threads, in those elapsed was hardly quicker than one thread.
 bool is_stalled(int64_t worked, int64_t elapsed);
 
+// What the parallel regions of one caller tell of the machine. Once its team has hardly been quicker than one thread for some time,
+// it is not asked for a while, and then tried again; the while doubles each time in vain, and else is halved. All in nanoseconds.
+class Stalls {
+ public:
+  // A region of so many threads that has ended now: what has elapsed, what all of them have worked in it, and how often they met.
+  void add(int64_t now, int threads, int64_t elapsed, int64_t worked, int64_t meetings);
+  // What each meeting loses, 0 but for that while.
+  int64_t a_meeting(int64_t now) const;
+
+ private:
+  int64_t elapsed_ = 0, worked_ = 0, lost_ = 0, meetings_ = 0;  // since the team was last judged
+  int64_t a_meeting_ = 0, while_ = 0, until_ = 0;
+};
+
 int64_t nanoseconds();  // of a clock
 
 // Counts the time of its life as slept by the calling thread, not worked.
