@@ -134,8 +134,7 @@ class Backward {
     for (int64_t step = s.steps - 1 - item.done; step >= 0; --step) {
       team.share(item, s.steps - 1 - step);
       state_gradients(item, local, walk, step);
-      if (!team.end_step(local.member, local.members)) return;
-      if (local.members == 1) walk.alone();
+      if (!end_step(team, local, walk)) return;
       if (!s.has_projection) continue;
       for (int64_t lane = item.lane; lane < item.lane_end; ++lane) through_projection(item, local, lane, step);
       team.barrier.wait(local.members);

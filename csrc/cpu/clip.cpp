@@ -65,7 +65,8 @@ void clip_gradients_cpu(std::vector<Tensor> gradients, double max_norm) {
     total += n;
   }
   clip.squares.resize(clip.blocks.size());
-  const int threads = int(std::clamp<int64_t>(total / WORTH_A_THREAD, 1, available_threads()));
+  const int wanted = int(std::clamp<int64_t>(total / WORTH_A_THREAD, 1, available_threads()));
+  const int threads = worth_threads(wanted, total / 2);
   run_parallel(
       threads, [](void* context, int thread, int n) { static_cast<Clip*>(context)->run(thread, n); }, &clip);
 }

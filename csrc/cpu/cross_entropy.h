@@ -91,7 +91,9 @@ class LinearCrossEntropy {
   };
 
   int threads(int available) const {
-    return int(max64(1, min64(available, x.rows * x.classes * x.columns / WORTH_A_THREAD)));
+    const int64_t products = x.rows * x.classes * x.columns * (d ? 3 : 1);
+    const int64_t wanted = max64(1, min64(available, x.rows * x.classes * x.columns / WORTH_A_THREAD));
+    return worth_threads(int(wanted), products / V);
   }
 
   // This thread's share of the panels.

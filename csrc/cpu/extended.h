@@ -227,9 +227,7 @@ class ExtendedForward {
                       return rows;
                     },
                     [&](int64_t lane) { return products_h(item, local, lane); }, stride);
-      if (!team.end_step(local.member, local.members)) return;
-      if (local.members == 1)
-        for (Walk<O>* each : {&walk, &input_walk, &projection_walk}) each->alone();
+      if (!end_step(team, local, walk, input_walk, projection_walk)) return;
       for (int64_t lane = item.lane; lane < item.lane_end; ++lane) finish_rows(item, local, lane, step);
       team.barrier.wait(local.members);
       if (s.has_projection) project(item, local, projection_walk, step, team.barrier);

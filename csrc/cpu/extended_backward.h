@@ -115,9 +115,7 @@ class ExtendedBackward {
       // Of the rows of a step, those come first that have a step after it.
       multiply(item, local, walk, step, [&](int64_t lane) { return followed(item, lane, step); },
                [&](int64_t lane, int64_t) { return s.time(lane, step + 1); });
-      if (!team.end_step(local.member, local.members)) return;
-      if (local.members == 1)
-        for (Walk<O>* each : {&walk, &projection_walk}) each->alone();
+      if (!end_step(team, local, walk, projection_walk)) return;
       if (s.has_projection) through_projection(item, local, projection_walk, step, team.barrier);
       each_row(item, local, step, [&](const Place& place, const T* from_after, const T* from_projection) {
         row_gradients(place, local, from_after, from_projection);

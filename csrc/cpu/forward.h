@@ -90,8 +90,7 @@ class Forward {
       const int64_t first = step + together;
       if (first % chunk == 0 && first < s.steps && !table) make_gates_x(item, local, first);
       run_step(item, local, walk, step);
-      if (!team.end_step(local.member, local.members)) return;
-      if (local.members == 1) walk.alone();
+      if (!end_step(team, local, walk)) return;
       if (!s.has_projection) continue;
       for (int64_t lane = item.lane; lane < item.lane_end; ++lane) project(item, local, lane, step);
       team.barrier.wait(local.members);

@@ -127,11 +127,11 @@ std::tuple<Tensor, Tensor, Tensor> generate_cpu(std::vector<Tensor> packed, Opti
   int64_t weight_bytes = 0;
   for (const ForwardArgs& x : layers)
     weight_bytes += x.shape.gates() * x.shape.hidden * (x.shape.state + (x.shape.ids ? 0 : x.shape.input)) * element;
-  const auto worth_a_team = [&] {
+  constexpr int64_t TOKENS = 32;  // after which it is decided anew how many threads there are to be
+  const auto threads_now = [&] {
     // Fewer are read by one core before several have met, behind each layer and the head.
     constexpr int64_t WORTH_IT = 512 << 10, BYTES_A_CYCLE = 24;
-    const int64_t meetings = int64_t(layers.size()) + 1;
-    return threads > 1 && weight_bytes / 2 > WORTH_IT / 2 + BYTES_A_CYCLE * meetings * stall_cycles();  // two save half
+    return weight_bytes > WORTH_IT ? worth_threads(threads, TOKENS * weight_bytes / BYTES_A_CYCLE) : 1;
   };
 
   struct Loop {
@@ -145,10 +145,8 @@ std::tuple<Tensor, Tensor, Tensor> generate_cpu(std::vector<Tensor> packed, Opti
     const void*& input;
     std::exception_ptr error;
 
-    // From the logits to the next token, and to the first layer's input. Whether the threads go on: from time to time it is
-    // decided anew how many there are to be.
+    // From the logits to the next token, and to the first layer's input. Whether the threads go on.
     bool next() {
-      constexpr int64_t TOKENS = 32;
       *ids++ = token = uniform ? sampler.draw(logits, *uniform++) : argmax(logits);
       if (embedding) input = embedding + token * row_bytes;
       return --count % TOKENS > 0;
@@ -180,7 +178,7 @@ std::tuple<Tensor, Tensor, Tensor> generate_cpu(std::vector<Tensor> packed, Opti
     }
   };
   while (loop.count > 0) {
-    kernels.generate(layers.data(), int64_t(layers.size()), head, worth_a_team() ? threads : 1, next, &loop);
+    kernels.generate(layers.data(), int64_t(layers.size()), head, threads_now(), next, &loop);
     if (loop.error) std::rethrow_exception(loop.error);
   }
   return {ids, h_n, c_n};

@@ -162,8 +162,8 @@ struct Split {
 // Costs are in cycles of one core. A tile of one row is bound by reading its weights, not by their products; weights that are
 // not near cost more, and those that are far from every core are best read by one of them each.
 RNNFAST_INLINE Split split_work(const ScanShape& s, int64_t weight_vectors, int64_t step_panels, int available) {
-  constexpr int64_t FAR_AWAY = 4;
-  const int64_t stall = available == 1 ? 0 : stall_cycles(), barrier = 2000 + stall, parallel_region = 15000 + 2 * stall;
+  constexpr int64_t BARRIER = 2000, FAR_AWAY = 4;
+  const int64_t parallel_region = 15000 + (available == 1 ? 0 : stall_cycles());
   const auto step = [&](int64_t rows, int64_t vectors, int64_t lanes) {
     const int64_t bytes = vectors * lanes * VECTOR_BYTES;
     const bool near = bytes <= near_bytes(), far = bytes > FAR_AWAY * near_bytes();
@@ -179,7 +179,7 @@ RNNFAST_INLINE Split split_work(const ScanShape& s, int64_t weight_vectors, int6
   constexpr int64_t WORTH_DEALING = 100000;
   const int64_t share = step(s.batch, ceil_div(weight_vectors * ceil_div(step_panels, available), step_panels), s.lanes);
   const bool dealt = share >= WORTH_DEALING;
-  const int64_t by_panels = s.steps * ((dealt ? share / 20 * 21 : share / 4 * 5) + barrier) + parallel_region;
+  const int64_t by_panels = s.steps * ((dealt ? share / 20 * 21 : share / 4 * 5) + BARRIER) + parallel_region;
   constexpr int64_t ITEM_ROWS = 64;  // keeps an item's states near
   const auto items = [&](int64_t n_parts) {
     return n_parts * max64(1, ceil_div(ceil_div(s.batch, n_parts), ITEM_ROWS));
@@ -392,6 +392,14 @@ class StepOfRow {
   const ScanShape& s_;
   int64_t t_ = 0;
 };
+
+// Ends a member's step, in which it has walked through its part of these weights; false where it leaves its team.
+template <class Local, class... Walks>
+bool end_step(Team& team, Local& local, Walks&... walks) {
+  if (!team.end_step(local.member, local.members)) return false;
+  if (local.members == 1) (walks.alone(), ...);
+  return true;
+}
 
 // The last step in which row b is alive.
 RNNFAST_INLINE int64_t last_step(const ScanShape& s, int64_t b) {

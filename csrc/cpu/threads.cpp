@@ -44,7 +44,7 @@ void wake_all(std::atomic<uint32_t>& word) {
 #endif
 }
 
-thread_local int64_t slept = 0, met = 0;
+thread_local int64_t slept = 0;
 
 thread_local Stalls stalls;
 
@@ -54,7 +54,7 @@ int usable_threads(int wanted) { return forked.load() ? 1 : wanted; }
 
 void run_parallel(int threads, void (*body)(void*, int, int), void* context) {
   if (threads <= 1) return body(context, 0, 1);
-  const int64_t begin = nanoseconds(), met_before = met;
+  const int64_t begin = nanoseconds();
   int64_t worked = 0;
 #pragma omp parallel num_threads(threads) reduction(+ : worked)
   {
@@ -63,12 +63,12 @@ void run_parallel(int threads, void (*body)(void*, int, int), void* context) {
     worked += nanoseconds() - own_begin - (slept - slept_before);
   }
   const int64_t end = nanoseconds();
-  stalls.add(end, threads, end - begin, worked, met - met_before + 1);
+  stalls.add(end, threads, end - begin, worked);
 }
 
 int64_t stall_cycles() {
   constexpr int64_t CYCLES = 3;  // a nanosecond
-  return CYCLES * stalls.a_meeting(nanoseconds());
+  return CYCLES * stalls.a_region(nanoseconds());
 }
 
 bool is_stalled(int64_t worked, int64_t elapsed) {
@@ -79,30 +79,32 @@ int64_t nanoseconds() {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-void Stalls::add(int64_t now, int threads, int64_t elapsed, int64_t worked, int64_t meetings) {
+void Stalls::add(int64_t now, int threads, int64_t elapsed, int64_t worked) {
   constexpr int64_t MILLISECOND = 1000000, ENOUGH = 30 * MILLISECOND, SHORTEST = 50 * MILLISECOND, LONGEST = 500 * MILLISECOND;
   if (now < until_) return;  // a call so long that a team pays all the same
   elapsed_ += elapsed;
   worked_ += worked;
   lost_ += elapsed - worked / threads;
-  meetings_ += meetings;
+  ++regions_;
   if (elapsed_ < ENOUGH) return;
   if (is_stalled(worked_, elapsed_)) {
-    a_meeting_ = lost_ / meetings_;
+    a_region_ = lost_ / regions_;
     while_ = std::clamp(2 * while_, SHORTEST, LONGEST);
     until_ = now + while_;
   } else {
     while_ /= 2;
   }
-  elapsed_ = worked_ = lost_ = meetings_ = 0;
+  elapsed_ = worked_ = lost_ = regions_ = 0;
 }
 
-int64_t Stalls::a_meeting(int64_t now) const { return now < until_ ? a_meeting_ : 0; }
+int64_t Stalls::a_region(int64_t now) const { return now < until_ ? a_region_ : 0; }
+
+int worth_threads(int wanted, int64_t cycles) {
+  return wanted > 1 && cycles / 2 < stall_cycles() ? 1 : wanted;  // two threads save half
+}
 
 Sleep::Sleep() : begin_(nanoseconds()) {}
 Sleep::~Sleep() { slept += so_far(); }
-
-void count_meeting() { ++met; }
 
 void Barrier::wait(int members) {
   wait(members, [] {});

@@ -15,9 +15,12 @@ int usable_threads(int wanted);
 // libgomp; clang's libomp keeps a second one.
 void run_parallel(int threads, void (*body)(void* context, int thread, int threads), void* context);
 
-// Cycles that threads of the caller's parallel regions lose each time they meet, as it seems: where another program has the core of
-// one, all wait for it, and a step of microseconds takes milliseconds. 0 where there are cores to spare.
+// Cycles that a parallel region of the caller's loses, as it seems: where another program has the core of one of its threads, all
+// wait for that, and a call of microseconds takes milliseconds. 0 where there are cores to spare.
 int64_t stall_cycles();
+
+// `wanted` threads for a region of so many cycles, or one if it would lose more than sharing them saves.
+int worth_threads(int wanted, int64_t cycles);
 
 // Whether a team that has worked for so many nanoseconds, of all its threads, in those elapsed was hardly quicker than one thread.
 bool is_stalled(int64_t worked, int64_t elapsed);
@@ -26,14 +29,14 @@ bool is_stalled(int64_t worked, int64_t elapsed);
 // it is not asked for a while, and then tried again; the while doubles each time in vain, and else is halved. All in nanoseconds.
 class Stalls {
  public:
-  // A region of so many threads that has ended now: what has elapsed, what all of them have worked in it, and how often they met.
-  void add(int64_t now, int threads, int64_t elapsed, int64_t worked, int64_t meetings);
-  // What each meeting loses, 0 but for that while.
-  int64_t a_meeting(int64_t now) const;
+  // A region of so many threads that has ended now: what has elapsed, and what all of them have worked in it.
+  void add(int64_t now, int threads, int64_t elapsed, int64_t worked);
+  // What a region loses, 0 but for that while.
+  int64_t a_region(int64_t now) const;
 
  private:
-  int64_t elapsed_ = 0, worked_ = 0, lost_ = 0, meetings_ = 0;  // since the team was last judged
-  int64_t a_meeting_ = 0, while_ = 0, until_ = 0;
+  int64_t elapsed_ = 0, worked_ = 0, lost_ = 0, regions_ = 0;  // since the team was last judged
+  int64_t a_region_ = 0, while_ = 0, until_ = 0;
 };
 
 int64_t nanoseconds();  // of a clock
@@ -51,9 +54,6 @@ class Sleep {
   const int64_t begin_;
 };
 
-// Counts a barrier of the calling thread.
-void count_meeting();
-
 // Waits some ten microseconds for a word to change, and says whether it did.
 bool spin_while(const std::atomic<uint32_t>& word, uint32_t value);
 
@@ -65,7 +65,6 @@ class Barrier {
   template <class F>
   void wait(int members, F between) {
     if (members == 1) return between();
-    count_meeting();
     const uint32_t phase = phase_.load(std::memory_order_relaxed);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 < uint32_t(members)) return await(phase);
     between();

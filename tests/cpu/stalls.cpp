@@ -33,31 +33,31 @@ void region() {
 
 constexpr int64_t MS = 1000000;
 
-// With a clock of its own: a team of two that always meets ten times a region of 10 ms, which both work through, or one sleeps.
+// With a clock of its own: regions of 10 ms of a team of two, which both work through, or one sleeps.
 void judgement() {
   Stalls stalls;
   int64_t now = 0;
   const auto regions = [&](int count, int64_t worked) {
-    for (int i = 0; i < count; ++i) stalls.add(now += 10 * MS, 2, 10 * MS, worked, 10);
-    return stalls.a_meeting(now);
+    for (int i = 0; i < count; ++i) stalls.add(now += 10 * MS, 2, 10 * MS, worked);
+    return stalls.a_region(now);
   };
   expect(regions(30, 19 * MS) == 0, "threads that work alike are said to stall");
   expect(regions(1, 11 * MS) == 0 && regions(2, 19 * MS) == 0, "one stall is enough");
-  expect(regions(3, 11 * MS) == 45 * MS / 100, "stalls are not noticed, or not what they cost");
-  expect(stalls.a_meeting(now + 49 * MS) > 0 && stalls.a_meeting(now + 50 * MS) == 0, "the first while is not 50 ms");
+  expect(regions(3, 11 * MS) == 45 * MS / 10, "stalls are not noticed, or not what they cost");
+  expect(stalls.a_region(now + 49 * MS) > 0 && stalls.a_region(now + 50 * MS) == 0, "the first while is not 50 ms");
   now += 50 * MS;
   regions(3, 11 * MS);
-  expect(stalls.a_meeting(now + 99 * MS) > 0 && stalls.a_meeting(now + 100 * MS) == 0, "the second one is not twice as long");
+  expect(stalls.a_region(now + 99 * MS) > 0 && stalls.a_region(now + 100 * MS) == 0, "the second one is not twice as long");
   expect(regions(3, 19 * MS) > 0, "a long call ends it");
   now += 100 * MS;
   regions(3, 19 * MS);
   regions(3, 11 * MS);
-  expect(stalls.a_meeting(now + 99 * MS) > 0 && stalls.a_meeting(now + 100 * MS) == 0, "success does not halve it");
+  expect(stalls.a_region(now + 99 * MS) > 0 && stalls.a_region(now + 100 * MS) == 0, "success does not halve it");
   for (int i = 0; i < 9; ++i) {
     now += 500 * MS;
     regions(3, 11 * MS);
   }
-  expect(stalls.a_meeting(now + 499 * MS) > 0 && stalls.a_meeting(now + 500 * MS) == 0, "the longest is not half a second");
+  expect(stalls.a_region(now + 499 * MS) > 0 && stalls.a_region(now + 500 * MS) == 0, "the longest is not half a second");
 }
 
 }  // namespace
