@@ -98,9 +98,7 @@ bool Relay::take(Item& item, int threads) {
     lock.unlock();
     const bool changed = spin_while(changes_, seen);
     lock.lock();
-    if (changed || ready()) continue;
-    const Sleep counted;
-    changed_.wait(lock, ready);
+    if (!changed && !ready()) changed_.wait(lock, ready);
   }
   if (given_.empty()) return false;
   item = given_.back();

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <ctime>
 
 #if defined(__linux__)
 #include <linux/futex.h>
@@ -44,7 +45,13 @@ void wake_all(std::atomic<uint32_t>& word) {
 #endif
 }
 
-thread_local int64_t slept = 0;
+
+// That the calling thread has had a core.
+int64_t own_nanoseconds() {
+  timespec time{};
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
+  return int64_t(time.tv_sec) * 1000000000 + time.tv_nsec;
+}
 
 thread_local Stalls stalls;
 
@@ -58,9 +65,9 @@ void run_parallel(int threads, void (*body)(void*, int, int), void* context) {
   int64_t worked = 0;
 #pragma omp parallel num_threads(threads) reduction(+ : worked)
   {
-    const int64_t own_begin = nanoseconds(), slept_before = slept;
+    const int64_t before = own_nanoseconds();
     body(context, omp_get_thread_num(), omp_get_num_threads());
-    worked += nanoseconds() - own_begin - (slept - slept_before);
+    worked += own_nanoseconds() - before;
   }
   const int64_t end = nanoseconds();
   stalls.add(end, threads, end - begin, worked);
@@ -72,7 +79,7 @@ int64_t stall_cycles() {
 }
 
 bool is_stalled(int64_t worked, int64_t elapsed) {
-  return worked < elapsed + elapsed / 4;  // a thread that waits for a core counts as working
+  return worked < elapsed + elapsed / 4;
 }
 
 int64_t nanoseconds() {
@@ -103,9 +110,6 @@ int worth_threads(int wanted, int64_t cycles) {
   return wanted > 1 && cycles / 2 < stall_cycles() ? 1 : wanted;  // two threads save half
 }
 
-Sleep::Sleep() : begin_(nanoseconds()) {}
-Sleep::~Sleep() { slept += so_far(); }
-
 void Barrier::wait(int members) {
   wait(members, [] {});
 }
@@ -127,11 +131,11 @@ bool spin_while(const std::atomic<uint32_t>& word, uint32_t value) {
 
 void Barrier::await(uint32_t phase) {
   if (spin_while(phase_, phase)) return;
-  const Sleep counted;
+  const int64_t begin = nanoseconds();
   sleepers_.fetch_add(1);
   while (phase_.load() == phase) sleep_while(phase_, phase);
   sleepers_.fetch_sub(1);
-  asleep_.fetch_add(counted.so_far(), std::memory_order_relaxed);
+  asleep_.fetch_add(nanoseconds() - begin, std::memory_order_relaxed);
 }
 
 int64_t& steps_walked() {

@@ -41,19 +41,6 @@ class Stalls {
 
 int64_t nanoseconds();  // of a clock
 
-// Counts the time of its life as slept by the calling thread, not worked.
-class Sleep {
- public:
-  Sleep();
-  ~Sleep();
-  Sleep(const Sleep&) = delete;
-  Sleep& operator=(const Sleep&) = delete;
-  int64_t so_far() const { return nanoseconds() - begin_; }
-
- private:
-  const int64_t begin_;
-};
-
 // Waits some ten microseconds for a word to change, and says whether it did.
 bool spin_while(const std::atomic<uint32_t>& word, uint32_t value);
 
