@@ -91,6 +91,8 @@ class Stream:
                 given = args[1] if len(args) > 1 else kwargs.get("hx")
                 if name not in self._states or name not in self._started_from:  # such a state was set
                     started_from[name] = given
+                if name in self._states:
+                    _check_batch(layer, args[0] if args else kwargs.get("input"), self._states[name])
                 return args[:1], kwargs | {"hx": self._states.get(name, given)}
 
             return hook
@@ -130,7 +132,11 @@ class Stream:
         if not isinstance(input, Tensor):
             raise TypeError(f"a stream of a layer takes a tensor, got {type(input).__name__}")
         state, steps = self._states.get(""), input.dim() - (1 if input.is_floating_point() else 0)
-        result: tuple[Tensor, Any] = layer.step(input, state) if steps == 1 else layer(input, state)
+        try:
+            result: tuple[Tensor, Any] = layer.step(input, state) if steps == 1 else layer(input, state)
+        except RuntimeError:
+            _check_batch(layer, input, state)
+            raise
         output, self._states[""] = result
         return output
 
@@ -175,6 +181,20 @@ class Stream:
     def detach(self) -> None:
         """Cuts the graph at the states, as truncated backpropagation through time does between chunks."""
         self._states = {name: map_state(state, lambda part: part.detach()) for name, state in self._states.items()}
+
+
+def _check_batch(layer: Any, input: Any, state: Any) -> None:
+    """Raises if a step or chunk has another number of sequences than the state that is to go on with it."""
+    while isinstance(state, tuple | list) and state:
+        state = state[0]
+    if not isinstance(input, Tensor) or not isinstance(state, Tensor) or state.dim() != 3:
+        return
+    dims = input.dim() - input.is_floating_point()
+    if dims not in (1, 2):
+        return
+    size, kept = input.shape[0 if dims == 1 or layer.batch_first else 1], state.shape[1]
+    if size != kept:
+        raise RuntimeError(f"this stream has {kept} sequences, the input {size}: reset() lets it begin anew")
 
 
 def _with_rows(state: Tensor, rows: Tensor | Sequence[int], begin: Tensor) -> Tensor:

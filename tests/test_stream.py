@@ -242,6 +242,32 @@ def test_a_model_that_hides_its_layers_is_refused() -> None:
     torch.testing.assert_close(parts, model(input))
 
 
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_another_number_of_sequences_needs_a_reset(batch_first: bool) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = rnnfast.LSTM(3, 4, batch_first=batch_first)
+
+        def forward(self, input: Tensor) -> Tensor:
+            return self.rnn(input=input)[0]
+
+    stack = rnnfast.Stack("lstm", 3, [4], batch_first=batch_first)
+    for module in (rnnfast.GRU(3, 4, batch_first=batch_first), stack, Model()):
+        stream = rnnfast.Stream(module)
+        first, second = torch.randn(2, 2, 3), torch.randn(3, 3, 3)  # as many steps as sequences
+        stream(first)
+        before = stream.state
+        with pytest.raises(RuntimeError, match=r"this stream has 2 sequences, the input 3: reset\(\)"):
+            stream(second)
+        if not isinstance(module, Model):
+            with pytest.raises(RuntimeError, match=r"2 sequences, the input 3"):
+                stream(second[0])
+        assert stream.state == before if isinstance(module, Model) else stream.state is before
+        stream.reset()
+        assert stream(second).shape == (3, 3, 4)
+
+
 def test_errors_are_clear() -> None:
     with pytest.raises(RuntimeError, match="layer 'rnn' is bidirectional: it reads the whole sequence at once"):
         rnnfast.Stream(nn.ModuleDict({"rnn": rnnfast.GRU(3, 4, bidirectional=True)}))
