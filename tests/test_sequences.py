@@ -119,6 +119,15 @@ def test_resets_before_the_only_step(name: str, options: Any, to: str, backend: 
 
 
 @pytest.mark.parametrize("name", LAYERS)
+def test_a_reset_before_the_only_step_is_behind_the_backward_direction(name: str, backend: str) -> None:
+    """It enters a sequence at the end, with the column's own state; the reset is at its beginning."""
+    layer = make(name, bidirectional=True, backend=backend)
+    hx, input, reset = state_of(layer), torch.randn(1, BATCH, INPUTS), torch.ones(1, BATCH, dtype=torch.bool)
+    begin = like(hx, (torch.cat((torch.zeros_like(part[:1]), part[1:])) for part in parts(hx)))
+    torch.testing.assert_close(layer(input, hx, reset=reset), layer(input, begin))
+
+
+@pytest.mark.parametrize("name", LAYERS)
 def test_a_step_with_resets_and_sequences_that_are_whole_are_not_cut(
     name: str, direct_calls: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -437,6 +446,7 @@ def test_errors_are_clear() -> None:
         (RuntimeError, "Expected hidden size", input, {"reset": reset, "reset_to": state_of(layer, batch=3)}),
         (RuntimeError, "reset_to has dtype", input, {"reset": reset, "reset_to": state_of(layer).double()}),
         (RuntimeError, "Expected hidden size", input, {"reset": reset, "hx": state_of(layer, batch=3)}),
+        (RuntimeError, "h_0 has dtype torch.float64", input, {"reset": ~reset, "hx": state_of(layer).double()}),
         (ValueError, "a PackedSequence has lengths of its own", packed, {"lengths": [9, 5, 3, 1]}),
         (ValueError, "give an unbatched one without its padding", input[:, 0], {"lengths": [3]}),
         (IndexError, "token ids must be in", torch.full((STEPS, BATCH), 7), {"lengths": [9, 5, 3, 1]}),
