@@ -79,3 +79,10 @@ def test_dropout_acts_in_training_only() -> None:
     assert not torch.equal(model(IDS)[0], model(IDS)[0])
     model.eval()
     assert torch.equal(model(IDS)[0], model(IDS)[0])
+
+
+def test_dropout_acts_behind_the_embedding_and_in_front_of_the_head() -> None:
+    model, inputs = RNNLM(28, "rnn", 64, dropout=0.5, embedding_size=64), []
+    model.rnn.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    for tensor in (model.hidden_states(IDS)[0], inputs[0]):
+        assert 0.4 < (tensor == 0).float().mean() < 0.6
