@@ -429,6 +429,14 @@ def test_vmap_maps_inputs_and_lengths() -> None:
     torch.testing.assert_close(torch.vmap(call)(input, lengths.expand(2, -1)), expected)
 
 
+def test_vmap_maps_resets_alone() -> None:
+    layer, input = make("GRU"), torch.randn(STEPS, BATCH, INPUTS)
+    resets = torch.rand(3, STEPS, BATCH) < 0.3
+    resets[1] = False  # a member of whole sequences
+    expected = torch.stack([layer(input, reset=reset)[0] for reset in resets])
+    torch.testing.assert_close(torch.vmap(lambda reset: layer(input, reset=reset)[0])(resets), expected)
+
+
 def test_errors_are_clear() -> None:
     layer, input = make("GRU"), torch.randn(STEPS, BATCH, INPUTS)
     reset = torch.zeros(STEPS, BATCH, dtype=torch.bool)

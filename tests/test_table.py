@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -291,6 +293,8 @@ def test_the_size_of_a_call() -> None:
     with torch.no_grad():
         assert not dispatch.size_of("lstm", weight, 6, 5, (weight,)).training
     assert not dispatch.size_of("lstm", weight.detach(), 6, 5, (None, weight.detach())).training
+    on_another_card: Any = SimpleNamespace(device=torch.device("cuda:1"), shape=weight.shape)
+    assert dispatch.size_of("lstm", on_another_card, 6, 5, ()) == Size(1, 7, 6, 5, False)
 
 
 def test_explain_measures_a_call_as_the_call_itself(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -360,7 +360,12 @@ def test_learning_rates() -> None:
         ({"dropout": 1.0}, "--dropout"),
         ({"validation": 1.0}, "--validation"),
         ({"max_tokens": 0}, "--max-tokens"),
+        ({"scratch": True, "cell": "gru"}, "--scratch .* --cell"),
         ({"scratch": True, "num_layers": 2}, "--scratch .* --num-layers"),
+        ({"scratch": True, "dropout": 0.5}, "--scratch .* --dropout"),
+        ({"scratch": True, "embedding_size": 8}, "--scratch .* --embedding-size"),
+        ({"scratch": True, "tie_weights": True}, "--scratch .* --tie-weights"),
+        ({"scratch": True, "bidirectional": True}, "--scratch .* --bidirectional"),
     ],
 )
 def test_settings_outside_their_range(settings: dict[str, Any], message: str) -> None:
