@@ -313,6 +313,33 @@ def test_penalty_in_eager_autograd(backend: str, plain: Any) -> None:
     assert_same(gradients(), plain(gradients))
 
 
+@pytest.mark.parametrize("in_dims", [(None, 0, None), (None, 0, 0), (0, 0, None), (0, 0, 0)], ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+def test_gradients_through_vmap(name: str, in_dims: tuple[int | None, ...], backend: str) -> None:
+    """That they are wanted shows only below vmap: what it is given does not say so."""
+    layer = build(name, False, backend)
+    own = (
+        ensemble_of(parameters_of(layer)),
+        torch.randn(MEMBERS, 4, 2, 2).double(),
+        torch.tensor([[4, 1], [2, 3], [0, 4]]),
+    )
+
+    def member(m: int) -> Any:
+        return tree_map(lambda tensor: tensor[m], own)
+
+    def loss(parameters: Parameters, input: Tensor, lengths: Tensor) -> Tensor:
+        result: Tensor = functional_call(layer, parameters, (input,), {"lengths": lengths})[0].square().sum()
+        return result
+
+    given = [mine if dim == 0 else first for mine, first, dim in zip(own, member(0), in_dims, strict=True)]
+    members = [
+        [mine if dim == 0 else first for mine, first, dim in zip(member(m), member(0), in_dims, strict=True)]
+        for m in range(MEMBERS)
+    ]
+    actual = grad(lambda input: vmap(loss, in_dims)(given[0], input, given[2]).sum())(given[1])
+    torch.testing.assert_close(actual, torch.stack([grad(loss, 1)(*each) for each in members]))
+
+
 @pytest.mark.parametrize("name", ["reference", "cpu", "torch"])
 def test_backward_in_eval_mode(name: str) -> None:
     layer, input = rnnfast.LSTM(2, 3, num_layers=2, dropout=0.5, backend=name).eval(), torch.randn(4, 2, 2)

@@ -66,6 +66,7 @@ def test_scratch_equals_the_chapters_loop() -> None:
 def test_embedding_and_tied_weights() -> None:
     model = RNNLM(28, "gru", 16, embedding_size=16, tie_weights=True)
     assert model.head.weight is model.embedding.weight
+    assert 0.2 < model.head.weight.std() < 0.3  # that of logits of order 1, 16 ** -0.5
     assert model(IDS)[0].shape == (7, 3, 28)
     assert RNNLM(28, "gru", 16, embedding_size=5).rnn.input_size == 5
     with pytest.raises(UserError, match="--embedding-size 16"):
