@@ -446,6 +446,7 @@ def test_errors_are_clear() -> None:
         (ValueError, r"lengths must be in \[0, 9\]", input, {"lengths": [9, -1, 1, 1]}),
         (ValueError, r"one length for each of the 4 sequences, got \(3,\)", input, {"lengths": [9, 1, 1]}),
         (TypeError, "lengths must be integers, got torch.float32", input, {"lengths": torch.ones(BATCH)}),
+        (TypeError, "lengths must be integers, got torch.bool", input, {"lengths": torch.ones(BATCH) > 0}),
         (TypeError, r"got torch.float32; use reset.bool\(\)", input, {"reset": reset.float()}),
         (ValueError, r"shape without features, \(9, 4\), got \(4, 9\)", input, {"reset": reset.t()}),
         (ValueError, r"shape without features, \(9, 4\), got \(9, 4, 1\)", input, {"reset": reset[..., None]}),
