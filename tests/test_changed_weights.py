@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any
 
 import pytest
@@ -190,5 +191,6 @@ def test_packed_weights_can_be_forgotten(direct_calls: list[int]) -> None:
     layer.weight_hh_l0.data[3, 7] += 1  # a single element, off the diagonal
     cell.weight_hh.data[3, 7] += 1
     rnnfast.forget_packed_weights()
+    assert not weakref.getweakrefcount(cell.weight_hh)  # torch.utils.swap_tensors takes none that has any
     torch.testing.assert_close(layer(input), copy.deepcopy(layer)(input), rtol=0, atol=0)
     torch.testing.assert_close(cell(input[0]), copy.deepcopy(cell)(input[0]), rtol=0, atol=0)
