@@ -317,6 +317,7 @@ def test_explain_measures_a_call_as_the_call_itself(monkeypatch: pytest.MonkeyPa
         ({"batch_first": True}, torch.randint(4, (5, 3)), (5, 3)),
         ({}, torch.randint(4, (5,)), (1, 5)),
         ({}, packed, (3, 5)),
+        ({"bidirectional": True}, packed, (6, 5)),
     ):
         layer = rnnfast.GRU(4, 6, **options)
         sizes.clear()
@@ -324,6 +325,10 @@ def test_explain_measures_a_call_as_the_call_itself(monkeypatch: pytest.MonkeyPa
             rnnfast.explain(layer, input)
             layer(input)
         assert sizes == [("gru", *expected)] * 2
+    sizes.clear()
+    with rnnfast.use_backend("reference"):
+        rnnfast.GRU(4, 6).step(torch.randn(3, 4))
+    assert sizes == [("gru", 3, 1)]
 
 
 def test_a_compiled_graph_looks_it_up_too(gpu_backends: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
