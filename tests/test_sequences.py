@@ -141,6 +141,10 @@ def test_a_step_with_resets_and_sequences_that_are_whole_are_not_cut(
     for options in (whole, {"lengths": torch.tensor(whole["lengths"])}, {"reset": whole["reset"]}):
         torch.testing.assert_close(layer(input, hx, **options), expected, rtol=0, atol=0)
     assert direct_calls == [0] * 4
+    other = make(name)
+    for _ in range(2):  # the first of which leaves a plan
+        other(input, hx, lengths=[STEPS] * BATCH)
+    assert direct_calls == [0] * 5
 
 
 def test_second_derivatives(backend: str) -> None:
