@@ -461,6 +461,7 @@ def test_errors_are_clear() -> None:
         (RuntimeError, "Expected hidden size", input, {"reset": reset, "hx": state_of(layer, batch=3)}),
         (RuntimeError, "h_0 has dtype torch.float64", input, {"reset": ~reset, "hx": state_of(layer).double()}),
         (ValueError, "a PackedSequence has lengths of its own", packed, {"lengths": [9, 5, 3, 1]}),
+        (ValueError, "a PackedSequence has lengths of its own", packed, {"reset": reset}),
         (ValueError, "give an unbatched one without its padding", input[:, 0], {"lengths": [3]}),
         (IndexError, "token ids must be in", torch.full((STEPS, BATCH), 7), {"lengths": [9, 5, 3, 1]}),
         (RuntimeError, "Expected sequence length to be larger than 0", input[:0], {"lengths": [0] * BATCH}),
