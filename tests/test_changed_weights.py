@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any
 
 import pytest
@@ -183,6 +184,14 @@ def test_what_another_process_writes_to_shared_weights_is_seen(direct_calls: lis
     torch.testing.assert_close(cell(input[0]), copy.deepcopy(cell)(input[0]), rtol=0, atol=0)
 
 
+def test_weights_that_functional_call_puts_there_are_used() -> None:
+    layer, other, input = rnnfast.GRU(5, 8), rnnfast.GRU(5, 8), torch.randn(3, 2, 5)
+    given = {name: weight.detach() for name, weight in other.named_parameters()}
+    for _ in range(2):
+        torch.testing.assert_close(torch.func.functional_call(layer, given, (input,)), other(input), rtol=0, atol=0)
+    assert not torch.equal(layer(input)[0], other(input)[0])
+
+
 def test_packed_weights_can_be_forgotten(direct_calls: list[int]) -> None:
     layer, cell, input = rnnfast.GRU(5, 64), rnnfast.GRUCell(5, 64, backend="cpu"), torch.randn(3, 2, 5)
     for _ in range(2):
@@ -190,5 +199,6 @@ def test_packed_weights_can_be_forgotten(direct_calls: list[int]) -> None:
     layer.weight_hh_l0.data[3, 7] += 1  # a single element, off the diagonal
     cell.weight_hh.data[3, 7] += 1
     rnnfast.forget_packed_weights()
+    assert not weakref.getweakrefcount(cell.weight_hh)  # torch.utils.swap_tensors takes none that has any
     torch.testing.assert_close(layer(input), copy.deepcopy(layer)(input), rtol=0, atol=0)
     torch.testing.assert_close(cell(input[0]), copy.deepcopy(cell)(input[0]), rtol=0, atol=0)

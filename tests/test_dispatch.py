@@ -99,6 +99,8 @@ def test_explain_knows_of_autocast() -> None:
             assert choice.backend != "cpu"
             layer(input)
         assert "float16" in repr(choice) or "float32, float64 and bfloat16" in repr(choice)
+    with torch.autocast("cpu", torch.float16):  # a cell computes in its weights' type all the same
+        assert rnnfast.explain(rnnfast.LSTMCell(3, 4), input[0]).backend == "cpu"
 
 
 def test_explain_tells_what_was_passed_over_and_why() -> None:

@@ -119,6 +119,15 @@ def test_resets_before_the_only_step(name: str, options: Any, to: str, backend: 
 
 
 @pytest.mark.parametrize("name", LAYERS)
+def test_a_reset_before_the_only_step_is_behind_the_backward_direction(name: str, backend: str) -> None:
+    """It enters a sequence at the end, with the column's own state; the reset is at its beginning."""
+    layer = make(name, bidirectional=True, backend=backend)
+    hx, input, reset = state_of(layer), torch.randn(1, BATCH, INPUTS), torch.ones(1, BATCH, dtype=torch.bool)
+    begin = like(hx, (torch.cat((torch.zeros_like(part[:1]), part[1:])) for part in parts(hx)))
+    torch.testing.assert_close(layer(input, hx, reset=reset), layer(input, begin))
+
+
+@pytest.mark.parametrize("name", LAYERS)
 def test_a_step_with_resets_and_sequences_that_are_whole_are_not_cut(
     name: str, direct_calls: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,6 +141,10 @@ def test_a_step_with_resets_and_sequences_that_are_whole_are_not_cut(
     for options in (whole, {"lengths": torch.tensor(whole["lengths"])}, {"reset": whole["reset"]}):
         torch.testing.assert_close(layer(input, hx, **options), expected, rtol=0, atol=0)
     assert direct_calls == [0] * 4
+    other = make(name)
+    for _ in range(2):  # the first of which leaves a plan
+        other(input, hx, lengths=[STEPS] * BATCH)
+    assert direct_calls == [0] * 5
 
 
 def test_second_derivatives(backend: str) -> None:
@@ -420,6 +433,14 @@ def test_vmap_maps_inputs_and_lengths() -> None:
     torch.testing.assert_close(torch.vmap(call)(input, lengths.expand(2, -1)), expected)
 
 
+def test_vmap_maps_resets_alone() -> None:
+    layer, input = make("GRU"), torch.randn(STEPS, BATCH, INPUTS)
+    resets = torch.rand(3, STEPS, BATCH) < 0.3
+    resets[1] = False  # a member of whole sequences
+    expected = torch.stack([layer(input, reset=reset)[0] for reset in resets])
+    torch.testing.assert_close(torch.vmap(lambda reset: layer(input, reset=reset)[0])(resets), expected)
+
+
 def test_errors_are_clear() -> None:
     layer, input = make("GRU"), torch.randn(STEPS, BATCH, INPUTS)
     reset = torch.zeros(STEPS, BATCH, dtype=torch.bool)
@@ -429,6 +450,7 @@ def test_errors_are_clear() -> None:
         (ValueError, r"lengths must be in \[0, 9\]", input, {"lengths": [9, -1, 1, 1]}),
         (ValueError, r"one length for each of the 4 sequences, got \(3,\)", input, {"lengths": [9, 1, 1]}),
         (TypeError, "lengths must be integers, got torch.float32", input, {"lengths": torch.ones(BATCH)}),
+        (TypeError, "lengths must be integers, got torch.bool", input, {"lengths": torch.ones(BATCH) > 0}),
         (TypeError, r"got torch.float32; use reset.bool\(\)", input, {"reset": reset.float()}),
         (ValueError, r"shape without features, \(9, 4\), got \(4, 9\)", input, {"reset": reset.t()}),
         (ValueError, r"shape without features, \(9, 4\), got \(9, 4, 1\)", input, {"reset": reset[..., None]}),
@@ -437,7 +459,9 @@ def test_errors_are_clear() -> None:
         (RuntimeError, "Expected hidden size", input, {"reset": reset, "reset_to": state_of(layer, batch=3)}),
         (RuntimeError, "reset_to has dtype", input, {"reset": reset, "reset_to": state_of(layer).double()}),
         (RuntimeError, "Expected hidden size", input, {"reset": reset, "hx": state_of(layer, batch=3)}),
+        (RuntimeError, "h_0 has dtype torch.float64", input, {"reset": ~reset, "hx": state_of(layer).double()}),
         (ValueError, "a PackedSequence has lengths of its own", packed, {"lengths": [9, 5, 3, 1]}),
+        (ValueError, "a PackedSequence has lengths of its own", packed, {"reset": reset}),
         (ValueError, "give an unbatched one without its padding", input[:, 0], {"lengths": [3]}),
         (IndexError, "token ids must be in", torch.full((STEPS, BATCH), 7), {"lengths": [9, 5, 3, 1]}),
         (RuntimeError, "Expected sequence length to be larger than 0", input[:0], {"lengths": [0] * BATCH}),

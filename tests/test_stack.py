@@ -208,6 +208,9 @@ def test_explain_tells_who_runs_it_and_why() -> None:
     choice = rnnfast.explain(stack, input)
     assert choice.backend == ("cpu" if native.why_not() is None else "reference")
     assert rnnfast.explain(stack.eval(), input).backend == plain
+    masked = make("lstm", recurrent_dropout=0.5, backend="torch").eval()
+    assert rnnfast.explain(masked, input).backend == "torch"
+    masked(input)
     half = rnnfast.explain(stack.train().half(), input.half())
     assert half.backend == "reference"
     assert dict(half.passed_over)["torch"] == "it has no recurrent dropout, which the reference has"
@@ -309,6 +312,9 @@ def test_autocast() -> None:
         stack, input = rnnfast.Stack("lstm", INPUTS, [HIDDEN, HIDDEN], **options), input_of().float()
         with torch.autocast("cpu", torch.bfloat16):
             output, states = seeded(stack, input)
+            reset = torch.ones(input.shape[:2], dtype=torch.bool)  # to states of the weights' type
+            again = seeded(stack, input, reset=reset, reset_to=[(torch.zeros(1, 1, HIDDEN),) * 2] * 2)
+            assert torch.equal(again[0], seeded(stack, input, reset=reset)[0])
         assert {tensor.dtype for tensor in flat((output, states))} == {torch.bfloat16}
         torch.testing.assert_close(output.float(), seeded(stack, input)[0], rtol=0.05, atol=0.05)
         output.float().sum().backward()

@@ -221,3 +221,7 @@ def test_mistaken_calls() -> None:
         layer.states(torch.randn(STEPS, BATCH, INPUTS), reset=torch.zeros(BATCH, STEPS, dtype=torch.bool))
     with pytest.raises(RuntimeError, match="h_0 must have shape"):
         layer.states(torch.randn(STEPS, BATCH, INPUTS), (torch.zeros(1, 1, HIDDEN),) * 2)
+    for h, c in ((BATCH + 1, BATCH), (BATCH, BATCH + 1)):
+        hx = torch.zeros(1, h, HIDDEN), torch.zeros(1, c, HIDDEN)
+        with pytest.raises(RuntimeError, match=r"Expected hidden\[[01]\] size"):
+            layer.states(torch.randn(STEPS, BATCH, INPUTS), hx, lengths=[2, 5, 0])

@@ -46,6 +46,16 @@ def test_steps_on_every_backend_with_gradients(name: str, backend: str) -> None:
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu", "torch"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_dropout_is_for_training(name: str, backend: str) -> None:
+    layer = getattr(rnnfast, name)(5, 8, num_layers=2, dropout=0.5, backend=backend)
+    input = torch.randn(6, 2, 5)
+    assert not torch.equal(layer.step(input[0])[0], layer.step(input[0])[0])
+    layer.eval()
+    torch.testing.assert_close(stream(layer, input), layer(input))
+
+
 def test_projected_steps(backend: str) -> None:
     layer = rnnfast.LSTM(5, 8, proj_size=3, backend=backend)
     input = torch.randn(6, 2, 5)

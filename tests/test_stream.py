@@ -139,8 +139,9 @@ def test_a_state_can_be_kept_and_set_again() -> None:
             stream(input)
             kept = stream.state
             after = stream(input)
-            stream.state = kept
-            torch.testing.assert_close(stream(input), after, rtol=0, atol=0)
+            for _ in range(2):  # what was set is not changed by the calls that follow
+                stream.state = kept
+                torch.testing.assert_close(stream(input), after, rtol=0, atol=0)
 
 
 def test_a_models_state_continues_in_another_stream() -> None:
@@ -153,6 +154,31 @@ def test_a_models_state_continues_in_another_stream() -> None:
         stream.reset([1])
         other.reset([1])  # to the state that the model gives it, which the other stream has seen, too
         torch.testing.assert_close(other(ids), stream(ids), rtol=0, atol=0)
+
+
+def test_a_models_rows_begin_anew_under_autocast() -> None:
+    """The state that the model gives is of its parameters' type, those that follow are autocast's."""
+    model, ids = Tagger(), torch.randint(7, (BATCH, STEPS))
+    stream = rnnfast.Stream(model)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        first = stream(ids)
+        stream.reset([1])
+        again = stream(ids)
+    torch.testing.assert_close(again[1], first[1])
+    assert not torch.equal(again[0], first[0])
+
+
+def test_a_state_that_is_set_has_a_beginning_of_its_own() -> None:
+    model, ids = Tagger(), torch.randint(7, (BATCH, STEPS))
+    stream, other = rnnfast.Stream(model), rnnfast.Stream(model)
+    with torch.no_grad():
+        stream(ids)
+        other(ids[:2])
+        stream.reset()
+        stream.state = other.state  # of another batch than that before
+        stream(ids[:2])
+        stream.reset(torch.tensor([True, False]))
+        torch.testing.assert_close(stream(ids[:2])[:1], model(ids[:1]))
 
 
 def test_a_call_that_fails_midway_can_be_made_again() -> None:

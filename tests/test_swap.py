@@ -300,6 +300,10 @@ def replaced() -> nn.Module:
     ("make", "reason"),
     [
         (lambda: OwnForward(4, 8), "OwnForward has a forward of its own; derive it from rnnfast.LSTM"),
+        *[
+            (lambda name=name: type("Own", (nn.GRU,), {name: lambda *_: None})(4, 8), f"Own has a {name} of its")
+            for name in ("check_input", "check_hidden_size", "permute_hidden", "_update_flat_weights")
+        ],
         (lambda: OwnStep(4, 8), "it has an attribute step of its own, which rnnfast's would hide"),
         (OwnKind, "OwnKind is no layer or cell that rnnfast has"),
         (replaced, "its forward was replaced on the object"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -291,6 +293,8 @@ def test_the_size_of_a_call() -> None:
     with torch.no_grad():
         assert not dispatch.size_of("lstm", weight, 6, 5, (weight,)).training
     assert not dispatch.size_of("lstm", weight.detach(), 6, 5, (None, weight.detach())).training
+    on_another_card: Any = SimpleNamespace(device=torch.device("cuda:1"), shape=weight.shape)
+    assert dispatch.size_of("lstm", on_another_card, 6, 5, ()) == Size(1, 7, 6, 5, False)
 
 
 def test_explain_measures_a_call_as_the_call_itself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,6 +317,7 @@ def test_explain_measures_a_call_as_the_call_itself(monkeypatch: pytest.MonkeyPa
         ({"batch_first": True}, torch.randint(4, (5, 3)), (5, 3)),
         ({}, torch.randint(4, (5,)), (1, 5)),
         ({}, packed, (3, 5)),
+        ({"bidirectional": True}, packed, (6, 5)),
     ):
         layer = rnnfast.GRU(4, 6, **options)
         sizes.clear()
@@ -320,6 +325,10 @@ def test_explain_measures_a_call_as_the_call_itself(monkeypatch: pytest.MonkeyPa
             rnnfast.explain(layer, input)
             layer(input)
         assert sizes == [("gru", *expected)] * 2
+    sizes.clear()
+    with rnnfast.use_backend("reference"):
+        rnnfast.GRU(4, 6).step(torch.randn(3, 4))
+    assert sizes == [("gru", 3, 1)]
 
 
 def test_a_compiled_graph_looks_it_up_too(gpu_backends: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

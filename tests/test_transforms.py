@@ -111,8 +111,9 @@ def test_vmap_token_ids(in_dims: Any, backend: str) -> None:
     ids = ids if in_dims[1] == 0 else ids[0]
     function = grad(loss_of(layer))
     assert_same(vmap(function, in_dims)(weights, ids), loop(function, in_dims, weights, ids))
+    ids[0] = 2  # of the first member, if it has its own: it must not reach what the second looks up
     with pytest.raises((IndexError, RuntimeError), match=r"out of (range|bounds)|outside"):
-        vmap(function, in_dims)(weights, ids + 1)
+        vmap(function, in_dims)(weights, ids)
 
 
 @pytest.mark.parametrize("name", ["LSTM", "GRU"])
@@ -311,6 +312,33 @@ def test_penalty_in_eager_autograd(backend: str, plain: Any) -> None:
         return torch.autograd.grad(g.pow(2).sum(), [input, *layer.parameters()])
 
     assert_same(gradients(), plain(gradients))
+
+
+@pytest.mark.parametrize("in_dims", [(None, 0, None), (None, 0, 0), (0, 0, None), (0, 0, 0)], ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+def test_gradients_through_vmap(name: str, in_dims: tuple[int | None, ...], backend: str) -> None:
+    """That they are wanted shows only below vmap: what it is given does not say so."""
+    layer = build(name, False, backend)
+    own = (
+        ensemble_of(parameters_of(layer)),
+        torch.randn(MEMBERS, 4, 2, 2).double(),
+        torch.tensor([[4, 1], [2, 3], [0, 4]]),
+    )
+
+    def member(m: int) -> Any:
+        return tree_map(lambda tensor: tensor[m], own)
+
+    def loss(parameters: Parameters, input: Tensor, lengths: Tensor) -> Tensor:
+        result: Tensor = functional_call(layer, parameters, (input,), {"lengths": lengths})[0].square().sum()
+        return result
+
+    given = [mine if dim == 0 else first for mine, first, dim in zip(own, member(0), in_dims, strict=True)]
+    members = [
+        [mine if dim == 0 else first for mine, first, dim in zip(member(m), member(0), in_dims, strict=True)]
+        for m in range(MEMBERS)
+    ]
+    actual = grad(lambda input: vmap(loss, in_dims)(given[0], input, given[2]).sum())(given[1])
+    torch.testing.assert_close(actual, torch.stack([grad(loss, 1)(*each) for each in members]))
 
 
 @pytest.mark.parametrize("name", ["reference", "cpu", "torch"])

@@ -29,7 +29,7 @@ class RNNLM(nn.Module):
 
     Args:
         cell: "rnn" (tanh), "rnn_relu", "lstm" or "gru".
-        dropout: probability of zeroing an output of a layer, before the next layer and before the head.
+        dropout: probability of zeroing an output of the embedding or of a layer, before the next layer and the head.
         embedding_size: None for no embedding.
         tie_weights: the head's weight is the embedding's (Press & Wolf 2017); their sizes must agree.
         bidirectional: such a model reads the very token it is to predict; it cannot generate.

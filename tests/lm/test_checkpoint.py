@@ -151,6 +151,13 @@ def test_settings_from_elsewhere_are_checked(run: Path) -> None:
             load_model(run)
 
 
+def test_a_size_from_a_damaged_file_takes_no_memory(run: Path) -> None:
+    config = CONFIG.to_json() | {"hidden_size": 1 << 30}  # its weights would be 4 EiB
+    rewrite(run / FILE_NAME, {"config": json.dumps(config)})
+    with pytest.raises(UserError, match="does not fit its own configuration"):
+        load_model(run)
+
+
 def test_a_setting_that_a_file_lacks_has_its_default(run: Path) -> None:
     config = json.loads((run / "config.json").read_text())
     assert config.pop("precision") == "float32"

@@ -66,6 +66,7 @@ def test_scratch_equals_the_chapters_loop() -> None:
 def test_embedding_and_tied_weights() -> None:
     model = RNNLM(28, "gru", 16, embedding_size=16, tie_weights=True)
     assert model.head.weight is model.embedding.weight
+    assert 0.2 < model.head.weight.std() < 0.3  # that of logits of order 1, 16 ** -0.5
     assert model(IDS)[0].shape == (7, 3, 28)
     assert RNNLM(28, "gru", 16, embedding_size=5).rnn.input_size == 5
     with pytest.raises(UserError, match="--embedding-size 16"):
@@ -79,3 +80,10 @@ def test_dropout_acts_in_training_only() -> None:
     assert not torch.equal(model(IDS)[0], model(IDS)[0])
     model.eval()
     assert torch.equal(model(IDS)[0], model(IDS)[0])
+
+
+def test_dropout_acts_behind_the_embedding_and_in_front_of_the_head() -> None:
+    model, inputs = RNNLM(28, "rnn", 64, dropout=0.5, embedding_size=64), []
+    model.rnn.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    for tensor in (model.hidden_states(IDS)[0], inputs[0]):
+        assert 0.4 < (tensor == 0).float().mean() < 0.6

@@ -25,7 +25,8 @@ SMALL = TrainConfig(corpus="pydoc", max_tokens=1500, hidden_size=16, batch_size=
 
 # Every part of a run's state is in at least one of these.
 RUNS = {
-    "scratch": replace(SMALL, scratch=True),
+    # Its weights lie column by column, and so do their states in the optimizer.
+    "scratch, adamw": replace(SMALL, scratch=True, optimizer="adamw", lr=0.01),
     "lstm, sequential": replace(SMALL, cell="lstm"),
     "gru, random batches": replace(SMALL, cell="gru", random_batches=True),
     "adamw, cosine, dropout, layers, validation": replace(
@@ -147,7 +148,7 @@ def test_interrupted_anywhere_it_resumes_bit_for_bit(
     assert signal.getsignal(signal.SIGINT) is handler
 
 
-@pytest.mark.parametrize("name", ["scratch", "lstm, sequential", "gru, random batches"])
+@pytest.mark.parametrize("name", ["scratch, adamw", "lstm, sequential", "gru, random batches"])
 def test_four_epochs_equal_two_and_two(name: str, tmp_path: Path) -> None:
     config = RUNS[name]
     straight = train(config)
@@ -356,11 +357,18 @@ def test_learning_rates() -> None:
         ({"hidden_size": None}, "--hidden-size must be of type int, not None"),
         ({"cell": "cnn"}, r"--cell must be of type Literal\['rnn', .*\], not cnn"),
         ({"lr": float("nan")}, "--lr must be a positive number"),
+        ({"lr": float("inf")}, "--lr must be a positive number"),
         ({"clip": -1.0}, "--clip"),
+        ({"save_every": -1.0}, "--save-every must be 0 or more"),
         ({"dropout": 1.0}, "--dropout"),
         ({"validation": 1.0}, "--validation"),
         ({"max_tokens": 0}, "--max-tokens"),
+        ({"scratch": True, "cell": "gru"}, "--scratch .* --cell"),
         ({"scratch": True, "num_layers": 2}, "--scratch .* --num-layers"),
+        ({"scratch": True, "dropout": 0.5}, "--scratch .* --dropout"),
+        ({"scratch": True, "embedding_size": 8}, "--scratch .* --embedding-size"),
+        ({"scratch": True, "tie_weights": True}, "--scratch .* --tie-weights"),
+        ({"scratch": True, "bidirectional": True}, "--scratch .* --bidirectional"),
     ],
 )
 def test_settings_outside_their_range(settings: dict[str, Any], message: str) -> None:
