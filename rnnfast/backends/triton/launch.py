@@ -44,6 +44,8 @@ def forward(
             c_n.copy_(c_0)
     else:
         gx, ids = products.gate_inputs(input, w_ih, b_ih)
+        if ids is not None:
+            gx[:, 0].index_select(0, ids)  # an error for an id outside the table, beyond which kernels would read
         walk = _walk(h_0, rows, batch_sizes, bidirectional)
         written = (output, tape if values else None, h_n, c_n)
         scan_forward(cell, _plan(cell, h_0), walk, gx, ids, w_hh, b_hh, h_0, c_0, *written)
