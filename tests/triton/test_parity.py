@@ -195,6 +195,18 @@ def test_a_token_id_outside_the_vocabulary_is_an_error(launch, device, rows, tok
         launch.forward(*layer, False)
 
 
+def test_strided_tensors_are_refused(launch, device):
+    """As an exported program may pass them, which makes none contiguous that was so in its example."""
+    layer = random_layer("gru", 4, 3, 2, torch.float32, device=device)
+    layer[6] = layer[6].mT.contiguous().mT
+    with pytest.raises(RuntimeError, match="h_0 must be contiguous"):
+        launch.forward(*layer, False)
+    layer[6] = layer[6].contiguous()
+    output, _, _, tape = launch.forward(*layer, True)
+    with pytest.raises(RuntimeError, match="d_output must be contiguous"):
+        launch.backward(output.t().contiguous().t(), None, None, *layer, output, tape, True, True)
+
+
 def test_unsupported(launch, device):
     layer = random_layer("lstm", 4, 2, 2, torch.float32, device=device)
     with pytest.raises(NotImplementedError, match="float64"):
