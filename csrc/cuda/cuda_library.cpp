@@ -110,6 +110,8 @@ ScanParams make_params(const Tensor& h_0, const Tensor& output, const OptionalTe
   p.lanes = checked_int(h_0.size(0), "lanes");
   p.batch = checked_int(h_0.size(1), "rows of a batch");
   p.hidden = checked_int(h_0.size(2), "hidden units");
+  STD_TORCH_CHECK(int64_t{p.lanes} * p.batch <= std::numeric_limits<int>::max(), "the cuda backend takes no ",
+                  int64_t{p.lanes} * p.batch, " states");
   p.rows = checked_int(output.size(0), "rows");
   p.steps = checked_int(steps, "steps");
   p.bidirectional = bidirectional;

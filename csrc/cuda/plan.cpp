@@ -46,7 +46,7 @@ double step_time(const Problem& p, const DeviceLimits& d, Kernel kernel, const L
   const double exchange =
       kernel == Kernel::block ? kBlockExchange : kernel == Kernel::cluster ? kClusterExchange : kGridExchange;
   const int at_once = kernel == Kernel::cluster ? clusters_at_once(d, l.blocks) : d.multiprocessors / l.blocks;
-  return ceil_div(teams(p, l.rows) * p.lanes, at_once) * (product + arriving + exchange + kCellMath);
+  return (all_teams(p, l.rows) + at_once - 1) / at_once * (product + arriving + exchange + kCellMath);
 }
 
 double steps_time(const Problem& p, const DeviceLimits& d) {
@@ -61,7 +61,7 @@ double steps_time(const Problem& p, const DeviceLimits& d) {
 Layout check_layout(const Problem& p, const DeviceLimits& d, Kernel kernel, int blocks, int rows, int warps,
                     std::string& why_not) {
   const Layout l = make_layout(gate_count(p.cell), p.hidden, p.numbers, pass_of(kernel, p), blocks, rows, warps);
-  const int all_teams = teams(p, rows) * p.lanes;
+  const int64_t all_blocks = blocks * all_teams(p, rows);
   why_not.clear();
   if (const char* reason = flaw(l, p.numbers))
     why_not = reason;
@@ -75,8 +75,8 @@ Layout check_layout(const Problem& p, const DeviceLimits& d, Kernel kernel, int 
     why_not = "clusters need compute capability 9.0 or later";
   else if (kernel == Kernel::cluster && clusters_at_once(d, blocks) == 0)
     why_not = "the device runs no cluster of " + std::to_string(blocks) + " such blocks";
-  else if (kernel == Kernel::grid && blocks * all_teams > d.multiprocessors)
-    why_not = "its " + std::to_string(blocks * all_teams) + " blocks do not fit the device's " +
+  else if (kernel == Kernel::grid && all_blocks > d.multiprocessors)
+    why_not = "its " + std::to_string(all_blocks) + " blocks do not fit the device's " +
               std::to_string(d.multiprocessors) + " multiprocessors at once";
   else if (l.shared_bytes > d.shared_bytes)
     why_not = "its weights and state take " + std::to_string(l.shared_bytes) + " bytes of shared memory a block, and there are " +

@@ -48,6 +48,8 @@ std::vector<Plan> make_plans(const Problem& problem, const DeviceLimits& device)
 Layout check_layout(const Problem& problem, const DeviceLimits& device, Kernel kernel, int blocks, int rows, int warps,
                     std::string& why_not);
 
+// Of a lane; and of all lanes, which may be more than an int holds.
 inline int teams(const Problem& p, int rows) { return ceil_div(p.batch, rows); }
+inline int64_t all_teams(const Problem& p, int rows) { return int64_t{teams(p, rows)} * p.lanes; }
 
 }  // namespace rnnfast::cuda

@@ -34,6 +34,13 @@ def require_supported(backend: str, dtype: torch.dtype, w_hr: Tensor | None, dty
         raise NotImplementedError(f"the {backend} backend {reason}; choose another backend")
 
 
+def require_contiguous(**tensors: Tensor | None) -> None:
+    """Raises RuntimeError for a strided tensor, which an exported program may pass: kernels read by address."""
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_contiguous():
+            raise RuntimeError(f"{name} must be contiguous")
+
+
 def numbers(dtype: torch.dtype) -> str:
     """What scans of this dtype compute in: the dtype's name, or tf32 where torch's own GEMMs may use that."""
     # It follows `allow_tf32`, too, which itself raises once a program has set the precision in the newer way.

@@ -105,6 +105,14 @@ def test_a_plan_for_fewer_rows_is_never_modelled_slower(plan):
         assert times == sorted(times)
 
 
+@pytest.mark.parametrize(("batch", "lanes"), [(65000, 256), (65535, 65535)])
+def test_more_blocks_than_an_int_counts_are_not_taken_for_few(emulated, batch, lanes):
+    """Ensembles of many members: 132 blocks to a row are more than 2^31, and so may the teams be."""
+    ops, problem = getattr(torch.ops, EMULATED), ("rnn_tanh", 16, batch, lanes, "float32", False, CARDS["H200"])
+    assert "at once" in ops.check(*problem, Plan("grid", 132, 1, 16).team)
+    assert min(made.nanoseconds for made in _parse(ops.plans(*problem))) > 0
+
+
 @pytest.mark.parametrize(
     ("card", "numbers", "team", "why"),
     [

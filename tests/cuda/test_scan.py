@@ -153,6 +153,23 @@ def test_more_lanes_than_a_launch_has_are_an_error(schedule, monkeypatch):
         launch.forward(*random_layer("rnn_tanh", 1, 1, 1, torch.float32, lanes=65536), False)
 
 
+@pytest.mark.usefixtures("schedule")
+def test_more_states_than_an_int_counts_are_an_error():
+    """Their addresses begin with such a count."""
+    h_0, row = torch.zeros(1).expand(1 << 15, 1 << 16, 1), torch.zeros(1, 1)
+    layer = (row, None, None, h_0, None, None, row, None, "rnn_tanh", "float32", False, 1)
+    with pytest.raises(RuntimeError, match="takes no 2147483648 states"):
+        launch._ops().step_forward(*layer, 0, row, row, None, row)
+
+
+def test_strided_tensors_are_refused():
+    """As an exported program may pass them, which makes none contiguous that was so in its example."""
+    layer = random_layer("lstm", 4, 3, 2, torch.float32)
+    layer[7] = layer[7].mT.contiguous().mT
+    with pytest.raises(RuntimeError, match="c_0 must be contiguous"):
+        launch.forward(*layer, False)
+
+
 def test_what_it_does_not_compute_is_declined(monkeypatch):
     layer = random_layer("lstm", 4, 1, 1, torch.float32)
     layer[5] = torch.zeros(1, 2, 4)

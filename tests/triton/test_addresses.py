@@ -1,4 +1,4 @@
-"""Rows past 2^31 values: the kernels address them in 64 bits.
+"""Rows and lanes past 2^31 values: the kernels address them in 64 bits.
 
 Memory is only reserved, and what lies far behind each tensor's start is all that is ever touched.
 """
@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rnnfast.backends.triton.plan import Walk
+from rnnfast.backends.triton.plan import Plan, Walk
 from tests.scans import random_layer
 
 from .test_parity import KERNELS
@@ -65,6 +65,14 @@ class Memory:
         far = [at((lane * ROWS + FIRST_ROW) * width, rows * width).view(rows, width) for lane in range(lanes)]
         return Far(at(0, 1), far)
 
+    def lane(self, lane: int, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The first lane of a tensor with `count` values for each lane, and the one asked for."""
+        start = self._used + PART // 2
+        self._used += PART
+        offsets = (start, start + lane * count * dtype.itemsize)
+        first, own = (torch.frombuffer(self._map, dtype=dtype, count=count, offset=offset) for offset in offsets)
+        return first, own
+
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_far_rows(device, kernel):
@@ -92,5 +100,43 @@ def test_far_rows(device, kernel):
         return [h_n, d_h_0, *(x.rows() for x in (output, tape, d_gx, d_g_last))]
 
     for far, expected in zip(results(FIRST_ROW, Memory().tensor), results(0, near), strict=True):
+        assert expected.any()
+        assert torch.equal(far, expected)
+
+
+def test_a_far_lane(device, monkeypatch):
+    """Of an ensemble: a lane whose weights lie behind 2^31 values gives what the first lane gives, bit for bit."""
+    if device.type == "cuda":
+        pytest.skip("memory that is only reserved is the interpreter's")
+    from triton.runtime.interpreter import interpreter_builder
+
+    from rnnfast.backends.triton import launch
+
+    hidden, dtype, how = 256, torch.bfloat16, Plan("shared", 16, 256, 16)
+    layer = random_layer("rnn_tanh", hidden, 1, 1, dtype)
+    w_hh, b_hh, h_0 = layer[2], layer[4], layer[6]
+    gx, d_output, d_h_n = torch.randn(1, hidden), torch.randn(1, hidden).to(dtype), torch.randn_like(h_0)
+    walk = Walk(1, 1, 1, 1, hidden, 0, None)
+    set_grid_dim, set_grid_idx = interpreter_builder.set_grid_dim, interpreter_builder.set_grid_idx
+
+    def results(lane: int) -> list[Tensor]:
+        monkeypatch.setattr(interpreter_builder, "set_grid_dim", lambda x, y, z: set_grid_dim(x, y + lane, z))
+        monkeypatch.setattr(interpreter_builder, "set_grid_idx", lambda x, y, z: set_grid_idx(x, y + lane, z))
+        memory = Memory()
+
+        def place(values: Tensor) -> tuple[Tensor, Tensor]:
+            """The start of a tensor of all lanes, and its lane in question, which takes the values."""
+            start, own = memory.lane(lane, values.numel(), values.dtype)
+            own.copy_(values.flatten())
+            return start.view_as(values), own
+
+        read = [place(x)[0] for x in (gx, w_hh, b_hh, h_0)]
+        output, h_n, d_gx, d_h_0 = (place(torch.zeros_like(x)) for x in (d_output, h_0, d_output, h_0))
+        launch.scan_forward("rnn_tanh", how, walk, read[0], None, *read[1:], None, output[0], None, h_n[0], None)
+        given = (place(d_output)[0], place(d_h_n)[0], None, read[1], read[3], None, output[0], None)
+        launch.scan_backward("rnn_tanh", how, walk, *given, d_gx[0], None, d_h_0[0], None)
+        return [own for _, own in (output, h_n, d_gx, d_h_0)]
+
+    for far, expected in zip(results(2**31 // hidden**2), results(0), strict=True):
         assert expected.any()
         assert torch.equal(far, expected)

@@ -183,6 +183,30 @@ def test_operator_check(device, launch, monkeypatch, cell, kernel):
     torch.library.opcheck(torch.ops.rnnfast.scan_triton_backward.default, arguments, test_utils=checks)
 
 
+@pytest.mark.parametrize("token_id", [-1, 3])
+@pytest.mark.parametrize("rows", [2, 4])
+def test_a_token_id_outside_the_vocabulary_is_an_error(launch, device, rows, token_id):
+    """Whether the ids are looked up in the table of all ids, or beforehand."""
+    if device.type == "cuda":
+        pytest.skip("there the error ends the use of the device")
+    layer = random_layer("gru", 4, 1, rows, torch.float32, token_ids=True, inputs=3)
+    layer[0][1] = token_id
+    with pytest.raises(IndexError):
+        launch.forward(*layer, False)
+
+
+def test_strided_tensors_are_refused(launch, device):
+    """As an exported program may pass them, which makes none contiguous that was so in its example."""
+    layer = random_layer("gru", 4, 3, 2, torch.float32, device=device)
+    layer[6] = layer[6].mT.contiguous().mT
+    with pytest.raises(RuntimeError, match="h_0 must be contiguous"):
+        launch.forward(*layer, False)
+    layer[6] = layer[6].contiguous()
+    output, _, _, tape = launch.forward(*layer, True)
+    with pytest.raises(RuntimeError, match="d_output must be contiguous"):
+        launch.backward(output.t().contiguous().t(), None, None, *layer, output, tape, True, True)
+
+
 def test_unsupported(launch, device):
     layer = random_layer("lstm", 4, 2, 2, torch.float32, device=device)
     with pytest.raises(NotImplementedError, match="float64"):

@@ -131,6 +131,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Implements `rnnfast::scan_cuda`; shapes are those of `rnnfast.scan.scan`."""
     products.require_supported("cuda", h_0.dtype, w_hr, DTYPES)
+    products.require_contiguous(input=input, w_hh=w_hh, b_hh=b_hh, h_0=h_0, c_0=c_0)
     lanes, batch, hidden = h_0.shape
     rows, tape_width = input.shape[0], CELLS[cell].tape * hidden
     output = h_0.new_empty(rows, lanes * hidden)
@@ -182,6 +183,8 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """Implements `rnnfast::scan_cuda_backward`: what is absent or not needed is returned empty."""
     products.require_supported("cuda", h_0.dtype, w_hr, DTYPES)
+    products.require_contiguous(input=input, w_hh=w_hh, b_hh=b_hh, h_0=h_0, c_0=c_0)
+    products.require_contiguous(d_output=d_output, d_h_n=d_h_n, d_c_n=d_c_n, output=output, tape=tape)
     lanes, batch, hidden = h_0.shape
     rows, gates = input.shape[0], CELLS[cell].gates
     d_gx = h_0.new_empty(rows, lanes * gates * hidden)

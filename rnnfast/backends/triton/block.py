@@ -63,7 +63,7 @@ def scan_forward(
     w = ()
     b = ()
     for g in tl.static_range(GATES):
-        at = w_hh + (lane * GATES + g) * UNITS * UNITS + k[:, None] + unit[None, :] * UNITS
+        at = w_hh + (lane64 * GATES + g) * UNITS * UNITS + k[:, None] + unit[None, :] * UNITS
         w = w + (tl.load(at),)
         if b_hh is not None:
             b = b + (tl.load(b_hh + (lane * GATES + g) * H + unit, mask=in_units, other=0.0).to(tl.float32),)
@@ -159,7 +159,7 @@ def scan_backward(
 
     w = ()
     for g in tl.static_range(GATES):
-        at = w_hh + (lane * GATES + g) * UNITS * UNITS + k[:, None] * UNITS + unit[None, :]
+        at = w_hh + (lane64 * GATES + g) * UNITS * UNITS + k[:, None] * UNITS + unit[None, :]
         w = w + (tl.load(at),)
 
     state = (lane64 * B + row)[:, None] * H + unit[None, :]

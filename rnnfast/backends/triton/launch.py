@@ -32,6 +32,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Implements `rnnfast::scan_triton`; shapes are those of `rnnfast.scan.scan`."""
     products.require_supported("triton", h_0.dtype, w_hr, DTYPES)
+    products.require_contiguous(input=input, w_hh=w_hh, b_hh=b_hh, h_0=h_0, c_0=c_0)
     lanes, _, hidden = h_0.shape
     rows, values = input.shape[0], CELLS[cell].tape
     output = h_0.new_empty(rows, lanes * hidden)
@@ -44,6 +45,8 @@ def forward(
             c_n.copy_(c_0)
     else:
         gx, ids = products.gate_inputs(input, w_ih, b_ih)
+        if ids is not None:
+            gx[:, 0].index_select(0, ids)  # an error for an id outside the table, beyond which kernels would read
         walk = _walk(h_0, rows, batch_sizes, bidirectional)
         written = (output, tape if values else None, h_n, c_n)
         scan_forward(cell, _plan(cell, h_0), walk, gx, ids, w_hh, b_hh, h_0, c_0, *written)
@@ -72,6 +75,8 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """Implements `rnnfast::scan_triton_backward`: what is absent or not needed is returned empty."""
     products.require_supported("triton", h_0.dtype, w_hr, DTYPES)
+    products.require_contiguous(input=input, w_hh=w_hh, b_hh=b_hh, h_0=h_0, c_0=c_0)
+    products.require_contiguous(d_output=d_output, d_h_n=d_h_n, d_c_n=d_c_n, output=output, tape=tape)
     lanes, _, hidden = h_0.shape
     rows, gates = input.shape[0], CELLS[cell].gates
     d_gx = h_0.new_empty(rows, lanes * gates * hidden)
