@@ -125,6 +125,19 @@ def test_empty_batch(name: str, backend: str) -> None:
     assert all(not gradient.any() for gradient in result.gradients.values())
 
 
+def test_empty_batch_with_a_projection_and_all_states(backend: str) -> None:
+    layer = rnnfast.LSTM(3, 4, bidirectional=True, proj_size=2, backend=backend)
+    input = torch.randn(5, 0, 3, requires_grad=True)
+    result = run(layer, input, None)
+    assert result.outputs["output"].shape == (5, 0, 4)
+    assert result.outputs["c_n"].shape == (2, 0, 4)
+    h, c = layer.states(input)
+    assert h.shape == (5, 2, 0, 2)
+    assert c.shape == (5, 2, 0, 4)
+    gradients = torch.autograd.grad([h.sum() + c.sum()], list(layer.parameters()))
+    assert all(not gradient.any() for gradient in (*result.gradients.values(), *gradients))
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_non_contiguous_input_and_state(name: str, backend: str) -> None:
     layer = getattr(rnnfast, name)(3, 4, backend=backend)

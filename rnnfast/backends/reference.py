@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rnnfast.cells import CELLS
 from rnnfast.sequences import is_mapped
 
 # ---- extensions: what may change the recurrence of a lane ----------------------------------------------------------
@@ -333,7 +334,8 @@ def _forward_lane(lane: _Lane, sizes: list[int], cell: str) -> tuple[Tensor, Sta
         tapes.append(torch.cat(saved, dim=-1) if saved else step_gates_x[:, :0])
     final = tuple(torch.cat(parts) for parts in zip(state, *reversed(finished), strict=True))
     # Of no rows the empty results are still made from the input and the weights, for autograd to see.
-    return _cat(outputs[order], gates_x[:, : state[0].shape[1]]), final, _cat(tapes[order], gates_x[:, :0])
+    no_tape = gates_x[:, :1].expand(-1, CELLS[cell].tape * (gates_x.shape[1] // CELLS[cell].gates))
+    return _cat(outputs[order], gates_x[:, : state[0].shape[1]]), final, _cat(tapes[order], no_tape)
 
 
 def backward(
