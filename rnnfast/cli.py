@@ -99,6 +99,7 @@ def _parse(parser: ArgumentParser, argv: list[str]) -> Any:
         if message.startswith("Unexpected config:"):
             raise UserError("the --config file holds no settings: write lines such as hidden_size: 256") from error
         message = re.sub(r"<class '(\w+)'>|typing\.", lambda match: match[1] or "", message)
+        message = MISSING.sub(lambda match: match[1] + match[2].upper(), message)
         message = NO_NUMBER.sub(lambda match: f"expected {NUMBERS[match[1]]}, got {match[2]}", message)
         raise UserError(message) from error
     except UnicodeDecodeError as error:
@@ -107,6 +108,8 @@ def _parse(parser: ArgumentParser, argv: list[str]) -> Any:
         ) from error
 
 
+# It names a positional argument of ours by the verb and in lower case, the usage in capitals.
+MISSING = re.compile(r"(arguments are required: )\w+\.(\w+)")
 # What jsonargparse says of a value that is no number, or, where none may be given, of a union of types.
 NO_NUMBER = re.compile(r"(?:Expected a |Does not validate .* Subtypes: \[)(int|float)\b.* value: (.*)")
 NUMBERS = {"int": "a whole number", "float": "a number"}

@@ -76,6 +76,8 @@ def load(path: Path | str) -> Checkpoint:
             header = {key: json.loads(metadata[key]) for key in ("config", "vocab", "progress")}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
             checkpoint = Checkpoint(**header, tensors=tensors)
+    except OSError as error:  # it opens, but cannot be mapped into memory, such as a device
+        raise UserError(f"cannot read the checkpoint {path}: {reason(error)}") from error
     except (safetensors.SafetensorError, KeyError, ValueError, RecursionError) as error:
         if start == b"PK\x03\x04" or start[:1] == b"\x80":
             raise UserError(

@@ -287,5 +287,5 @@ def check_length(num_tokens: int, batch_size: int, num_steps: int) -> None:
     if num_tokens < needed:
         raise UserError(
             f"the text has {num_tokens} tokens, but one batch of {batch_size} rows of {num_steps} steps needs "
-            f"{needed}: take a longer one, or a smaller --batch-size or --steps"
+            f"{needed}: take a longer one, more of it with --max-tokens (-1: all), or a smaller --batch-size or --steps"
         )

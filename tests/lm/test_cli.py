@@ -290,8 +290,10 @@ def test_bidirectional_models_do_not_generate(tmp_path: Path, capsys: pytest.Cap
         (["train", "--device", "abacus"], "--device abacus"),
         (["train", "--resume", "/nowhere"], "No such file"),
         (["train", "--tie-weights"], "--embedding-size 512"),
-        (["generate"], "checkpoint"),
+        (["train", "--steps", "100000", "--max-tokens", "2000"], "--max-tokens (-1: all)"),
+        (["generate"], "error: the following arguments are required: CHECKPOINT"),
         (["generate", "/nowhere"], "No such file"),
+        (["generate", "/dev/null"], "error: cannot read the checkpoint /dev/null: "),
     ],
 )
 def test_bad_arguments(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
