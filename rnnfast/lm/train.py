@@ -142,7 +142,7 @@ def train(
         _check_same(TrainConfig.from_json(saved.config, str(source)), config)
     elif folder is not None and folder.is_file():
         raise UserError(f"{folder} is a file, and a run needs a folder of its own: choose another --out")
-    elif folder is not None and checkpoints.find(folder).exists() and not overwrite:
+    elif folder is not None and not overwrite and _has_trained(checkpoints.find(folder)):
         raise UserError(
             f"{folder} holds a run already: --resume {quote(str(folder))} continues it, --overwrite replaces it"
         )
@@ -170,11 +170,13 @@ def train(
     num_tokens = sum(count for _, count in corpus.vocab.token_freqs)
     if saved is None and corpus.name not in ("timemachine", "pydoc") and 0 < config.max_tokens < num_tokens:
         note(f"using the first {config.max_tokens:,} of {num_tokens:,} tokens; --max-tokens -1 takes all")
-    if folder is not None:  # settings and log come next, and never stand beside another run's checkpoint
+    if folder is not None:
+        # Before the first step: a disk without room costs no training, and a run to be replaced stays until it is.
+        # Settings and log come next, and never stand beside another run's checkpoint.
+        (saved or trainer.checkpoint()).save(folder / checkpoints.FILE_NAME)
         if saved is None:
-            _remove_run(folder)
-        else:
-            saved.save(folder / checkpoints.FILE_NAME)
+            with suppress(OSError):  # a curve that cannot be removed cannot be drawn either, which is said at the end
+                (folder / CURVE).unlink(missing_ok=True)
     run = None if folder is None else Run(folder, trainer, records)
     _loop(trainer, run, records, report)
     return TrainResult(
@@ -268,13 +270,14 @@ def _check_same(saved: TrainConfig, config: TrainConfig) -> None:
         )
 
 
-def _remove_run(folder: Path) -> None:
-    """Remove the checkpoint and curve of a run that is replaced; its settings and log are written over."""
-    for name in (checkpoints.FILE_NAME, CURVE):
-        try:
-            (folder / name).unlink(missing_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write {folder}: {reason(error)}; choose another --out") from error
+def _has_trained(path: Path) -> bool:
+    """Whether a checkpoint, if there is one, holds more than a run's start, which may be replaced unasked."""
+    if not path.exists():
+        return False
+    try:
+        return bool(checkpoints.load(path).progress.get("tokens", True))
+    except UserError:  # damaged, or not ours: whoever put it there may want it
+        return True
 
 
 def _line(record: dict[str, Any]) -> str:

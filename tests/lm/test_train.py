@@ -19,6 +19,7 @@ from rnnfast.lm.checkpoint import FILE_NAME, load
 from rnnfast.lm.config import build_model
 from rnnfast.lm.trainer import Trainer, evaluate, learning_rate_factor
 
+checkpoint_module = importlib.import_module("rnnfast.lm.checkpoint")
 train_module = importlib.import_module("rnnfast.lm.train")
 trainer_module = importlib.import_module("rnnfast.lm.trainer")
 SMALL = TrainConfig(corpus="pydoc", max_tokens=1500, hidden_size=16, batch_size=4, steps=10, epochs=4, sample_every=0)
@@ -237,6 +238,26 @@ def test_a_run_is_not_replaced_unasked(tmp_path: Path) -> None:
     assert len(train(SMALL, tmp_path, overwrite=True).records) == 4
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_disk_without_room_for_a_checkpoint_costs_no_training(
+    overwrite: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if overwrite:
+        train(replace(SMALL, epochs=1), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(path: Path, data: bytes) -> None:
+        raise UserError(f"cannot write {path}")
+
+    steps: list[Any] = []
+    monkeypatch.setattr(checkpoint_module, "atomic_write", full)
+    monkeypatch.setattr(trainer_module, "train_step", lambda *args: steps.append(args))
+    with pytest.raises(UserError, match=f"cannot write .*{FILE_NAME}"):
+        train(replace(SMALL, cell="gru"), tmp_path, overwrite=overwrite)
+    assert not steps
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 @pytest.mark.usefixtures("matplotlib")
 def test_a_replaced_run_leaves_nothing_beside_the_new_ones_settings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -250,7 +271,8 @@ def test_a_replaced_run_leaves_nothing_beside_the_new_ones_settings(
         patch.setattr(trainer_module, "train_step", crash)
         with pytest.raises(ZeroDivisionError):
             train(replace(SMALL, cell="gru"), tmp_path, overwrite=True)
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "log.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == {FILE_NAME, "config.json", "log.jsonl"}
+    assert load(tmp_path).config["cell"] == json.loads((tmp_path / "config.json").read_text())["cell"] == "gru"
     # A checkpoint that is named goes on as the folder's from the start, too.
     train(replace(SMALL, epochs=1), tmp_path / "other")
     (tmp_path / "other" / FILE_NAME).rename(tmp_path / "rnn.safetensors")
@@ -292,7 +314,7 @@ def test_a_loss_that_is_not_finite_stops_with_what_to_try(tmp_path: Path) -> Non
     config = replace(SMALL, cell="rnn_relu", lr=1e30, clip=1e30)
     with pytest.raises(UserError, match=r"epoch 1: try a smaller --lr \(now 1e\+30\)"):
         train(config, tmp_path)
-    assert not (tmp_path / "checkpoint.safetensors").exists()
+    train(replace(SMALL, epochs=1), tmp_path)  # a run that took no step is replaced unasked
 
 
 def test_parameters_that_are_not_finite_replace_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
