@@ -19,6 +19,8 @@ REGISTERS_OF_A_MULTIPROCESSOR = 65536
 
 # A step kernel may keep a few addresses in local memory; the block scan, which lives in registers, may not.
 SPILLED_BYTES = {"registers": 0, "shared": 0, "resident": 32, "step": 32, "gates": 0}
+# But for one specialisation, in which ptxas keeps two values in local memory rather than take more than 64 registers.
+SPILLING = {"cell": "rnn_tanh", "hidden": 256, "dtype": "bfloat16", "ragged": True, "arch": 90}
 
 # The largest H of the block scan in float32 and in half types.
 LARGEST = {cell: (max(IN_REGISTERS[cell]), max(IN_SHARED_MEMORY[cell])) for cell in IN_REGISTERS}
@@ -51,6 +53,7 @@ def cases() -> Iterator[dict[str, Any]]:
         yield {**odd, "cell": "gru", "hidden": 501, "dtype": "float32"}
         yield {**odd, "cell": "gru", "hidden": 112, "dtype": "float16"}
         yield {**odd, "hidden": 50, "dtype": "float32", "token_ids": True}
+        yield {**odd, "cell": "rnn_tanh", "hidden": 256, "dtype": "bfloat16"}
         for cell in ("lstm", "gru"):
             yield {**COMMON, "cell": cell, "hidden": 1024, "dtype": "float32", "arch": arch}
             yield {**COMMON, "cell": cell, "hidden": 512, "dtype": "float32", "arch": arch, "allow_tf32": True}
@@ -127,7 +130,8 @@ def test_within_budget(compiled, index):
             assert kernel["kernel"] in ("shared", "resident")
         else:
             assert kernel["kernel"] in ("resident", "step")
-        assert kernel["spilled_bytes"] <= SPILLED_BYTES[kernel["kernel"]], kernel
+        is_that_one = kernel["direction"] == "backward" and SPILLING.items() <= case.items()
+        assert kernel["spilled_bytes"] <= (8 if is_that_one else SPILLED_BYTES[kernel["kernel"]]), kernel
         assert kernel["shared_bytes"] <= SHARED_BYTES[case["arch"]], kernel
         if case["dtype"] == "float32" and not case["allow_tf32"]:
             # Products are summed in chains of 64 at most: the compiler joins none of them to another.

@@ -1,6 +1,6 @@
 """Which kernel runs a layer, and in what tiles: by cell, hidden size, dtype and, beyond the block scan, batch rows.
 
-The limits of the block scan are the sizes that compile without a spill for sm_80 and sm_90
+The limits of the block scan are the sizes that compile without a spill for sm_80 and sm_90, one specialisation excepted
 (tests/triton/test_compile.py holds them to it). Which of the other kernels comes first is a design estimate: speed has
 not been measured on a GPU yet.
 """
