@@ -156,7 +156,14 @@ RNNFAST_INLINE void store(bf16* p, F32 v) {
   std::memcpy(p, &half, sizeof half);
 }
 
-// Kept out of line: only the last units of a row come here.
+// Some lanes of a vector, of the last units of a row; nothing behind them is touched.
+#if defined(__AVX512F__)
+RNNFAST_INLINE F32 load_part(const float* p, int n) { return (F32)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p); }
+RNNFAST_INLINE F64 load_part(const double* p, int n) { return (F64)_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p); }
+RNNFAST_INLINE void store_part(float* p, F32 v, int n) { _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)v); }
+RNNFAST_INLINE void store_part(double* p, F64 v, int n) { _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), (__m512d)v); }
+#endif
+// Kept out of line where it takes a loop.
 template <class S>
 __attribute__((noinline)) Vec<Compute<S>> load_part(const S* p, int n) {
   S lanes[Lanes<Compute<S>>::count] = {};
@@ -181,7 +188,6 @@ RNNFAST_INLINE void store(S* p, Vec<Compute<S>> v, int n) {
   if (n >= Lanes<Compute<S>>::count) return store(p, v);
   store_part(p, v, n);
 }
-
 
 // ---- exp, tanh, sigmoid --------------------------------------------------------------------------------------------
 
