@@ -40,6 +40,7 @@ void broadcast(int* out, int bytes = 4) {
     hw::mbarrier_expect(barrier, bytes * blocks);
     for (int peer = 0; peer < blocks; ++peer) hw::remote_store(hw::address(values + rank), barrier, peer, rank);
   }
+  if (!WAIT) hw::cluster_barrier();  // by which the stores need not have arrived
   while (WAIT && !hw::mbarrier_try_wait(barrier, 0)) continue;
   for (int i = hw::thread(); i < blocks; i += hw::threads()) out[rank * blocks + i] = values[i];
   hw::cluster_barrier();

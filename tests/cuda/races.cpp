@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <iterator>
 #include <map>
 #include <string>
@@ -126,8 +127,7 @@ void acquire(const void* object, int phase) { join(clocks[current], released[{ob
 int send(const void* target, size_t bytes) {
   Clock clock = clocks[current];
   const int stores = threads + current;
-  ++clocks[current][current];
-  clock[stores] = ++clocks[current][stores];
+  clock[stores] = clocks[current][current]++;  // in this clock alone: only who is delivered the store has it behind them
   touch(stores, clock, target, bytes, true);
   sent.push_back(std::move(clock));
   return static_cast<int>(sent.size()) - 1;
@@ -166,6 +166,17 @@ RNNFAST_ACCESSES(8)
 RNNFAST_ACCESSES(16)
 void __tsan_read_range(void* at, size_t bytes) { rnnfast::races::access(at, bytes, false); }
 void __tsan_write_range(void* at, size_t bytes) { rnnfast::races::access(at, bytes, true); }
+// clang's, in place of the functions of that name.
+void* __tsan_memcpy(void* to, const void* from, size_t bytes) {
+  rnnfast::races::access(from, bytes, false);
+  rnnfast::races::access(to, bytes, true);
+  return std::memmove(to, from, bytes);
+}
+void* __tsan_memmove(void* to, const void* from, size_t bytes) { return __tsan_memcpy(to, from, bytes); }
+void* __tsan_memset(void* to, int value, size_t bytes) {
+  rnnfast::races::access(to, bytes, true);
+  return std::memset(to, value, bytes);
+}
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
