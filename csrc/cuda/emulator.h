@@ -19,6 +19,37 @@
 #define RNNFAST_DEVICE inline
 #define RNNFAST_KERNEL(threads) void
 
+// What the race detector of tests/cuda/races.cpp is told; where it is not built in, these functions do nothing.
+#ifdef RNNFAST_RACES
+#define RNNFAST_TELL(type, what) type what;
+#else
+#define RNNFAST_TELL(type, what) \
+  inline type what { return type(); }
+#endif
+
+// Before a function that is one atomic operation, whose own accesses are no race.
+#define RNNFAST_ATOMIC __attribute__((no_sanitize("thread")))
+
+namespace rnnfast::races {
+
+// Has the accesses of so many bytes checked until the launch ends; null is none.
+RNNFAST_TELL(void, watch(const char* /*name*/, const void*, size_t))
+RNNFAST_TELL(void, begin(int /*threads*/))
+// Which thread runs from here on; -1: the emulator itself.
+RNNFAST_TELL(void, turn(int /*thread*/))
+// One that the compiler's instrumentation does not show.
+RNNFAST_TELL(void, access(const void*, size_t, bool /*write*/))
+// What a thread did before it released an object happens before what another does after acquiring it in the same phase.
+RNNFAST_TELL(void, release(const void* /*object*/, int /*phase*/))
+RNNFAST_TELL(void, acquire(const void* /*object*/, int /*phase*/))
+// A store that may happen at any time until it is delivered, which releases the object. Returns its number.
+RNNFAST_TELL(int, send(const void* /*target*/, size_t))
+RNNFAST_TELL(void, deliver(int /*store*/, const void* /*object*/, int /*phase*/))
+// The first race of the launch in words; empty: none.
+RNNFAST_TELL(std::string, end())
+
+}  // namespace rnnfast::races
+
 namespace rnnfast::emulator {
 
 constexpr size_t kStackBytes = 32 << 10;
@@ -52,6 +83,7 @@ struct RemoteStore {
   char* target;
   uint64_t* barrier;
   uint32_t value;
+  int number;
 };
 
 // An mbarrier as the emulator keeps it in its 8 bytes.
@@ -111,7 +143,7 @@ inline void run_fiber() {
   _longjmp(machine()->scheduler, 1);
 }
 
-inline void complete(Mbarrier& b) {
+RNNFAST_ATOMIC inline void complete(Mbarrier& b) {
   if (b.pending == 0 && b.bytes == 0) {
     b.phase ^= 1;
     b.pending = b.arrivals;
@@ -126,6 +158,7 @@ inline void deliver(Machine& m, bool all) {
     m.in_flight.pop_back();
     std::memcpy(store.target, &store.value, 4);
     auto& barrier = *reinterpret_cast<Mbarrier*>(store.barrier);
+    races::deliver(store.number, store.barrier, barrier.phase);
     barrier.bytes -= 4;
     complete(barrier);
   }
@@ -142,6 +175,7 @@ inline void run(const Launch& launch, std::function<void()> kernel) {
   m.fibers.resize(static_cast<size_t>(blocks) * launch.threads);
   m.cluster_arrived.assign(blocks, 0);
   m.cluster_generation.assign(blocks, 0);
+  races::begin(static_cast<int>(m.fibers.size()));
   for (int b = 0; b < blocks; ++b) {
     Block& block = m.blocks[b];
     block.x = b % launch.blocks_x;
@@ -149,6 +183,7 @@ inline void run(const Launch& launch, std::function<void()> kernel) {
     block.z = b / (launch.blocks_x * launch.blocks_y);
     block.first_of_cluster = b - block.x % launch.cluster;
     block.shared.assign(launch.shared_bytes, static_cast<char>(0xff));
+    races::watch("shared memory", block.shared.data(), launch.shared_bytes);
     block.warps.resize((launch.threads + kWarp - 1) / kWarp);
     for (int t = 0; t < launch.threads; ++t) {
       Fiber& fiber = m.fibers[static_cast<size_t>(b) * launch.threads + t];
@@ -166,6 +201,7 @@ inline void run(const Launch& launch, std::function<void()> kernel) {
     std::shuffle(order.begin(), order.end(), m.random);
     for (Fiber* fiber : order) {
       m.current = fiber;
+      races::turn(static_cast<int>(fiber - m.fibers.data()));
       if (!_setjmp(m.scheduler)) {
         if (fiber->started) _longjmp(fiber->resume, 1);
         fiber->started = true;
@@ -177,37 +213,39 @@ inline void run(const Launch& launch, std::function<void()> kernel) {
         setcontext(&fiber->context);
       }
     }
+    races::turn(-1);
     if (!m.in_flight.empty()) deliver(m, idle_rounds > 0);
     order.erase(std::remove_if(order.begin(), order.end(), [](Fiber* f) { return f->finished; }), order.end());
     idle_rounds = m.progress == before ? idle_rounds + 1 : 0;
     if (idle_rounds) m.nanoseconds += 1'000'000'000;
   }
   machine() = nullptr;
+  if (const std::string race = races::end(); !race.empty()) throw std::runtime_error(race);
   if (!m.failure.empty()) throw std::runtime_error(m.failure);
   if (!order.empty()) throw std::runtime_error("deadlock: threads wait for what nothing will do");
 }
 
-// All `count` parties of a barrier meet.
-inline void meet(int& arrived, int& generation, int count) {
+// All `count` parties of a barrier meet. Two phases are enough to keep what they did apart: all have left the last but one.
+inline void meet(int& arrived, int& generation, int count, bool orders_memory = true) {
   const int mine = generation;
+  if (orders_memory) races::release(&generation, mine & 1);
   ++machine()->progress;
   if (++arrived == count) {
     arrived = 0;
     ++generation;
-    return;
   }
-  do yield();
-  while (generation == mine);
+  while (generation == mine) yield();
+  if (orders_memory) races::acquire(&generation, mine & 1);
 }
 
 // Lays `words` values down for the warp and returns the place where all lanes' values lie until the next but one call.
 template <class Write>
-inline uint64_t (*exchange(Write write))[6] {
+inline uint64_t (*exchange(Write write, bool orders_memory = true))[6] {
   Fiber* self = machine()->current;
   Warp& warp = self->block->warps[self->thread / kWarp];
   auto* values = warp.values[warp.generation & 1];
   write(values[self->thread % kWarp]);
-  meet(warp.arrived, warp.generation, kWarp);
+  meet(warp.arrived, warp.generation, kWarp, orders_memory);
   return values;
 }
 
@@ -247,6 +285,7 @@ inline void warp_barrier() {
 template <class V>
 V shuffle_xor(V value, int mask) {
   static_assert(sizeof(V) <= 8);
+  // Counts as ordering the warp's memory, which is more than CUDA promises of it.
   auto* lanes = emulator::exchange([&](uint64_t* mine) { std::memcpy(mine, &value, sizeof(V)); });
   V other;
   std::memcpy(&other, lanes[lane() ^ mask], sizeof(V));
@@ -290,11 +329,12 @@ struct Functions {
 // d (16 x 8) += a (16 x K) b (K x 8), where a 32-bit register holds PACK neighbours along K and K is 8 PACK.
 template <class Unpack>
 void emulate_mma(float (&d)[4], const uint32_t* a, uint32_t b0, uint32_t b1, int pack, Unpack unpack) {
-  auto* lanes = emulator::exchange([&](uint64_t* mine) {
+  const auto write = [&](uint64_t* mine) {
     std::copy(a, a + 4, mine);
     mine[4] = b0;
     mine[5] = b1;
-  });
+  };
+  auto* lanes = emulator::exchange(write, /*orders_memory=*/false);  // of mma, nothing says that it does
   const int group = lane() / 4, quad = lane() % 4;
   for (int i = 0; i < 4; ++i) {
     const int row = group, column = 2 * quad + (i & 1);
@@ -353,16 +393,19 @@ inline Vec16 load_shared(Address from) {
 inline void copy_async(void* shared, const void* global) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16)
     emulator::machine()->failure = "misaligned async copy";
-  std::memcpy(shared, global, 16);
+  else  // in one piece, which the race detector sees
+    *static_cast<Vec16*>(shared) = *static_cast<const Vec16*>(global);
 }
 inline void copies_wait() {}
 
 inline void flag_release(uint32_t* flag, uint32_t value) {
+  races::release(flag, 0);
   *flag = value;
   ++emulator::machine()->progress;
 }
 inline uint32_t flag_acquire(const uint32_t* flag) {
   emulator::yield();
+  races::acquire(flag, 0);
   return *flag;
 }
 inline uint32_t clock_high() { return static_cast<uint32_t>(emulator::machine()->nanoseconds >> 31); }
@@ -383,19 +426,24 @@ inline void mbarrier_init(uint64_t* barrier, int arrivals) {
   b.phase = 0;
 }
 inline void mbarrier_publish() {}
-inline void mbarrier_expect(uint64_t* barrier, int bytes) {
+// Operations do not race with one another, but with the initialisation: each counts as a read.
+RNNFAST_ATOMIC inline void mbarrier_expect(uint64_t* barrier, int bytes) {
   auto& b = *reinterpret_cast<emulator::Mbarrier*>(barrier);
+  races::access(barrier, 8, false);
+  races::release(barrier, b.phase);
   --b.pending;
   b.bytes += bytes;
   emulator::complete(b);
   ++emulator::machine()->progress;
 }
-inline bool mbarrier_try_wait(uint64_t* barrier, int parity) {
+RNNFAST_ATOMIC inline bool mbarrier_try_wait(uint64_t* barrier, int parity) {
   const auto& b = *reinterpret_cast<emulator::Mbarrier*>(barrier);
+  races::access(barrier, 8, false);
   if (static_cast<int>(b.phase) == parity) {
     emulator::yield();
     return false;
   }
+  races::acquire(barrier, parity);
   ++emulator::machine()->progress;
   return true;
 }
@@ -404,7 +452,9 @@ inline void remote_store(Address local, uint64_t* barrier, int rank, uint32_t va
   emulator::Block& mine = *m.current->block;
   emulator::Block& peer = m.blocks[mine.first_of_cluster + rank];
   char* there = peer.shared.data();
-  m.in_flight.push_back({there + local, reinterpret_cast<uint64_t*>(there + address(barrier)), value});
+  auto* its_barrier = reinterpret_cast<uint64_t*>(there + address(barrier));
+  races::access(its_barrier, 8, false);
+  m.in_flight.push_back({there + local, its_barrier, value, races::send(there + local, 4)});
 }
 
 }  // namespace rnnfast::hw

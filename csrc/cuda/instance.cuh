@@ -59,6 +59,10 @@ void launch(void (*kernel)(Params), const LaunchShape& s, const Params& params, 
 #else
 template <class Params>
 void launch(void (*kernel)(Params), const LaunchShape& s, const Params& params, void*) {
+  if constexpr (std::is_same_v<Params, ScanParams>) {
+    const size_t teams = size_t{1} * s.blocks_y * s.blocks_z;
+    races::watch("the exchange", params.exchange, 2 * teams * params.layout.rows * params.layout.pieces * 16);
+  }
   emulator::run({s.blocks_x, s.blocks_y, s.blocks_z, s.threads, s.cluster, static_cast<size_t>(s.shared_bytes)},
                 [&] { kernel(params); });
 }

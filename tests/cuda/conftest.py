@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -21,18 +22,23 @@ from rnnfast.tuning import arithmetic
 
 HERE = Path(__file__).parent
 EMULATED = "rnnfast_cuda_emulated"
+WATCHED = "rnnfast_cuda_watched"
 
 
-def _ninja_file(compiler: str, sources: list[Path]) -> str:
+def _ninja_file(compiler: str, namespace: str, flags: str, sources: list[Path]) -> str:
+    """Of a library; `flags` are for the kernels."""
     folder = Path(torch.__file__).parent
-    flags = (
+    common = (
         "-std=c++17 -O1 -g0 -fPIC -Wall -Wextra -Wno-unknown-pragmas -Wno-clobbered "
-        f"-DTORCH_TARGET_VERSION=0x020a000000000000ULL -DRNNFAST_CUDA_NAMESPACE={EMULATED} -DRNNFAST_CUDA_KEY=CPU "
+        f"-DTORCH_TARGET_VERSION=0x020a000000000000ULL -DRNNFAST_CUDA_NAMESPACE={namespace} -DRNNFAST_CUDA_KEY=CPU "
         f"-isystem {folder}/include -isystem {folder}/include/torch/csrc/api/include -I{build._sources()}"
     )
-    lines = ["rule compile", f"  command = {compiler} {flags} -x c++ -c $in -o $out"]
+    lines = ["rule compile", f"  command = {compiler} {common} $flags -x c++ -c $in -o $out"]
     lines += ["rule link", f"  command = {compiler} -shared $in -o $out -L{folder}/lib -ltorch_cpu"]
-    lines += [f"build {path.stem}.o: compile {path}" for path in sources]
+    for path in sources:
+        lines.append(f"build {path.stem}.o: compile {path}")
+        if path.suffix == ".cu" or path.name == "faults.cpp":
+            lines.append(f"  flags = {flags}")
     return "\n".join([*lines, f"build emulated.so: link {' '.join(f'{path.stem}.o' for path in sources)}", ""])
 
 
@@ -46,17 +52,18 @@ def _compile(ninja: str, ninja_file: str, library: Path) -> None:
     shutil.rmtree(work)
 
 
-@pytest.fixture(scope="session")
-def emulated() -> ctypes.CDLL:
-    """The library with its operators registered for the CPU in the namespace `rnnfast_cuda_emulated`."""
+def _load(namespace: str, instances: str, ours: tuple[str, ...], flags: str = "") -> ctypes.CDLL:
+    """The library with its operators registered for the CPU in the namespace; `ours` are the files of this folder."""
     compiler, ninja = building.compiler(), native._ninja()
     if not compiler or ninja is None:
         pytest.skip("no C++ compiler or no ninja")
-    ours = sorted(HERE.glob("*.cpp"))
     files = [path for path in build._files() if path.name != "device.cu"]
-    text = _ninja_file(shlex.join(compiler), [path for path in files if path.suffix in (".cu", ".cpp")] + ours)
+    files = [path for path in files if path.suffix != ".cu" or re.fullmatch(instances, path.stem)]
+    files += [HERE / name for name in ours]
+    compiled = [path for path in files if path.suffix in (".cu", ".cpp")]
+    text = _ninja_file(shlex.join(compiler), namespace, flags, compiled)
     stamp = hashlib.sha256((text + torch.__version__).encode())
-    for path in files + ours:
+    for path in files:
         stamp.update(path.read_bytes())
     library = building.cache_folder() / f"emulated-{stamp.hexdigest()[:16]}" / "emulated.so"
     if not library.exists():
@@ -66,6 +73,21 @@ def emulated() -> ctypes.CDLL:
     torch.ops.load_library(str(library))
     functions = ctypes.CDLL(str(library))
     functions.rnnfast_run_fault.restype = ctypes.c_char_p
+    return functions
+
+
+@pytest.fixture(scope="session")
+def emulated() -> ctypes.CDLL:
+    """The kernels on the emulator."""
+    return _load(EMULATED, ".*", ("emulated_device.cpp", "faults.cpp"))
+
+
+@pytest.fixture(scope="session")
+def watched() -> ctypes.CDLL:
+    """The same with the race detector: enough instances to have all exchanges, and the product with and without mma."""
+    ours = ("emulated_device.cpp", "faults.cpp", "races.cpp", "absent_instances.cpp")
+    functions = _load(WATCHED, "(float32|bfloat16)_.*", ours, "-DRNNFAST_RACES -fsanitize=thread")
+    functions.rnnfast_checked_accesses.restype = ctypes.c_uint64
     return functions
 
 

@@ -1,4 +1,4 @@
-// Small kernels, right and wrong, for the test of the emulator itself: does it find what a GPU would get wrong?
+// Small kernels, right and wrong, for the tests of the emulator and its race detector: is found what a GPU gets wrong?
 #include <cstdio>
 
 #include "cluster.cuh"
@@ -17,21 +17,46 @@ void neighbours(int* out) {
   out[hw::thread()] = shared[(hw::thread() + 1) % hw::threads()];
 }
 
+// The same within a warp.
+template <bool BARRIER>
+void lanes(int* out) {
+  int* shared = reinterpret_cast<int*>(hw::shared_memory());
+  shared[hw::lane()] = hw::lane();
+  hw::block_barrier();
+  out[hw::lane()] = shared[hw::lane() ^ 1];
+  if (BARRIER) hw::warp_barrier();
+  shared[hw::lane()] = 0;
+}
+
 // Thread 0 of each block of a cluster stores its block's number at all its peers.
-template <bool WAIT>
-void broadcast(int* out) {
+template <bool START, bool WAIT>
+void broadcast(int* out, int bytes = 4) {
   const int blocks = hw::blocks_x(), rank = hw::block_x();
   auto* barrier = reinterpret_cast<uint64_t*>(hw::shared_memory());
   int* values = reinterpret_cast<int*>(barrier + 1);
   if (hw::thread() == 0) hw::mbarrier_init(barrier, 1);
-  hw::cluster_barrier();
+  START ? hw::cluster_barrier() : hw::block_barrier();
   if (hw::thread() == 0) {
-    hw::mbarrier_expect(barrier, 4 * blocks);
+    hw::mbarrier_expect(barrier, bytes * blocks);
     for (int peer = 0; peer < blocks; ++peer) hw::remote_store(hw::address(values + rank), barrier, peer, rank);
   }
+  if (!WAIT) hw::cluster_barrier();  // by which the stores need not have arrived
   while (WAIT && !hw::mbarrier_try_wait(barrier, 0)) continue;
   for (int i = hw::thread(); i < blocks; i += hw::threads()) out[rank * blocks + i] = values[i];
   hw::cluster_barrier();
+}
+
+// The threads of block 0 hand their numbers to block 1 through global memory.
+template <bool BARRIER, bool WAIT>
+void relay(int* out, int* numbers, uint32_t* flag) {
+  if (hw::block_x() == 0) {
+    numbers[hw::thread()] = hw::thread();
+    if (BARRIER) hw::block_barrier();
+    if (hw::thread() == 0) hw::flag_release(flag, 1);
+  } else {
+    while (WAIT && !hw::flag_acquire(flag)) continue;
+    out[hw::thread()] = numbers[hw::thread()];
+  }
 }
 
 void half_a_barrier(int*) {
@@ -62,13 +87,23 @@ extern "C" const char* rnnfast_run_fault(const char* name, int* out) {
   using namespace rnnfast::cuda;
   static std::string message;
   message.clear();
+  const emulator::Launch warp{1, 1, 1, 32, 1, 128}, cluster{4, 1, 1, 32, 4, 64}, pair{2, 1, 1, 64, 1, 0};
   uint32_t flags[2] = {};
+  int numbers[64] = {};
+  races::watch("global memory", numbers, sizeof numbers);
   const std::string kernel = name;
   try {
     if (kernel == "neighbours") emulator::run({1, 1, 1, 64, 1, 256}, [&] { neighbours<true>(out); });
     if (kernel == "neighbours without a barrier") emulator::run({1, 1, 1, 64, 1, 256}, [&] { neighbours<false>(out); });
-    if (kernel == "broadcast") emulator::run({4, 1, 1, 32, 4, 64}, [&] { broadcast<true>(out); });
-    if (kernel == "broadcast without a wait") emulator::run({4, 1, 1, 32, 4, 64}, [&] { broadcast<false>(out); });
+    if (kernel == "lanes") emulator::run(warp, [&] { lanes<true>(out); });
+    if (kernel == "lanes without a barrier") emulator::run(warp, [&] { lanes<false>(out); });
+    if (kernel == "broadcast") emulator::run(cluster, [&] { broadcast<true, true>(out); });
+    if (kernel == "broadcast without a wait") emulator::run(cluster, [&] { broadcast<true, false>(out); });
+    if (kernel == "broadcast without a start") emulator::run(cluster, [&] { broadcast<false, true>(out); });
+    if (kernel == "broadcast without all bytes") emulator::run(cluster, [&] { broadcast<true, true>(out, 3); });
+    if (kernel == "relay") emulator::run(pair, [&] { relay<true, true>(out, numbers, flags); });
+    if (kernel == "relay without a barrier") emulator::run(pair, [&] { relay<false, true>(out, numbers, flags); });
+    if (kernel == "relay without a wait") emulator::run(pair, [&] { relay<true, false>(out, numbers, flags); });
     if (kernel == "half a barrier") emulator::run({1, 1, 1, 64, 1, 64}, [&] { half_a_barrier(out); });
     if (kernel == "absent peer") emulator::run({2, 1, 1, 32, 1, 64}, [&] { absent_peer(flags, 1); });
     if (kernel == "peer gone") emulator::run({2, 1, 1, 32, 1, 64}, [&] { absent_peer(flags, 2); });
