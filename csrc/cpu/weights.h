@@ -8,13 +8,8 @@ namespace rnnfast::RNNFAST_ISA {
 // Columns that `sum_rows` adds at a time, at most, and rows of a block of it.
 constexpr int64_t SUM_COLUMNS = 256, SUM_ROWS = 32;
 
-// The sums of a block of rows to those of the blocks before it. What stands behind the last of n is rubbish.
-template <class T>
-void add_block(T* sums, const T* block, int64_t n) {
-  for (int64_t m = 0; m < n; m += Lanes<T>::count) store(sums + m, load(sums + m) + load(block + m));
-}
-// The same, with what an addition rounds off kept in `lost` for the next one (Kahan 1965): the error does not grow with the
-// number of blocks.
+// Adds the sums of a block of rows to those of the blocks before it, with what an addition rounds off kept in `lost` for the next
+// one (Kahan 1965): the error does not grow with the number of blocks. What stands behind the last of n is rubbish.
 template <class T>
 void add_block(T* sums, T* lost, const T* block, int64_t n) {
   for (int64_t m = 0; m < n; m += Lanes<T>::count) {
@@ -46,6 +41,9 @@ class WeightGradients {
   // Rows of the batch that are packed and added up at a time: sums of blocks, added in their order, round less than one
   // long sum.
   static constexpr int64_t K_BLOCK = 128;
+  // Rows whose sums come to be one before they are added to those of the rows before, so that of very many rows, too, few
+  // numbers are rounded to the size of the whole sum. (In bfloat16 the result itself rounds more.)
+  static constexpr int64_t GROUP_ROWS = 16 * K_BLOCK;
   static constexpr int64_t INPUT_ROWS = 48;   // rows of d_input in a task, of some of its panels where they are few
   static constexpr int64_t ID_COLUMNS = 64;
 
@@ -156,11 +154,12 @@ class WeightGradients {
   };
 
   struct IdBuffers {
-    T *sums, *blocks;  // (I, ID_COLUMNS)
+    T *sums, *lost, *blocks;  // (I, ID_COLUMNS)
     uint8_t* counts;   // the rows in each block
     IdBuffers(const WeightGradients& of, Carver& carver) {
       const int64_t ids = of.s.ids ? of.s.input : 0;
       sums = carver.take<T>(ids * ID_COLUMNS);
+      lost = carver.take<T>(ids * ID_COLUMNS);
       blocks = carver.take<T>(ids * ID_COLUMNS);
       counts = carver.take<uint8_t>(ids);
     }
@@ -202,13 +201,31 @@ class WeightGradients {
                            bias ? block_bias + (cut - first) : nullptr);
       if (bias) add_block(buffers.bias, buffers.lost_bias, block_bias, m_rows);
       (add_products(buffers, m_rows, k0, k, factors), ...);
+      if (in_groups() && (k0 + k) % GROUP_ROWS == 0 && k0 + k < s.rows) (add_group(buffers, m_rows, k0, factors), ...);
     }
-    (take_sums(buffers, m_rows, factors), ...);
+    if (in_groups())
+      (add_group(buffers, m_rows, s.rows - 1, factors), ...);
+    else
+      (take_sums(buffers, m_rows, factors), ...);
     if (bias) convert_row(bias, buffers.bias, m_rows);
     if (again) convert_row(again, buffers.bias, m_rows);
   }
 
-  // The sums of a factor: its result itself, where they fit.
+  bool in_groups() const { return sizeof(S) == sizeof(T) && s.rows > GROUP_ROWS; }
+  // Adds the sums of the group of rows that ends with the block of row k0 to the result.
+  template <class Row>
+  void add_group(const ProductBuffers& buffers, int64_t m_rows, int64_t k0, const Factor<Row>& factor) const {
+    const Sums sums = sums_of(buffers, factor);
+    if (k0 < GROUP_ROWS) return take_sums(buffers, m_rows, factor);
+    for (int64_t m = 0; m < m_rows; ++m)
+      for (int64_t j = 0; j < factor.columns; j += V) {
+        const int n = int(min64(V, factor.columns - j));
+        S* const result = factor.out + m * factor.columns + j;
+        store(result, load(result, n) + load(sums.data + m * sums.stride + j), n);
+      }
+  }
+
+  // The sums of a factor: its result itself, where they fit and are not those of a group.
   struct Sums {
     T* data;
     int64_t stride;
@@ -216,7 +233,7 @@ class WeightGradients {
   template <class Row>
   Sums sums_of(const ProductBuffers& buffers, const Factor<Row>& factor) const {
     if constexpr (sizeof(S) == sizeof(T))
-      if (factor.columns % V == 0) return {factor.out, factor.columns};
+      if (factor.columns % V == 0 && !in_groups()) return {factor.out, factor.columns};
     return {buffers.sums + factor.at, buffers.sums_stride};
   }
   template <class Row>
@@ -246,13 +263,14 @@ class WeightGradients {
     }
     alignas(64) static constexpr T zeros[MAX_VECTORS * V] = {};
     const Sums of_factor = sums_of(buffers, factor);
+    const bool begins = in_groups() ? k0 % GROUP_ROWS == 0 : k0 == 0;
     const auto multiply = [&](int64_t p, int64_t m, int count) {
       T* const sums = of_factor.data + m * of_factor.stride + p * panels.vectors * V;
       const O* a[MAX_ROWS];
       const T* start[MAX_ROWS];
       for (int r = 0; r < count; ++r) {
         a[r] = buffers.a + (m + r) * buffers.a_stride;
-        start[r] = k0 ? sums + r * of_factor.stride : zeros;
+        start[r] = begins ? zeros : sums + r * of_factor.stride;
       }
       tile_function<O>(count, panels.width(p))(units<O>(k), a, buffers.w + panel_offset<O>(panels, p, k), start, 0, nullptr, sums,
                                                of_factor.stride, nullptr);
@@ -320,6 +338,7 @@ class WeightGradients {
     const IdBuffers buffers(*this, carver);
     T* const sums = buffers.sums;
     std::memset(sums, 0, size_t(s.input * ID_COLUMNS) * sizeof(T));
+    std::memset(buffers.lost, 0, size_t(s.input * ID_COLUMNS) * sizeof(T));
     std::memset(buffers.counts, 0, size_t(s.input));
     const int64_t* ids = at<int64_t>(x.input, 0);
     // Too little of each row to be seen coming.
@@ -333,11 +352,12 @@ class WeightGradients {
       if (!buffers.counts[id]) std::memset(block, 0, ID_COLUMNS * sizeof(T));
       add_columns(block, lane, row, first, n);
       if (++buffers.counts[id] < SUM_ROWS) continue;
-      add_block(sums + id * ID_COLUMNS, block, n);
+      add_block(sums + id * ID_COLUMNS, buffers.lost + id * ID_COLUMNS, block, n);
       buffers.counts[id] = 0;
     }
     for (int64_t id = 0; id < s.input; ++id)
-      if (buffers.counts[id]) add_block(sums + id * ID_COLUMNS, buffers.blocks + id * ID_COLUMNS, n);
+      if (buffers.counts[id])
+        add_block(sums + id * ID_COLUMNS, buffers.lost + id * ID_COLUMNS, buffers.blocks + id * ID_COLUMNS, n);
     for (int64_t m = 0; m < n; ++m) {
       S* out = at<S>(x.d_w_ih, (lane * gate_rows + first + m) * s.input);
       T sum{};
