@@ -142,8 +142,10 @@ class Trainer:
             rows = min(config.batch_size, (num_tokens - 1) // config.steps)
             self.validation = sequential_batches(corpus.validation.to(self.device), rows, config.steps)
         kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[config.optimizer]
-        # Fused: one pass over each parameter, with which AdamW is several times as fast.
-        self.optimizer = kind(self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+        # AdamW is several times as fast fused. SGD has little to fuse, and torch's fused kernel wakes all threads even
+        # for a small parameter, which takes milliseconds where other programs have the cores.
+        fused = True if config.optimizer == "adamw" else None
+        self.optimizer = kind(self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=fused)
         self.scheduler: torch.optim.lr_scheduler.LambdaLR | None = None
         if config.schedule != "constant" or config.warmup:
             factor = learning_rate_factor(config, config.epochs * len(self.batches))
