@@ -236,19 +236,21 @@ def test_a_loop_of_short_calls_packs_its_weights_once(
     layers = options.get("num_layers", 1)
     assert direct_call_names == [*["forward"] * 6 * layers, *["backward"] * 6 * layers]
     assert packings == [token_ids]
-    with monkeypatch.context() as context:
-        context.setattr(training, "_SHORT", 0)
-        assert_same(found, loop())
 
+    def assert_as_without_packing(found: list[Tensor]) -> None:
+        with monkeypatch.context() as context:
+            context.setattr(training, "_SHORT", 0)
+            expected = loop()
+        assert_same(found[:1], expected[:1])
+        torch.testing.assert_close(found, expected)  # gradients of weights are added up in another order
+
+    assert_as_without_packing(found)
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter *= 0.5
     layer(steps[0, 0] if name.endswith("Cell") else steps[0])
     assert not plans.all_plans[id(layer)].packed  # the weights that were are not held
-    found = loop()
-    with monkeypatch.context() as context:
-        context.setattr(training, "_SHORT", 0)
-        assert_same(found, loop())
+    assert_as_without_packing(loop())
 
 
 def test_a_loop_with_shared_weights_keeps_none() -> None:

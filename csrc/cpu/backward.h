@@ -16,21 +16,25 @@ struct Gradients {
   const int64_t last;  // where d_gates_h begins
   const bool permuted;
   const int64_t width, stride, state_stride, hidden_stride;
-  O* gates = nullptr;         // (D, N, stride)
+  O* gates;                   // (D, N, stride)
+  const bool is_kept;
   O* state = nullptr;         // (D, N, state_stride): gradient of the projected state, where there is a projection
   O* unprojected = nullptr;   // (D, N, hidden_stride): o tanh(c) again, likewise
   S* states = nullptr;        // (D, N, P): what w_hh was multiplied with, where that is not the state
 
-  explicit Gradients(const ScanShape& shape, bool apart = false)
+  // `kept`: memory for those of the gates, if it is not the call's.
+  explicit Gradients(const ScanShape& shape, bool apart = false, void* kept = nullptr)
       : s(shape),
         last(apart ? s.gates() * s.hidden : s.cell == Cell::gru ? s.hidden : 0),
         permuted(s.cell == Cell::gru && !apart),
         width(s.gates() * s.hidden + last),
         stride(round_up(width + Product<O>::depth - 1, V * Product<O>::depth)),
         state_stride(round_up(s.state, V * Product<O>::depth)),
-        hidden_stride(round_up(s.hidden, V * Product<O>::depth)) {}
+        hidden_stride(round_up(s.hidden, V * Product<O>::depth)),
+        gates(static_cast<O*>(kept)),
+        is_kept(kept) {}
   void carve(Carver& carver) {
-    gates = carver.take<O>(s.lanes * s.rows * stride);
+    if (!is_kept) gates = carver.take<O>(s.lanes * s.rows * stride);
     if (!s.has_projection) return;
     state = carver.take<O>(s.lanes * s.rows * state_stride);
     unprojected = carver.take<O>(s.lanes * s.rows * hidden_stride);

@@ -39,11 +39,11 @@ bool ids_fit(const ScanShape& s, const void* input) {
   return true;
 }
 
-// Bytes of both states of a layer, and of all its output.
+// Bytes of an element, of both states of a layer, and of all its output.
 struct Bytes {
-  size_t state, cell, output;
+  size_t element, state, cell, output;
   explicit Bytes(const ScanShape& s) {
-    const size_t element = s.dtype == DType::float64 ? 8 : s.dtype == DType::float32 ? 4 : 2;
+    element = s.dtype == DType::float64 ? 8 : s.dtype == DType::float32 ? 4 : 2;
     state = size_t(s.lanes * s.batch * s.state) * element;
     cell = size_t(s.lanes * s.batch * s.hidden) * element;
     output = size_t(s.rows * s.lanes * s.state) * element;
@@ -67,6 +67,15 @@ class StandIns {
   size_t begin_;  // of the cell state
   std::optional<Scratch> memory_;
 };
+
+// Copies input and the states before each step.
+void leave_rows(const ScanShape& s, const BackwardArgs& x, const DirectRows& rows) {
+  const Bytes bytes(s);
+  const size_t input_bytes = s.ids ? sizeof(int64_t) : size_t(s.input) * bytes.element;
+  std::memcpy(rows.inputs, x.input, size_t(s.rows) * input_bytes);
+  std::memcpy(rows.states, x.h_0, bytes.state);
+  std::memcpy(static_cast<char*>(rows.states) + bytes.state, x.output, bytes.output - bytes.state);
+}
 
 template <class F>
 int guarded(F run) {
@@ -188,8 +197,29 @@ int rnnfast_backward_cpu(const DirectBackward* call) {
                          c.d_w_hr,
                          c.d_h_0,
                          c.d_c_0,
-                         nullptr};
+                         nullptr,
+                         c.rows.gates};
     choose_kernels(s.dtype).backward(x, available_threads());
+    if (c.rows.gates) leave_rows(s, x, c.rows);
     return DIRECT_DONE;
   });
 }
+
+int rnnfast_weight_gradients_cpu(const DirectWeights* call) {
+  const DirectWeights& c = *call;
+  return guarded([&] {
+    BackwardArgs x{};
+    x.shape = shape_of_call(*c.layer, 1, c.count);
+    x.gates = c.rows.gates;
+    x.input = c.rows.inputs;
+    x.h_0 = c.rows.states;
+    x.d_w_ih = c.d_w_ih;
+    x.d_w_hh = c.d_w_hh;
+    x.d_b_ih = c.d_b_ih;
+    x.d_b_hh = c.d_b_hh;
+    choose_kernels(x.shape.dtype).weight_gradients(x, available_threads());
+    return DIRECT_DONE;
+  });
+}
+
+int rnnfast_gates_bytes_cpu(const ScanShape* layer) { return int(choose_kernels(layer->dtype).gates_bytes(*layer)); }

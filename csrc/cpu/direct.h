@@ -46,16 +46,30 @@ struct DirectForward {
   const void *input, *h_0, *c_0, *w_ih, *w_hh, *b_ih, *b_hh, *w_hr;
   void *output, *tape, *h_n, *c_n;
 };
+// Where a derivative leaves what gradients of weights are made of, each a row for each row of the call; or null.
+struct DirectRows {
+  void *gates, *inputs, *states;  // the gradients of the gates, of rnnfast_gates_bytes_cpu bytes; input; the state before
+};
 struct DirectBackward {
   const ScanShape* layer;
   int64_t steps, batch;
   const void *d_output, *d_h_n, *d_c_n;
   const void *input, *h_0, *c_0, *w_ih, *w_hh, *b_ih, *b_hh, *w_hr, *output, *tape;
   void *d_input, *d_h_0, *d_c_0, *d_w_ih, *d_w_hh, *d_b_ih, *d_b_hh, *d_w_hr;
+  DirectRows rows;
+};
+
+// The gradients of the weights and biases of such a layer, without projection, from the rows that N rows of calls have left.
+struct DirectWeights {
+  const ScanShape* layer;
+  int64_t count;
+  DirectRows rows;
+  void *d_w_ih, *d_w_hh, *d_b_ih, *d_b_hh;
 };
 
 // As many fields as rnnfast/direct packs.
-static_assert(sizeof(DirectInfer) == 9 * 8 && sizeof(DirectForward) == 17 * 8 && sizeof(DirectBackward) == 24 * 8);
+static_assert(sizeof(DirectInfer) == 9 * 8 && sizeof(DirectForward) == 17 * 8 && sizeof(DirectBackward) == 27 * 8 &&
+              sizeof(DirectWeights) == 9 * 8);
 
 }  // namespace rnnfast
 
@@ -63,3 +77,5 @@ static_assert(sizeof(DirectInfer) == 9 * 8 && sizeof(DirectForward) == 17 * 8 &&
 RNNFAST_DIRECT rnnfast_infer_cpu(const rnnfast::DirectInfer* call);
 RNNFAST_DIRECT rnnfast_forward_cpu(const rnnfast::DirectForward* call);
 RNNFAST_DIRECT rnnfast_backward_cpu(const rnnfast::DirectBackward* call);
+RNNFAST_DIRECT rnnfast_weight_gradients_cpu(const rnnfast::DirectWeights* call);
+RNNFAST_DIRECT rnnfast_gates_bytes_cpu(const rnnfast::ScanShape* layer);

@@ -133,7 +133,7 @@ void backward(const BackwardArgs& x, int available) {
   const ScanShape& s = x.shape;
   const Panels panels = plain_panels(s.state, LANES<O>);
   const Split split = split_work(s, panels.total_vectors * units<O>(s.gates() * s.hidden), panels.count(), available);
-  Gradients<S, O> gradients(s);
+  Gradients<S, O> gradients(s, false, x.gates);
   Backward<S, O> scan(x, split, gradients);
   WeightGradients<S, O> weights(x, gradients, split.threads);
   Carver shared(nullptr), own(nullptr);
@@ -149,6 +149,28 @@ void backward(const BackwardArgs& x, int available) {
   weights.carve(carver);
   scan_then_tasks(scan, weights, s, split, memory.data() + shared.used(), own_bytes, weights.tasks(),
                   [&](int64_t task, char* mine) { weights.run(task, mine); });
+}
+
+// The gradients of weights and biases, from those of the gates of rows that are one step, with states before it in h_0.
+template <class S, class O>
+void weight_gradients(const BackwardArgs& x, int available) {
+  const ScanShape& s = x.shape;
+  const int64_t cycles = s.rows * s.gates() * s.hidden * ((s.ids ? 0 : s.input) + s.state) / (2 * LANES<O>);
+  const int threads = cycles < 2 * PARALLEL_REGION ? 1 : worth_threads(available, cycles);
+  const Gradients<S, O> gradients(s, false, x.gates);
+  const WeightGradients<S, O> weights(x, gradients, threads);
+  const size_t own_bytes = weights.local_bytes();
+  const Scratch memory(own_bytes * size_t(threads));
+  std::atomic<int64_t> next{0};
+  parallel(threads, [&](int thread, int) {
+    for (int64_t task; (task = next.fetch_add(1)) < weights.tasks();) weights.run(task, memory.data() + own_bytes * size_t(thread));
+  });
+}
+
+// Bytes of the gradients of the gates of a row, as they are kept.
+template <class S, class O>
+size_t gates_bytes(const ScanShape& s) {
+  return size_t(Gradients<S, O>(s).stride) * sizeof(O);
 }
 
 template <class S, class O>
@@ -219,6 +241,8 @@ const Kernels kernels{
     forward<bf16, bf16>,
     backward<bf16, bf16>,
     pack<bf16, bf16>,
+    weight_gradients<bf16, bf16>,
+    gates_bytes<bf16, bf16>,
     extended_forward<bf16, bf16>,
     extended_backward<bf16, bf16>,
     extended_pack<bf16, bf16>,
@@ -235,6 +259,13 @@ const Kernels kernels{
     },
     [](const ForwardArgs& x) {
       return by_dtype(x.shape.dtype, pack<float, float>, pack<double, double>, pack<bf16, float>, x);
+    },
+    [](const BackwardArgs& x, int threads) {
+      by_dtype(x.shape.dtype, weight_gradients<float, float>, weight_gradients<double, double>, weight_gradients<bf16, float>, x,
+               threads);
+    },
+    [](const ScanShape& s) {
+      return by_dtype(s.dtype, gates_bytes<float, float>, gates_bytes<double, double>, gates_bytes<bf16, float>, s);
     },
     [](const ExtendedForwardArgs& x, int threads) {
       by_dtype(x.scan.shape.dtype, extended_forward<float, float>, extended_forward<double, double>,

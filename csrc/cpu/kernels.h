@@ -31,6 +31,9 @@ struct Kernels {
   void (*forward)(const ForwardArgs&, int threads);
   void (*backward)(const BackwardArgs&, int threads);
   size_t (*pack)(const ForwardArgs&);  // into `packed`, or returns the bytes it takes where that is null
+  // The gradients of weights and biases of rows whose gradients of the gates a backward scan has left, so many bytes a row.
+  void (*weight_gradients)(const BackwardArgs&, int threads);
+  size_t (*gates_bytes)(const ScanShape&);
   void (*extended_forward)(const ExtendedForwardArgs&, int threads);
   void (*extended_backward)(const ExtendedBackwardArgs&, int threads);
   size_t (*extended_pack)(const ExtendedForwardArgs&);  // as `pack`

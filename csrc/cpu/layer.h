@@ -159,11 +159,13 @@ struct Split {
   bool dealt = false;             // whether the pieces of a step are dealt, or members have equal shares of them
 };
 
+constexpr int64_t PARALLEL_REGION = 15000;  // cycles that it takes to begin and end one
+
 // Costs are in cycles of one core. A tile of one row is bound by reading its weights, not by their products; weights that are
 // not near cost more, and those that are far from every core are best read by one of them each.
 RNNFAST_INLINE Split split_work(const ScanShape& s, int64_t weight_vectors, int64_t step_panels, int available) {
   constexpr int64_t BARRIER = 2000, FAR_AWAY = 4;
-  const int64_t parallel_region = 15000 + (available == 1 ? 0 : stall_cycles());
+  const int64_t parallel_region = PARALLEL_REGION + (available == 1 ? 0 : stall_cycles());
   const auto step = [&](int64_t rows, int64_t vectors, int64_t lanes) {
     const int64_t bytes = vectors * lanes * VECTOR_BYTES;
     const bool near = bytes <= near_bytes(), far = bytes > FAR_AWAY * near_bytes();

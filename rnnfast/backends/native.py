@@ -72,6 +72,8 @@ _library: Any = None
 infer: Any = None
 forward: Any = None
 backward: Any = None
+weight_gradients: Any = None
+gates_bytes: Any = None  # takes the address of a layer
 DONE, STALE = 0, 1
 _are_as_they_were: Any = None  # of csrc/cpu/weight_samples.h
 packings: dict[Key, _Packed] = {}  # what `packed_weights` keeps
@@ -87,7 +89,7 @@ def load() -> None:
     Raises:
         RuntimeError: there is no library and it cannot be compiled; the message says why.
     """
-    global _loaded, _failure, _library, infer, forward, backward, _are_as_they_were
+    global _loaded, _failure, _library, infer, forward, backward, weight_gradients, gates_bytes, _are_as_they_were
     if _loaded:
         return
     with _lock:
@@ -107,11 +109,13 @@ def load() -> None:
                 _library.define(schema)
             torch.library.register_fake("rnnfast::direct_empty_cpu", _empty, lib=_library)
             functions = ctypes.CDLL(str(path))
-            infer, forward, backward = (
-                getattr(functions, f"rnnfast_{name}_cpu") for name in ("infer", "forward", "backward")
+            names = ("infer", "forward", "backward", "weight_gradients", "gates_bytes")
+            infer, forward, backward, weight_gradients, gates_bytes = (
+                getattr(functions, f"rnnfast_{name}_cpu") for name in names
             )
-            for function in (infer, forward, backward):
+            for function in (infer, forward, backward, weight_gradients):
                 function.argtypes = [ctypes.c_char_p]
+            gates_bytes.argtypes = [ctypes.c_void_p]
             _are_as_they_were = functions.rnnfast_are_as_they_were
             _are_as_they_were.argtypes = [ctypes.c_void_p]
             register_optimizer_step_post_hook(_count_fused_step)

@@ -34,6 +34,7 @@ class Packed:
     stamp: list[int]
     address: int  # of the first of `kept`
     kept: tuple[Tensor, ...]
+    loop: Any = None  # a weak reference to the loop that is under way
 
 
 @dataclass(slots=True)
@@ -50,6 +51,7 @@ class Layer:
     hidden_size: int
     tape_size: int  # of a row
     has_cell_state: bool
+    row_bytes: tuple[int, int, int]  # of what a gradient of weights is made of: gradients of the gates, input, state
     address: int  # of `kept`
     kept: Tensor
     # The weights' memory as it is now: a parameter itself would follow what is assigned to its `.data` before backward.
@@ -130,8 +132,11 @@ class Plan:
             kept = torch.ops.rnnfast.direct_layer_cpu(w_ih, w_hh, w_hr, self.cell, first_ids)
             form = index, lane, tuple(w is not None for w in lane), self.cell, self.dtype, first_ids
             tape_size = cell.tape * self.hidden_size
-            sizes = self.state_size, self.hidden_size, tape_size, cell.has_cell_state
-            layers.append(Layer(*form, *sizes, kept.data_ptr(), kept, memory, addresses(memory)))
+            item, address = self.dtype.itemsize, kept.data_ptr()
+            input_bytes = 8 if first_ids else memory[0].shape[1] * item
+            row_bytes = native.gates_bytes(address), input_bytes, self.state_size * item
+            sizes = self.state_size, self.hidden_size, tape_size, cell.has_cell_state, row_bytes
+            layers.append(Layer(*form, *sizes, address, kept, memory, addresses(memory)))
         self.layers[ids] = layers
         return layers
 

@@ -15,11 +15,12 @@ from torch._C._autograd import _top_saved_tensors_default_hooks
 from rnnfast import derivatives, scan
 from rnnfast.backends import native
 from rnnfast.backends.native import DONE
+from rnnfast.direct.loops import Loop, loop_of
 from rnnfast.direct.plans import Layer, Packed, Plan, address_of, addresses, is_observed, is_plain, signature_of
 
-_forward_call, _backward_call = (Struct(f"{fields}q").pack for fields in (17, 24))  # of csrc/cpu/direct.h
+_forward_call, _backward_call = (Struct(f"{fields}q").pack for fields in (17, 27))  # of csrc/cpu/direct.h
 WORTH_KEEPING = 128 << 10  # that of csrc/cpu/memory.h, in bytes
-_NO_WEIGHT = (False,) * 5
+_NO_WEIGHT, _NO_ROWS = (False,) * 5, (0,) * 3
 _SHORT = 128  # rows of a call in which packing the weights takes a good part of the time
 
 
@@ -38,11 +39,13 @@ def run(
     if layers is None:
         return None
     packed = _packed(plan, ids, steps, batch)
+    loop = None if packed is None else loop_of(plan, packed, layers)
     finals = []
     for index, layer in enumerate(layers):
         # One layer's state is not sliced: that is an operation to be differentiated.
         h, c = (h_0, c_0) if len(layers) == 1 else (t if t is None else t[index : index + 1] for t in (h_0, c_0))
-        rows, *states = _Scan.apply(layer, packed, steps, batch, rows, h, c, *layer.weights)
+        weights = layer.weights if loop is None else loop.layers[index].weights
+        rows, *states = _Scan.apply(layer, packed, loop, steps, batch, rows, h, c, *weights)
         if rows is None:
             plan.packed.pop(ids, None)  # it may be stale
             return None
@@ -61,7 +64,9 @@ def run_cell(
     if layers is None:
         return None
     packed = _packed(plan, ids, 1, batch)
-    next_h, _, *next_c = _Scan.apply(layers[0], packed, None, batch, input, h, c, *layers[0].weights)
+    loop = None if packed is None else loop_of(plan, packed, layers)
+    weights = layers[0].weights if loop is None else loop.layers[0].weights
+    next_h, _, *next_c = _Scan.apply(layers[0], packed, loop, None, batch, input, h, c, *weights)
     if next_h is None:
         plan.packed.pop(ids, None)
     return (next_h, *next_c) if next_c and next_h is not None else next_h
@@ -97,10 +102,10 @@ def _empty_like(tensor: Tensor) -> Tensor:
 class _Scan(derivatives.Function):
     """One layer of one direction: `derivatives.Scan` of the cpu backend, but a call each forward and backward.
 
-    apply(layer, its packed weights or None, T, [B] or [] if unbatched, input (T, B, I) or ids (T, B), h_0 and c_0
-    (1, B, P) or None for zeros, the five of `scan.Weights`) returns output (T, B, P), h_n and, of an LSTM, c_n; or
-    None, None where the kernel fails. A cell has no T: nor have its input and output, and its states lack the 1; in
-    the place of h_n is None.
+    apply(layer, its packed weights or None, the loop or None, T, [B] or [] if unbatched, input (T, B, I) or ids (T, B),
+    h_0 and c_0 (1, B, P) or None for zeros, the five of `scan.Weights`, those of the loop if there is one) returns
+    output (T, B, P), h_n and, of an LSTM, c_n; or None, None where the kernel fails. A cell has no T: nor have its
+    input and output, and its states lack the 1; in the place of h_n is None.
     """
 
     @staticmethod
@@ -108,6 +113,7 @@ class _Scan(derivatives.Function):
         ctx: Any,
         layer: Layer,
         packed: Packed | None,
+        loop: Loop | None,
         steps: int | None,
         batch: Sequence[int],
         input: Tensor,
@@ -127,7 +133,7 @@ class _Scan(derivatives.Function):
         plan = 0 if packed is None else packed.address
         if native.forward(_forward_call(layer.address, plan, layer.index, *sizes, *places)) != DONE:
             return None, None
-        ctx.layer, ctx.sizes = layer, sizes
+        ctx.layer, ctx.loop, ctx.sizes = layer, loop, sizes
         # The tensors themselves for derivatives of the gradients, and what they hold now for the gradients.
         memory = [None if tensor is None else tensor.detach() for tensor in given]
         ctx.save_for_backward(*given, *weights, output, tape, *memory)
@@ -138,20 +144,28 @@ class _Scan(derivatives.Function):
     @staticmethod
     def backward(ctx: Any, d_output: Tensor | None, d_h_n: Tensor | None, d_c_n: Tensor | None = None) -> Any:
         if d_output is None and d_h_n is None and d_c_n is None:
-            return (None,) * 12
-        layer, saved, needs, given = ctx.layer, ctx.saved_tensors, ctx.needs_input_grad[4:], (d_output, d_h_n, d_c_n)
+            return (None,) * 13
+        layer, saved, needs, given = ctx.layer, ctx.saved_tensors, ctx.needs_input_grad[5:], (d_output, d_h_n, d_c_n)
+        shared = None if ctx.loop is None else ctx.loop.layers[layer.index]
+        if shared is not None and not shared.are_wanted():
+            needs = needs[:3] + _NO_WEIGHT
         need_weights = True in needs[3:]
         memory = (*saved[10:], *layer.memory, *saved[8:10])
         # Not where it is itself to be differentiated, or somebody looks on.
         if not is_grad_enabled() and not is_observed() and all(d is None or is_plain(d, layer.dtype) for d in given):
             d_results = [d if d is None else d.contiguous() for d in given]
-            wanted = needs[:3] + (layer.has_weight if need_weights else _NO_WEIGHT)
+            rows = shared.rows_of_pass(layer) if shared is not None and need_weights else None
+            wanted = needs[:3] + (layer.has_weight if need_weights and rows is None else _NO_WEIGHT)
             found = [_empty_like(tensor) if want else None for tensor, want in zip(memory, wanted, strict=False)]
             places = addresses((*d_results, *memory, *found))
-            if native.backward(_backward_call(layer.address, *ctx.sizes, *places)) == DONE:
-                return (None, None, None, None, *found)
+            count = prod(ctx.sizes)
+            rows_places = _NO_ROWS if rows is None else rows.places(count)
+            if native.backward(_backward_call(layer.address, *ctx.sizes, *places, *rows_places)) == DONE:
+                if rows is not None:
+                    rows.left(count)
+                return (None, None, None, None, None, *found)
         kept = saved[:10] if is_grad_enabled() else memory
-        return (None, None, None, None, *_through_the_operator(ctx, given, kept, needs, need_weights))
+        return (None, None, None, None, None, *_through_the_operator(ctx, given, kept, needs, need_weights))
 
 
 def _through_the_operator(

@@ -1,0 +1,124 @@
+"""The gradients of weights in loops of short calls: one product for all of a loop's backward calls.
+
+Were each call to make its own, torch would add up as many matrices as there are steps, each made of a few rows. Instead
+every backward call leaves the rows that such a product is made of. The calls of a loop take the weights from one node
+of the graph, which torch runs when all of them are through: it makes the product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from struct import Struct
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor
+from torch._C import _current_graph_task_id, _will_engine_execute_node
+
+from rnnfast import derivatives
+from rnnfast.backends import native
+from rnnfast.backends.native import DONE
+from rnnfast.direct.plans import Layer, Packed, Plan, addresses
+
+_weights_call = Struct("9q").pack  # of csrc/cpu/direct.h
+_MOST_ROWS = 1024  # that are kept until their product is made
+_requires_grad: Any = torch._C.TensorBase.requires_grad.__get__  # type: ignore[attr-defined]
+
+
+class Loop:
+    """Short calls with the same weights; each graph of such a call holds it, and nothing else does."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self.layers = [SharedWeights(layer) for layer in layers]
+
+
+class SharedWeights:
+    """A layer's weights as the calls of a loop take them, and the node of the graph that these come from."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.rows: dict[int, Rows] = {}  # by the backward pass, of which there may be several at a time
+        self.weights: Sequence[Tensor | None] = _Share.apply(self.rows, *layer.weights)
+        self.node = next(weight.grad_fn for weight in self.weights if weight is not None)
+
+    def are_wanted(self) -> bool:
+        """Whether the backward pass that is under way comes to their gradients."""
+        return bool(_will_engine_execute_node(self.node))
+
+    def rows_of_pass(self, layer: Layer) -> Rows:
+        task = _current_graph_task_id()
+        found = self.rows.get(task)
+        if found is None:
+            found = self.rows[task] = Rows(layer)
+        return found
+
+
+class Rows:
+    """What backward calls of a layer have left: gradients of the gates, inputs, and the states before."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer = layer
+        self.count = 0
+        sizes = layer.row_bytes
+        self.memory = torch.ops.rnnfast.direct_empty_cpu.default(layer.kept, [_MOST_ROWS * sum(sizes)])
+        start = self.memory.data_ptr()
+        self.starts = start, start + _MOST_ROWS * sizes[0], start + _MOST_ROWS * (sizes[0] + sizes[1])
+        self.sums: list[Tensor] | None = None
+
+    def places(self, count: int) -> list[int]:
+        """Where so many rows more go; they count from `left` on."""
+        if self.count + count > _MOST_ROWS:
+            self._add_up()
+        return [start + self.count * size for start, size in zip(self.starts, self.layer.row_bytes, strict=True)]
+
+    def left(self, count: int) -> None:
+        self.count += count
+
+    def gradients(self) -> list[Tensor | None]:
+        """Those of the weights, None where the layer has none."""
+        if self.count:
+            self._add_up()
+        found = iter(self.sums or ())
+        return [next(found, None) if has else None for has in self.layer.has_weight]
+
+    def _add_up(self) -> None:
+        weights = self.layer.memory[:4]
+        found = [None if weight is None else torch.empty_like(weight) for weight in weights]
+        call = _weights_call(self.layer.address, self.count, *self.starts, *addresses(found))
+        if native.weight_gradients(call) != DONE:
+            raise RuntimeError("no memory for the gradients of the weights")
+        made = [gradient for gradient in found if gradient is not None]
+        if self.sums is None:
+            self.sums = made
+        else:
+            torch._foreach_add_(self.sums, made)
+        self.count = 0
+
+
+class _Share(derivatives.Function):
+    """apply(rows, the five of `scan.Weights`) returns these; backward adds what the rows of the pass make."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: dict[int, Rows], *weights: Tensor | None) -> Any:
+        ctx.rows = rows
+        ctx.set_materialize_grads(False)
+        return tuple(None if weight is None else weight.detach() for weight in weights)
+
+    @staticmethod
+    def backward(ctx: Any, *given: Tensor | None) -> Any:
+        rows = ctx.rows.pop(_current_graph_task_id(), None)
+        if rows is None:
+            return None, *given
+        pairs = zip(given, rows.gradients(), strict=True)
+        return None, *(b if a is None else a if b is None else a + b for a, b in pairs)
+
+
+def loop_of(plan: Plan, packed: Packed, layers: Sequence[Layer]) -> Loop | None:
+    """The loop that a short call with these packed weights belongs to, or None where each makes its own gradients."""
+    if layers[0].weights.w_hr is not None or False in map(_requires_grad, plan.weights):
+        return None
+    loop: Loop | None = packed.loop and packed.loop()
+    if loop is None:
+        loop = Loop(layers)
+        packed.loop = ref(loop)
+    return loop
