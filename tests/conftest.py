@@ -60,7 +60,7 @@ def direct_call_names(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the direct calls that were done so far, with gradients as well."""
     native.load()
     names: list[str] = []
-    for name in ("forward", "backward", "infer"):
+    for name in ("forward", "backward", "weight_gradients", "infer"):
         monkeypatch.setattr(native, name, _noted(name, getattr(native, name), names))
     return names
 
