@@ -1,4 +1,4 @@
-"""Loops of short calls with gradients: those of the weights are made at once, when the last backward call is through."""
+"""Loops of short calls with gradients: those of the weights are made at once, behind the last backward call."""
 
 from __future__ import annotations
 
@@ -77,11 +77,8 @@ def test_gradients(name: str, options: dict[str, Any], direct_call_names: list[s
     torch.testing.assert_close(*d_steps)
     assert_same_gradients(ours, theirs)
     layers = options.get("num_layers", 1)
-    assert direct_call_names == [
-        name
-        for name, count in (("forward", 6), ("backward", 6), ("weight_gradients", 1))
-        for _ in range(count * layers)
-    ]
+    calls = ["forward"] * 6 * layers + ["backward"] * 6 * layers
+    assert sorted(direct_call_names) == sorted(calls + ["weight_gradients"] * layers)
 
 
 @pytest.mark.parametrize("name", NAMES[:3])
@@ -104,8 +101,8 @@ def test_token_ids_and_bfloat16(name: str, direct_call_names: list[str]) -> None
 
 @pytest.mark.parametrize("name", ["RNNCell", "LSTMCell", "GRUCell"])
 def test_more_rows_than_are_kept(name: str, direct_call_names: list[str]) -> None:
-    modules = pair(name, 3, 8)
-    steps = torch.randn(loops._MOST_ROWS // 100 + 3, 100, 3)
+    modules = pair(name, 3, 8, dtype=torch.float64)
+    steps = torch.randn(loops._MOST_ROWS // 100 + 3, 100, 3, dtype=torch.float64)
     direct_call_names.clear()
     both(modules, lambda module: loss_of(outputs(module, steps)).backward())
     assert_same_gradients(*modules)
@@ -195,15 +192,16 @@ def test_hooks_see_the_whole_gradient_once() -> None:
     modules = pair("LSTMCell", 4, 12)
     steps = torch.randn(6, 2, 4)
 
-    def run(module: Any) -> list[Any]:
-        seen: list[Any] = []
-        module.weight_hh.register_hook(lambda d: seen.append(d) or d * 2)
-        module.bias_hh.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
+    def run(module: Any) -> tuple[list[Tensor], list[Tensor]]:
+        of_weight: list[Tensor] = []
+        of_bias: list[Tensor] = []
+        module.weight_hh.register_hook(lambda d: of_weight.append(d.clone()) or d * 2)
+        module.bias_hh.register_post_accumulate_grad_hook(lambda p: of_bias.append(p.grad.clone()))
         loss_of(outputs(module, steps)).backward()
-        return seen
+        return of_weight, of_bias
 
     found, expected = both(modules, run)
-    assert len(found) == 2
+    assert [len(seen) for seen in found] == [1, 1]
     torch.testing.assert_close(found, expected)
     assert_same_gradients(*modules)
 
@@ -241,17 +239,17 @@ def test_it_ends_with_its_graphs() -> None:
     ours, theirs = pair("LSTMCell", 4, 12)
     steps = torch.randn(6, 2, 4)
     results = outputs(ours, steps)
-    packed = plans.all_plans[id(ours)].packed[False]
-    loop = packed.loop()
+    reference = plans.all_plans[id(ours)].loops[False]
+    loop = reference()
     assert loop is not None
     assert all(step.grad_fn.loop is loop for step in results)  # type: ignore[union-attr]
     loss_of(results).backward()
     loss_of(outputs(theirs, steps)).backward()
     assert_same_gradients(ours, theirs)
-    assert not loop.layers[0].rows
+    assert not loop.shared[0].rows
     del results, loop
     gc.collect()
-    assert packed.loop() is None
+    assert reference() is None
     # Nothing is left of a graph that a change of type, which replaces the parameters' data, would not fit.
     loss_of(outputs(ours, steps))
     ours.double()
@@ -304,6 +302,7 @@ def test_calls_between_changes_of_weights() -> None:
     torch.testing.assert_close(*both(modules, run))
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 def test_a_projection_goes_without(direct_call_names: list[str]) -> None:
     modules = pair("LSTM", 4, 12, proj_size=5)
     steps = torch.randn(6, 1, 2, 4)

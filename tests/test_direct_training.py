@@ -234,7 +234,8 @@ def test_a_loop_of_short_calls_packs_its_weights_once(
     direct_call_names.clear()
     found = loop()
     layers = options.get("num_layers", 1)
-    assert direct_call_names == [*["forward"] * 6 * layers, *["backward"] * 6 * layers]
+    calls = ["forward"] * 6 * layers + ["backward"] * 6 * layers
+    assert sorted(direct_call_names) == sorted(calls + ["weight_gradients"] * layers)
     assert packings == [token_ids]
 
     def assert_as_without_packing(found: list[Tensor]) -> None:

@@ -19,7 +19,7 @@ from torch._C import _current_graph_task_id, _will_engine_execute_node
 from rnnfast import derivatives
 from rnnfast.backends import native
 from rnnfast.backends.native import DONE
-from rnnfast.direct.plans import Layer, Packed, Plan, addresses
+from rnnfast.direct.plans import Layer, Plan, addresses
 
 _weights_call = Struct("9q").pack  # of csrc/cpu/direct.h
 _MOST_ROWS = 1024  # that are kept until their product is made
@@ -27,10 +27,14 @@ _requires_grad: Any = torch._C.TensorBase.requires_grad.__get__  # type: ignore[
 
 
 class Loop:
-    """Short calls with the same weights; each graph of such a call holds it, and nothing else does."""
+    """Short calls with the same weights and no backward call among them.
 
-    def __init__(self, layers: Sequence[Layer]) -> None:
-        self.layers = [SharedWeights(layer) for layer in layers]
+    Their graphs hold it, and nothing else does: it ends with the last of them, if not before.
+    """
+
+    def __init__(self) -> None:
+        self.is_over = False
+        self.shared: list[SharedWeights] | None = None  # of each layer, from the second call on
 
 
 class SharedWeights:
@@ -113,12 +117,15 @@ class _Share(derivatives.Function):
         return None, *(b if a is None else a if b is None else a + b for a, b in pairs)
 
 
-def loop_of(plan: Plan, packed: Packed, layers: Sequence[Layer]) -> Loop | None:
-    """The loop that a short call with these packed weights belongs to, or None where each makes its own gradients."""
+def loop_of(plan: Plan, ids: bool, layers: Sequence[Layer]) -> tuple[Loop | None, list[SharedWeights] | None]:
+    """The loop that a short call belongs to, and its weights, or None where each call makes its own gradients."""
     if layers[0].weights.w_hr is not None or False in map(_requires_grad, plan.weights):
-        return None
-    loop: Loop | None = packed.loop and packed.loop()
-    if loop is None:
-        loop = Loop(layers)
-        packed.loop = ref(loop)
-    return loop
+        return None, None
+    known = plan.loops.get(ids)
+    loop: Loop | None = None if known is None else known()
+    if loop is None or loop.is_over:
+        loop = Loop()
+        plan.loops[ids] = ref(loop)
+    elif loop.shared is None:
+        loop.shared = [SharedWeights(layer) for layer in layers]
+    return loop, loop.shared

@@ -34,7 +34,6 @@ class Packed:
     stamp: list[int]
     address: int  # of the first of `kept`
     kept: tuple[Tensor, ...]
-    loop: Any = None  # a weak reference to the loop that is under way
 
 
 @dataclass(slots=True)
@@ -81,6 +80,7 @@ class Plan:
     lead: tuple[int, ...]  # a state's first dimensions: (L*D,) of a layer, () of a cell
     packed: dict[bool, Packed] = field(default_factory=dict)
     last_stamp: list[int] = field(default_factory=list)  # of the last short call with gradients
+    loops: dict[bool, Any] = field(default_factory=dict)  # weak references to those that such calls are in
     layers: dict[bool, list[Layer]] = field(default_factory=dict)  # while the weights have the addresses `described`
     described: list[int] = field(default_factory=list)
     # Of the last step: one to make others like it, quicker than by its sizes.
@@ -108,6 +108,7 @@ class Plan:
         if stamp == self.last_stamp and not any(weight.is_shared() for weight in self.weights):
             return self.pack(ids)
         self.last_stamp = stamp
+        self.loops.clear()
         return None
 
     def pack(self, ids: bool) -> Packed:

@@ -15,7 +15,7 @@ from torch._C._autograd import _top_saved_tensors_default_hooks
 from rnnfast import derivatives, scan
 from rnnfast.backends import native
 from rnnfast.backends.native import DONE
-from rnnfast.direct.loops import Loop, loop_of
+from rnnfast.direct.loops import Loop, SharedWeights, loop_of
 from rnnfast.direct.plans import Layer, Packed, Plan, address_of, addresses, is_observed, is_plain, signature_of
 
 _forward_call, _backward_call = (Struct(f"{fields}q").pack for fields in (17, 27))  # of csrc/cpu/direct.h
@@ -38,14 +38,14 @@ def run(
     layers = None if plan.directions == 2 else _layers(plan, ids)
     if layers is None:
         return None
-    packed = _packed(plan, ids, steps, batch)
-    loop = None if packed is None else loop_of(plan, packed, layers)
+    packed, loop, shared = _for_loop(plan, ids, steps, batch, layers)
     finals = []
     for index, layer in enumerate(layers):
         # One layer's state is not sliced: that is an operation to be differentiated.
         h, c = (h_0, c_0) if len(layers) == 1 else (t if t is None else t[index : index + 1] for t in (h_0, c_0))
-        weights = layer.weights if loop is None else loop.layers[index].weights
-        rows, *states = _Scan.apply(layer, packed, loop, steps, batch, rows, h, c, *weights)
+        weights = layer.weights if shared is None else shared[index].weights
+        in_loop = loop, None if shared is None else shared[index]
+        rows, *states = _Scan.apply(layer, packed, in_loop, steps, batch, rows, h, c, *weights)
         if rows is None:
             plan.packed.pop(ids, None)  # it may be stale
             return None
@@ -63,10 +63,10 @@ def run_cell(
     layers = _layers(plan, ids)
     if layers is None:
         return None
-    packed = _packed(plan, ids, 1, batch)
-    loop = None if packed is None else loop_of(plan, packed, layers)
-    weights = layers[0].weights if loop is None else loop.layers[0].weights
-    next_h, _, *next_c = _Scan.apply(layers[0], packed, loop, None, batch, input, h, c, *weights)
+    packed, loop, shared = _for_loop(plan, ids, 1, batch, layers)
+    weights = layers[0].weights if shared is None else shared[0].weights
+    in_loop = loop, None if shared is None else shared[0]
+    next_h, _, *next_c = _Scan.apply(layers[0], packed, in_loop, None, batch, input, h, c, *weights)
     if next_h is None:
         plan.packed.pop(ids, None)
     return (next_h, *next_c) if next_c and next_h is not None else next_h
@@ -82,8 +82,14 @@ def _layers(plan: Plan, ids: bool) -> list[Layer] | None:
     return plan.layers.get(ids) or plan.describe(ids)
 
 
-def _packed(plan: Plan, ids: bool, steps: int, batch: Sequence[int]) -> Packed | None:
-    return plan.packed_for_loop(ids) if steps * prod(batch) <= _SHORT else None
+def _for_loop(
+    plan: Plan, ids: bool, steps: int, batch: Sequence[int], layers: Sequence[Layer]
+) -> tuple[Packed | None, Loop | None, list[SharedWeights] | None]:
+    """What a call has in common with those before it, if it is short: packed weights, the loop, and its weights."""
+    if steps * prod(batch) > _SHORT:
+        return None, None, None
+    packed = plan.packed_for_loop(ids)  # finds out whether the weights are still the same
+    return packed, *loop_of(plan, ids, layers)
 
 
 def empty(like: Tensor, *sizes: int) -> Tensor:
@@ -102,10 +108,10 @@ def _empty_like(tensor: Tensor) -> Tensor:
 class _Scan(derivatives.Function):
     """One layer of one direction: `derivatives.Scan` of the cpu backend, but a call each forward and backward.
 
-    apply(layer, its packed weights or None, the loop or None, T, [B] or [] if unbatched, input (T, B, I) or ids (T, B),
-    h_0 and c_0 (1, B, P) or None for zeros, the five of `scan.Weights`, those of the loop if there is one) returns
-    output (T, B, P), h_n and, of an LSTM, c_n; or None, None where the kernel fails. A cell has no T: nor have its
-    input and output, and its states lack the 1; in the place of h_n is None.
+    apply(layer, its packed weights or None, the loop and its weights or None, T, [B] or [] if unbatched, input
+    (T, B, I) or ids (T, B), h_0 and c_0 (1, B, P) or None for zeros, the five of `scan.Weights`, those of the loop if
+    there are any) returns output (T, B, P), h_n and, of an LSTM, c_n; or None, None where the kernel fails. A cell has
+    no T: nor have its input and output, and its states lack the 1; in the place of h_n is None.
     """
 
     @staticmethod
@@ -113,7 +119,7 @@ class _Scan(derivatives.Function):
         ctx: Any,
         layer: Layer,
         packed: Packed | None,
-        loop: Loop | None,
+        in_loop: tuple[Loop | None, SharedWeights | None],
         steps: int | None,
         batch: Sequence[int],
         input: Tensor,
@@ -133,7 +139,7 @@ class _Scan(derivatives.Function):
         plan = 0 if packed is None else packed.address
         if native.forward(_forward_call(layer.address, plan, layer.index, *sizes, *places)) != DONE:
             return None, None
-        ctx.layer, ctx.loop, ctx.sizes = layer, loop, sizes
+        ctx.layer, ctx.sizes, (ctx.loop, ctx.shared) = layer, sizes, in_loop
         # The tensors themselves for derivatives of the gradients, and what they hold now for the gradients.
         memory = [None if tensor is None else tensor.detach() for tensor in given]
         ctx.save_for_backward(*given, *weights, output, tape, *memory)
@@ -146,7 +152,9 @@ class _Scan(derivatives.Function):
         if d_output is None and d_h_n is None and d_c_n is None:
             return (None,) * 13
         layer, saved, needs, given = ctx.layer, ctx.saved_tensors, ctx.needs_input_grad[5:], (d_output, d_h_n, d_c_n)
-        shared = None if ctx.loop is None else ctx.loop.layers[layer.index]
+        if ctx.loop is not None:
+            ctx.loop.is_over = True
+        shared = ctx.shared
         if shared is not None and not shared.are_wanted():
             needs = needs[:3] + _NO_WEIGHT
         need_weights = True in needs[3:]
