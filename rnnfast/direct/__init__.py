@@ -4,7 +4,7 @@ The first call of a layer or a cell goes the general way and leaves a plan: what
 checks of the weights to hold. Later calls that ask for nothing special (no compiler, no transform, plain tensors)
 follow it. Without gradients they are one call of a C function for all layers, with packed weights; in training each
 layer is one autograd function whose forward and backward are a call each. A loop of short calls in training packs its
-weights once. Their results have the bits of the general way.
+weights once and makes their gradients at once (`loops`). Other results have the bits of the general way.
 
 Whatever is unusual, mistakes included, is not done here: the functions return None, and the general way does it or says
 what is wrong.
@@ -125,6 +125,7 @@ def forget_packed_weights() -> None:
     for plan in list(all_plans.values()):
         plan.packed.clear()
         plan.last_stamp.clear()
+        plan.loops.clear()
         plan.layers.clear()
 
 

@@ -129,6 +129,28 @@ void run(Cell cell, DType dtype, int64_t lanes, int64_t steps, int64_t batch, in
   if (projected) require_finite(d_w_hr, "d_w_hr");
   if (lstm) require_finite(d_c_0, "d_c_0");
 
+  if (lanes == 1 && !projected) {
+    // As in a loop of calls: the gradients of weights behind it, from those of the gates that it leaves.
+    const auto bytes = (size_t(s.rows) * kernels.gates_bytes(s) + 63) / 64 * 64;
+    const auto gates =
+        std::unique_ptr<char, void (*)(void*)>(static_cast<char*>(std::aligned_alloc(64, bytes)), std::free);
+    const auto states_before = make(dtype, s.rows * hidden, true);
+    BackwardArgs first = backward, second{};
+    first.d_w_ih = first.d_w_hh = first.d_b_ih = first.d_b_hh = nullptr;
+    first.gates = second.gates = gates.get();
+    kernels.backward(first, threads);
+    const auto e_w_ih = make(dtype, w_ih.count, false), e_w_hh = make(dtype, w_hh.count, false);
+    const auto e_b_ih = make(dtype, G, false), e_b_hh = make(dtype, G, false);
+    second.shape = s;
+    second.shape.steps = 1, second.shape.batch = s.rows;
+    second.shape.batch_sizes = second.shape.offsets = nullptr;
+    second.input = forward.input, second.h_0 = states_before.data();
+    second.d_w_ih = e_w_ih.data(), second.d_w_hh = e_w_hh.data();
+    second.d_b_ih = e_b_ih.data(), second.d_b_hh = e_b_hh.data();
+    kernels.weight_gradients(second, threads);
+    for (const auto* d : {&e_w_ih, &e_w_hh, &e_b_ih, &e_b_hh}) require_finite(*d, "gradient from gates");
+  }
+
   // The same layer with an extended recurrence: dropout and a share of zoneout, masks of zoneout, or a normalisation.
   const auto mask = make(dtype, states * hidden, true), gains = make(dtype, lanes * G, true);
   const auto gains_c = make(dtype, lanes * hidden, true), peepholes = make(dtype, lanes * 3 * hidden, true);
