@@ -32,7 +32,7 @@ struct ScanShape {
 struct ForwardArgs {
   ScanShape shape;
   const void *input, *w_ih, *w_hh, *b_ih, *b_hh, *w_hr, *h_0, *c_0;
-  void *output, *h_n, *c_n, *tape;  // c_n and tape may be null
+  void *output, *h_n, *c_n, *tape;  // h_n, tape, and c_n but of an LSTM may be null
   void* packed;                     // weights packed before, in place of w_* and b_*; or null
 };
 

@@ -143,7 +143,7 @@ class Forward {
       for (int64_t b = item.first; b < item.end; ++b) {
         const int64_t state = lane * s.batch + b;
         const int64_t row = s.reversed(lane) ? s.offset_at(0) + b : s.offset_at(last_step(s, b)) + b;
-        copy_row(at<S>(x.h_n, state * s.state), output_row(row, lane), s.state);
+        if (x.h_n) copy_row(at<S>(x.h_n, state * s.state), output_row(row, lane), s.state);
         if (cell_state) convert_row(at<S>(x.c_n, state * s.hidden), cell_state + state * hidden_stride, s.hidden);
       }
   }

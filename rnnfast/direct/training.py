@@ -132,7 +132,7 @@ class _Scan(derivatives.Function):
         sizes = (steps or 1, rows)
         output = empty(like, *time, *batch, layer.state_size)
         tape = empty(like, 1, prod(sizes), layer.tape_size) if layer.tape_size else None
-        h_n = torch.empty(*lane, *batch, layer.state_size, dtype=dtype)
+        h_n = torch.empty(*lane, *batch, layer.state_size, dtype=dtype) if time else None  # a cell's is its output
         c_n = torch.empty(*lane, *batch, layer.hidden_size, dtype=dtype) if layer.has_cell_state else None
         given = (input, h_0, c_0)
         places = *addresses(given), *layer.memory_addresses, *addresses((output, tape, h_n, c_n))
@@ -144,8 +144,7 @@ class _Scan(derivatives.Function):
         memory = [None if tensor is None else tensor.detach() for tensor in given]
         ctx.save_for_backward(*given, *weights, output, tape, *memory)
         ctx.set_materialize_grads(False)
-        final = h_n if time else None
-        return (output, final) if c_n is None else (output, final, c_n)
+        return (output, h_n) if c_n is None else (output, h_n, c_n)
 
     @staticmethod
     def backward(ctx: Any, d_output: Tensor | None, d_h_n: Tensor | None, d_c_n: Tensor | None = None) -> Any:
