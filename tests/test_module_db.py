@@ -86,6 +86,8 @@ def test_non_contiguous_tensors(info: ModuleInfo, backend: str) -> None:
 @pytest.mark.parametrize("check", [gradcheck, gradgradcheck])
 def test_gradients(info: ModuleInfo, check: Any, backend: str) -> None:
     for case in cases(info, torch.float64, requires_grad=True):
+        if case.constructor_input.kwargs.get("batch_first") and case.forward_input.args[0].dim() == 2:
+            continue  # of input that is not batched it changes nothing, and these checks are slow
         module = build(info, case, backend, torch.float64)
         names = [name for name, _ in module.named_parameters()]
         flat_args, spec = pytree.tree_flatten(case.forward_input.args)

@@ -120,8 +120,8 @@ def errors(case: Case, dtype: torch.dtype, backend: str, draws: int) -> dict[str
 def test_float32_error_is_at_most_twice_that_of_torch(
     layer: str, steps: int, hidden_size: int, batch: int, backend: str
 ) -> None:
-    if steps == 1024 and hidden_size == 64:
-        steps = 128  # the same tiles at an eighth of the time
+    if steps == 1024 and (hidden_size == 64 or (hidden_size == 1 and backend == "reference")):
+        steps = 128  # the same tiles at an eighth of the time; the reference has none
     case = Case(layer, hidden_size=hidden_size, input_size=11, batch=batch, steps=steps)
     # A bias, or the state of one row, has hidden_size numbers, however many steps there are.
     draws = max(1, 512 // (hidden_size * steps), 16 // hidden_size)

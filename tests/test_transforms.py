@@ -156,6 +156,27 @@ def test_vmap_of_half_types_rounds_once(backend: str) -> None:
         torch.testing.assert_close(tree_leaves(actual), tree_leaves(expected), rtol=2**-6, atol=2**-6)
 
 
+@pytest.mark.parametrize("in_dims", [(0, 0), (None, 0)], ids=["both", "inputs"])
+def test_vmap_of_half_types_does_not_round_between_products(in_dims: Any, backend: str) -> None:
+    """Neither a row's input product, 256.5, nor the gradient of its gate, -256.5, which are 256 in bfloat16."""
+    layer = rnnfast.RNN(2, 1, nonlinearity="relu", backend=backend, dtype=torch.bfloat16)
+    numbers = {"weight_ih_l0": [[256.0, 0.5]], "weight_hh_l0": [[0.5]], "bias_ih_l0": [-256.0], "bias_hh_l0": [0.0]}
+    weights = {name: torch.tensor(value, dtype=torch.bfloat16) for name, value in numbers.items()}
+    if in_dims[0] == 0:
+        weights = {name: weight.expand(MEMBERS, *weight.shape) for name, weight in weights.items()}
+    input = torch.ones(MEMBERS, 2, 2, 2, dtype=torch.bfloat16)  # two steps of two sequences
+    d_output = torch.tensor([[-256.0, 256.0], [-1.0, 0.0]], dtype=torch.bfloat16).unsqueeze(2)
+
+    def loss(weights: Parameters, input: Tensor) -> tuple[Tensor, Tensor]:
+        output, _ = functional_call(layer, weights, (input,))
+        return (output * d_output).sum(), output
+
+    gradients, outputs = vmap(grad(loss, has_aux=True), in_dims)(weights, input)
+    expected = torch.tensor([[0.5, 0.5], [0.75, 0.75]], dtype=torch.bfloat16).unsqueeze(2)
+    assert torch.equal(outputs, expected.expand(MEMBERS, 2, 2, 1))
+    assert gradients["weight_ih_l0"].tolist() == [[[-1.5, -1.5]]] * MEMBERS
+
+
 def ragged_loss_of(layer: Any) -> Callable[..., Tensor]:
     def loss(parameters: Parameters, input: Tensor, lengths: Tensor, reset: Tensor) -> Tensor:
         output, state = functional_call(layer, parameters, (input,), {"lengths": lengths, "reset": reset})

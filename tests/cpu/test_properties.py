@@ -175,6 +175,21 @@ def test_packed_weights_give_the_same_bits(cell: str, dtype: torch.dtype, ids: b
         assert len(native.packings) == kept - 1
 
 
+def test_weights_that_become_a_transpose_of_their_memory_are_packed_anew() -> None:
+    """As by an assignment to `.data`, which changes no version; nor are shape and address others, of a square."""
+    w_ih, w_hh = torch.randn(9, 5), torch.randn(9, 9)
+    lanes = [[w_ih, w_hh, None, None, None]]
+    native.packed_weights(lanes, "rnn_tanh", False)
+    before = w_hh.shape, w_hh.data_ptr(), w_hh._version
+    w_hh.data = w_hh.data.t()
+    assert (w_hh.shape, w_hh.data_ptr(), w_hh._version) == before
+    packed = native.packed_weights(lanes, "rnn_tanh", False)
+    input, h_0 = torch.randn(6, 5), torch.randn(1, 3, 9)
+    output, _, _ = native.scan_packed(input, packed, h_0, None)
+    layer = (input, w_ih[None], w_hh.contiguous()[None], None, None, None, h_0, None, None, "rnn_tanh", False)
+    assert torch.equal(output, torch.ops.rnnfast.scan_cpu(*layer, False)[0])
+
+
 def test_lasting_weights_remember_nothing_of_those_that_are_gone() -> None:
     """As where one weight of a layer is computed anew in every call."""
     lasting = torch.randn(12, 5)
