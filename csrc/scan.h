@@ -43,6 +43,7 @@ struct BackwardArgs {
   void *d_input, *d_w_ih, *d_w_hh, *d_b_ih, *d_b_hh, *d_w_hr, *d_h_0, *d_c_0;  // null where not wanted
   const void* d_cells;     // (D, N, H): the gradient of an LSTM's c after every step; or null
   void* gates = nullptr;   // where the gradients of the gates stay for later gradients of weights; or null
+  void *packed_hh = nullptr, *packed_ih = nullptr;  // weights packed before for backward calls that share them; or null
 };
 
 // What changes the recurrence of a layer (rnnfast/extended.py). A pointer is null where the change is not made.

@@ -109,6 +109,45 @@ def test_more_rows_than_are_kept(name: str, direct_call_names: list[str]) -> Non
     assert direct_call_names.count("weight_gradients") == 2
 
 
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU", "LSTMCell", "GRUCell"])
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "packed"),
+    [
+        ((5, 33), torch.float32, (True, True)),  # no multiple of a vector
+        ((32, 256), torch.float32, ()),  # read where they lie, or not, as the machine is
+        ((28, 256), torch.float64, ()),
+        ((16, 48), torch.bfloat16, ()),
+        ((16, 1040), torch.float32, (True,)),  # w_hh is larger than any cache that is near
+    ],
+)
+def test_weights_packed_for_many_backward_calls(
+    name: str, sizes: tuple[int, int], dtype: torch.dtype, packed: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if sizes[1] > 1000 and name not in ("LSTM", "GRUCell"):
+        pytest.skip("one large layer and one large cell suffice")
+    module, _ = pair(name, *sizes, dtype=dtype)
+    steps = torch.randn(10, 1, 3, sizes[0]).to(dtype)
+    steps = (steps[:, 0] if name.endswith("Cell") else steps).requires_grad_()
+    found_packed: list[tuple[bool, ...]] = []
+
+    def run() -> list[Tensor]:
+        made: list[Any] = []
+        init = loops.Rows.__init__
+        with monkeypatch.context() as context:
+            context.setattr(loops.Rows, "__init__", lambda rows, *given: (made.append(rows), init(rows, *given))[1])
+            found = torch.autograd.grad(loss_of(outputs(module, steps)), [steps, *module.parameters()])
+        assert len(made) == 1
+        weights = made[0].w_hh, made[0].w_ih
+        found_packed.append(tuple(weight is not None and weight.numel() > 0 for weight in weights))
+        return list(found)
+
+    found = run()
+    monkeypatch.setattr(loops, "_WORTH_PACKING", 1000)
+    torch.testing.assert_close(found, run(), rtol=0, atol=0)
+    assert found_packed[0][: len(packed)] == packed
+    assert found_packed[1] == (False, False)
+
+
 def test_several_backward_passes_through_one_loop() -> None:
     modules = pair("LSTMCell", 4, 12)
     steps = torch.randn(6, 2, 4)

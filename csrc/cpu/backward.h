@@ -53,12 +53,14 @@ struct Gradients {
   }
 };
 
+constexpr int64_t ADDRESSED = 8 << 20;  // bytes in pages of which a core keeps the addresses
+
 // Whether weights of so many rows, the units of k, by columns are multiplied where they lie, in every step by so many rows: packing
 // does not pay for few tiles. It does from the third step on where they have more pages than a core keeps the addresses of; packed
 // they lie in huge ones.
 template <class S, class O>
 bool worth_no_packing(int64_t k, int64_t columns, int64_t steps, int64_t rows) {
-  constexpr int64_t TILES = 40, ADDRESSED = 8 << 20;
+  constexpr int64_t TILES = 40;
   if (sizeof(S) != sizeof(O) || Product<O>::depth > 1 || columns % LANES<O> != 0) return false;
   const int64_t tiles = ceil_div(rows, MAX_ROWS);
   return k * columns * int64_t(sizeof(O)) <= ADDRESSED ? steps * tiles <= TILES : steps <= 2 && tiles <= 8;
@@ -78,7 +80,7 @@ class Backward {
   const Panels states, units_;
   const int64_t gate_rows;
   const bool unpacked;  // w_hh is not packed
-  O *w_hh = nullptr, *w_hr = nullptr;       // packed: d_gates_h w_hh, d_state w_hr
+  O *w_hh, *w_hr = nullptr;                 // packed: d_gates_h w_hh, d_state w_hr
   T *carry_h = nullptr, *carry_c = nullptr;  // (D, B, hidden_stride): what reaches the state before without w_hh
 
  public:
@@ -97,10 +99,13 @@ class Backward {
         states(plain_panels(s.state, V)),
         units_(plain_panels(s.hidden, V)),
         gate_rows(s.gates() * s.hidden),
-        unpacked(worth_no_packing<S, O>(gate_rows, s.state, s.steps, s.batch)) {}
+        unpacked(!x.packed_hh && worth_no_packing<S, O>(gate_rows, s.state, s.steps, s.batch)),
+        w_hh(static_cast<O*>(x.packed_hh)) {}
 
+  bool reads_in_place() const { return unpacked; }
+  int64_t packed_count() const { return s.lanes * packed_size<O>(states, gate_rows); }
   void carve(Carver& carver) {
-    if (!unpacked) w_hh = carver.take<O>(s.lanes * packed_size<O>(states, gate_rows));
+    if (!unpacked && !x.packed_hh) w_hh = carver.take<O>(packed_count());
     if (s.has_projection) w_hr = carver.take<O>(s.lanes * packed_size<O>(units_, s.state));
     if (s.cell == Cell::gru) carry_h = carver.take<T>(s.lanes * s.batch * d.hidden_stride);
     if (s.cell == Cell::lstm) carry_c = carver.take<T>(s.lanes * s.batch * d.hidden_stride);
@@ -113,13 +118,7 @@ class Backward {
   }
 
   void pack(int thread, int threads) const {
-    for (int64_t i = thread; i < s.lanes * states.count() && !unpacked; i += threads) {
-      const int64_t lane = i / states.count(), p = i % states.count();
-      pack_rows<O>(
-          w_hh + lane * packed_size<O>(states, gate_rows) + panel_offset<O>(states, p, gate_rows), states.width(p),
-          [&](int64_t k) { return at<S>(x.w_hh, (lane * gate_rows + k) * s.state); }, gate_rows, p * states.vectors * V,
-          s.state);
-    }
+    if (!unpacked && !x.packed_hh) pack_hh(thread, threads);
     if (!s.has_projection) return;
     for (int64_t i = thread; i < s.lanes * units_.count(); i += threads) {
       const int64_t lane = i / units_.count(), p = i % units_.count();
@@ -127,6 +126,16 @@ class Backward {
           w_hr + lane * packed_size<O>(units_, s.state) + panel_offset<O>(units_, p, s.state), units_.width(p),
           [&](int64_t k) { return at<S>(x.w_hr, (lane * s.state + k) * s.hidden); }, s.state, p * units_.vectors * V,
           s.hidden);
+    }
+  }
+
+  void pack_hh(int thread, int threads) const {
+    for (int64_t i = thread; i < s.lanes * states.count(); i += threads) {
+      const int64_t lane = i / states.count(), p = i % states.count();
+      pack_rows<O>(
+          w_hh + lane * packed_size<O>(states, gate_rows) + panel_offset<O>(states, p, gate_rows), states.width(p),
+          [&](int64_t k) { return at<S>(x.w_hh, (lane * gate_rows + k) * s.state); }, gate_rows, p * states.vectors * V,
+          s.state);
     }
   }
 

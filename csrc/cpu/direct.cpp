@@ -198,11 +198,22 @@ int rnnfast_backward_cpu(const DirectBackward* call) {
                          c.d_h_0,
                          c.d_c_0,
                          nullptr,
-                         c.rows.gates};
+                         c.rows.gates,
+                         c.packed_hh,
+                         c.packed_ih};
     choose_kernels(s.dtype).backward(x, available_threads());
     if (c.rows.gates) leave_rows(s, x, c.rows);
     return DIRECT_DONE;
   });
+}
+
+int64_t rnnfast_pack_backward_cpu(const DirectPack* call) {
+  BackwardArgs x{};
+  x.shape = shape_of_call(*call->layer, call->steps, call->batch);
+  x.w_hh = call->w_hh;
+  x.w_ih = call->w_ih;
+  (x.w_ih ? x.packed_ih : x.packed_hh) = call->packed;
+  return int64_t(choose_kernels(x.shape.dtype).pack_backward(x, available_threads()));
 }
 
 int rnnfast_weight_gradients_cpu(const DirectWeights* call) {

@@ -57,6 +57,16 @@ struct DirectBackward {
   const void *input, *h_0, *c_0, *w_ih, *w_hh, *b_ih, *b_hh, *w_hr, *output, *tape;
   void *d_input, *d_h_0, *d_c_0, *d_w_ih, *d_w_hh, *d_b_ih, *d_b_hh, *d_w_hr;
   DirectRows rows;
+  void *packed_hh, *packed_ih;  // w_hh and w_ih as rnnfast_pack_backward_cpu has packed them; or null
+};
+
+// Packs either weight of such a layer for many derivatives of T steps of B rows to share; or, where there is no place yet, tells
+// how many bytes it takes, 0 if it is not worth it.
+struct DirectPack {
+  const ScanShape* layer;
+  int64_t steps, batch;
+  const void *w_hh, *w_ih;  // one of them null
+  void* packed;
 };
 
 // The gradients of the weights and biases of such a layer, without projection, from the rows that N rows of calls have left.
@@ -68,8 +78,8 @@ struct DirectWeights {
 };
 
 // As many fields as rnnfast/direct packs.
-static_assert(sizeof(DirectInfer) == 9 * 8 && sizeof(DirectForward) == 17 * 8 && sizeof(DirectBackward) == 27 * 8 &&
-              sizeof(DirectWeights) == 9 * 8);
+static_assert(sizeof(DirectInfer) == 9 * 8 && sizeof(DirectForward) == 17 * 8 && sizeof(DirectBackward) == 29 * 8 &&
+              sizeof(DirectPack) == 6 * 8 && sizeof(DirectWeights) == 9 * 8);
 
 }  // namespace rnnfast
 
@@ -77,5 +87,6 @@ static_assert(sizeof(DirectInfer) == 9 * 8 && sizeof(DirectForward) == 17 * 8 &&
 RNNFAST_DIRECT rnnfast_infer_cpu(const rnnfast::DirectInfer* call);
 RNNFAST_DIRECT rnnfast_forward_cpu(const rnnfast::DirectForward* call);
 RNNFAST_DIRECT rnnfast_backward_cpu(const rnnfast::DirectBackward* call);
+extern "C" __attribute__((visibility("default"))) int64_t rnnfast_pack_backward_cpu(const rnnfast::DirectPack* call);
 RNNFAST_DIRECT rnnfast_weight_gradients_cpu(const rnnfast::DirectWeights* call);
 RNNFAST_DIRECT rnnfast_gates_bytes_cpu(const rnnfast::ScanShape* layer);

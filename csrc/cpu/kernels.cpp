@@ -167,6 +167,29 @@ void weight_gradients(const BackwardArgs& x, int available) {
   });
 }
 
+// Packs w_hh, or w_ih if that is given, for many calls of such a shape; or where there is no place yet, returns the bytes that it
+// takes, 0 if it is not worth it.
+template <class S, class O>
+size_t pack_backward(const BackwardArgs& x, int available) {
+  const Split alone{1, 1, 1, 1};
+  const Gradients<S, O> gradients(x.shape);
+  const Backward<S, O> scan(x, alone, gradients);
+  const WeightGradients<S, O> weights(x, gradients, 1);
+  const int64_t count = x.w_ih ? weights.packed_count() : scan.packed_count(), bytes = count * int64_t(sizeof(O));
+  if (!x.packed_hh && !x.packed_ih) {
+    // Rows that lie a power of two apart share few sets of the cache: each tile reads a matrix beyond it once more.
+    const bool in_place = x.w_ih ? weights.reads_in_place() : scan.reads_in_place();
+    return in_place && bytes <= (x.shape.rows > 1 ? near_bytes() : ADDRESSED) ? 0 : size_t(bytes);
+  }
+  parallel(worth_threads(count < PARALLEL_REGION ? 1 : available, count), [&](int thread, int threads) {
+    if (x.w_ih)
+      weights.pack_ih(thread, threads);
+    else
+      scan.pack_hh(thread, threads);
+  });
+  return size_t(bytes);
+}
+
 // Bytes of the gradients of the gates of a row, as they are kept.
 template <class S, class O>
 size_t gates_bytes(const ScanShape& s) {
@@ -242,6 +265,7 @@ const Kernels kernels{
     backward<bf16, bf16>,
     pack<bf16, bf16>,
     weight_gradients<bf16, bf16>,
+    pack_backward<bf16, bf16>,
     gates_bytes<bf16, bf16>,
     extended_forward<bf16, bf16>,
     extended_backward<bf16, bf16>,
@@ -263,6 +287,10 @@ const Kernels kernels{
     [](const BackwardArgs& x, int threads) {
       by_dtype(x.shape.dtype, weight_gradients<float, float>, weight_gradients<double, double>, weight_gradients<bf16, float>, x,
                threads);
+    },
+    [](const BackwardArgs& x, int threads) {
+      return by_dtype(x.shape.dtype, pack_backward<float, float>, pack_backward<double, double>, pack_backward<bf16, float>, x,
+                      threads);
     },
     [](const ScanShape& s) {
       return by_dtype(s.dtype, gates_bytes<float, float>, gates_bytes<double, double>, gates_bytes<bf16, float>, s);

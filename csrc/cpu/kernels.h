@@ -33,6 +33,7 @@ struct Kernels {
   size_t (*pack)(const ForwardArgs&);  // into `packed`, or returns the bytes it takes where that is null
   // The gradients of weights and biases of rows whose gradients of the gates a backward scan has left, so many bytes a row.
   void (*weight_gradients)(const BackwardArgs&, int threads);
+  size_t (*pack_backward)(const BackwardArgs&, int threads);  // w_hh or w_ih, into packed_hh or packed_ih, as `pack`
   size_t (*gates_bytes)(const ScanShape&);
   void (*extended_forward)(const ExtendedForwardArgs&, int threads);
   void (*extended_backward)(const ExtendedBackwardArgs&, int threads);

@@ -57,7 +57,7 @@ class WeightGradients {
   const bool unpacked;      // w_ih is not packed
   int64_t input_parts;      // tasks of the same rows of d_input
   int64_t block_rows;       // rows of a weight's gradient in a task
-  O* w_ih = nullptr;     // packed: d_gates_x w_ih
+  O* w_ih;               // packed: d_gates_x w_ih
 
   struct Kind {
     int64_t tasks;
@@ -77,8 +77,9 @@ class WeightGradients {
         units_(plain_panels(s.hidden, V)),
         both_weights(x.d_w_hh && x.d_w_ih && !s.ids && d.last == 0),
         // Where gradients are permuted, the products of each part are to be added up in the same blocks as those of all.
-        unpacked(worth_no_packing<S, O>(gate_rows, s.input, 1, s.rows) && s.rows <= 2 * INPUT_ROWS &&
-                 (!d.permuted || s.hidden % SUM_BLOCK == 0)) {
+        unpacked(!x.packed_ih && worth_no_packing<S, O>(gate_rows, s.input, 1, s.rows) && s.rows <= 2 * INPUT_ROWS &&
+                 (!d.permuted || s.hidden % SUM_BLOCK == 0)),
+        w_ih(static_cast<O*>(x.packed_ih)) {
     // A task's sums take half of a core's cache and leave the rest to the packed rows of one K_BLOCK; tasks come out equal
     // for each thread.
     const int64_t most = max64(V, near_bytes() / 2 / (sum_columns() * int64_t(sizeof(T))));
@@ -96,8 +97,10 @@ class WeightGradients {
     kinds[5] = {x.d_b_ih && !x.d_w_hh ? s.lanes * ceil_div(gate_rows, SUM_COLUMNS) : 0, &WeightGradients::bias_gradient};
   }
 
+  bool reads_in_place() const { return unpacked; }
+  int64_t packed_count() const { return s.lanes * packed_size<O>(inputs, gate_rows); }
   void carve(Carver& carver) {
-    if (x.d_input && !unpacked) w_ih = carver.take<O>(s.lanes * packed_size<O>(inputs, gate_rows));
+    if (x.d_input && !unpacked && !x.packed_ih) w_ih = carver.take<O>(packed_count());
   }
   size_t local_bytes() const {
     Carver carver(nullptr);
@@ -109,7 +112,9 @@ class WeightGradients {
     return carver.used() > other.used() ? carver.used() : other.used();
   }
   void pack(int thread, int n) const {
-    if (!w_ih) return;
+    if (w_ih && !x.packed_ih) pack_ih(thread, n);
+  }
+  void pack_ih(int thread, int n) const {
     for (int64_t i = thread; i < s.lanes * inputs.count(); i += n) {
       const int64_t lane = i / inputs.count(), p = i % inputs.count();
       pack_rows<O>(

@@ -73,6 +73,7 @@ infer: Any = None
 forward: Any = None
 backward: Any = None
 weight_gradients: Any = None
+pack_backward: Any = None  # returns a number of bytes
 gates_bytes: Any = None  # takes the address of a layer
 DONE, STALE = 0, 1
 _are_as_they_were: Any = None  # of csrc/cpu/weight_samples.h
@@ -89,7 +90,8 @@ def load() -> None:
     Raises:
         RuntimeError: there is no library and it cannot be compiled; the message says why.
     """
-    global _loaded, _failure, _library, infer, forward, backward, weight_gradients, gates_bytes, _are_as_they_were
+    global _loaded, _failure, _library, _are_as_they_were
+    global infer, forward, backward, weight_gradients, pack_backward, gates_bytes
     if _loaded:
         return
     with _lock:
@@ -109,12 +111,13 @@ def load() -> None:
                 _library.define(schema)
             torch.library.register_fake("rnnfast::direct_empty_cpu", _empty, lib=_library)
             functions = ctypes.CDLL(str(path))
-            names = ("infer", "forward", "backward", "weight_gradients", "gates_bytes")
-            infer, forward, backward, weight_gradients, gates_bytes = (
+            names = ("infer", "forward", "backward", "weight_gradients", "pack_backward", "gates_bytes")
+            infer, forward, backward, weight_gradients, pack_backward, gates_bytes = (
                 getattr(functions, f"rnnfast_{name}_cpu") for name in names
             )
-            for function in (infer, forward, backward, weight_gradients):
+            for function in (infer, forward, backward, weight_gradients, pack_backward):
                 function.argtypes = [ctypes.c_char_p]
+            pack_backward.restype = ctypes.c_int64
             gates_bytes.argtypes = [ctypes.c_void_p]
             _are_as_they_were = functions.rnnfast_are_as_they_were
             _are_as_they_were.argtypes = [ctypes.c_void_p]

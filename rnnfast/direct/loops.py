@@ -21,8 +21,9 @@ from rnnfast.backends import native
 from rnnfast.backends.native import DONE
 from rnnfast.direct.plans import Layer, Plan, addresses
 
-_weights_call = Struct("9q").pack  # of csrc/cpu/direct.h
-_MOST_ROWS = 1024  # that are kept until their product is made
+_weights_call, _pack_call = (Struct(f"{fields}q").pack for fields in (9, 6))  # of csrc/cpu/direct.h
+_MOST_ROWS = 2048  # that are kept until their product is made
+_WORTH_PACKING = 8  # calls, for their backward calls
 _requires_grad: Any = torch._C.TensorBase.requires_grad.__get__  # type: ignore[attr-defined]
 
 
@@ -41,6 +42,7 @@ class SharedWeights:
     """A layer's weights as the calls of a loop take them, and the node of the graph that these come from."""
 
     def __init__(self, layer: Layer) -> None:
+        self.calls = 0
         self.rows: dict[int, Rows] = {}  # by the backward pass, of which there may be several at a time
         self.weights: Sequence[Tensor | None] = _Share.apply(self.rows, *layer.weights)
         self.node = next(weight.grad_fn for weight in self.weights if weight is not None)
@@ -53,16 +55,22 @@ class SharedWeights:
         task = _current_graph_task_id()
         found = self.rows.get(task)
         if found is None:
-            found = self.rows[task] = Rows(layer)
+            found = self.rows[task] = Rows(layer, self.calls >= _WORTH_PACKING)
         return found
 
 
 class Rows:
-    """What backward calls of a layer have left: gradients of the gates, inputs, and the states before."""
+    """What backward calls of a layer have left: gradients of the gates, inputs, and the states before.
 
-    def __init__(self, layer: Layer) -> None:
+    It also has the weights as those calls multiply them.
+    """
+
+    def __init__(self, layer: Layer, is_worth_packing: bool) -> None:
         self.layer = layer
         self.count = 0
+        self.is_worth_packing = is_worth_packing
+        self.w_hh: Tensor | None = None
+        self.w_ih: Tensor | None = None
         sizes = layer.row_bytes
         self.memory = torch.ops.rnnfast.direct_empty_cpu.default(layer.kept, [_MOST_ROWS * sum(sizes)])
         start = self.memory.data_ptr()
@@ -77,6 +85,25 @@ class Rows:
 
     def left(self, count: int) -> None:
         self.count += count
+
+    def packed(self, sizes: tuple[int, int], need_input: bool) -> tuple[int, int]:
+        """The addresses of w_hh and w_ih packed for backward calls of (T, B), 0 for one that is read where it lies."""
+        if not self.is_worth_packing:
+            return 0, 0
+        w_ih, w_hh, *_ = self.layer.memory
+        if self.w_hh is None:
+            self.w_hh = self._pack(sizes, w_hh.data_ptr(), 0)
+        if need_input and self.w_ih is None:
+            self.w_ih = self._pack(sizes, 0, w_ih.data_ptr())
+        return self.w_hh.data_ptr(), 0 if self.w_ih is None else self.w_ih.data_ptr()
+
+    def _pack(self, sizes: tuple[int, int], w_hh: int, w_ih: int) -> Tensor:
+        layer = self.layer
+        size = native.pack_backward(_pack_call(layer.address, *sizes, w_hh, w_ih, 0))
+        packed: Tensor = torch.ops.rnnfast.direct_empty_cpu.default(layer.kept, [size])
+        if size:
+            native.pack_backward(_pack_call(layer.address, *sizes, w_hh, w_ih, packed.data_ptr()))
+        return packed
 
     def gradients(self) -> list[Tensor | None]:
         """Those of the weights, None where the layer has none."""
@@ -128,4 +155,6 @@ def loop_of(plan: Plan, ids: bool, layers: Sequence[Layer]) -> tuple[Loop | None
         plan.loops[ids] = ref(loop)
     elif loop.shared is None:
         loop.shared = [SharedWeights(layer) for layer in layers]
+    for shared in loop.shared or ():
+        shared.calls += 1
     return loop, loop.shared

@@ -18,9 +18,9 @@ from rnnfast.backends.native import DONE
 from rnnfast.direct.loops import Loop, SharedWeights, loop_of
 from rnnfast.direct.plans import Layer, Packed, Plan, address_of, addresses, is_observed, is_plain, signature_of
 
-_forward_call, _backward_call = (Struct(f"{fields}q").pack for fields in (17, 27))  # of csrc/cpu/direct.h
+_forward_call, _backward_call = (Struct(f"{fields}q").pack for fields in (17, 29))  # of csrc/cpu/direct.h
 WORTH_KEEPING = 128 << 10  # that of csrc/cpu/memory.h, in bytes
-_NO_WEIGHT, _NO_ROWS = (False,) * 5, (0,) * 3
+_NO_WEIGHT, _NOTHING_SHARED = (False,) * 5, (0,) * 5
 _SHORT = 128  # rows of a call in which packing the weights takes a good part of the time
 
 
@@ -166,8 +166,8 @@ class _Scan(derivatives.Function):
             found = [_empty_like(tensor) if want else None for tensor, want in zip(memory, wanted, strict=False)]
             places = addresses((*d_results, *memory, *found))
             count = prod(ctx.sizes)
-            rows_places = _NO_ROWS if rows is None else rows.places(count)
-            if native.backward(_backward_call(layer.address, *ctx.sizes, *places, *rows_places)) == DONE:
+            of_loop = _NOTHING_SHARED if rows is None else (*rows.places(count), *rows.packed(ctx.sizes, needs[0]))
+            if native.backward(_backward_call(layer.address, *ctx.sizes, *places, *of_loop)) == DONE:
                 if rows is not None:
                     rows.left(count)
                 return (None, None, None, None, None, *found)

@@ -135,7 +135,20 @@ void run(Cell cell, DType dtype, int64_t lanes, int64_t steps, int64_t batch, in
     const auto gates =
         std::unique_ptr<char, void (*)(void*)>(static_cast<char*>(std::aligned_alloc(64, bytes)), std::free);
     const auto states_before = make(dtype, s.rows * hidden, true);
+    const auto panels = [&](bool of_input) {
+      BackwardArgs pack{};
+      pack.shape = s;
+      (of_input ? pack.w_ih : pack.w_hh) = of_input ? w_ih.data() : w_hh.data();
+      const size_t size = kernels.pack_backward(pack, threads);
+      std::unique_ptr<char, void (*)(void*)> place(
+          size ? static_cast<char*>(std::aligned_alloc(64, (size + 63) / 64 * 64)) : nullptr, std::free);
+      (of_input ? pack.packed_ih : pack.packed_hh) = place.get();
+      if (size) kernels.pack_backward(pack, threads);
+      return place;
+    };
+    const auto packed_hh = panels(false), packed_ih = panels(true);
     BackwardArgs first = backward, second{};
+    first.packed_hh = packed_hh.get(), first.packed_ih = packed_ih.get();
     first.d_w_ih = first.d_w_hh = first.d_b_ih = first.d_b_hh = nullptr;
     first.gates = second.gates = gates.get();
     kernels.backward(first, threads);
