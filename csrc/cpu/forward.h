@@ -82,7 +82,7 @@ class Forward {
       team.barrier.wait(local.members);
     }
     Walk<O> walk(packed.w_hh, packed.gates, s.state, item, s.steps, local.member, local.members, INT64_MAX, team.deal.get(),
-                 row_groups(s, split, packed.gates));
+                 row_groups(s, split, packed.gates), 0, near_of_state(local));
     const int64_t chunk = chunk_steps();
     for (int64_t step = item.done; step < s.steps; ++step) {
       if (step % chunk == 0) team.share(item, step);
@@ -99,6 +99,14 @@ class Forward {
   }
 
  private:
+  // Bytes of w_hh that stay near a member from step to step, beside its w_ih where both are more than that.
+  int64_t near_of_state(const Local& local) const {
+    const int64_t of_input = s.ids ? 0 : packed.ih_size() * int64_t(sizeof(O)) / local.members;
+    return is_far(local) ? max64(0, near_bytes() - of_input) : near_bytes();
+  }
+  bool is_far(const Local& local) const {
+    return !s.ids && (packed.ih_size() + packed.hh_size()) * int64_t(sizeof(O)) / local.members > near_bytes();
+  }
   int64_t chunk_steps() const { return steps_of_chunk(s, split); }
   int64_t chunk_rows() const { return chunk_steps() * item_rows(s, split); }
   // Rows of the chunk that come before those of this step.
@@ -178,13 +186,19 @@ class Forward {
     if (s.ids) return;
     const Panels& panels = packed.gates;
     const Slice slice = slice_of(panels.count(), local.member, local.members);
+    const O* const w_ih = packed.w_ih + lane * packed.ih_size();
+    const bool far = is_far(local);
     for (int64_t p = slice.first; p < slice.end; ++p) {
-      const O* w = packed.w_ih + lane * packed.ih_size() + panel_offset<O>(panels, p, s.input);
+      const O* w = w_ih + panel_offset<O>(panels, p, s.input);
       const int64_t column = p * panels.vectors * V;
       const int width = panels.width(p);
-      for_tiles(rows, width, [&](int64_t row, int count, int64_t, int64_t) {
+      for_tiles(rows, width, [&](int64_t row, int count, int64_t tile, int64_t tiles) {
+        Ahead fetched;
+        if (far && tiles > 1 && p + 1 < slice.end)
+          fetched.weights = share_of_panel<O>(w_ih + panel_offset<O>(panels, p + 1, s.input), panels.width(p + 1), s.input, tile,
+                                              tiles);
         tile_function<O>(count, width)(units<O>(s.input), local.a + row, w, local.start + row, column, nullptr,
-                                       out + row * columns + column, columns, nullptr);
+                                       out + row * columns + column, columns, fetched.any());
       });
     }
   }

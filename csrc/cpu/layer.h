@@ -238,7 +238,8 @@ template <class O>
 class Walk {
  public:
   Walk(const O* weights, const Panels& of, int64_t depth, const Item& item, int64_t steps, int member, int members,
-       int64_t block = INT64_MAX, Deal* deal = nullptr, int64_t groups = 1, int64_t row_stride = 0)
+       int64_t block = INT64_MAX, Deal* deal = nullptr, int64_t groups = 1, int64_t row_stride = 0,
+       int64_t near = near_bytes())
       : base_(weights),
         row_stride_(row_stride),
         panels_(of),
@@ -249,7 +250,7 @@ class Walk {
         count_(slice_of(of.count(), member, members).end - first_),
         groups_(groups),
         block_(max64(1, min64(block, units<O>(depth)))),
-        near_(near_bytes() / (max64(1, of.vectors) * block_ * VECTOR_BYTES)),
+        near_(near / (max64(1, of.vectors) * block_ * VECTOR_BYTES)),
         walked_(steps_walked()),
         deal_(deal),
         member_(member) {
