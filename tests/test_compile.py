@@ -268,6 +268,24 @@ def test_compiled_autograd_of_an_eager_layer(name: str, hidden_size: int) -> Non
             torch.testing.assert_close(gradients(x), expected)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+def test_compiled_autograd_of_an_eager_loop_of_cells() -> None:
+    cell, steps = rnnfast.LSTMCell(4, 8), torch.randn(5, 2, 4)
+
+    def gradients() -> list[Tensor]:
+        cell.zero_grad()
+        state = None
+        for step in steps:
+            state = cell(step, state)
+        state[0].square().sum().backward()
+        return [parameter.grad.clone() for parameter in cell.parameters()]
+
+    for _ in range(2):
+        expected = gradients()
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+            torch.testing.assert_close(gradients(), expected)
+
+
 def test_subclasses_are_traced_and_torchs_own_layers_left_alone() -> None:
     class Mine(rnnfast.LSTM):
         pass

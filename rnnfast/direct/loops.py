@@ -137,7 +137,7 @@ class _Share(derivatives.Function):
 
     @staticmethod
     def backward(ctx: Any, *given: Tensor | None) -> Any:
-        rows = ctx.rows.pop(_current_graph_task_id(), None)
+        rows = None if torch.compiler.is_compiling() else ctx.rows.pop(_current_graph_task_id(), None)
         if rows is None:
             return None, *given
         pairs = zip(given, rows.gradients(), strict=True)
