@@ -153,10 +153,8 @@ class _Scan(derivatives.Function):
         layer, saved, needs, given = ctx.layer, ctx.saved_tensors, ctx.needs_input_grad[5:], (d_output, d_h_n, d_c_n)
         if ctx.loop is not None:
             ctx.loop.is_over = True
-        is_compiled = (
-            torch.compiler.is_compiling()
-        )  # by compiled autograd, in which there are no passes of torch's engine
-        shared = None if is_compiled else ctx.shared
+        # Compiled autograd has no passes of torch's engine.
+        shared = None if torch.compiler.is_compiling() else ctx.shared
         if shared is not None and not shared.are_wanted():
             needs = needs[:3] + _NO_WEIGHT
         need_weights = True in needs[3:]
