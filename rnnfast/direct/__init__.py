@@ -22,12 +22,11 @@ from torch import Tensor, is_grad_enabled
 from rnnfast.backends import native
 from rnnfast.backends.native import DONE, STALE
 from rnnfast.direct import training
-from rnnfast.direct.plans import Plan, all_plans, contiguous, plan_of, prepare, signature_of
+from rnnfast.direct.plans import Plan, all_plans, contiguous, plan_of, prepare, requires_grad_of, signature_of
 
 __all__ = ["cell", "forget_packed_weights", "prepare", "run", "step"]
 
 _infer_call = Struct("9q").pack  # of csrc/cpu/direct.h
-_requires_grad: Any = torch._C.TensorBase.requires_grad.__get__  # type: ignore[attr-defined]
 
 
 def run(layer: Any, input: Any, hx: Any, batch_first: bool) -> tuple[Tensor, Any] | None:
@@ -131,7 +130,7 @@ def forget_packed_weights() -> None:
 
 def _needs_gradients(plan: Plan, tensors: Sequence[Tensor | None]) -> bool:
     return is_grad_enabled() and (
-        True in map(_requires_grad, plan.weights) or any(t is not None and t.requires_grad for t in tensors)
+        True in map(requires_grad_of, plan.weights) or any(t is not None and t.requires_grad for t in tensors)
     )
 
 

@@ -19,12 +19,11 @@ from torch._C import _current_graph_task_id, _will_engine_execute_node
 from rnnfast import derivatives
 from rnnfast.backends import native
 from rnnfast.backends.native import DONE
-from rnnfast.direct.plans import Layer, Plan, addresses
+from rnnfast.direct.plans import Layer, Plan, addresses, requires_grad_of
 
 _weights_call, _pack_call = (Struct(f"{fields}q").pack for fields in (9, 6))  # of csrc/cpu/direct.h
 _MOST_ROWS = 2048  # that are kept until their product is made
-_WORTH_PACKING = 8  # calls, for their backward calls
-_requires_grad: Any = torch._C.TensorBase.requires_grad.__get__  # type: ignore[attr-defined]
+_WORTH_PACKING = 8  # a loop of more calls packs its weights for their backward calls
 
 
 class Loop:
@@ -34,6 +33,7 @@ class Loop:
     """
 
     def __init__(self) -> None:
+        self.calls = 0
         self.is_over = False
         self.shared: list[SharedWeights] | None = None  # of each layer, from the second call on
 
@@ -42,7 +42,6 @@ class SharedWeights:
     """A layer's weights as the calls of a loop take them, and the node of the graph that these come from."""
 
     def __init__(self, layer: Layer) -> None:
-        self.calls = 0
         self.rows: dict[int, Rows] = {}  # by the backward pass, of which there may be several at a time
         self.weights: Sequence[Tensor | None] = _Share.apply(self.rows, *layer.weights)
         self.node = next(weight.grad_fn for weight in self.weights if weight is not None)
@@ -51,11 +50,11 @@ class SharedWeights:
         """Whether the backward pass that is under way comes to their gradients."""
         return bool(_will_engine_execute_node(self.node))
 
-    def rows_of_pass(self, layer: Layer) -> Rows:
+    def rows_of_pass(self, layer: Layer, calls: int) -> Rows:
         task = _current_graph_task_id()
         found = self.rows.get(task)
         if found is None:
-            found = self.rows[task] = Rows(layer, self.calls >= _WORTH_PACKING)
+            found = self.rows[task] = Rows(layer, calls > _WORTH_PACKING)
         return found
 
 
@@ -146,7 +145,7 @@ class _Share(derivatives.Function):
 
 def loop_of(plan: Plan, ids: bool, layers: Sequence[Layer]) -> tuple[Loop | None, list[SharedWeights] | None]:
     """The loop that a short call belongs to, and its weights, or None where each call makes its own gradients."""
-    if layers[0].weights.w_hr is not None or False in map(_requires_grad, plan.weights):
+    if layers[0].weights.w_hr is not None or False in map(requires_grad_of, plan.weights):
         return None, None
     known = plan.loops.get(ids)
     loop: Loop | None = None if known is None else known()
@@ -155,6 +154,5 @@ def loop_of(plan: Plan, ids: bool, layers: Sequence[Layer]) -> tuple[Loop | None
         plan.loops[ids] = ref(loop)
     elif loop.shared is None:
         loop.shared = [SharedWeights(layer) for layer in layers]
-    for shared in loop.shared or ():
-        shared.calls += 1
+    loop.calls += 1
     return loop, loop.shared

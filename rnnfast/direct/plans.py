@@ -21,6 +21,7 @@ from rnnfast.cells import CELLS
 
 _base: Any = torch._C.TensorBase
 version_of, address_of = _base._version.__get__, _base.data_ptr
+requires_grad_of = _base.requires_grad.__get__
 _shape_of, _dtype_of, _is_on_cpu = _base.shape.__get__, _base.dtype.__get__, _base.is_cpu.__get__
 
 

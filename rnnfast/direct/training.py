@@ -20,6 +20,7 @@ from rnnfast.direct.plans import Layer, Packed, Plan, address_of, addresses, is_
 
 _forward_call, _backward_call = (Struct(f"{fields}q").pack for fields in (17, 29))  # of csrc/cpu/direct.h
 WORTH_KEEPING = 128 << 10  # that of csrc/cpu/memory.h, in bytes
+_NO_TENSORS = (None,) * 6  # the arguments of `_Scan` before the input
 _NO_WEIGHT, _NOTHING_SHARED = (False,) * 5, (0,) * 5
 _SHORT = 128  # rows of a call in which packing the weights takes a good part of the time
 
@@ -38,14 +39,12 @@ def run(
     layers = None if plan.directions == 2 else _layers(plan, ids)
     if layers is None:
         return None
-    packed, loop, shared = _for_loop(plan, ids, steps, batch, layers)
+    of_loop = _of_loop(plan, ids, steps, batch, layers)
     finals = []
     for index, layer in enumerate(layers):
         # One layer's state is not sliced: that is an operation to be differentiated.
         h, c = (h_0, c_0) if len(layers) == 1 else (t if t is None else t[index : index + 1] for t in (h_0, c_0))
-        weights = layer.weights if shared is None else shared[index].weights
-        in_loop = loop, None if shared is None else shared[index]
-        rows, *states = _Scan.apply(layer, packed, in_loop, steps, batch, rows, h, c, *weights)
+        rows, *states = _scan(layer, of_loop, steps, batch, rows, h, c)
         if rows is None:
             plan.packed.pop(ids, None)  # it may be stale
             return None
@@ -63,10 +62,7 @@ def run_cell(
     layers = _layers(plan, ids)
     if layers is None:
         return None
-    packed, loop, shared = _for_loop(plan, ids, 1, batch, layers)
-    weights = layers[0].weights if shared is None else shared[0].weights
-    in_loop = loop, None if shared is None else shared[0]
-    next_h, _, *next_c = _Scan.apply(layers[0], packed, in_loop, None, batch, input, h, c, *weights)
+    next_h, _, *next_c = _scan(layers[0], _of_loop(plan, ids, 1, batch, layers), None, batch, input, h, c)
     if next_h is None:
         plan.packed.pop(ids, None)
     return (next_h, *next_c) if next_c and next_h is not None else next_h
@@ -82,14 +78,30 @@ def _layers(plan: Plan, ids: bool) -> list[Layer] | None:
     return plan.layers.get(ids) or plan.describe(ids)
 
 
-def _for_loop(
-    plan: Plan, ids: bool, steps: int, batch: Sequence[int], layers: Sequence[Layer]
-) -> tuple[Packed | None, Loop | None, list[SharedWeights] | None]:
+_OfLoop = tuple[Packed | None, Loop | None, list[SharedWeights] | None]
+
+
+def _of_loop(plan: Plan, ids: bool, steps: int, batch: Sequence[int], layers: Sequence[Layer]) -> _OfLoop:
     """What a call has in common with those before it, if it is short: packed weights, the loop, and its weights."""
     if steps * prod(batch) > _SHORT:
         return None, None, None
     packed = plan.packed_for_loop(ids)  # finds out whether the weights are still the same
     return packed, *loop_of(plan, ids, layers)
+
+
+def _scan(
+    layer: Layer,
+    of_loop: _OfLoop,
+    steps: int | None,
+    batch: Sequence[int],
+    input: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+) -> Any:
+    packed, loop, of_layers = of_loop
+    shared = None if of_layers is None else of_layers[layer.index]
+    weights = layer.weights if shared is None else shared.weights
+    return _Scan.apply(layer, packed, loop, shared, steps, batch, input, h_0, c_0, *weights)
 
 
 def empty(like: Tensor, *sizes: int) -> Tensor:
@@ -108,7 +120,7 @@ def _empty_like(tensor: Tensor) -> Tensor:
 class _Scan(derivatives.Function):
     """One layer of one direction: `derivatives.Scan` of the cpu backend, but a call each forward and backward.
 
-    apply(layer, its packed weights or None, the loop and its weights or None, T, [B] or [] if unbatched, input
+    apply(layer, its packed weights or None, the loop or None, what it shares or None, T, [B] or [] if unbatched, input
     (T, B, I) or ids (T, B), h_0 and c_0 (1, B, P) or None for zeros, the five of `scan.Weights`, those of the loop if
     there are any) returns output (T, B, P), h_n and, of an LSTM, c_n; or None, None where the kernel fails. A cell has
     no T: nor have its input and output, and its states lack the 1; in the place of h_n is None.
@@ -119,7 +131,8 @@ class _Scan(derivatives.Function):
         ctx: Any,
         layer: Layer,
         packed: Packed | None,
-        in_loop: tuple[Loop | None, SharedWeights | None],
+        loop: Loop | None,
+        shared: SharedWeights | None,
         steps: int | None,
         batch: Sequence[int],
         input: Tensor,
@@ -139,7 +152,7 @@ class _Scan(derivatives.Function):
         plan = 0 if packed is None else packed.address
         if native.forward(_forward_call(layer.address, plan, layer.index, *sizes, *places)) != DONE:
             return None, None
-        ctx.layer, ctx.sizes, (ctx.loop, ctx.shared) = layer, sizes, in_loop
+        ctx.layer, ctx.sizes, ctx.loop, ctx.shared = layer, sizes, loop, shared
         # The tensors themselves for derivatives of the gradients, and what they hold now for the gradients.
         memory = [None if tensor is None else tensor.detach() for tensor in given]
         ctx.save_for_backward(*given, *weights, output, tape, *memory)
@@ -149,8 +162,8 @@ class _Scan(derivatives.Function):
     @staticmethod
     def backward(ctx: Any, d_output: Tensor | None, d_h_n: Tensor | None, d_c_n: Tensor | None = None) -> Any:
         if d_output is None and d_h_n is None and d_c_n is None:
-            return (None,) * 13
-        layer, saved, needs, given = ctx.layer, ctx.saved_tensors, ctx.needs_input_grad[5:], (d_output, d_h_n, d_c_n)
+            return (None,) * 14
+        layer, saved, needs, given = ctx.layer, ctx.saved_tensors, ctx.needs_input_grad[6:], (d_output, d_h_n, d_c_n)
         if ctx.loop is not None:
             ctx.loop.is_over = True
         # Compiled autograd has no passes of torch's engine.
@@ -162,18 +175,18 @@ class _Scan(derivatives.Function):
         # Not where it is itself to be differentiated, or somebody looks on.
         if not is_grad_enabled() and not is_observed() and all(d is None or is_plain(d, layer.dtype) for d in given):
             d_results = [d if d is None else d.contiguous() for d in given]
-            rows = shared.rows_of_pass(layer) if shared is not None and need_weights else None
+            rows = shared.rows_of_pass(layer, ctx.loop.calls) if shared is not None and need_weights else None
             wanted = needs[:3] + (layer.has_weight if need_weights and rows is None else _NO_WEIGHT)
             found = [_empty_like(tensor) if want else None for tensor, want in zip(memory, wanted, strict=False)]
             places = addresses((*d_results, *memory, *found))
             count = prod(ctx.sizes)
-            of_loop = _NOTHING_SHARED if rows is None else (*rows.places(count), *rows.packed(ctx.sizes, needs[0]))
-            if native.backward(_backward_call(layer.address, *ctx.sizes, *places, *of_loop)) == DONE:
+            in_common = _NOTHING_SHARED if rows is None else (*rows.places(count), *rows.packed(ctx.sizes, needs[0]))
+            if native.backward(_backward_call(layer.address, *ctx.sizes, *places, *in_common)) == DONE:
                 if rows is not None:
                     rows.left(count)
-                return (None, None, None, None, None, *found)
+                return (*_NO_TENSORS, *found)
         kept = saved[:10] if is_grad_enabled() else memory
-        return (None, None, None, None, None, *_through_the_operator(ctx, given, kept, needs, need_weights))
+        return (*_NO_TENSORS, *_through_the_operator(ctx, given, kept, needs, need_weights))
 
 
 def _through_the_operator(
