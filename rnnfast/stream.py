@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rnnfast import direct
 from rnnfast.inputs import map_state
 from rnnfast.stack import Stack
 from rnnfast.swap import is_ours
@@ -54,6 +55,7 @@ class Stream:
                 )
         self._states: dict[str, Any] = {}
         self._started_from: dict[str, Any] = {}
+        self._steps: direct.Steps | None = None  # of a layer: where there are any, they have the state
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Feeds the next step or steps.
@@ -70,7 +72,11 @@ class Stream:
                 module raises. The states are then those before the call.
         """
         if self._is_alone:
-            return self._feed(self.module, *args, **kwargs)
+            if self._steps is not None and len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
+                output = self._steps(args[0])
+                if output is not None:
+                    return output
+            return self._feed(*args, **kwargs)
         handles, ran, thread = [], set(), threading.get_ident()
         # Taken over once the whole model has run: after an error the same steps can be fed again.
         states: dict[str, Any] = {}
@@ -123,7 +129,7 @@ class Stream:
             for handle in handles:
                 handle.remove()
 
-    def _feed(self, layer: Any, *args: Any, **kwargs: Any) -> Tensor:
+    def _feed(self, *args: Any, **kwargs: Any) -> Tensor:
         if len(args) != 1 or kwargs:
             raise TypeError(
                 "a stream of a layer takes the input alone: it keeps the state, and all rows go on together"
@@ -131,6 +137,8 @@ class Stream:
         (input,) = args
         if not isinstance(input, Tensor):
             raise TypeError(f"a stream of a layer takes a tensor, got {type(input).__name__}")
+        self._end_steps()
+        layer: Any = self.module
         state, steps = self._states.get(""), input.dim() - (1 if input.is_floating_point() else 0)
         try:
             result: tuple[Tensor, Any] = layer.step(input, state) if steps == 1 else layer(input, state)
@@ -138,7 +146,19 @@ class Stream:
             _check_batch(layer, input, state)
             raise
         output, self._states[""] = result
+        if steps == 1 and not torch.compiler.is_compiling() and not isinstance(layer, Stack):
+            self._steps = direct.steps_after(layer, input, self._states[""])
         return output
+
+    def _end_steps(self) -> None:
+        """Takes the state over from them."""
+        if self._steps is not None:
+            self._states[""], self._steps = self._steps.state, None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy, too: it goes on with this state, in memory of its own."""
+        self._end_steps()
+        return self.__dict__ | {"_states": dict(self._states), "_started_from": dict(self._started_from)}
 
     @property
     def state(self) -> Any:
@@ -147,6 +167,7 @@ class Stream:
         For a layer h (L, B, P), or (h, c) for an LSTM; for a stack one for each layer; None before the first call. For
         a model a dict of such states by the layers' names.
         """
+        self._end_steps()
         return self._states.get("") if self._is_alone else dict(self._states)
 
     @state.setter
@@ -158,7 +179,7 @@ class Stream:
         unknown = set(state) - set(self._layers)
         if unknown:
             raise ValueError(f"the model has no recurrent layer {', '.join(sorted(unknown))}")
-        self._states = dict(state)
+        self._states, self._steps = dict(state), None
 
     def reset(self, rows: Tensor | Sequence[int] | None = None) -> None:
         """Starts over: all sequences, or those in some rows of the batch.
@@ -169,6 +190,7 @@ class Stream:
         Raises:
             IndexError: an index outside the batch, or a mask of another size.
         """
+        self._end_steps()
         if rows is None:
             self._states.clear()
             self._started_from.clear()
@@ -180,6 +202,7 @@ class Stream:
 
     def detach(self) -> None:
         """Cuts the graph at the states, as truncated backpropagation through time does between chunks."""
+        self._end_steps()
         self._states = {name: map_state(state, lambda part: part.detach()) for name, state in self._states.items()}
 
 

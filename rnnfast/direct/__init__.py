@@ -4,7 +4,8 @@ The first call of a layer or a cell goes the general way and leaves a plan: what
 checks of the weights to hold. Later calls that ask for nothing special (no compiler, no transform, plain tensors)
 follow it. Without gradients they are one call of a C function for all layers, with packed weights; in training each
 layer is one autograd function whose forward and backward are a call each. A loop of short calls in training packs its
-weights once and makes their gradients at once (`loops`). Other results have the bits of the general way.
+weights once and makes their gradients at once (`loops`), and a stream keeps its state in places of its own (`streams`).
+Other results have the bits of the general way.
 
 Whatever is unusual, mistakes included, is not done here: the functions return None, and the general way does it or says
 what is wrong.
@@ -13,7 +14,6 @@ what is wrong.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from struct import Struct
 from typing import Any
 
 import torch
@@ -22,11 +22,19 @@ from torch import Tensor, is_grad_enabled
 from rnnfast.backends import native
 from rnnfast.backends.native import DONE, STALE
 from rnnfast.direct import training
-from rnnfast.direct.plans import Plan, all_plans, contiguous, plan_of, prepare, requires_grad_of, signature_of
+from rnnfast.direct.plans import (
+    Plan,
+    all_plans,
+    contiguous,
+    infer_call,
+    plan_of,
+    prepare,
+    requires_grad_of,
+    signature_of,
+)
+from rnnfast.direct.streams import Steps, steps_after
 
-__all__ = ["cell", "forget_packed_weights", "prepare", "run", "step"]
-
-_infer_call = Struct("9q").pack  # of csrc/cpu/direct.h
+__all__ = ["Steps", "cell", "forget_packed_weights", "prepare", "run", "step", "steps_after"]
 
 
 def run(layer: Any, input: Any, hx: Any, batch_first: bool) -> tuple[Tensor, Any] | None:
@@ -157,7 +165,7 @@ def _infer(
             c_n = torch.empty(*plan.lead, *batch, plan.hidden_size, dtype=dtype)
     else:  # quicker than by their sizes
         h_n, c_n = torch.empty_like(h_0), None if c_0 is None else torch.empty_like(c_0)
-    call = _infer_call(
+    call = infer_call(
         packed.address,
         steps,
         batch[0] if batch else 1,

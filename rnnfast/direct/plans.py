@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import is_
+from struct import Struct
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from rnnfast import dispatch, functional, scan
 from rnnfast.backends import native
 from rnnfast.cells import CELLS
 
+infer_call = Struct("9q").pack  # of csrc/cpu/direct.h
 _base: Any = torch._C.TensorBase
 version_of, address_of = _base._version.__get__, _base.data_ptr
 requires_grad_of = _base.requires_grad.__get__

@@ -1,0 +1,291 @@
+"""The steps of a layer's stream keep their states themselves, and nothing that happens between them goes unnoticed."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import rnnfast
+from rnnfast.backends import native
+
+pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
+
+LAYERS = ["RNN", "LSTM", "GRU"]
+INPUT = torch.randn(12, 3, 5)
+
+
+def make(name: str = "LSTM", **options: Any) -> Any:
+    torch.manual_seed(1)
+    return getattr(rnnfast, name)(5, 17, **options)
+
+
+def stepping(layer: Any) -> rnnfast.Stream:
+    """A stream after four steps, on its own way."""
+    stream = rnnfast.Stream(layer)
+    with torch.no_grad():
+        for x in INPUT[:4]:
+            stream(x)
+    assert is_stepping(stream)
+    return stream
+
+
+def is_stepping(stream: rnnfast.Stream) -> bool:
+    """Whether the next step would not call the layer's."""
+    return stream._steps is not None
+
+
+def assert_goes_on(stream: rnnfast.Stream, expected: Any, state: Any, first: int = 4) -> None:
+    """As the layer `expected` does with the inputs from `first` on, bit by bit."""
+    with torch.no_grad():
+        for x in INPUT[first:]:
+            output, state = expected.step(x, state)
+            torch.testing.assert_close(stream(x), output, rtol=0, atol=0)
+    torch.testing.assert_close(stream.state, state, rtol=0, atol=0)
+
+
+def state_after(layer: Any, steps: int = 4) -> Any:
+    with torch.no_grad():
+        return layer(INPUT[:steps])[1]
+
+
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "dropout": 0.5}, {"batch_first": True}], ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+def test_steps_go_past_the_layers_own(name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = make(name, **options).eval()
+    state = None
+    with torch.no_grad():
+        for x in INPUT[:4]:
+            _, state = layer.step(x, state)
+    expected, stream = copy.deepcopy(layer), stepping(layer)
+    monkeypatch.setattr(layer, "step", None)
+    assert_goes_on(stream, expected, state)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_token_ids(name: str) -> None:
+    layer, ids = make(name), torch.randint(5, (6, 3))
+    stream = rnnfast.Stream(layer)
+    with torch.no_grad():
+        outputs = [stream(step) for step in ids]
+        assert is_stepping(stream)
+        torch.testing.assert_close(torch.stack(outputs), layer(ids)[0], rtol=0, atol=0)
+        state = stream.state
+        stream(ids[0])
+        with pytest.raises(IndexError, match="token"):
+            stream(torch.tensor([0, 1, 5]))
+        torch.testing.assert_close(stream.state, layer.step(ids[0], state)[1], rtol=0, atol=0)
+
+
+def test_a_state_that_was_taken_stays_as_it_was() -> None:
+    layer = make()
+    stream = stepping(layer)
+    states = []
+    with torch.no_grad():
+        for x in INPUT[4:]:
+            states.append(stream.state)
+            stream(x)
+            stream(x)
+    kept = [copy.deepcopy(state) for state in states]
+    expected = state_after(layer)
+    with torch.no_grad():
+        for x, state in zip(INPUT[4:], states, strict=True):
+            torch.testing.assert_close(state, expected, rtol=0, atol=0)
+            for _ in range(2):
+                _, expected = layer.step(x, expected)
+    torch.testing.assert_close(states, kept, rtol=0, atol=0)
+
+
+def test_the_first_state_is_not_written_to() -> None:
+    layer, state = make(), (torch.randn(1, 3, 17), torch.randn(1, 3, 17))
+    kept = copy.deepcopy(state)
+    stream = rnnfast.Stream(layer)
+    stream.state = state
+    with torch.no_grad():
+        for x in INPUT:
+            stream(x)
+        torch.testing.assert_close(state, kept, rtol=0, atol=0)
+        stream.state = state
+        for x in INPUT[:4]:
+            stream(x)
+        torch.testing.assert_close(stream.state, layer(INPUT[:4], state)[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, copy.copy, lambda stream: pickle.loads(pickle.dumps(stream))])
+def test_a_copy_has_a_state_of_its_own(duplicate: Callable[[Any], Any]) -> None:
+    layer = make()
+    stream = stepping(layer)
+    other = duplicate(stream)
+    with torch.no_grad():
+        for x in INPUT[:5]:
+            other(x)
+            other(x)
+    assert_goes_on(stream, layer, state_after(layer))
+
+
+@torch.no_grad()
+def change_one_element(layer: Any) -> None:
+    layer.weight_hh_l0[3, 4] = 2
+
+
+def change_data(layer: Any) -> None:
+    layer.weight_ih_l0.data[:, 0] += 1
+
+
+def load(layer: Any) -> None:
+    layer.load_state_dict(rnnfast.LSTM(5, 17).state_dict())
+
+
+def replace(layer: Any) -> None:
+    layer.weight_hh_l0 = torch.nn.Parameter(torch.randn(4 * 17, 17))
+
+
+def optimize(layer: Any) -> None:
+    layer(INPUT)[0].sum().backward()
+    torch.optim.SGD(layer.parameters(), lr=0.1).step()
+
+
+def write_unseen(layer: Any) -> None:
+    layer.weight_hh_l0.data[3, 4] = 2
+    rnnfast.forget_packed_weights()
+
+
+@pytest.mark.parametrize("change", [change_one_element, change_data, load, replace, optimize, write_unseen])
+def test_weights_that_change_between_steps(change: Callable[[Any], None]) -> None:
+    layer = make()
+    stream, state = stepping(layer), state_after(layer)
+    change(layer)
+    assert_goes_on(stream, copy.deepcopy(layer), state)
+
+
+@pytest.mark.parametrize("register", ["register_forward_pre_hook", "register_forward_hook"])
+def test_hooks_run(register: str) -> None:
+    layer, seen = make(), []
+    stream, state = stepping(layer), state_after(layer)
+    handle = getattr(layer, register)(lambda *args: seen.append(args))
+    with torch.no_grad():
+        stream(INPUT[4])
+        handle.remove()
+        state = layer.step(INPUT[4], state)[1]
+    assert len(seen) == 1
+    kept = copy.deepcopy(seen[0][1:])
+    assert_goes_on(stream, layer, state, first=5)
+    torch.testing.assert_close(seen[0][1:], kept, rtol=0, atol=0)  # it is the hook's now
+
+
+def test_dropout_is_applied_in_training() -> None:
+    layer = make(num_layers=2, dropout=0.5).eval()
+    stream, state = stepping(layer), state_after(layer)
+    with torch.no_grad():
+        expected, _ = layer.step(INPUT[4], state)
+        layer.train()
+        assert not torch.equal(stream(INPUT[4]), expected)
+
+
+def test_a_backend_asked_for_meanwhile() -> None:
+    layer = make()
+    stream = stepping(layer)
+    state = stream.state
+    with torch.no_grad(), rnnfast.use_backend("torch"):
+        stream(INPUT[4])
+        torch.testing.assert_close(stream.state, torch.nn.LSTM.forward(layer, INPUT[4:5], state)[1], rtol=0, atol=0)
+
+
+def test_gradients_wanted_meanwhile() -> None:
+    layer = make()
+    stream, state = stepping(layer), state_after(layer)
+    output = stream(INPUT[4])
+    expected, _ = layer.step(INPUT[4], state)
+    for one, other in zip(
+        torch.autograd.grad(output.sum(), layer.parameters()),
+        torch.autograd.grad(expected.sum(), layer.parameters()),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_state_made_in_inference_mode_can_be_trained_from() -> None:
+    layer = make()
+    stream = rnnfast.Stream(layer)
+    with torch.inference_mode():
+        for x in INPUT[:4]:
+            stream(x)
+        assert is_stepping(stream)
+    torch.testing.assert_close(stream.state, state_after(layer), rtol=0, atol=0)
+    stream(INPUT[4]).sum().backward()
+    assert layer.weight_hh_l0.grad is not None
+
+
+def test_a_compiled_stream() -> None:
+    layer = make()
+    stream, state = stepping(layer), state_after(layer)
+    compiled = torch.compile(stream, backend="eager")
+    with torch.no_grad():
+        for x in INPUT[4:7]:
+            output, state = layer.step(x, state)
+            torch.testing.assert_close(compiled(x), output)
+            output, state = layer.step(x, state)
+            torch.testing.assert_close(stream(x), output)
+    torch.testing.assert_close(stream.state, state)
+
+
+def bad_size(stream: rnnfast.Stream) -> Tensor:
+    return stream(INPUT[4, :2])
+
+
+def bad_dtype(stream: rnnfast.Stream) -> Tensor:
+    return stream(INPUT[4].double())
+
+
+def bad_width(stream: rnnfast.Stream) -> Tensor:
+    return stream(INPUT[4, :, :4])
+
+
+def nested(stream: rnnfast.Stream) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is a prototype, torch says
+        input = torch.nested.nested_tensor([INPUT[4, 0], INPUT[4, 1]])
+    return stream(input)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        (bad_size, "this stream has 3 sequences, the input 2"),
+        (bad_dtype, "double|float64|Double"),
+        (bad_width, "5"),
+        (nested, "nested"),
+    ],
+)
+def test_a_mistake_leaves_the_state(mistake: Callable[[Any], Tensor], message: str) -> None:
+    layer = make()
+    stream = stepping(layer)
+    with torch.no_grad(), pytest.raises((RuntimeError, ValueError, TypeError), match=message):
+        mistake(stream)
+    assert_goes_on(stream, layer, state_after(layer))
+
+
+def test_other_forms_of_input() -> None:
+    layer = make()
+    stream, state = stepping(layer), state_after(layer)
+    with torch.no_grad():
+        for x in (INPUT[4].t().contiguous().t(), INPUT[4].neg().conj(), torch.nn.Parameter(INPUT[4]), INPUT[5:8]):
+            output, state = layer(x.detach().clone().view(-1, 3, 5), state)
+            torch.testing.assert_close(stream(x), output if x.dim() == 3 else output[0], rtol=0, atol=0)
+
+
+def test_rows_begin_anew() -> None:
+    layer = make()
+    stream, state = stepping(layer), state_after(layer)
+    stream.reset([1])
+    for part in state:
+        part[:, 1] = 0
+    assert_goes_on(stream, layer, state)
+    stream.reset()
+    assert stream.state is None
