@@ -151,7 +151,11 @@ __attribute__((noinline)) void tile_block(int64_t k_units, const O* const* a, co
     const O* w_k = w + at * w_stride;
     typename P::Unit wk[NV];
 #pragma GCC unroll 4
-    for (int c = 0; c < NV; ++c) std::memcpy(&wk[c], w_k + c * V * P::depth, sizeof wk[c]);
+    for (int c = 0; c < NV; ++c) {
+      std::memcpy(&wk[c], w_k + c * V * P::depth, sizeof wk[c]);
+      // GCC would read it from memory for each of so few rows, which takes longer than their products.
+      if (MANY_REGISTERS && R > 1 && R < 4) in_register(wk[c]);
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const typename P::Unit ak = P::broadcast(row[r] + at * P::depth);

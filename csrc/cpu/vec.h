@@ -92,6 +92,14 @@ RNNFAST_INLINE Vec<T> splat(T x) {
   return x - Vec<T>{};
 }
 
+// Has the compiler keep x in a register, where it has many.
+template <class V>
+RNNFAST_INLINE void in_register([[maybe_unused]] V& x) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(x));
+#endif
+}
+
 // c - a b, rounded as `fma` is.
 #if defined(__AVX512F__)
 RNNFAST_INLINE F32 fnma(F32 a, F32 b, F32 c) { return (F32)_mm512_fnmadd_ps((__m512)a, (__m512)b, (__m512)c); }
