@@ -20,6 +20,7 @@ class Forward {
   const Split& split;
   const bool direct_state, direct_input, table;
   const int64_t state_stride, hidden_stride, input_stride, columns;
+  const int64_t chunk_steps;  // of input product, which are made at a time
 
   // Of all lanes and rows; a thread touches its own rows or units.
   T* cell_state = nullptr;    // (D, B, hidden_stride), LSTM
@@ -50,7 +51,8 @@ class Forward {
         state_stride(round_up(s.state, V * Product<O>::depth)),
         hidden_stride(round_up(s.hidden, V * Product<O>::depth)),
         input_stride(round_up(s.input, V * Product<O>::depth)),
-        columns(layer.columns()) {}
+        columns(layer.columns()),
+        chunk_steps(steps_of_chunk(s, split)) {}
 
   void carve(Carver& carver) {
     const int64_t states = s.lanes * s.batch;
@@ -83,13 +85,14 @@ class Forward {
     }
     Walk<O> walk(packed.w_hh, packed.gates, s.state, item, s.steps, local.member, local.members, INT64_MAX, team.deal.get(),
                  row_groups(s, split, packed.gates), 0, near_of_state(local));
-    const int64_t chunk = chunk_steps();
+    int64_t in_chunk = item.done % chunk_steps;
     for (int64_t step = item.done; step < s.steps; ++step) {
-      if (step % chunk == 0) team.share(item, step);
+      if (in_chunk == 0) team.share(item, step);
       // A team makes them a step early, which saves it a barrier.
       const int64_t first = step + together;
-      if (first % chunk == 0 && first < s.steps && !table) make_gates_x(item, local, first);
-      run_step(item, local, walk, step);
+      if (in_chunk == (together ? chunk_steps - 1 : 0) && first < s.steps && !table) make_gates_x(item, local, first);
+      run_step(item, local, walk, step, step - in_chunk);
+      if (++in_chunk == chunk_steps) in_chunk = 0;
       if (!end_step(team, local, walk)) return;
       if (!s.has_projection) continue;
       for (int64_t lane = item.lane; lane < item.lane_end; ++lane) project(item, local, lane, step);
@@ -107,18 +110,16 @@ class Forward {
   bool is_far(const Local& local) const {
     return !s.ids && (packed.ih_size() + packed.hh_size()) * int64_t(sizeof(O)) / local.members > near_bytes();
   }
-  int64_t chunk_steps() const { return steps_of_chunk(s, split); }
-  int64_t chunk_rows() const { return chunk_steps() * item_rows(s, split); }
-  // Rows of the chunk that come before those of this step.
-  int64_t chunk_row(const Item& item, int64_t lane, int64_t step) const {
-    const int64_t first = step - step % chunk_steps();
+  int64_t chunk_rows() const { return chunk_steps * item_rows(s, split); }
+  // Rows of the chunk that begins with step `first`, which come before those of this step.
+  int64_t chunk_row(const Item& item, int64_t lane, int64_t first, int64_t step) const {
     if (!s.batch_sizes) return (step - first) * (item.end - item.first);
     int64_t row = 0;
     for (int64_t i = first; i < step; ++i) row += alive(s, item, s.time(lane, i));
     return row;
   }
   T* gates_x(const Item& item, const Local& local, int64_t lane, int64_t step) const {
-    if (split.together()) return gates_x_ + (step / chunk_steps() % 2 * s.lanes + lane) * chunk_rows() * columns;
+    if (split.together()) return gates_x_ + (step / chunk_steps % 2 * s.lanes + lane) * chunk_rows() * columns;
     return local.gates_x + (lane - item.lane) * chunk_rows() * columns;
   }
   O* operand_row(int64_t parity, int64_t lane, int64_t b) const {
@@ -159,7 +160,7 @@ class Forward {
   // The input product and bias of the chunk that begins with this step, for this member's panels.
   void make_gates_x(const Item& item, const Local& local, int64_t step) const {
     for (int64_t lane = item.lane; lane < item.lane_end; ++lane)
-      make_gates_x(item, local, lane, step, min64(step + chunk_steps(), s.steps));
+      make_gates_x(item, local, lane, step, min64(step + chunk_steps, s.steps));
   }
   void make_gates_x(const Item& item, const Local& local, int64_t lane, int64_t step, int64_t end) const {
     T* out = gates_x(item, local, lane, step);
@@ -218,14 +219,14 @@ class Forward {
       }
   }
 
-  void run_step(const Item& item, const Local& local, Walk<O>& walk, int64_t step) const {
+  void run_step(const Item& item, const Local& local, Walk<O>& walk, int64_t step, int64_t chunk) const {
     int64_t lane = -1;
     RowsAhead ahead;
     walk.begin(step);
     for (Piece piece; walk.take(piece);) {
       if (lane != piece.lane) {
         lane = piece.lane;
-        find_rows(item, local, lane, step);
+        find_rows(item, local, lane, step, chunk);
         if (local.members == 1) ahead = of_next_step(item, walk, lane, step);
       }
       if (local.members > 1) ahead = of_next_piece(item, walk, piece, step);
@@ -233,9 +234,9 @@ class Forward {
     }
   }
 
-  void find_rows(const Item& item, const Local& local, int64_t lane, int64_t step) const {
+  void find_rows(const Item& item, const Local& local, int64_t lane, int64_t step, int64_t chunk) const {
     const int64_t t = s.time(lane, step), rows = alive(s, item, t), first_row = s.offset_at(t) + item.first;
-    const int64_t x_row = table ? 0 : chunk_row(item, lane, step);
+    const int64_t x_row = table ? 0 : chunk_row(item, lane, chunk, step);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t b = item.first + r;
       if constexpr (SAME) {

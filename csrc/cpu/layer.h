@@ -225,15 +225,15 @@ RNNFAST_INLINE int64_t steps_of_chunk(const ScanShape& s, const Split& split) {
 struct Piece {
   int64_t lane, panel, group;
   int64_t before;  // of this member in this step
-  int64_t next;    // the number of the piece to follow, as far as is known, or -1
   // Its rows, of n.
-  int64_t first(int64_t n, int64_t groups) const { return slice_of(n, group, groups).first; }
-  int64_t end(int64_t n, int64_t groups) const { return slice_of(n, group, groups).end; }
+  int64_t first(int64_t n, int64_t groups) const { return groups == 1 ? 0 : slice_of(n, group, groups).first; }
+  int64_t end(int64_t n, int64_t groups) const { return groups == 1 ? n : slice_of(n, group, groups).end; }
 };
 
 // How a member of a team walks through the weights of a scan: its pieces of a step from the first to the last, and of the next
 // one back, so that the weights last used, which are near, are used first again. The first step turns round as well: it may be
-// the next of a stream.
+// the next of a stream. What is done for each piece divides no integers, where pieces are small and not dealt: that would take
+// as long as a few rows of the tile.
 template <class O>
 class Walk {
  public:
@@ -250,6 +250,7 @@ class Walk {
         count_(slice_of(of.count(), member, members).end - first_),
         groups_(groups),
         block_(max64(1, min64(block, units<O>(depth)))),
+        blocks_(ceil_div(units<O>(depth), block_)),
         near_(near / (max64(1, of.vectors) * block_ * VECTOR_BYTES)),
         walked_(steps_walked()),
         deal_(deal),
@@ -259,10 +260,11 @@ class Walk {
   // The pieces of each lane that a member has where nothing is dealt.
   int64_t count() const { return count_; }
   int64_t groups() const { return groups_; }
-  // The piece that is likely to follow, and whether in this step, 0, or the next one, 1, which turns round where this one ends.
+  // The piece that is likely to follow the one just taken, and whether in this step, 0, or the next one, 1, which turns round
+  // where this one ends.
   std::pair<Piece, int> next(const Piece& piece) const {
-    if (piece.next < 0) return {piece, 1};
-    return {Piece{lane_of(piece.next), panel_of(piece.next), piece.next % groups_, piece.before + 1, -1}, 0};
+    if (is_last()) return {piece, 1};
+    return {following(), 0};
   }
 
   // The other members have left.
@@ -274,19 +276,23 @@ class Walk {
   void begin(int64_t step) {
     back_ = (walked_ + step) & 1;
     taken_ = 0;
+    to_lane_ = back_ ? lanes_ - 1 : 0;
+    to_panel_ = back_ ? count_ - 1 : 0;
   }
   bool take(Piece& piece) {
-    int64_t index, next = -1;
     if (deal_) {
-      index = deal_->take(member_);
-      if (index < 0) return false;
-      next = deal_->peek(member_);
-    } else {
-      if (taken_ == count_ * lanes_) return false;
-      index = own(taken_);
-      if (taken_ + 1 < count_ * lanes_) next = own(taken_ + 1);
+      to_number_ = deal_->take(member_);
+      if (to_number_ < 0) return false;
+      piece = following();
+      to_number_ = deal_->peek(member_);
+      ++taken_;
+      return true;
     }
-    piece = {lane_of(index), panel_of(index), index % groups_, taken_++, next};
+    if (is_last()) return false;
+    piece = following();
+    ++taken_;
+    if (back_ && to_panel_-- == 0) to_panel_ = count_ - 1, --to_lane_;
+    if (!back_ && ++to_panel_ == count_) to_panel_ = 0, ++to_lane_;
     return true;
   }
   Panel<O> weights(int64_t lane, int64_t p, int64_t block = 0) const {
@@ -295,40 +301,44 @@ class Walk {
            block_start(block) * panels_.width(p) * LANES<O> * Product<O>::depth;
   }
   // Blocks of k that a panel is multiplied in, one after the other for all rows, and where they begin.
-  int64_t blocks() const { return ceil_div(units<O>(k_), block_); }
+  int64_t blocks() const { return blocks_; }
   int64_t block_start(int64_t block) const { return block * block_; }
   int64_t block_units(int64_t block) const { return min64(block_, units<O>(k_) - block * block_); }
 
   // What tile `tile` of `tiles` of a block of a piece fetches: weights of the next block, if those are no longer near and
   // another tile of this one leaves time for it.
   Ahead::Stream ahead(const Piece& piece, int64_t block, int64_t tile, int64_t tiles) const {
-    const bool last = block + 1 == blocks();
-    if (row_stride_ || piece.before / groups_ * blocks() + block + 1 < near_ || tiles == 1 || (last && piece.next < 0)) return {};
-    const int64_t lane = last ? lane_of(piece.next) : piece.lane, p = last ? panel_of(piece.next) : piece.panel;
+    const bool last = block + 1 == blocks_;
+    if (tiles == 1 || row_stride_ || piece.before / groups_ * blocks_ + block + 1 < near_ || (last && is_last())) return {};
+    const Piece after = last ? following() : piece;
+    const int64_t lane = after.lane, p = after.panel;
     if (last && lane == piece.lane && p == piece.panel) return {};
     const int64_t next = last ? 0 : block + 1, depth = Product<O>::depth;
     return share_of_panel<O>(weights(lane, p, next).data, panels_.width(p), block_units(next) * depth, tile, tiles);
   }
 
  private:
-  int64_t own(int64_t i) const {
-    const int64_t at = back_ ? count_ * lanes_ - 1 - i : i;
-    return at / count_ * panels_.count() + first_ + at % count_;
+  // Whether no piece is known to follow those that have been taken.
+  bool is_last() const { return deal_ ? to_number_ < 0 : taken_ == count_ * lanes_; }
+  Piece following() const {
+    if (!deal_) return {lane_ + to_lane_, first_ + to_panel_, 0, taken_};
+    const int64_t panel = to_number_ / groups_;
+    return {lane_ + panel / panels_.count(), panel % panels_.count(), to_number_ % groups_, taken_};
   }
-  int64_t lane_of(int64_t index) const { return lane_ + index / groups_ / panels_.count(); }
-  int64_t panel_of(int64_t index) const { return index / groups_ % panels_.count(); }
 
   const O* base_;
   int64_t row_stride_;  // of weights that are not packed
   const Panels& panels_;
   int64_t k_, lane_, lanes_, first_, count_, groups_;
-  int64_t block_;   // units of k
+  int64_t block_, blocks_;  // units of k in a block, and blocks
   int64_t near_;    // blocks that stay near
   int64_t walked_;  // steps this thread walked before
   Deal* deal_;
   int member_;
   bool back_ = false;
   int64_t taken_ = 0;
+  int64_t to_lane_ = 0, to_panel_ = 0;  // of the member's own, what comes next
+  int64_t to_number_ = -1;              // where pieces are dealt, the number of what comes next
 };
 
 // Rows from which on those that come next are fetched: the tile of fewer is bound by reading its weights.

@@ -253,9 +253,9 @@ TileFn<O> tile_function(int rows, int vectors) {
 // Calls f(first row, rows, tile, tiles) for tiles of nearly equal height that cover n rows.
 template <class F>
 RNNFAST_INLINE void for_tiles(int64_t n, int vectors, F f) {
-  const int64_t count = ceil_div(n, max_rows(vectors));
+  const int64_t most = max_rows(vectors), count = n <= most ? n > 0 : ceil_div(n, most);
   for (int64_t i = 0, row = 0; i < count; ++i) {
-    const int64_t next = n * (i + 1) / count;
+    const int64_t next = count == 1 ? n : n * (i + 1) / count;
     f(row, int(next - row), i, count);
     row = next;
   }
