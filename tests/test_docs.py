@@ -138,7 +138,7 @@ IN_DETAIL = (
     Quote("loop", "a loop of cells, forward+backward, against torch.nn's", "torch.nn", ("cell",)),
     Quote("stream", "a step, against torch.nn", "torch.nn", ("cell",)),
     Quote("stream", "a step, against ONNX Runtime", "onnxruntime"),
-    Quote("stream", "a step, against ONNX Runtime with its states bound", "onnxruntime, bound"),
+    Quote("stream", "a step, against ONNX Runtime that keeps the state, too", "onnxruntime, bound"),
     Quote("stream", "a step, against `layer.step`", "layer.step"),
     Quote("memory", "torch.nn's peak over rnnfast's", "torch.nn"),
     Quote("bfloat16", "forward+backward, against rnnfast's float32", "our float32"),
@@ -156,6 +156,7 @@ AT_A_GLANCE = (
     Quote("packed", "a ragged PackedSequence, forward and backward, against torch.nn", "torch.nn"),
     Quote("stream", "one step of a stream, against torch.nn", "torch.nn"),
     Quote("stream", "one step of a stream, against ONNX Runtime", "onnxruntime"),
+    Quote("stream", "the same where ONNX Runtime keeps the state, too", "onnxruntime, bound"),
     Quote("generation", "greedy text, against the d2l chapter's loop", CHAPTER),
     Quote("generation", "the same against that loop without gradients", WITHOUT_GRADIENTS),
 )
@@ -271,7 +272,11 @@ def of_machine(name: str) -> str:
 def at_a_glance() -> str:
     """What README.md quotes."""
     header = "| | " + " | worst | ".join(MACHINES.values()) + " | worst |"
-    return table(header, ((q.what, *(c for m in MACHINES for c in cells(m, q)[:2])) for q in AT_A_GLANCE))
+
+    def measured(machine: str, quote: Quote) -> tuple[str, ...]:
+        return cells(machine, quote)[:2] if is_measured(machine, quote) else ("not measured", "")
+
+    return table(header, ((q.what, *(c for m in MACHINES for c in measured(m, q))) for q in AT_A_GLANCE))
 
 
 MODULES = ("rnnfast", "rnnfast.functional", "rnnfast.sequences", "rnnfast.regularisation", "rnnfast.lm", "rnnfast.d2l")
@@ -338,7 +343,9 @@ def test_the_summaries_are_those_of_the_rows(machine: str, quote: Quote) -> None
 
 
 def test_everything_quoted_has_been_measured() -> None:
-    assert in_detail(next(iter(MACHINES))) == list(IN_DETAIL)
+    first = next(iter(MACHINES))
+    assert in_detail(first) == list(IN_DETAIL)
+    assert all(is_measured(first, quote) for quote in AT_A_GLANCE)
 
 
 def test_no_other_figure_is_quoted_as_a_ratio() -> None:
