@@ -179,6 +179,26 @@ def test_hooks_run(register: str) -> None:
     torch.testing.assert_close(seen[0][1:], kept, rtol=0, atol=0)  # it is the hook's now
 
 
+def test_a_subclass_with_a_step_of_its_own() -> None:
+    class Doubled(rnnfast.GRU):
+        def step(self, input: Tensor, hx: Any = None) -> Any:
+            output, state = super().step(input, hx)
+            return 2 * output, state
+
+    layer = Doubled(5, 17)
+    stream = rnnfast.Stream(layer)
+    with torch.no_grad():
+        outputs = [stream(x) for x in INPUT]
+        torch.testing.assert_close(torch.stack(outputs), 2 * layer(INPUT)[0], rtol=0, atol=0)
+
+
+def test_no_step_of_both_directions() -> None:
+    layer = make(bidirectional=True)
+    state = state_after(layer)  # which leaves a plan
+    with torch.no_grad(), pytest.raises(RuntimeError, match="a bidirectional layer reads the whole sequence"):
+        layer.step(INPUT[4], state)
+
+
 def test_dropout_is_applied_in_training() -> None:
     layer = make(num_layers=2, dropout=0.5).eval()
     stream, state = stepping(layer), state_after(layer)

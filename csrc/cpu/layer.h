@@ -232,8 +232,8 @@ struct Piece {
 
 // How a member of a team walks through the weights of a scan: its pieces of a step from the first to the last, and of the next
 // one back, so that the weights last used, which are near, are used first again. The first step turns round as well: it may be
-// the next of a stream. What is done for each piece divides no integers, where pieces are small and not dealt: that would take
-// as long as a few rows of the tile.
+// the next of a stream. What is done for each piece divides no integers, unless pieces, which are large then, are dealt: it
+// would take a good part of a small tile's time.
 template <class O>
 class Walk {
  public:

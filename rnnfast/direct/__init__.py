@@ -28,6 +28,7 @@ from rnnfast.direct.plans import (
     contiguous,
     infer_call,
     plan_of,
+    plan_of_step,
     prepare,
     requires_grad_of,
     signature_of,
@@ -73,12 +74,12 @@ def run(layer: Any, input: Any, hx: Any, batch_first: bool) -> tuple[Tensor, Any
 
 def step(layer: Any, input: Any, hx: Any) -> tuple[Tensor, Any] | None:
     """Returns what `layer.step(input, hx)` does, or None where the general way must be taken: always with gradients."""
-    plan = plan_of(layer)
-    if plan is None or plan.directions == 2 or type(input) is not Tensor or input.is_nested or is_grad_enabled():
+    plan = plan_of_step(layer)
+    if plan is None or type(input) is not Tensor or input.is_nested:
         return None
     ids = input.dtype is torch.int64
     shape = input.shape
-    if len(shape) + ids != 2 or (layer.training and layer.dropout > 0 and len(plan.lanes) > 1):
+    if len(shape) + ids != 2:
         return None
     batch = (shape[0],)
     tensors = contiguous(plan, ids, input, shape, hx, batch)

@@ -10,7 +10,7 @@ from struct import Struct
 from typing import Any
 
 import torch
-from torch import Tensor, is_autocast_enabled, nn
+from torch import Tensor, is_autocast_enabled, is_grad_enabled, nn
 from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
 from torch._C._autograd import _profiler_enabled
 from torch._C._functorch import maybe_current_level
@@ -156,6 +156,21 @@ def plan_of(module: Any) -> Plan | None:
         or plan.asked != dispatch.asked(module.backend)
         or not all(map(is_, map(module._parameters.get, plan.names), plan.weights))
         or is_observed()
+    ):
+        return None
+    return plan
+
+
+def plan_of_step(layer: Any) -> Plan | None:
+    """The layer's plan, if a step of it may follow it: without gradients, hooks and dropout, and in one direction."""
+    plan = plan_of(layer)
+    if (
+        plan is None
+        or plan.directions == 2
+        or is_grad_enabled()
+        or layer._forward_pre_hooks
+        or layer._forward_hooks
+        or (layer.training and layer.dropout > 0 and len(plan.lanes) > 1)
     ):
         return None
     return plan

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, is_grad_enabled
+from torch import Tensor
 
 from rnnfast.backends import native
 from rnnfast.backends.native import DONE
-from rnnfast.direct.plans import Packed, Plan, address_of, contiguous, infer_call, is_plain, plan_of
+from rnnfast.direct.plans import Packed, Plan, address_of, contiguous, infer_call, is_plain, plan_of_step
 from rnnfast.inputs import map_state
 
 _Place = tuple[Any, int, int]
@@ -37,11 +37,7 @@ class Steps:
         """Returns the output of the next step, or None where the general way must be taken, from `state`."""
         layer, plan, packed, ids = self._layer, self._plan, self._packed, self._ids
         if (
-            plan_of(layer) is not plan
-            or is_grad_enabled()
-            or layer._forward_pre_hooks
-            or layer._forward_hooks
-            or (layer.training and layer.dropout > 0 and len(plan.lanes) > 1)
+            plan_of_step(layer) is not plan
             or plan.packed.get(ids) is not packed
             or plan.stamp() != packed.stamp
             or not is_plain(input, torch.int64 if ids else plan.dtype)
@@ -65,7 +61,8 @@ class Steps:
 
 def steps_after(layer: Any, input: Tensor, state: Any) -> Steps | None:
     """Returns the steps that may follow the one that took this input and left this state, if they can be direct."""
-    if is_grad_enabled() or (plan := plan_of(layer)) is None:
+    plan = plan_of_step(layer)
+    if plan is None:
         return None
     ids = input.dtype is torch.int64
     packed, shape = plan.packed.get(ids), input.shape
