@@ -17,6 +17,7 @@ class LinearCrossEntropy {
   static constexpr int64_t K_BLOCK = 128;    // rows whose products are added up at a time for the gradient of the weight
   static constexpr int64_t CLASSES = 256;    // rows of the gradient of the weight in a task
   static constexpr int64_t WORTH_A_THREAD = 1 << 20;  // multiply-adds
+  static constexpr int64_t OF_A_LOGIT = 100;          // multiply-adds that take as long as turning it into a gradient
   static_assert(K_BLOCK % ROWS == 0);
 
   const LossArgs& x;
@@ -91,9 +92,9 @@ class LinearCrossEntropy {
   };
 
   int threads(int available) const {
-    const int64_t products = x.rows * x.classes * x.columns * (d ? 3 : 1);
-    const int64_t wanted = max64(1, min64(available, x.rows * x.classes * x.columns / WORTH_A_THREAD));
-    return worth_threads(int(wanted), products / V);
+    const int64_t logits = x.rows * x.classes, products = logits * (x.columns + OF_A_LOGIT);
+    const int64_t wanted = max64(1, min64(available, products / WORTH_A_THREAD));
+    return worth_threads(int(wanted), (products + (d ? 2 * logits * x.columns : 0)) / V);
   }
 
   // This thread's share of the panels.
@@ -130,7 +131,8 @@ class LinearCrossEntropy {
       });
     }
     double loss = 0;
-    for (int64_t row = 0; row < n; ++row) loss += run_row(local.logits + row * stride, x.targets[first + row]);
+    for (int64_t row = 0; row < n; row += V)
+      loss += softmax(local.logits + row * stride, x.targets + first + row, int(min64(V, n - row)));
     memory.losses[task] = loss;
     if (!d) return;
     float* sums = memory.sums + task * stride;
@@ -140,41 +142,56 @@ class LinearCrossEntropy {
     hidden_gradient(memory, local, first, n);
   }
 
-  // From logits to their gradients: probabilities, less 1 at the target, over the number of rows; returns the loss.
-  double run_row(float* logits, int64_t target) const {
-    F32 largest = load(logits);
-    for (int64_t j = V; j < stride; j += V) {
-      const F32 l = load(logits + j);
-      largest = l > largest ? l : largest;
+  // From the logits of n rows, at most V, to their gradients: probabilities, less 1 at the target, over the number of rows of all;
+  // returns these rows' loss.
+  double softmax(float* logits, const int64_t* targets, int n) const {
+    F32 of_rows[V] = {};
+    for (int r = 0; r < n; ++r) {
+      const float* row = logits + r * stride;
+      of_rows[r] = load(row);
+      for (int64_t j = V; j < stride; j += V) of_rows[r] = larger(load(row + j), of_rows[r]);
     }
-    const float most = across(largest, [](float a, float b) { return a > b ? a : b; });
-    const double of_target = double(logits[target]) - double(most);
-    F32 sums{};
-    for (int64_t j = 0; j < stride; j += V) {
-      const F32 l = load(logits + j) - splat(most);
-      const auto s = SplitExp<float>::of(at_least(Math<float>::lowest, l));
-      const F32 e = l < splat(Math<float>::lowest) ? F32{} : fma(s.scale, s.m, s.scale);
-      store(logits + j, e);
-      sums += e;
+    float most[V], inverse[V];
+    store(most, across(of_rows, larger));
+    double of_targets = 0;
+    for (int r = 0; r < n; ++r) {
+      float* row = logits + r * stride;
+      of_targets += double(row[targets[r]]) - double(most[r]);
+      of_rows[r] = F32{};
+      for (int64_t j = 0; j < stride; j += V) {
+        const F32 l = load(row + j) - splat(most[r]);
+        const auto s = SplitExp<float>::of(at_least(Math<float>::lowest, l));
+        const F32 e = l < splat(Math<float>::lowest) ? F32{} : fma(s.scale, s.m, s.scale);
+        store(row + j, e);
+        of_rows[r] += e;
+      }
     }
-    const float sum = across(sums, [](float a, float b) { return a + b; });
-    const F32 inverse = splat(1 / sum), scale = splat(1 / float(x.rows));
-    const float at_target = logits[target] * inverse[0];
-    for (int64_t j = 0; d && j < stride; j += V) store(logits + j, load(logits + j) * inverse * scale);
-    logits[target] = (at_target - 1.f) * scale[0];
-    return std::log(double(sum)) - of_target;
+    const F32 sums = across(of_rows, [](F32 a, F32 b) { return a + b; });
+    store(inverse, splat(1.f) / sums);
+    const float scale = 1 / float(x.rows);
+    double product = 1;  // of sums between 1 and the number of classes: it has one logarithm instead of V
+    for (int r = 0; r < n; ++r) {
+      float* row = logits + r * stride;
+      product *= double(sums[r]);
+      if (!d) continue;
+      const float at_target = row[targets[r]] * inverse[r];
+      for (int64_t j = 0; j < stride; j += V) store(row + j, load(row + j) * splat(inverse[r]) * splat(scale));
+      row[targets[r]] = (at_target - 1.f) * scale;
+    }
+    return std::log(product) - of_targets;
   }
 
-  // Pairs of lanes, and pairs of those.
+  RNNFAST_INLINE F32 larger(F32 a, F32 b) { return a > b ? a : b; }
+
+  // What each row comes to, in the lane of its number: pairs of its lanes, and pairs of those.
   template <class F>
-  RNNFAST_INLINE float across(F32 v, F f) {
-    float lanes[V];
-    store(lanes, v);
+  RNNFAST_INLINE F32 across(F32* rows, F f) {
+    transpose(rows);
 #pragma GCC unroll 8
     for (int n = V / 2; n > 0; n /= 2)
 #pragma GCC unroll 8
-      for (int e = 0; e < n; ++e) lanes[e] = f(lanes[e], lanes[e + n]);
-    return lanes[0];
+      for (int e = 0; e < n; ++e) rows[e] = f(rows[e], rows[e + n]);
+    return rows[0];
   }
 
   // Of rows [first, first + n), whose logits' gradients are in local.logits.
