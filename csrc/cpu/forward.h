@@ -85,9 +85,9 @@ class Forward {
     }
     Walk<O> walk(packed.w_hh, packed.gates, s.state, item, s.steps, local.member, local.members, INT64_MAX, team.deal.get(),
                  row_groups(s, split, packed.gates), 0, near_of_state(local));
-    int64_t in_chunk = item.done % chunk_steps;
+    int64_t in_chunk = 0;
     for (int64_t step = item.done; step < s.steps; ++step) {
-      if (in_chunk == 0) team.share(item, step);
+      if (team.share(item, step)) in_chunk = 0;  // the input products of fewer rows lie elsewhere
       // A team makes them a step early, which saves it a barrier.
       const int64_t first = step + together;
       if (in_chunk == (together ? chunk_steps - 1 : 0) && first < s.steps && !table) make_gates_x(item, local, first);

@@ -72,17 +72,18 @@ int64_t Deal::take_from(int member, bool from_end) {
 Relay::Relay(int threads) { given_.reserve(size_t(threads)); }
 Relay::~Relay() = default;
 
-void Relay::share(Item& item, int64_t done) {
-  constexpr int64_t WORTH_IT = 8;
+bool Relay::share(Item& item, int64_t done) {
+  constexpr int64_t WORTH_IT = 4;
   const int64_t rows = item.end - item.first;
-  if (rows < WORTH_IT || idle_.load(std::memory_order_relaxed) == 0) return;
+  if (rows < WORTH_IT || idle_.load(std::memory_order_relaxed) == 0) return false;
   const std::lock_guard<std::mutex> lock(mutex_);
-  if (idle_.load(std::memory_order_relaxed) == 0) return;
+  if (idle_.load(std::memory_order_relaxed) == 0) return false;
   given_.push_back({item.lane, item.lane_end, item.end - rows / 2, item.end, done});
   item.end -= rows / 2;
   idle_.fetch_sub(1, std::memory_order_relaxed);  // whoever takes it
   changes_.fetch_add(1, std::memory_order_release);
   changed_.notify_one();
+  return true;
 }
 
 bool Relay::take(Item& item, int threads) {
@@ -113,9 +114,7 @@ Team::Team(int threads, bool together, int64_t pieces) : Team() {
 }
 Team::~Team() = default;
 
-void Team::share(Item& item, int64_t done) {
-  if (relay) relay->share(item, done);
-}
+bool Team::share(Item& item, int64_t done) { return relay && relay->share(item, done); }
 
 bool Team::end_step(int member, int& members) {
   constexpr int64_t WORTH_LEAVING = 1000000;  // nanoseconds

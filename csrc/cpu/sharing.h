@@ -55,8 +55,9 @@ class Relay {
   explicit Relay(int threads);
   ~Relay();
 
-  // Gives half of the item's rows away, if a thread asks for some and they are worth it. Takes no memory, and throws nothing.
-  void share(Item& item, int64_t done);
+  // Gives half of the item's rows away, if a thread asks for some and they are worth it, and says whether it has. Takes no memory,
+  // and throws nothing.
+  bool share(Item& item, int64_t done);
   // For one of `threads` that has no more work: what another gives it, or false when none has any.
   bool take(Item& item, int threads);
 
@@ -78,8 +79,8 @@ struct Team {
   // `pieces`: of a step, to be dealt, or 0.
   Team(int threads, bool together, int64_t pieces);
   ~Team();
-  // Before a step, where rows may go on in another thread.
-  void share(Item& item, int64_t done);
+  // Before a step, where rows may go on in another thread: whether some do.
+  bool share(Item& item, int64_t done);
   // Whether the member goes on. Where the team has hardly been quicker than one of its threads, as others are not running, it
   // dissolves: the first member goes on alone, and `members` becomes 1.
   bool end_step(int member, int& members);
