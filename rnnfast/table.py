@@ -26,6 +26,7 @@ FORMAT = 1
 SHIPPED = Path(__file__).parent / "tables"
 # The backends that a table decides about; "torch" is what they are measured beside.
 TUNED = ("cuda", "triton")
+KERNELS = ("block", "cluster", "grid", "steps")  # of the CUDA scan, in the order of csrc/cuda/plan.h
 # Calls are measured at these numbers of steps; one in between goes by the next smaller. Training has two at least.
 STEPS = (1, 16, 128)
 
@@ -220,6 +221,9 @@ def read(path: Path) -> Table:
             for times in point.microseconds.values():
                 if not all(isinstance(time, (int, float)) for time in times.values()):
                     raise ValueError("a time is no number")
+            for kernel, *sizes in point.teams.values():
+                if kernel not in KERNELS or len(sizes) != 3 or (kernel != "steps" and min(sizes) < 1):
+                    raise ValueError("a team is none of the CUDA scan's")
         return Table(head, points, content["time"])
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"it is damaged: {type(error).__name__} {error}") from error

@@ -164,6 +164,8 @@ def test_wins() -> None:
         lambda text: text.replace('"points": [', '"points": ["'),
         lambda text: text.replace('"cell"', '"sell"'),
         lambda text: text.replace("40", '"forty"', 1),
+        lambda text: text.replace('["cluster", 16, 8, 16]', '["cluster", 16, 0, 16]'),
+        lambda text: text.replace('["cluster", 16, 8, 16]', '["clusters", 16, 8, 16]'),
     ],
 )
 def test_a_damaged_table_is_named_and_left_alone(damage: Callable[[str], str]) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_parts
-from rnnfast.backends.cuda import launch
+from rnnfast.table import KERNELS
 
 SCHEDULES = range(8)
 
@@ -49,7 +49,7 @@ def test_the_watchdog_says_what_is_missing(emulated, kernel, message):
     assert message in _run(emulated, kernel, 0)[1]
 
 
-@pytest.mark.parametrize("kernel", launch.KERNELS)
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_what_the_sanitizer_watches_can_be_run(schedule, monkeypatch, kernel):
     monkeypatch.setattr(gpu_parts, "DEVICE", "cpu")
     monkeypatch.setattr(gpu_parts, "NUMBERS", {"float32": torch.float32, "bfloat16": torch.bfloat16})

@@ -14,9 +14,9 @@ from rnnfast import table
 from rnnfast.backends import products
 from rnnfast.backends.products import numbers, on_device_of, steps_of
 from rnnfast.cells import CELLS
+from rnnfast.table import KERNELS
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-KERNELS = ("block", "cluster", "grid", "steps")
 
 NAMESPACE = "rnnfast_cuda"
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from rnnfast.backends import products
 from rnnfast.backends.products import numbers, on_device_of, steps_of
 from rnnfast.backends.triton import block, cells, loop, step
-from rnnfast.backends.triton.plan import DTYPES, H100, Card, Plan, Walk, plan, programs
+from rnnfast.backends.triton.plan import DTYPES, H100, MOST_BLOCKS, Card, Plan, Walk, plan, programs
 from rnnfast.cells import CELLS
 
 
@@ -122,6 +122,11 @@ def _walk(h_0: Tensor, rows: int, batch_sizes: Tensor | None, bidirectional: boo
 
 def _plan(cell: str, h_0: Tensor) -> Plan:
     lanes, batch, hidden = h_0.shape
+    if lanes > MOST_BLOCKS:
+        raise RuntimeError(
+            f"the triton backend runs at most {MOST_BLOCKS:,} layers at once, each direction counted, not {lanes:,}: "
+            'use smaller chunks (torch.vmap\'s chunk_size) or backend="torch"'
+        )
     return plan(cell, hidden, batch, lanes, numbers(h_0.dtype), card(h_0.device))
 
 

@@ -93,6 +93,7 @@ RESIDENT = {"rnn_tanh": 1024, "rnn_relu": 1024, "lstm": 512, "gru": 512}
 AMPLE_SHARED_BYTES = 163 * 1024
 # The most values of one lane's padded w_hh that the step scan addresses in 32 bits.
 ADDRESSED_WEIGHTS = 1 << 31
+MOST_BLOCKS = 65_535  # of a launch along y or z
 GATES = Plan("gates", rows=4, units=128, warps=4)
 
 
@@ -135,7 +136,11 @@ def candidates(cell: str, hidden: int, batch: int, lanes: int, numbers: str, car
             stages=2,
         )
     )
-    step = [how for how in step if CELLS[cell].gates * how.padded(hidden) ** 2 < ADDRESSED_WEIGHTS]
+    step = [
+        how
+        for how in step
+        if CELLS[cell].gates * how.padded(hidden) ** 2 < ADDRESSED_WEIGHTS and batch <= how.rows * MOST_BLOCKS
+    ]
     if step and programs(step[0], hidden, batch, lanes) <= card.multiprocessors:
         return (*block, *step, GATES)
     return (*block, GATES, *step)
