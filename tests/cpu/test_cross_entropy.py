@@ -90,6 +90,18 @@ def test_large_and_infinite_logits() -> None:
     assert cross_entropy(*tensors).isnan()
 
 
+def test_a_row_that_is_no_number_leaves_the_others_alone() -> None:
+    """Rows are taken a vector at a time."""
+    tensors = build(21, 8, 30)
+    _, before, *_ = results(cross_entropy, *tensors)
+    with torch.no_grad():
+        tensors[0][7, 2] = torch.nan
+    _, after, *_ = results(cross_entropy, *tensors)
+    assert after[7].isnan().all()
+    others = torch.arange(21) != 7
+    assert torch.equal(after[others], before[others])
+
+
 def test_bits_do_not_depend_on_threads() -> None:
     tensors = build(600, 130, 300)
     threads = torch.get_num_threads()
