@@ -51,7 +51,7 @@ class TrainConfig:
     schedule: Literal["constant", "cosine"] = option("constant", "how the learning rate continues after the warm-up")
     warmup: int = option(0, "optimizer steps over which the learning rate rises")
     weight_decay: float = option(0.0, "weight decay")
-    clip: float = option(1.0, "largest norm of the gradient")
+    clip: float = option(1.0, "largest norm of the gradient; 0: any")
     seed: int = option(0, "determines every number of a run on the CPU")
 
     precision: Literal["float32", "bfloat16"] = option(
@@ -75,8 +75,8 @@ class TrainConfig:
             self._check(name, (getattr(self, name) or 0) < 2**40, "below 2^40")  # beyond, torch's own sizes overflow
         for name in ("min_freq", "sample_every", "save_every", "warmup", "weight_decay"):
             self._check(name, getattr(self, name) >= 0, "0 or more")
-        for name in ("lr", "clip"):
-            self._check(name, 0 < getattr(self, name) < float("inf"), "a positive number")
+        self._check("lr", 0 < self.lr < float("inf"), "a positive number")
+        self._check("clip", 0 <= self.clip < float("inf"), "a norm, or 0 for none")
         self._check("max_tokens", self.max_tokens == -1 or self.max_tokens >= 1, "at least 1, or -1 for all")
         self._check("validation", 0 <= self.validation < 1, "in [0, 1)")
         self._check("dropout", 0 <= self.dropout < 1, "in [0, 1)")

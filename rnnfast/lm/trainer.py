@@ -37,7 +37,7 @@ def train_step(
     Args:
         inputs, targets: token ids (T, B), int64.
         state: carried from the batch before, detached; None for a fresh one.
-        clip: the gradient is scaled down to this norm if it exceeds it.
+        clip: the gradient is scaled down to this norm if it exceeds it; 0: never.
         precision: "float32", or "bfloat16" for products and states in it and parameters, loss and optimizer in float32.
 
     Returns:
@@ -48,7 +48,8 @@ def train_step(
     for parameter in trained:
         parameter.grad = None  # as `zero_grad` does, which asks for more than a small model's step has time for
     loss.backward()
-    clip_gradients([p.grad for p in trained if p.grad is not None], clip, model.backend)
+    if clip > 0:
+        clip_gradients([p.grad for p in trained if p.grad is not None], clip, model.backend)
     optimizer.step()
     return loss.detach(), detach(state)
 
@@ -210,10 +211,10 @@ class Trainer:
             raise self._diverged("parameters are")
 
     def _diverged(self, what: str) -> UserError:
+        clip = f"a smaller --clip (now {self.config.clip:g})" if self.config.clip else "a --clip above 0"
         return UserError(
             f"the {what} no longer finite in epoch {self.epoch + (self.step > 0)}: try a smaller --lr "
-            f"(now {self.config.lr:g}), a smaller --clip (now {self.config.clip:g}), or a gated cell "
-            "(--cell lstm or gru)"
+            f"(now {self.config.lr:g}), {clip}, or a gated cell (--cell lstm or gru)"
         )
 
     def sample(self, length: int = 50) -> str:

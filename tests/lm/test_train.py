@@ -310,9 +310,10 @@ def test_validation_and_sample_are_reported(capsys: pytest.CaptureFixture[str]) 
     assert all(record["validation_perplexity"] > 1 for record in result.records)
 
 
-def test_a_loss_that_is_not_finite_stops_with_what_to_try(tmp_path: Path) -> None:
-    config = replace(SMALL, cell="rnn_relu", lr=1e30, clip=1e30)
-    with pytest.raises(UserError, match=r"epoch 1: try a smaller --lr \(now 1e\+30\)"):
+@pytest.mark.parametrize(("clip", "advice"), [(1e30, r"a smaller --clip \(now 1e\+30\)"), (0.0, "a --clip above 0")])
+def test_a_loss_that_is_not_finite_stops_with_what_to_try(tmp_path: Path, clip: float, advice: str) -> None:
+    config = replace(SMALL, cell="rnn_relu", lr=1e30, clip=clip)
+    with pytest.raises(UserError, match=rf"epoch 1: try a smaller --lr \(now 1e\+30\), {advice}, or"):
         train(config, tmp_path)
     train(replace(SMALL, epochs=1), tmp_path)  # a run that took no step is replaced unasked
 
@@ -338,8 +339,9 @@ def test_parameters_that_are_not_finite_replace_no_checkpoint(tmp_path: Path, mo
     assert all(tensor.isfinite().all() for tensor in load(tmp_path).tensors.values())
 
 
-def test_train_step_is_the_chapters() -> None:
-    """Against clipping and SGD written out."""
+@pytest.mark.parametrize("clip", [0.01, 0.0])
+def test_train_step_is_the_chapters(clip: float) -> None:
+    """Against clipping, if there is any, and SGD written out."""
     torch.manual_seed(0)
     model: Any = build_model(replace(SMALL, scratch=True), 28)
     expected = build_model(replace(SMALL, scratch=True), 28)
@@ -349,7 +351,7 @@ def test_train_step_is_the_chapters() -> None:
         for p, q in zip(model.parameters(), expected.parameters(), strict=True):
             p *= 30  # large enough for a gradient above the norm
             q *= 30
-    loss, state = train_step(model, torch.optim.SGD(model.parameters(), lr=0.7), ids[:-1], ids[1:], None, clip=0.01)
+    loss, state = train_step(model, torch.optim.SGD(model.parameters(), lr=0.7), ids[:-1], ids[1:], None, clip)
     logits, _ = expected(ids[:-1])
     expected_loss = -logits.log_softmax(-1).gather(-1, ids[1:, :, None]).mean()
     gradients = torch.autograd.grad(expected_loss, list(expected.parameters()))
@@ -358,7 +360,7 @@ def test_train_step_is_the_chapters() -> None:
     torch.testing.assert_close(loss, expected_loss.detach())
     assert not state.requires_grad
     for p, q, g in zip(model.parameters(), expected.parameters(), gradients, strict=True):
-        torch.testing.assert_close(p.detach(), (q - 0.7 * g * (0.01 / norm)).detach())
+        torch.testing.assert_close(p.detach(), (q - 0.7 * g * (clip / norm if clip else 1)).detach())
 
 
 def test_learning_rates() -> None:
@@ -380,7 +382,8 @@ def test_learning_rates() -> None:
         ({"cell": "cnn"}, r"--cell must be of type Literal\['rnn', .*\], not cnn"),
         ({"lr": float("nan")}, "--lr must be a positive number"),
         ({"lr": float("inf")}, "--lr must be a positive number"),
-        ({"clip": -1.0}, "--clip"),
+        ({"clip": -1.0}, "--clip must be a norm, or 0 for none"),
+        ({"clip": float("inf")}, "--clip"),
         ({"save_every": -1.0}, "--save-every must be 0 or more"),
         ({"dropout": 1.0}, "--dropout"),
         ({"validation": 1.0}, "--validation"),
