@@ -90,6 +90,8 @@ LAYER: list[tuple[Case, str, Change, str]] = [
     (PADDED, "w_hh", shorter, "column for each unit"),
     (PADDED, "w_hh", lambda _: torch.zeros(1, 33, 8), "w_hh must be"),
     (PADDED, "w_hh", lambda _: torch.zeros(0, 32, 8), "a direction and a unit"),
+    (PROJECTED, "w_hh", lambda _: torch.zeros(1, 0, 5), "a direction and a unit"),
+    (PROJECTED, "w_hh", lambda _: torch.zeros(1, 32, 0), "a direction and a unit"),
     (GRU, "h_0", fewer_states, "no whole number of steps"),
     (PADDED, "h_0", fewer_states, "c_0 must be"),
     (PADDED, "c_0", fewer_states, "c_0 must be"),

@@ -73,6 +73,12 @@ def test_more_gates_than_a_block_of_the_backward_product(ragged: bool, dtype: to
 
 
 @pytest.mark.parametrize("dtype", FLOOR, ids=str)
+@pytest.mark.parametrize(("steps", "batch"), [(2, 1024), (3, 683), (2, 2048)])  # one group of 2048, one row more, two
+def test_rows_at_the_edges_of_a_group_of_sums(steps: int, batch: int, dtype: torch.dtype) -> None:
+    check(Case("gru", 1, steps, batch, 3, 5), dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOOR, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 def test_a_vocabulary_too_large_for_a_table(cell: str, dtype: torch.dtype) -> None:
     """Above 4096 ids one call looks its rows up in w_ih itself."""

@@ -250,6 +250,18 @@ def test_nan_and_inf_stay_in_their_row(cell: str, dtype: torch.dtype) -> None:
     assert cell == "rnn_relu" or gradients["d_h_0"][0, 3].isnan().any()  # relu's gradient does not read its argument
 
 
+@pytest.mark.parametrize("ids", [False, True])
+def test_an_infinite_gradient_makes_an_infinite_sum(ids: bool) -> None:
+    """And no NaN, though what each addition rounds off is kept for the next one."""
+    arguments = build(Case("rnn_relu", 1, 1, 300, 4, 5, ids=ids), torch.float32)
+    d_outputs = gradients_like(arguments, torch.float32)
+    unit = int(run("cpu", arguments, d_outputs)[0]["output"][0].argmax())  # one that relu lets through
+    d_outputs[0][0, unit] = torch.inf
+    _, gradients = run("cpu", arguments, d_outputs)
+    assert gradients["d_b_ih"][0, unit] == torch.inf
+    assert not ids or gradients["d_w_ih"][0, unit, arguments[0][0]] == torch.inf
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_activations_over_the_whole_range(dtype: torch.dtype) -> None:
     """A unit with weight 1 and zero state shows tanh and, through an LSTM's forget gate, sigmoid."""
@@ -353,7 +365,7 @@ def test_a_hundred_thousand_steps() -> None:
     assert torch.allclose(forward[-1, :3], outputs["output"][-1, :3], atol=1e-6)  # 50 steps forget where they began
 
 
-@pytest.mark.parametrize("sizes", [[2, 2], [3, 1, 1], [2, 3], [2, 4, -1]])
+@pytest.mark.parametrize("sizes", [[2, 2], [3, 1, 1], [2, 3], [2, 4, -1], [2, 2, 2, -1]])
 def test_batch_sizes_that_do_not_fit(sizes: list[int]) -> None:
     arguments = [
         torch.randn(5, 4),
