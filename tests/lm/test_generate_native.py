@@ -85,6 +85,25 @@ def test_a_nucleus_that_reaches_top_p_exactly() -> None:
     assert written == list(generate(Wrapped(model), [1], 50, temperature=1.0, top_p=0.5))
 
 
+def test_draws_at_the_edges_of_tokens() -> None:
+    model = RNNLM(4, "rnn", 8)
+    torch.nn.init.zeros_(model.head.weight)
+    torch.nn.init.zeros_(model.head.bias)
+
+    def drawn(draws: list[float], **settings: Any) -> list[int]:
+        parts = native_parts(model)
+        assert parts is not None
+        uniforms = torch.tensor(draws, dtype=torch.float64)
+        return native.generate(*parts, torch.zeros(1, 1, 8), None, 1, len(draws), uniforms, **settings)[0].tolist()
+
+    assert drawn([1e-9, 0.25, 0.26, 0.5, 0.75, 1.0]) == [0, 0, 1, 1, 2, 3]
+    assert drawn([2.0]) == [3]  # no draw, and still a token
+    with torch.no_grad():
+        model.head.bias[1] = -1
+    assert drawn([0.35]) == [1]
+    assert drawn([0.35], top_k=3) == [2]  # all but the least likely
+
+
 @pytest.mark.parametrize("length", [0, 1, 2, CHUNK, CHUNK + 1, CHUNK + 2])
 def test_lengths_around_a_chunk(length: int) -> None:
     model = varied("lstm")
