@@ -60,6 +60,10 @@ double steps_time(const Problem& p, const DeviceLimits& d) {
 
 Layout check_layout(const Problem& p, const DeviceLimits& d, Kernel kernel, int blocks, int rows, int warps,
                     std::string& why_not) {
+  if (std::min({blocks, rows, warps}) < 1) {  // which the layout divides by
+    why_not = "a team has a block, a row and a warp at least";
+    return {};
+  }
   const Layout l = make_layout(gate_count(p.cell), p.hidden, p.numbers, pass_of(kernel, p), blocks, rows, warps);
   const int64_t all_blocks = blocks * all_teams(p, rows);
   why_not.clear();

@@ -121,6 +121,9 @@ def test_more_blocks_than_an_int_counts_are_not_taken_for_few(emulated, batch, l
         ("H200", "float32", Plan("block", 1, 1, 16), "shared memory"),
         ("RTX 4060", "bfloat16", Plan("grid", 24, 8, 16), "at once"),
         ("H200", "bfloat16", Plan("cluster", 8, 12, 16), "rows by eight"),
+        ("H200", "float32", Plan("block", 1, 0, 16), "a block, a row and a warp at least"),
+        ("H200", "float32", Plan("grid", 0, 8, 16), "a block, a row and a warp at least"),
+        ("H200", "float32", Plan("block", 1, 8, 0), "a block, a row and a warp at least"),
     ],
 )
 def test_a_refusal_says_why(emulated, card, numbers, team, why):
