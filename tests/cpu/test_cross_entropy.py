@@ -90,6 +90,15 @@ def test_large_and_infinite_logits() -> None:
     assert cross_entropy(*tensors).isnan()
 
 
+@pytest.mark.parametrize("largest", range(0, 40, 13))
+def test_the_largest_logit_of_any_class(largest: int) -> None:
+    tensors = build(20, 8, 40)
+    with torch.no_grad():
+        tensors[2][largest] = 1e4
+    tensors[3].fill_(largest)
+    torch.testing.assert_close(results(cross_entropy, *tensors), results(by_torch, *tensors))
+
+
 def test_a_row_that_is_no_number_leaves_the_others_alone() -> None:
     """Rows are taken a vector at a time."""
     tensors = build(21, 8, 30)
