@@ -4,9 +4,9 @@ import triton
 import triton.language as tl
 
 from rnnfast.backends.triton.cells import sigmoid, tanh
-from rnnfast.backends.triton.step import opaque
+from rnnfast.backends.triton.step import opaque, round_to_tf32
 
-__all__ = ["evaluate", "opaque", "sigmoid", "tanh"]
+__all__ = ["evaluate", "opaque", "round_to_tf32", "sigmoid", "tanh"]
 
 
 @triton.jit

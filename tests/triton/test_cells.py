@@ -53,6 +53,29 @@ def test_opaque_changes_nothing(device):
     assert torch.equal(_evaluate(device, "opaque", x), x)
 
 
+@pytest.mark.parametrize("side", ["in the kernel", "of the weights"])
+def test_rounding_to_tf32(device, side):
+    """To the nearer multiple of the tenth bit's value, ties away from zero, as NVIDIA's own conversion rounds."""
+    magnitude = torch.cat((torch.logspace(-37, 37, 1000), 1 + torch.arange(64) * 2.0**-13, torch.tensor([0.0])))
+    x = torch.cat((magnitude, -magnitude))
+    significand, exponent = torch.frexp(x.double())
+    units = significand * 2**11
+    truth = torch.ldexp(torch.copysign((units.abs() + 0.5).floor(), units), exponent - 11).float()
+    special = torch.tensor([float("inf"), -float("inf")])
+    nan = torch.tensor([0x7FFFFFFF, 0x7FC00000, -1], dtype=torch.int32).view(torch.float32)
+
+    def rounded(x):
+        if side == "in the kernel":
+            return _evaluate(device, "round_to_tf32", x)
+        from rnnfast.backends.triton import launch
+
+        return launch._rounded_to_tf32(x)
+
+    assert torch.equal(rounded(x), truth)
+    assert torch.equal(rounded(special), special)
+    assert rounded(nan).isnan().all()
+
+
 def test_import_imports_no_triton():
     code = (
         "import sys, rnnfast; from rnnfast.backends import triton as b; b.why_not(); assert 'triton' not in sys.modules"

@@ -97,6 +97,41 @@ def test_planned_kernels(launch, device, cell, hidden, dtype):
         assert_near("output", a, t, dtype, FORWARD_ROUNDINGS[dtype])
 
 
+@pytest.fixture
+def allow_tf32():
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@pytest.mark.parametrize("kernel", ["step", "resident"])
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
+def test_operands_are_rounded_to_tf32(launch, monkeypatch, device, allow_tf32, cell, kernel):
+    """Once allowed, of every step's product forward and backward, to the nearest: tensor cores would cut bits off."""
+    monkeypatch.setattr(launch, "plan", lambda cell, hidden, *_: KERNELS[kernel](hidden))
+    layer = random_layer(cell, 18, 17, 3, torch.float32, lanes=2, ragged=True, token_ids=True, device=device)
+    wide = widened(layer)
+    truth = reference.forward(*wide, True)
+    ours = launch.forward(*layer, True)
+    gradients = random_gradients(ours)
+    back = reference.backward(*widened(gradients), *wide, *widened([ours[0], ours[3]]), True, True)
+    found = launch.backward(*gradients, *layer, ours[0], ours[3], True, True)
+    for name, a, t in [("output", ours[0], truth[0]), ("d_h_0", found[6], back[6])]:
+        error = float((a.double() - t).norm() / t.norm())
+        # Rounded, both operands of a product are off by 2^-11 / sqrt(3) as RMS at most; cut off, by twice as much.
+        assert 2**-16 < error < 2**-11, f"{name}: {error:.1e}"
+
+    # What is rounded already is not changed: a step's product is that of rounded weights and state.
+    def one_step(h_0: Tensor, w_hh: Tensor) -> Tensor:
+        input, w_ih, _, *biases, _, c_0, _, name, bidirectional = layer
+        return launch.forward(input[:17], w_ih, w_hh, *biases, h_0, c_0, None, name, bidirectional, False)[0]
+
+    if cell != "gru":  # whose gates add h itself
+        h_0, w_hh = layer[6], layer[2]
+        rounded = launch._rounded_to_tf32
+        assert torch.equal(one_step(h_0, w_hh), one_step(rounded(h_0), rounded(w_hh)))
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_row_does_not_depend_on_the_batch_or_on_chunks(launch, monkeypatch, device, kernel):
     """Bit for bit, but where torch's GEMM takes a row otherwise among others; and NaN in one row stays in that row."""

@@ -162,7 +162,7 @@ def scan_forward(
         if how.kernel == "gates":
             loop.forward(cell, how, walk, gx, ids, w_hh, b_hh, h_0, c_0, output, tape, h_n, c_n)
             return
-        w = _pad_units(w_hh, how)
+        w = _weights(w_hh, how)
         constants = {"CELL": cells.FORWARD[cell], **_constants(cell, h_0.dtype, how)}
         if constants.get("FMA"):
             w = w.mT.contiguous()
@@ -200,7 +200,7 @@ def scan_backward(
             written = (d_gx, d_g_last, d_h_0, d_c_0)
             loop.backward(cell, how, walk, d_output, d_h_n, d_c_n, w_hh, h_0, c_0, output, tape, *written)
             return
-        w = _pad_units(w_hh, how)
+        w = _weights(w_hh, how)
         tensors = (d_output, d_h_n, d_c_n, w, h_0, c_0, walk.offsets, output, tape, d_gx, d_g_last, d_h_0, d_c_0)
         constants = {"CELL": cells.BACKWARD[cell], **_constants(cell, h_0.dtype, how)}
         if how.kernel in ("registers", "shared"):
@@ -212,12 +212,21 @@ def scan_backward(
             _launch_steps(step.scan_backward, h_0.device, how, walk, walk.steps + 1, (*tensors, *states), constants)
 
 
-def _pad_units(w_hh: Tensor, how: Plan) -> Tensor:
-    """Returns w_hh as (D, G, padded, padded), with zeros around; itself where nothing is to be padded."""
+def _weights(w_hh: Tensor, how: Plan) -> Tensor:
+    """Returns w_hh as the kernel reads it, (D, G, padded, padded), with zeros around."""
     hidden = w_hh.shape[2]
     more = how.padded(hidden) - hidden
     w_hh = w_hh.unflatten(1, (-1, hidden))
-    return torch.nn.functional.pad(w_hh, (0, more, 0, more)) if more else w_hh
+    if more:
+        w_hh = torch.nn.functional.pad(w_hh, (0, more, 0, more))
+    is_tf32 = how.kernel in ("resident", "step") and numbers(w_hh.dtype) == "tf32"
+    return _rounded_to_tf32(w_hh) if is_tf32 else w_hh
+
+
+def _rounded_to_tf32(w: Tensor) -> Tensor:
+    """As `step.round_to_tf32` does: each step reads the weights again, which it would have to round again."""
+    bits = w.view(torch.int32)
+    return torch.where(w.isnan(), w, ((bits + 0x1000) & -0x2000).view(torch.float32))
 
 
 def _constants(cell: str, dtype: torch.dtype, how: Plan) -> dict[str, Any]:

@@ -60,8 +60,18 @@ def opaque(x):
 
 
 @triton.jit
+def round_to_tf32(x):
+    """Returns the float32 x rounded to TF32's 10 bits, ties away from zero; tensor cores would cut the others off.
+
+    NaN stays what it is: in NVIDIA's own, all bits are set, and adding to them would make a zero of it.
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.where(x == x, ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True), x)
+
+
+@triton.jit
 def add_product(total, a, w, FMA: tl.constexpr, PRECISION: tl.constexpr):
-    """Returns total + a w."""
+    """Returns total + a w; for TF32, w is rounded already."""
     if FMA:
         # Told of no limit, the compiler makes the total the start of the product's own chain.
         product = tl.dot(a, w, input_precision=PRECISION, max_num_imprecise_acc=CHAIN)
@@ -69,7 +79,8 @@ def add_product(total, a, w, FMA: tl.constexpr, PRECISION: tl.constexpr):
             product = opaque(product)
         return total + product
     else:
-        return tl.dot(a.to(w.dtype), w, acc=total, input_precision=PRECISION)
+        a = round_to_tf32(a) if PRECISION == "tf32" else a.to(w.dtype)
+        return tl.dot(a, w, acc=total, input_precision=PRECISION)
 
 
 @triton.jit(
