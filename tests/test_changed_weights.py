@@ -93,6 +93,20 @@ def test_what_is_written_through_data_is_seen(part: str, place: int, direct_call
     torch.testing.assert_close(layer.step(input[0], state), general_step(layer, input[0], state), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(("features", "units", "part"), [(28, 64, "unit"), (100, 16, "column")])
+def test_the_last_one_of_a_matrix_alone_is_seen(features: int, units: int, part: str, direct_calls: list[int]) -> None:
+    """Of the longer side of `weight_ih`, which a sample of the other side's length does not reach."""
+    layer, input = rnnfast.GRU(features, units), torch.randn(3, 2, features)
+    for _ in range(2):
+        layer(input)
+    weight = layer.weight_ih_l0.data
+    if part == "unit":
+        weight.view(3, units, features)[:, -1] += 1
+    else:
+        weight[:, -1] += 1
+    torch.testing.assert_close(layer(input), copy.deepcopy(layer)(input), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("gate", range(4))
 def test_a_gate_of_one_unit_written_through_data_is_seen(gate: int, direct_calls: list[int]) -> None:
     layer, input = rnnfast.LSTM(1, 1), torch.randn(3, 2, 1)

@@ -216,14 +216,71 @@ def test_what_is_no_packed_weight_is_refused() -> None:
     ],
 )
 def test_generation_refuses_parts_that_do_not_fit(name: str, change: Change, message: str) -> None:
-    def packed(inputs: int) -> Tensor:
-        weights = torch.randn(1, 32, inputs), torch.randn(1, 32, 8), None, None, None
-        return torch.ops.rnnfast.scan_cpu_pack(*weights, "lstm", False)
-
-    arguments: dict[str, Any] = {"packed": [packed(5), packed(8)], "embedding": torch.randn(7, 5)}
-    arguments |= {"head_weight": torch.randn(7, 8), "head_bias": torch.randn(7)}
-    arguments |= {"h_0": torch.zeros(2, 1, 8), "c_0": torch.zeros(2, 1, 8), "token": 1, "length": 9}
-    arguments |= {"uniforms": torch.rand(9, dtype=torch.float64), "temperature": 1.0, "top_k": None, "top_p": None}
+    arguments = generation()
     assert len(torch.ops.rnnfast.generate_cpu(*arguments.values())[0]) == 9
     with pytest.raises(RuntimeError, match=message):
         torch.ops.rnnfast.generate_cpu(*(arguments | {name: change(arguments[name])}).values())
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        {"lanes": 2},
+        {"dtype": torch.float64},
+        {"hidden": 16, "projected": 8},
+        {"projected": 5},
+        {"ids": True},
+        {"inputs": 7},
+        {"cell": "gru"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("place", [0, 1])
+def test_generation_refuses_a_layer_that_does_not_fit(place: int, layer: dict[str, Any]) -> None:
+    arguments = generation()
+    fitting = {"inputs": 8 if place else 5}
+    arguments["packed"][place] = packed_layer(**fitting)
+    torch.ops.rnnfast.generate_cpu(*arguments.values())
+    arguments["packed"][place] = packed_layer(**fitting | layer)
+    with pytest.raises(RuntimeError, match=f"layer {place} does not fit"):
+        torch.ops.rnnfast.generate_cpu(*arguments.values())
+
+
+@pytest.mark.parametrize("embedded", [True, False])
+def test_generation_refuses_a_head_of_more_tokens_than_the_first_layer_knows(embedded: bool) -> None:
+    arguments = generation()
+    if not embedded:
+        arguments |= {"embedding": None, "packed": [packed_layer(7, ids=True), packed_layer(8)]}
+    torch.ops.rnnfast.generate_cpu(*arguments.values())
+    arguments |= {"head_weight": torch.randn(8, 8), "head_bias": torch.randn(8)}
+    with pytest.raises(RuntimeError, match="outside the vocabulary"):
+        torch.ops.rnnfast.generate_cpu(*arguments.values())
+
+
+def generation() -> dict[str, Any]:
+    """Right arguments of the generation loop: two LSTMs between an embedding and a head."""
+    arguments: dict[str, Any] = {"packed": [packed_layer(5), packed_layer(8)], "embedding": torch.randn(7, 5)}
+    arguments |= {"head_weight": torch.randn(7, 8), "head_bias": torch.randn(7)}
+    arguments |= {"h_0": torch.zeros(2, 1, 8), "c_0": torch.zeros(2, 1, 8), "token": 1, "length": 9}
+    return arguments | {
+        "uniforms": torch.rand(9, dtype=torch.float64),
+        "temperature": 1.0,
+        "top_k": None,
+        "top_p": None,
+    }
+
+
+def packed_layer(
+    inputs: int,
+    hidden: int = 8,
+    projected: int = 0,
+    cell: str = "lstm",
+    lanes: int = 1,
+    ids: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    gate_rows, state = (4 if cell == "lstm" else 3) * hidden, projected or hidden
+    w_ih = torch.randn(lanes, gate_rows, inputs, dtype=dtype)
+    w_hh = torch.randn(lanes, gate_rows, state, dtype=dtype)
+    w_hr = torch.randn(lanes, projected, hidden, dtype=dtype) if projected else None
+    return torch.ops.rnnfast.scan_cpu_pack(w_ih, w_hh, None, None, w_hr, cell, ids)

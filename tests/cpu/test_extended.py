@@ -323,7 +323,21 @@ def test_inference_keeps_packed_weights_and_has_the_bits_of_training(cell: str, 
             stack.weight_ih_l1.add_(0.1)
 
 
-def test_parts_that_do_not_belong_together() -> None:
-    arguments = extend(Case("lstm"), "layer norm")
+@pytest.mark.parametrize(
+    ("cell", "option", "changes"),
+    [
+        ("lstm", "layer norm", {"gain_c": None, "bias_c": None}),
+        ("lstm", "layer norm", {"bias_c": None}),
+        ("lstm", "layer norm", {"gain_hh": None}),
+        ("lstm", "peepholes", {"gain_c": torch.ones(1, 8), "bias_c": torch.ones(1, 8)}),
+        ("gru", "layer norm", {"gain_ih": None}),
+        ("gru", "layer norm", {"peepholes": torch.ones(1, 3, 8)}),
+    ],
+)
+def test_parts_that_do_not_belong_together(cell: str, option: str, changes: dict[str, Any]) -> None:
+    arguments = extend(Case(cell), option, torch.float32)
+    torch.ops.rnnfast.scan_extended_cpu.default(*arguments, False)
+    for name, part in changes.items():
+        arguments[LEAVES.index(name)] = part
     with pytest.raises(RuntimeError, match="of an lstm gain_c and bias_c as well"):
-        torch.ops.rnnfast.scan_extended_cpu.default(*arguments[:10], None, None, *arguments[12:], False)
+        torch.ops.rnnfast.scan_extended_cpu.default(*arguments, False)
