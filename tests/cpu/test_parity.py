@@ -119,6 +119,21 @@ def test_float32_error_of_sums_over_rows_is_at_most_twice_that_of_torch(
         assert error <= allowed, f"{name}: relative error {error:.2e}, torch.nn's {torchs:.2e}"
 
 
+def test_bfloat16_is_rounded_to_nearest_even() -> None:
+    """As torch rounds: what is stored of a relu is the very sum of a weight's column and a bias."""
+    native.load()
+    mantissa = torch.arange(128) / 128
+    weight = torch.cat([(1 + mantissa) * 2.0**e for e in (-30, 0, 100)]).bfloat16()
+    for part in (0.25, 0.5, 0.75):  # of the weight's last bit's value
+        bias = (2.0 ** weight.float().log2().floor() * 2**-7 * part).bfloat16()
+        layer = [torch.tensor([0]), weight[None, :, None], torch.zeros(1, len(weight), len(weight)).bfloat16()]
+        layer += [bias[None], torch.zeros_like(bias)[None], None, torch.zeros(1, 1, len(weight)).bfloat16(), None, None]
+        output, h_n, *_ = torch.ops.rnnfast.scan_cpu(*layer, "rnn_relu", False, False)
+        expected = (weight.float() + bias.float()).bfloat16()
+        assert torch.equal(output[0], expected)
+        assert torch.equal(h_n[0, 0], expected)
+
+
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16", "amx"])
 def test_parity_of_each_instruction_set(isa: str) -> None:
     done = subprocess.run(
@@ -155,3 +170,4 @@ if __name__ == "__main__":
             check(case, dtype)
     test_extended.check_an_instruction_set()
     test_cross_entropy.check_an_instruction_set()
+    test_bfloat16_is_rounded_to_nearest_even()
