@@ -154,3 +154,5 @@ int64_t near_bytes() {
 }
 
 }  // namespace rnnfast
+
+int rnnfast_is_stalled_cpu() { return rnnfast::stall_cycles() > 0; }

@@ -77,3 +77,6 @@ int64_t& steps_walked();
 int64_t near_bytes();
 
 }  // namespace rnnfast
+
+// For Python: whether the caller's regions lose anything now.
+extern "C" __attribute__((visibility("default"))) int rnnfast_is_stalled_cpu();

@@ -76,6 +76,7 @@ weight_gradients: Any = None
 pack_backward: Any = None  # returns a number of bytes
 gates_bytes: Any = None  # takes the address of a layer
 DONE, STALE = 0, 1
+is_stalled: Any = None  # takes nothing; whether this thread's scans lately lost more by a team than they gained
 _are_as_they_were: Any = None  # of csrc/cpu/weight_samples.h
 packings: dict[Key, _Packed] = {}  # what `packed_weights` keeps
 _kept: dict[int, _Kept] = {}  # the weights that it was made of, by id
@@ -91,7 +92,7 @@ def load() -> None:
         RuntimeError: there is no library and it cannot be compiled; the message says why.
     """
     global _loaded, _failure, _library, _are_as_they_were
-    global infer, forward, backward, weight_gradients, pack_backward, gates_bytes
+    global infer, forward, backward, weight_gradients, pack_backward, gates_bytes, is_stalled
     if _loaded:
         return
     with _lock:
@@ -119,6 +120,7 @@ def load() -> None:
                 function.argtypes = [ctypes.c_char_p]
             pack_backward.restype = ctypes.c_int64
             gates_bytes.argtypes = [ctypes.c_void_p]
+            is_stalled = functions.rnnfast_is_stalled_cpu
             _are_as_they_were = functions.rnnfast_are_as_they_were
             _are_as_they_were.argtypes = [ctypes.c_void_p]
             register_optimizer_step_post_hook(_count_fused_step)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rnnfast.backends import native
 from rnnfast.errors import UserError
 from rnnfast.lm import checkpoint as checkpoints
 from rnnfast.lm.checkpoint import Checkpoint
@@ -50,8 +51,24 @@ def train_step(
     loss.backward()
     if clip > 0:
         clip_gradients([p.grad for p in trained if p.grad is not None], clip, model.backend)
-    optimizer.step()
+    update(optimizer)
     return loss.detach(), detach(state)
+
+
+def update(optimizer: torch.optim.Optimizer) -> None:
+    """A step of the optimizer, on one thread while the scans run on one because other programs have the cores.
+
+    torch's operations on large tensors would go on to wait for a second one, for milliseconds.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or native.is_stalled is None or not native.is_stalled():
+        optimizer.step()
+        return
+    torch.set_num_threads(1)
+    try:
+        optimizer.step()
+    finally:
+        torch.set_num_threads(threads)
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rnnfast.backends import native
 from rnnfast.lm import Interrupted, TrainConfig, UserError, load_corpus, train, train_step
 from rnnfast.lm.checkpoint import FILE_NAME, load
 from rnnfast.lm.config import build_model
@@ -361,6 +362,28 @@ def test_train_step_is_the_chapters(clip: float) -> None:
     assert not state.requires_grad
     for p, q, g in zip(model.parameters(), expected.parameters(), gradients, strict=True):
         torch.testing.assert_close(p.detach(), (q - 0.7 * g * (clip / norm if clip else 1)).detach())
+
+
+@pytest.mark.parametrize("stalled", [True, False])
+def test_the_optimizer_takes_one_thread_while_scans_do(stalled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "is_stalled", lambda: stalled)
+    threads: list[int] = []
+
+    class Failing(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            threads.append(torch.get_num_threads())
+            raise RuntimeError("a step that fails")
+
+    model = build_model(TrainConfig(cell="rnn", hidden_size=8), 7)
+    ids, before = torch.randint(7, (5, 3)), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(RuntimeError, match="a step that fails"):
+            train_step(model, Failing(model.parameters(), lr=0.1), ids, ids, None, 1.0)
+        assert threads == [1 if stalled else 2]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_learning_rates() -> None:
