@@ -349,7 +349,9 @@ def _after_pre_hooks(layer: Any, input: Tensor, hx: Any) -> tuple[Tensor, Any]:
 def _run(layer: Any, data: Tensor, hx: Any, batch_sizes: Tensor | None) -> tuple[Tensor, Any]:
     """Time-major data, (T, B, I) or (N, I), or ids without I, through all layers."""
     weights = functional.lane_weights(layer)
-    if data.is_floating_point() or data.is_complex():
+    # Within a transform a layer does not hold the weights that it is given: of another dtype, the operator checks them.
+    has_features = data.is_floating_point() or data.is_complex()
+    if has_features and layer._flat_weights[0].dtype == weights[0].w_ih.dtype:
         layer.check_input(data, batch_sizes)
     if hx is None:
         hx = _zero_state(layer, _batch(data, batch_sizes), weights[0].w_hh.dtype, data.device)

@@ -207,6 +207,26 @@ def test_weights_that_functional_call_puts_there_are_used() -> None:
     assert not torch.equal(layer(input)[0], other(input)[0])
 
 
+@pytest.mark.parametrize("gradients", [True, False])
+def test_a_nonlinearity_assigned_between_calls_is_used(gradients: bool, direct_calls: list[int]) -> None:
+    layer, cell, input = rnnfast.RNN(5, 8), rnnfast.RNNCell(5, 8), torch.randn(3, 2, 5)
+    state, stream = torch.randn(1, 2, 8), rnnfast.Stream(layer)
+    cell.load_state_dict({name.removesuffix("_l0"): weight for name, weight in layer.state_dict().items()})
+    with torch.set_grad_enabled(gradients):
+        for name in ("relu", "tanh"):
+            stream.state = state
+            for _ in range(3):
+                layer(input), layer.step(input[0], state), cell(input[0]), stream(input[0])
+            going_on = layer(input[:1].expand(3, -1, -1), state)[1]
+            layer.mode, cell.nonlinearity = f"RNN_{name.upper()}", name
+            expected, _ = torch.nn.RNN.forward(layer, input, state)
+            torch.testing.assert_close(layer(input, state)[0], expected)
+            torch.testing.assert_close(layer.step(input[0], state)[0], expected[0])
+            torch.testing.assert_close(cell(input[0], state[0]), expected[0])
+            torch.testing.assert_close(stream(input[0]), torch.nn.RNN.forward(layer, input[:1], going_on)[0][0])
+    assert gradients or direct_calls
+
+
 def test_packed_weights_can_be_forgotten(direct_calls: list[int]) -> None:
     layer, cell, input = rnnfast.GRU(5, 64), rnnfast.GRUCell(5, 64, backend="cpu"), torch.randn(3, 2, 5)
     for _ in range(2):

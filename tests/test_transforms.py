@@ -404,3 +404,24 @@ def test_transforms_pass_over_torch() -> None:
     layer.backend = "torch"
     with pytest.raises(RuntimeError, match="no vmap"):
         vmap(function, (None, 0))(parameters_of(layer), input)
+
+
+@pytest.mark.parametrize("form", ["padded", "packed"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_weights_of_another_dtype(name: str, form: str) -> None:
+    """functional_call may give a float32 layer the weights of a float64 one."""
+    layer = build(name, False, "auto")
+    given, x = parameters_of(layer), torch.randn(4, 2, 2, dtype=torch.float64)
+    input = x if form == "padded" else PackedSequence(x.flatten(0, 1), torch.full((4,), 2))
+
+    def loss(parameters: Parameters) -> Tensor:
+        output, _ = functional_call(layer, parameters, (input,))
+        return (output if form == "padded" else output.data).pow(2).sum()
+
+    expected = grad(loss)(given)
+    layer.float()
+    torch.testing.assert_close(grad(loss)(given), expected, rtol=0, atol=0)
+    ensemble = {weight: torch.stack([value] * MEMBERS) for weight, value in given.items()}
+    torch.testing.assert_close(vmap(loss)(ensemble), loss(given).expand(MEMBERS))
+    with pytest.raises((ValueError, RuntimeError), match="dtype"):
+        grad(loss)(parameters_of(layer))

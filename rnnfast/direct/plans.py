@@ -154,6 +154,7 @@ def plan_of(module: Any) -> Plan | None:
     if (
         plan is None
         or plan.asked != dispatch.asked(module.backend)
+        or plan.cell != dispatch.cell_of(module)  # an RNN's nonlinearity may be assigned
         or not all(map(is_, map(module._parameters.get, plan.names), plan.weights))
         or is_observed()
     ):
