@@ -1,12 +1,14 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and folders that one process at a time writes."""
 
 from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from rnnfast.errors import UserError, reason
+from rnnfast.errors import UserError, note, reason
 
 
 def atomic_write(path: Path, data: bytes) -> None:
@@ -32,6 +34,52 @@ def atomic_write(path: Path, data: bytes) -> None:
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep a folder to oneself, made if it is missing and removed again if it stays empty.
+
+    Raises:
+        UserError: it cannot be made, or is held already.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {reason(error)}; choose another one") from error
+    try:
+        with _locked(folder):
+            yield
+    finally:
+        with suppress(OSError):  # the first that is not empty
+            for path in made:
+                path.rmdir()
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    try:
+        import fcntl
+    except ImportError:  # on Windows
+        yield
+        return
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"cannot read the folder {folder}: {reason(error)}; choose another one") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released however the process ends
+        except BlockingIOError as error:
+            raise UserError(
+                f"another run is training in {folder}: wait until it has ended, or choose another folder"
+            ) from error
+        except OSError as error:  # some network file systems lock no folders
+            note(f"{folder} cannot be locked ({reason(error)}): start no second run in it")
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _umask() -> int:

@@ -75,7 +75,10 @@ class TrainConfig:
             self._check(name, (getattr(self, name) or 0) < 2**40, "below 2^40")  # beyond, torch's own sizes overflow
         for name in ("min_freq", "sample_every", "save_every", "warmup", "weight_decay"):
             self._check(name, getattr(self, name) >= 0, "0 or more")
-        self._check("lr", 0 < self.lr < float("inf"), "a positive number")
+        # torch's SGD refuses to scale a float32 gradient by more.
+        largest = torch.finfo(torch.float32).max
+        self._check("lr", 0 < self.lr <= largest, "a positive number below 3.4e38")
+        self._check("weight_decay", self.weight_decay <= largest, "below 3.4e38")
         self._check("clip", 0 <= self.clip < float("inf"), "a norm, or 0 for none")
         self._check("max_tokens", self.max_tokens == -1 or self.max_tokens >= 1, "at least 1, or -1 for all")
         self._check("validation", 0 <= self.validation < 1, "in [0, 1)")

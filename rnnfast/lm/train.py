@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from shlex import quote
@@ -24,7 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 from rnnfast.errors import UserError, note, reason
-from rnnfast.files import atomic_write
+from rnnfast.files import atomic_write, held
 from rnnfast.lm import checkpoint as checkpoints
 from rnnfast.lm.config import TrainConfig, check_backend, flag, pick_device
 from rnnfast.lm.data import load_corpus
@@ -135,13 +135,24 @@ def train(
     if resume and out is None:
         raise ValueError("to resume a run, give its folder as `out`")
     folder = None if out is None else Path(out).expanduser()
-    saved = None
+    source = None
     if resume and folder is not None:
         source = checkpoints.find(folder)
-        saved, folder = checkpoints.load(source), source.parent
-        _check_same(TrainConfig.from_json(saved.config, str(source)), config)
+        folder = source.parent
     elif folder is not None and folder.is_file():
         raise UserError(f"{folder} is a file, and a run needs a folder of its own: choose another --out")
+    with nullcontext() if folder is None else held(folder):  # from before a checkpoint is read to after the last one
+        return _train(config, folder, source, overwrite, report)
+
+
+def _train(
+    config: TrainConfig, folder: Path | None, source: Path | None, overwrite: bool, report: Callable[[str], None]
+) -> TrainResult:
+    """`train` in a folder that is this run's alone, going on from the checkpoint `source` if there is one."""
+    saved = None
+    if source is not None:
+        saved = checkpoints.load(source)
+        _check_same(TrainConfig.from_json(saved.config, str(source)), config)
     elif folder is not None and not overwrite and _has_trained(checkpoints.find(folder)):
         raise UserError(
             f"{folder} holds a run already: --resume {quote(str(folder))} continues it, --overwrite replaces it"

@@ -244,7 +244,7 @@ def test_unwritable_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "is a file, and a run needs a folder" in refused(
         capsys, *TRAIN, "--overwrite", "--out", str(tmp_path / "file")
     )
-    assert "cannot write" in refused(capsys, *TRAIN, "--out", str(tmp_path / "file" / "run"))
+    assert "cannot make the folder" in refused(capsys, *TRAIN, "--out", str(tmp_path / "file" / "run"))
 
 
 def test_full_disk(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -239,6 +239,27 @@ def test_a_run_is_not_replaced_unasked(tmp_path: Path) -> None:
     assert len(train(SMALL, tmp_path, overwrite=True).records) == 4
 
 
+def test_a_folder_holds_one_run_at_a_time(tmp_path: Path) -> None:
+    refused: list[str] = []
+
+    def another_run(line: str) -> None:
+        for how in ({}, {"overwrite": True}, {"resume": True}):
+            with pytest.raises(UserError, match=r"another run is training in .*: wait until it has ended") as error:
+                train(replace(SMALL, hidden_size=9), tmp_path, **how)
+            refused.append(str(error.value))
+
+    train(replace(SMALL, epochs=2, sample_every=1), tmp_path, report=another_run)
+    assert len(refused) == 6
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
+    assert len(train(SMALL, tmp_path, resume=True).records) == 4  # it has ended
+
+
+def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot read the text"):
+        train(replace(SMALL, corpus=str(tmp_path / "none.txt")), tmp_path / "runs" / "mine")
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_disk_without_room_for_a_checkpoint_costs_no_training(
     overwrite: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -405,6 +426,8 @@ def test_learning_rates() -> None:
         ({"cell": "cnn"}, r"--cell must be of type Literal\['rnn', .*\], not cnn"),
         ({"lr": float("nan")}, "--lr must be a positive number"),
         ({"lr": float("inf")}, "--lr must be a positive number"),
+        ({"lr": 4e38}, "--lr must be a positive number below 3.4e38"),
+        ({"weight_decay": 4e38}, "--weight-decay must be below 3.4e38"),
         ({"clip": -1.0}, "--clip must be a norm, or 0 for none"),
         ({"clip": float("inf")}, "--clip"),
         ({"save_every": -1.0}, "--save-every must be 0 or more"),
