@@ -30,6 +30,7 @@ from rnnfast.lm.config import check_backend
 DESCRIPTION = "Time rnnfast against torch.nn and other libraries on this machine, after comparing their results."
 FORMAT = 1
 RESULTS = Path("benchmarks/results")
+MOST_THREADS = 1024  # OpenMP crashes where it cannot make as many as it is asked for
 
 HELP = {
     "cells": "recurrent cells",
@@ -90,8 +91,8 @@ def run(options: Any) -> int:
         raise UserError(f"no benchmark is called {odd[0]}: choose from {', '.join([*PRESETS, 'table'])}")
     names = list(PRESETS) if "table" in options.benchmarks else list(dict.fromkeys(options.benchmarks))
     grids = {name: _grid(name, options) for name in names}
-    if options.threads is not None and options.threads <= 0:
-        raise UserError("--threads must be positive")
+    if options.threads is not None and not 0 < options.threads <= MOST_THREADS:
+        raise UserError(f"--threads must be positive, and at most {MOST_THREADS:,}")
     check_backend(options.backend or "auto", torch.device("cpu"))
     with threads(options.threads):
         return _run(grids, options)

@@ -182,6 +182,6 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # a number that is to come back
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
-        first_line = str(error).splitlines()[0]
-        raise UserError(f"--device {name} cannot be used here ({first_line}): try --device cpu") from error
+        first_sentence = str(error).splitlines()[0].split(". ")[0]  # a list of all of torch's backends may follow
+        raise UserError(f"--device {name} cannot be used here ({first_sentence}): try --device cpu") from error
     return device

@@ -288,6 +288,7 @@ def test_bidirectional_models_do_not_generate(tmp_path: Path, capsys: pytest.Cap
         (["train", "--config", "/nowhere.yaml"], "/nowhere.yaml"),
         (["train", "--backend", "magic"], "magic"),
         (["train", "--device", "abacus"], "--device abacus"),
+        (["train", "--device", "xla"], "backend): try --device cpu"),
         (["train", "--resume", "/nowhere"], "No such file"),
         (["train", "--tie-weights"], "--embedding-size 512"),
         (["train", "--steps", "100000", "--max-tokens", "2000"], "--max-tokens (-1: all)"),
