@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ Drawing = tuple[float, int | None, float | None]
 """What a token is drawn from: temperature, top_k and top_p, as in `generate`."""
 
 _modes = threading.RLock()  # held while a model in training mode is in evaluation mode for a step
+NOT_FINITE = "the model's logits are not finite, there is nothing to draw from: its training has diverged"
 CHUNK = 64  # tokens that the native loop writes before it returns to Python, where a stream can be shown or stopped
 
 
@@ -58,24 +60,26 @@ def generate(
 
     Raises:
         UserError: an empty prefix, an option outside its range, or a bidirectional model.
-        TypeError: the prefix is a text, or a tensor.
+        TypeError: the prefix is a text, or a tensor, or not of whole numbers.
+        IndexError: a token of the prefix is outside the vocabulary; raised with the first token.
     """
     _check(model, prefix, length, temperature, top_k, top_p, seed)
-    return _generate(model, prefix, length, (temperature, top_k, top_p), seed)
+    return _generate(model, [*map(operator.index, prefix)], length, (temperature, top_k, top_p), seed)
 
 
 def _generate(model: nn.Module, prefix: list[int], length: int, drawing: Drawing, seed: int) -> Iterator[int]:
-    device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
+    native = native_parts(model)
+    if native is not None:
+        yield from _native(native, prefix, length, drawing, generator)
+        return
+    device = next(model.parameters()).device
     inputs, state = torch.tensor(prefix, device=device).view(-1, 1), None
-    modules, native = [*model.modules()], native_parts(model)
-    for i in range(length):
+    modules = [*model.modules()]
+    for _ in range(length):
         logits, state = _step(model, modules, inputs, state)
         token = pick(logits, *drawing, generator)
         yield int(token)
-        if native is not None:
-            yield from _native(native, state, int(token), length - i - 1, drawing, generator)
-            return
         inputs = token.to(device).view(1, 1)
 
 
@@ -101,12 +105,14 @@ def _step(model: nn.Module, modules: list[nn.Module], inputs: Tensor, state: Sta
 
 
 class NativeParts(NamedTuple):
-    """A language model as the native loop takes it: see `rnnfast.backends.native.generate`."""
+    """A language model and its state, at first zeros, as `rnnfast.backends.native.generate` takes them."""
 
     packed: list[Tensor]
     embedding: Tensor | None
     head_weight: Tensor
     head_bias: Tensor | None
+    h_0: Tensor
+    c_0: Tensor | None
 
 
 def native_parts(model: nn.Module) -> NativeParts | None:
@@ -139,26 +145,55 @@ def native_parts(model: nn.Module) -> NativeParts | None:
 
     packed = [native.packed_weights([lane], cell, i == 0 and embedding is None) for i, lane in enumerate(layers)]
     dense = [None if part is None else part.detach().contiguous() for part in (embedding, head_bias)]
-    return NativeParts(packed, dense[0], head_weight.detach().contiguous(), dense[1])
+    h_0 = torch.zeros(len(packed), 1, head_weight.shape[1], dtype=dtype)
+    return NativeParts(
+        packed, dense[0], head_weight.detach().contiguous(), dense[1], h_0, h_0 if cell == "lstm" else None
+    )
 
 
 def _native(
-    parts: NativeParts, state: State, token: int, length: int, drawing: Drawing, generator: torch.Generator
+    parts: NativeParts, prefix: list[int], length: int, drawing: Drawing, generator: torch.Generator
 ) -> Iterator[int]:
-    """Goes on from a state and the token to be fed to it."""
     from rnnfast.backends import native
 
-    h, c = state if isinstance(state, tuple) else (state, None)
+    vocabulary = len(parts.head_weight)
+    for token in prefix:
+        if not 0 <= token < vocabulary:
+            raise IndexError(f"token ids must be in [0, {vocabulary}), got {token}")
+    token, parts = prefix[-1], _behind(parts, prefix[:-1])
     temperature, top_k, top_p = drawing
-    top_k = None if top_k is None else min(top_k, len(parts.head_weight))  # the operator takes 64 bits
+    top_k = None if top_k is None else min(top_k, vocabulary)  # the operator takes 64 bits
     for start in range(0, length, CHUNK):
         count = min(CHUNK, length - start)
         draws = uniforms(count, generator) if temperature > 0 else None
-        ids, h, c_n = native.generate(*parts, h, c, token, count, draws, temperature, top_k, top_p)
-        c = None if c is None else c_n
+        try:
+            ids, h, c = native.generate(*parts, token, count, draws, temperature, top_k, top_p)
+        except RuntimeError as error:
+            if "not finite" not in str(error):
+                raise
+            raise UserError(NOT_FINITE) from error
+        parts = parts._replace(h_0=h, c_0=None if parts.c_0 is None else c)
         chunk = ids.tolist()
         yield from chunk
         token = chunk[-1]
+
+
+def _behind(parts: NativeParts, ids: list[int]) -> NativeParts:
+    """With the states behind these tokens, through all of which a layer walks before the next one does."""
+    from rnnfast.backends import native
+
+    if not ids:
+        return parts
+    rows = torch.tensor(ids)
+    if parts.embedding is not None:
+        rows = parts.embedding[rows]
+    states = []
+    for layer, packed in enumerate(parts.packed):
+        one = slice(layer, layer + 1)
+        rows, *state = native.scan_packed(rows, packed, parts.h_0[one], None if parts.c_0 is None else parts.c_0[one])
+        states.append(state)
+    h, c = map(torch.cat, zip(*states, strict=True))
+    return parts._replace(h_0=h, c_0=None if parts.c_0 is None else c)
 
 
 def pick(
@@ -180,13 +215,13 @@ def pick(
         logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
     weights = logits.exp()
     if top_p is not None:
-        ordered, index = weights.sort(descending=True, stable=True)
+        ordered, order = weights.sort(descending=True, stable=True)
         cumulative = ordered.cumsum(0)
         # A token stays if the likelier ones do not yet reach top_p; the likeliest always does.
-        weights[index[cumulative - ordered >= top_p * cumulative[-1]]] = 0.0
+        weights[order[cumulative - ordered >= top_p * cumulative[-1]]] = 0.0
     cumulative = weights.cumsum(0)
     if not cumulative[-1] > 0:
-        raise UserError("the model's logits are not finite, there is nothing to draw from: its training has diverged")
+        raise UserError(NOT_FINITE)
     return torch.searchsorted(cumulative, uniforms(1, generator) * cumulative[-1])[0]
 
 
