@@ -145,7 +145,7 @@ def native_parts(model: nn.Module) -> NativeParts | None:
 
     packed = [native.packed_weights([lane], cell, i == 0 and embedding is None) for i, lane in enumerate(layers)]
     dense = [None if part is None else part.detach().contiguous() for part in (embedding, head_bias)]
-    h_0 = torch.zeros(len(packed), 1, head_weight.shape[1], dtype=dtype)
+    h_0 = head_weight.new_zeros(len(packed), 1, head_weight.shape[1])
     return NativeParts(
         packed, dense[0], head_weight.detach().contiguous(), dense[1], h_0, h_0 if cell == "lstm" else None
     )
@@ -184,7 +184,7 @@ def _behind(parts: NativeParts, ids: list[int]) -> NativeParts:
 
     if not ids:
         return parts
-    rows = torch.tensor(ids)
+    rows = torch.tensor(ids, device="cpu")  # whatever the default device
     if parts.embedding is not None:
         rows = parts.embedding[rows]
     states = []
@@ -230,7 +230,7 @@ def uniforms(count: int, generator: torch.Generator) -> Tensor:
 
     Without 0, the first token whose cumulative weight reaches number * total has a weight above 0 itself.
     """
-    return 1 - torch.rand(count, dtype=torch.float64, generator=generator)
+    return 1 - torch.rand(count, dtype=torch.float64, generator=generator, device="cpu")
 
 
 def _check(

@@ -150,6 +150,16 @@ def test_what_the_python_loop_keeps() -> None:
     assert len(list(generate(RNNLM(28, "gru", 8).bfloat16(), [1], 9, temperature=1.0))) == 9
 
 
+@pytest.mark.parametrize("settings", SETTINGS[:2], ids=str)
+@pytest.mark.parametrize("name", ["three layers", "embedding"])
+def test_the_default_device_is_not_the_models(name: str, settings: dict[str, Any]) -> None:
+    model = varied(name)
+    written = list(generate(model, [1, 2], 9, **settings))
+    with torch.device("meta"):
+        assert list(generate(model, [1, 2], 9, **settings)) == written
+        assert list(generate(Wrapped(model), [1, 2], 9, **settings)) == written
+
+
 def test_weights_that_have_changed_are_seen_by_the_next_text() -> None:
     model = varied("rnn")
     before = list(generate(model, [1], 30))
