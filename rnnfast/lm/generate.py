@@ -215,10 +215,10 @@ def pick(
         logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
     weights = logits.exp()
     if top_p is not None:
-        ordered, order = weights.sort(descending=True, stable=True)
+        ordered, index = weights.sort(descending=True, stable=True)
         cumulative = ordered.cumsum(0)
         # A token stays if the likelier ones do not yet reach top_p; the likeliest always does.
-        weights[order[cumulative - ordered >= top_p * cumulative[-1]]] = 0.0
+        weights[index[cumulative - ordered >= top_p * cumulative[-1]]] = 0.0
     cumulative = weights.cumsum(0)
     if not cumulative[-1] > 0:
         raise UserError(NOT_FINITE)

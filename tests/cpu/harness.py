@@ -12,6 +12,7 @@ from rnnfast.backends import native
 from rnnfast.cells import CELLS
 from tests.scans import GRADIENTS, OUTPUTS, widened
 
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 ARGUMENTS = ("input", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "h_0", "c_0")
 
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 import rnnfast
+from rnnfast.cells import CELLS
 from tests.cpu import test_cross_entropy, test_extended
 from tests.cpu.harness import Case, compare, native
 
 pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
 
-CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")
 SHAPES = [
     # lanes, steps, batch, inputs, hidden
     (1, 1, 1, 1, 1),

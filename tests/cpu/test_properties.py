@@ -11,13 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from rnnfast.cells import CELLS
 from tests.cpu import test_extended
-from tests.cpu.harness import Case, build, gradients_like, native, run
+from tests.cpu.harness import DTYPES, Case, build, gradients_like, native, run
 
 pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
-
-CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
 @pytest.fixture(autouse=True)

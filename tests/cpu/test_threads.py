@@ -11,13 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cpu.harness import Case, assert_same, build, gradients_like, native, run
+from rnnfast.cells import CELLS
+from tests.cpu.harness import DTYPES, Case, assert_same, build, gradients_like, native, run
 from tests.scans import OUTPUTS
 
 pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
-
-CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
 @pytest.fixture(autouse=True)
@@ -166,7 +164,7 @@ def test_after_fork() -> None:
     code = """
 import os, sys, warnings, torch
 warnings.simplefilter("ignore")
-from tests.cpu.harness import Case, build, gradients_like, native, run
+from tests.cpu.harness import DTYPES, Case, build, gradients_like, native, run
 native.load()
 torch.set_num_threads(2)
 arguments = build(Case("lstm", 1, 50, 16, 8, 128), torch.float32)
