@@ -100,4 +100,6 @@ const Kernels& choose_kernels(DType dtype) {
   return dtype == DType::bfloat16 ? chosen.bf16 : chosen.kernels;
 }
 
+const MatrixUnit* matrix_unit() { return choose_kernels(DType::bfloat16).matrix_unit; }
+
 }  // namespace rnnfast

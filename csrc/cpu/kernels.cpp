@@ -9,8 +9,8 @@
 #include "weights.h"
 #if !defined(__AVX512BF16__)
 #include "cross_entropy.h"
-#include "near.h"
 #endif
+#include "near.h"
 
 namespace rnnfast::RNNFAST_ISA {
 
@@ -257,6 +257,10 @@ auto by_dtype(DType dtype, F32_ f32, F64_ f64, BF16_ bf16_, const Args&... args)
   }
 }
 
+#if defined(__AMX_BF16__)
+constexpr MatrixUnit unit{multiply_pieces, near_pieces};
+#endif
+
 extern const Kernels kernels;
 const Kernels kernels{
 #if defined(__AVX512BF16__)
@@ -274,6 +278,11 @@ const Kernels kernels{
     nullptr,  // the loss is in float32
     nullptr,  // the limits are told in float32
     nullptr,
+#if defined(__AMX_BF16__)
+    &unit,
+#else
+    nullptr,
+#endif
 #else
     [](const ForwardArgs& x, int threads) {
       by_dtype(x.shape.dtype, forward<float, float>, forward<double, double>, forward<bf16, float>, x, threads);
@@ -314,6 +323,7 @@ const Kernels kernels{
     [](const LossArgs& x, const LossGradients* d, int threads) { return LinearCrossEntropy(x, d).run(threads); },
     near_product,
     near_gates,
+    nullptr,
 #endif
 };
 

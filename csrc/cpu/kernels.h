@@ -27,6 +27,22 @@ struct LossGradients {
   float *hidden, *weight, *bias;
 };
 
+// out[16 g + i][j] = sum over rows k of a[k][16 g + i] w[k][j] for groups g of 16 columns of a; or that is added to out. The operands
+// are packed in pieces, `chunks` of 32 rows deep: see pieces.h.
+struct PieceProduct {
+  const char *a, *w;
+  int64_t chunks, a_groups, w_groups;  // groups of 16 columns
+  const int64_t* groups;  // those of a to multiply, `count` of them
+  int64_t count;
+  float* out;
+  int64_t rows, stride;  // of out
+  bool begins;           // out holds nothing yet
+};
+struct MatrixUnit {
+  void (*multiply)(const PieceProduct&);
+  double (*near_product)(int64_t rounds);  // for the benchmarks: see near.h
+};
+
 struct Kernels {
   void (*forward)(const ForwardArgs&, int threads);
   void (*backward)(const BackwardArgs&, int threads);
@@ -46,10 +62,14 @@ struct Kernels {
   // For the benchmarks, in float32: see near.h.
   double (*near_product)(int64_t batch, int64_t depth, int64_t rounds);
   double (*near_gates)(Cell cell, bool backward, int64_t rounds);
+  const MatrixUnit* matrix_unit;  // null where the instruction set has none
 };
 
 // The kernels for a dtype on this machine, or of the instruction set that RNNFAST_CPU_ISA names: generic, avx2, avx512,
 // avx512_bf16 or amx. Throws where the processor lacks it.
 const Kernels& choose_kernels(DType dtype);
+
+// That of the chosen instruction set, for products of float32, or null.
+const MatrixUnit* matrix_unit();
 
 }  // namespace rnnfast

@@ -14,6 +14,9 @@ double fma_peak_cpu(int64_t rounds);
 // operands stay near, nothing is waited for.
 double product_limit_cpu(int64_t batch, int64_t depth, int64_t rounds);
 
+// The same of gradients of weights: on the matrix unit where there is one, on vectors else.
+double weight_limit_cpu(int64_t batch, int64_t depth, int64_t rounds);
+
 // Units a second, in float32, whose gate math is done forward or backward on operands that stay in the first-level cache;
 // `rounds` rounds of a few vectors.
 double gate_limit_cpu(std::string cell, bool backward, int64_t rounds);

@@ -3,11 +3,13 @@
 
 #include "../cells.h"
 #include "memory.h"
+#include "pieces.h"
 #include "threads.h"
 #include "tile.h"
 
 namespace rnnfast::RNNFAST_ISA {
 
+#if !defined(__AVX512BF16__)
 // The product of `batch` rows and a panel, both `depth` deep, `rounds` times. Returns the operations done.
 inline double near_product(int64_t batch, int64_t depth, int64_t rounds) {
   constexpr int V = LANES<float>;
@@ -59,5 +61,21 @@ inline double near_gates(Cell cell, bool backward, int64_t rounds) {
   }
   return double(rounds) * VECTORS * V;
 }
+#endif
+
+#if defined(__AMX_BF16__)
+// The product of 128 rows of 32 columns each, in pieces, `rounds` times. Returns the operations done.
+inline double near_pieces(int64_t rounds) {
+  constexpr int64_t ROWS = 128, GROUPS = 2, COLUMNS = GROUPS * PIECE_COLUMNS, groups[GROUPS] = {0, 1};
+  const size_t operand = size_t(GROUPS * pieces_bytes(ROWS));
+  const Scratch memory(2 * operand + sizeof(float) * COLUMNS * COLUMNS);
+  std::memset(memory.data(), 0, 2 * operand);
+  float* const sums = reinterpret_cast<float*>(memory.data() + 2 * operand);
+  for (int64_t round = 0; round < rounds; ++round)
+    multiply_pieces({memory.data(), memory.data() + operand, piece_chunks(ROWS), GROUPS, GROUPS, groups, GROUPS, sums, COLUMNS,
+                     COLUMNS, round == 0});
+  return 2.0 * double(rounds * ROWS * COLUMNS * COLUMNS);
+}
+#endif
 
 }  // namespace rnnfast::RNNFAST_ISA

@@ -1,7 +1,10 @@
 // What follows the backward scan and is parallel in time: the gradients of the input, the weights and the biases.
 #pragma once
 
+#include <type_traits>
+
 #include "backward.h"
+#include "pieces.h"
 
 namespace rnnfast::RNNFAST_ISA {
 
@@ -38,12 +41,15 @@ template <class S, class O>
 class WeightGradients {
   using T = typename Product<O>::T;
   static constexpr int V = LANES<O>;
+  static constexpr bool HAS_PIECES = std::is_same_v<S, float> && V == PIECE_COLUMNS;
   // Rows of the batch that are packed and added up at a time: sums of blocks, added in their order, round less than one
   // long sum.
   static constexpr int64_t K_BLOCK = 128;
   // Rows whose sums come to be one before they are added to those of the rows before, so that of very many rows, too, few
   // numbers are rounded to the size of the whole sum. (In bfloat16 the result itself rounds more.)
   static constexpr int64_t GROUP_ROWS = 16 * K_BLOCK;
+  // Rows, and columns of the factors, from which on a product in pieces is worth packing them.
+  static constexpr int64_t PIECES_ROWS = 64, PIECES_COLUMNS = 192;
   static constexpr int64_t INPUT_ROWS = 48;   // rows of d_input in a task, of some of its panels where they are few
   static constexpr int64_t ID_COLUMNS = 64;
 
@@ -54,7 +60,8 @@ class WeightGradients {
   const int64_t gate_rows;
   const Panels inputs, states, units_;
   const bool both_weights;  // w_ih's gradient is computed beside w_hh's, from the same gradients of the gates
-  const bool unpacked;      // w_ih is not packed
+  const bool unpacked;                  // w_ih is not packed
+  const MatrixUnit* const matrix_unit;  // null where it is not used
   int64_t input_parts;      // tasks of the same rows of d_input
   int64_t block_rows;       // rows of a weight's gradient in a task
   O* w_ih;               // packed: d_gates_x w_ih
@@ -79,6 +86,7 @@ class WeightGradients {
         // Where gradients are permuted, the products of each part are to be added up in the same blocks as those of all.
         unpacked(!x.packed_ih && worth_no_packing<S, O>(gate_rows, s.input, 1, s.rows) && s.rows <= 2 * INPUT_ROWS &&
                  (!d.permuted || s.hidden % SUM_BLOCK == 0)),
+        matrix_unit(HAS_PIECES && s.rows >= PIECES_ROWS ? rnnfast::matrix_unit() : nullptr),
         w_ih(static_cast<O*>(x.packed_ih)) {
     // A task's sums take half of a core's cache and leave the rest to the packed rows of one K_BLOCK; tasks come out equal
     // for each thread.
@@ -144,13 +152,25 @@ class WeightGradients {
 
   struct ProductBuffers {
     O *a, *w;
+    char *a_pieces, *w_pieces;  // in the place of a and w
+    uint32_t* largest;          // of a_pieces
+    int64_t* groups;
     T *sums, *bias, *lost_bias, *block_bias;
     int64_t a_stride, sums_stride;
     ProductBuffers(const WeightGradients& of, Carver& carver) {
       a_stride = round_up(K_BLOCK, V * Product<O>::depth);
       sums_stride = of.sum_columns();
-      a = carver.take<O>(of.block_rows * a_stride);
-      w = carver.take<O>(K_BLOCK * sums_stride);
+      const int64_t m_groups = of.matrix_unit ? ceil_div(of.block_rows, PIECE_COLUMNS) : 0;
+      const int64_t n_groups = of.matrix_unit ? ceil_div(sums_stride, PIECE_COLUMNS) : 0;
+      const auto take_either = [&](int64_t numbers, int64_t bytes) {
+        return carver.take<char>(max64(numbers * int64_t(sizeof(O)), bytes));
+      };
+      a_pieces = take_either(of.block_rows * a_stride, m_groups * pieces_bytes(K_BLOCK));
+      w_pieces = take_either(K_BLOCK * sums_stride, n_groups * pieces_bytes(K_BLOCK));
+      a = reinterpret_cast<O*>(a_pieces);
+      w = reinterpret_cast<O*>(w_pieces);
+      largest = carver.take<uint32_t>(m_groups);
+      groups = carver.take<int64_t>(m_groups);
       sums = carver.take<T>(of.block_rows * sums_stride);
       bias = carver.take<T>(of.block_rows + V);
       lost_bias = carver.take<T>(of.block_rows + V);
@@ -193,19 +213,27 @@ class WeightGradients {
     T* const block_bias = bias ? buffers.block_bias : nullptr;
     if (bias) std::memset(buffers.bias, 0, size_t(m_rows + V) * sizeof(T));
     if (bias) std::memset(buffers.lost_bias, 0, size_t(m_rows + V) * sizeof(T));
+    const bool as_pieces = uses_pieces(jump, factors...);
     // Of few rows, the error is that of the longest sum; of many, that of the number of sums.
-    const int64_t k_block = s.rows <= 8 * K_BLOCK ? K_BLOCK / 2 : K_BLOCK;
+    const int64_t k_block = !as_pieces && s.rows <= 8 * K_BLOCK ? K_BLOCK / 2 : K_BLOCK;
     for (int64_t k0 = 0; k0 < s.rows; k0 += k_block) {
       const int64_t k = min64(k_block, s.rows - k0);
       const auto a_row = [&](int64_t i) { return a(k0 + i); };
-      const int64_t cut = max64(first, min64(jump, end));
       if (bias) std::memset(block_bias, 0, size_t(m_rows + V) * sizeof(T));
-      if (first < cut) pack_transposed<O>(buffers.a, buffers.a_stride, a_row, k, column(first), cut - first, block_bias);
-      if (cut < end)
-        pack_transposed<O>(buffers.a + (cut - first) * buffers.a_stride, buffers.a_stride, a_row, k, column(cut), end - cut,
-                           bias ? block_bias + (cut - first) : nullptr);
+      // For n columns of a, from first + m on.
+      const auto multiply = [&](int64_t m, int64_t n, T* column_sums) {
+        const int64_t begin = first + m, cut = max64(begin, min64(jump, begin + n));
+        O* const packed = buffers.a + m * buffers.a_stride;
+        if (begin < cut) pack_transposed<O>(packed, buffers.a_stride, a_row, k, column(begin), cut - begin, column_sums);
+        if (cut < begin + n)
+          pack_transposed<O>(packed + (cut - begin) * buffers.a_stride, buffers.a_stride, a_row, k, column(cut), begin + n - cut,
+                             column_sums ? column_sums + (cut - begin) : nullptr);
+        (add_products(buffers, m, n, k0, k, factors), ...);
+      };
+      const auto column_of = [&](int64_t m) { return column(first + m); };
+      if (!as_pieces || !multiply_in_pieces(buffers, k0, k, m_rows, a_row, column_of, block_bias, multiply, factors...))
+        multiply(0, m_rows, block_bias);
       if (bias) add_block(buffers.bias, buffers.lost_bias, block_bias, m_rows);
-      (add_products(buffers, m_rows, k0, k, factors), ...);
       if (in_groups() && (k0 + k) % GROUP_ROWS == 0 && k0 + k < s.rows) (add_group(buffers, m_rows, k0, factors), ...);
     }
     if (in_groups())
@@ -215,6 +243,50 @@ class WeightGradients {
     if (bias) convert_row(bias, buffers.bias, m_rows);
     if (again) convert_row(again, buffers.bias, m_rows);
   }
+
+  // Whatever the task's part of a, and whether the other weight's gradient is wanted, too: the bits depend on it.
+  template <class... Factors>
+  bool uses_pieces(int64_t jump, const Factors&... factors) const {
+    const int64_t of_both = d.last == 0 && !s.ids ? inputs.total_vectors + states.total_vectors : 0;
+    return matrix_unit && max64(of_both, (factors.panels.total_vectors + ...)) * V >= PIECES_COLUMNS &&
+           (jump == gate_rows || jump % PIECE_COLUMNS == 0);
+  }
+  // As `product`, for the rows [k0, k0 + k): in pieces, and by multiply(first column of a, columns, sums) where these cannot hold the
+  // numbers. False where they cannot hold those of a factor, and nothing is done.
+  template <class A, class Column, class Multiply, class... Factors>
+  bool multiply_in_pieces(const ProductBuffers& buffers, int64_t k0, int64_t k, int64_t m_rows, A a_row, Column column, T* bias,
+                          Multiply multiply, const Factors&... factors) const {
+    if constexpr (HAS_PIECES) {
+      if (!(pack_pieces_of(buffers, k0, k, factors) && ...)) return false;
+      pack_pieces_transposed(buffers.a_pieces, a_row, k, column, m_rows, buffers.largest, bias);
+      const int64_t groups = ceil_div(m_rows, PIECE_COLUMNS);
+      int64_t held = 0;
+      for (int64_t g = 0; g < groups; ++g)
+        if (pieces_hold(buffers.largest[g])) buffers.groups[held++] = g;
+      const auto multiply_by = [&](const auto& factor) {
+        const Sums sums = sums_of(buffers, factor);
+        matrix_unit->multiply({buffers.a_pieces, pieces_at(buffers, factor.at), piece_chunks(k), groups,
+                               factor.panels.total_vectors, buffers.groups, held, sums.data, m_rows, sums.stride, begins_at(k0)});
+      };
+      (multiply_by(factors), ...);
+      for (int64_t g = 0; g < groups; ++g)
+        if (!pieces_hold(buffers.largest[g]))
+          multiply(g * PIECE_COLUMNS, min64(PIECE_COLUMNS, m_rows - g * PIECE_COLUMNS), nullptr);
+      return true;
+    }
+    return false;
+  }
+  char* pieces_at(const ProductBuffers& buffers, int64_t column) const {
+    return buffers.w_pieces + column / PIECE_COLUMNS * pieces_bytes(K_BLOCK);
+  }
+  // Packs rows [k0, k0 + k) of a factor in pieces, and tells whether these hold the numbers.
+  template <class Row>
+  bool pack_pieces_of(const ProductBuffers& buffers, int64_t k0, int64_t k, const Factor<Row>& factor) const {
+    const float* rows[K_BLOCK];
+    for (int64_t i = 0; i < k; ++i) rows[i] = factor.row(k0 + i);
+    return pieces_hold(pack_pieces(pieces_at(buffers, factor.at), rows, k, factor.columns));
+  }
+  bool begins_at(int64_t k0) const { return in_groups() ? k0 % GROUP_ROWS == 0 : k0 == 0; }
 
   bool in_groups() const { return sizeof(S) == sizeof(T) && s.rows > GROUP_ROWS; }
   // Adds the sums of the group of rows that ends with the block of row k0 to the result.
@@ -249,9 +321,10 @@ class WeightGradients {
       convert_row(factor.out + m * factor.columns, sums.data + m * sums.stride, factor.columns);
   }
 
-  // Adds the products of rows [k0, k0 + k) of the batch to a factor's sums.
+  // Adds the products of rows [k0, k0 + k) of the batch to a factor's sums, for m_rows columns of a from `first` on.
   template <class Row>
-  void add_products(const ProductBuffers& buffers, int64_t m_rows, int64_t k0, int64_t k, const Factor<Row>& factor) const {
+  void add_products(const ProductBuffers& buffers, int64_t first, int64_t m_rows, int64_t k0, int64_t k,
+                    const Factor<Row>& factor) const {
     const Panels& panels = factor.panels;
     using Pointer = decltype(factor.row(int64_t(0)));
     Pointer rows[K_BLOCK];
@@ -268,7 +341,7 @@ class WeightGradients {
     }
     alignas(64) static constexpr T zeros[MAX_VECTORS * V] = {};
     const Sums of_factor = sums_of(buffers, factor);
-    const bool begins = in_groups() ? k0 % GROUP_ROWS == 0 : k0 == 0;
+    const bool begins = begins_at(k0);
     const auto multiply = [&](int64_t p, int64_t m, int count) {
       T* const sums = of_factor.data + m * of_factor.stride + p * panels.vectors * V;
       const O* a[MAX_ROWS];
@@ -283,7 +356,7 @@ class WeightGradients {
     // All panels of a few rows, then the next rows: so the sums are written in their order in memory, which takes longer than the
     // products where k is small.
     for_tiles(m_rows, int(panels.vectors), [&](int64_t m, int count, int64_t, int64_t) {
-      for (int64_t p = 0; p < panels.count(); ++p) multiply(p, m, count);
+      for (int64_t p = 0; p < panels.count(); ++p) multiply(p, first + m, count);
     });
   }
 
@@ -330,7 +403,7 @@ class WeightGradients {
     };
     product(first, min64(first + block_rows, s.state),
             [&](int64_t row) { return static_cast<const O*>(d.state + (lane * s.rows + row) * d.state_stride); },
-            [](int64_t m) { return m; }, s.state, nullptr, nullptr, local,
+            [](int64_t m) { return m; }, gate_rows, nullptr, nullptr, local,
             Factor{units_, s.hidden, unprojected, at<S>(x.d_w_hr, (lane * s.state + first) * s.hidden), 0});
   }
 

@@ -74,8 +74,9 @@ class LayerCase:
         recurrent = 2 * units * self.gates * self.hidden_size
         inputs = 2 * units * self.gates * (0 if self.token_ids else self.inputs)
         if self.direction == FORWARD:
-            return Work(self.cell, self.batch, self.hidden_size, recurrent, inputs, units, 0.0)
-        return Work(self.cell, self.batch, self.hidden_size, 2 * recurrent, recurrent + 3 * inputs, units, units)
+            return Work(self.cell, self.batch, self.hidden_size, recurrent, inputs, 0.0, units, 0.0)
+        weights = recurrent + inputs
+        return Work(self.cell, self.batch, self.hidden_size, 2 * recurrent, 2 * inputs, weights, units, units)
 
 
 class Contestant(NamedTuple):

@@ -122,7 +122,8 @@ class Work:
     Attributes:
         batch, depth: rows of a step, and how long the sums of its product are.
         recurrent_flops: operations of the products that go step by step.
-        parallel_flops: of those that take all steps at once.
+        parallel_flops: of those that take all steps at once, but for the next.
+        weight_flops: of the gradients of weights.
         forward_units, backward_units: units whose gate math is done.
     """
 
@@ -131,12 +132,13 @@ class Work:
     depth: int
     recurrent_flops: float
     parallel_flops: float
+    weight_flops: float
     forward_units: float
     backward_units: float
 
     @property
     def flops(self) -> float:
-        return self.recurrent_flops + self.parallel_flops
+        return self.recurrent_flops + self.parallel_flops + self.weight_flops
 
 
 class Limits(NamedTuple):
@@ -181,18 +183,19 @@ def alternate_with_limits(
 def _least_seconds(work: Work, operators: Any) -> float:
     """The work at the speed of products and gate math whose operands are near."""
 
-    def product(batch: int) -> float:
+    def seconds_of(flops: float, limit: Any, batch: int) -> float:
+        if not flops:
+            return 0.0
         depth = min(work.depth, NEAR_DEPTH)
-        found: float = operators.product_limit_cpu(batch, depth, math.ceil(PRODUCT_ROUNDS / (batch * depth)))
-        return found * 1e9
+        return flops / (1e9 * float(limit(batch, depth, math.ceil(PRODUCT_ROUNDS / (batch * depth)))))
 
     def gates(units: float, backward: bool) -> float:
         cell = cell_named(work.cell).name
         return units / float(operators.gate_limit_cpu(cell, backward, GATE_ROUNDS)) if units else 0.0
 
-    seconds = work.recurrent_flops / product(min(work.batch, FULL_BATCH))
-    if work.parallel_flops:
-        seconds += work.parallel_flops / product(FULL_BATCH)
+    seconds = seconds_of(work.recurrent_flops, operators.product_limit_cpu, min(work.batch, FULL_BATCH))
+    seconds += seconds_of(work.parallel_flops, operators.product_limit_cpu, FULL_BATCH)
+    seconds += seconds_of(work.weight_flops, operators.weight_limit_cpu, FULL_BATCH)
     return seconds + gates(work.forward_units, False) + gates(work.backward_units, True)
 
 
@@ -270,6 +273,7 @@ def _limit_operators() -> Any:
         return None
     _library.define("fma_peak_cpu(int rounds) -> float")
     _library.define("product_limit_cpu(int batch, int depth, int rounds) -> float")
+    _library.define("weight_limit_cpu(int batch, int depth, int rounds) -> float")
     _library.define("gate_limit_cpu(str cell, bool backward, int rounds) -> float")
     return torch.ops.rnnfast
 

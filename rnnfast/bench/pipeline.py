@@ -48,8 +48,8 @@ class PipelineCase:
         units = float(tokens * self.hidden_size)
         recurrent, head = 2 * units * cell.gates * self.hidden_size, 2 * units * vocab_size
         if self.what == "generation":  # the head waits for the layer, and the next step for it
-            return Work(self.cell, 1, self.hidden_size, recurrent + head, 0.0, units, 0.0)
-        return Work(self.cell, BATCH, self.hidden_size, 2 * recurrent, recurrent + 3 * head, units, units)
+            return Work(self.cell, 1, self.hidden_size, recurrent + head, 0.0, 0.0, units, 0.0)
+        return Work(self.cell, BATCH, self.hidden_size, 2 * recurrent, 2 * head, recurrent + head, units, units)
 
     def config(self, corpus: str, backend: str) -> lm.TrainConfig:
         """The chapter's settings."""

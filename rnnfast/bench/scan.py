@@ -41,7 +41,7 @@ class ScanCase:
         units = float(self.steps * self.batch * self.hidden_size)
         gate_math = (units, 0.0) if self.direction == "forward" else (0.0, units)
         flops = 2 * units * self._cell.gates * self.hidden_size
-        return Work(self.cell, self.batch, self.hidden_size, flops, 0.0, *gate_math)
+        return Work(self.cell, self.batch, self.hidden_size, flops, 0.0, 0.0, *gate_math)
 
     @property
     def _cell(self) -> Cell:

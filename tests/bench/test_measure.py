@@ -90,6 +90,10 @@ class _Machine:
     def product_limit_cpu(self, batch: int, depth: int, rounds: int) -> float:
         return 100.0 if batch > 1 else 10.0
 
+    def weight_limit_cpu(self, batch: int, depth: int, rounds: int) -> float:
+        assert batch > 1
+        return 400.0
+
     def gate_limit_cpu(self, cell: str, backward: bool, rounds: int) -> float:
         assert cell == "rnn_tanh"
         return 2e9 if backward else 1e9
@@ -97,11 +101,12 @@ class _Machine:
 
 def test_the_limit_is_that_of_the_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "_limit_operators", _Machine)
-    work = Work("rnn", 1, 64, recurrent_flops=1e10, parallel_flops=2e11, forward_units=1e9, backward_units=1e9)
-    assert work.flops == 2.1e11
+    flops = {"recurrent_flops": 1e10, "parallel_flops": 2e11, "weight_flops": 2e11}
+    work = Work("rnn", 1, 64, **flops, forward_units=1e9, backward_units=1e9)
+    assert work.flops == 4.1e11
     samples, limits = alternate_with_limits({"a": lambda calls: 1.0}, 0.0, work=work)
     assert list(samples) == ["a"]
-    assert limits == (120.0, pytest.approx(1 + 2 + 1 + 0.5))
+    assert limits == (120.0, pytest.approx(1 + 2 + 0.5 + 1 + 0.5))
     assert alternate_with_limits({"a": lambda calls: 1.0}, 0.0)[1] == (120.0, None)
 
 
@@ -109,7 +114,8 @@ def test_the_limit_is_that_of_the_parts(monkeypatch: pytest.MonkeyPatch) -> None
 def test_limits_are_found_where_the_library_is(cell: str) -> None:
     if (reason := native.why_not()) is not None:
         pytest.skip(reason)
-    work = Work(cell, 3, 40, recurrent_flops=1e6, parallel_flops=1e6, forward_units=1e4, backward_units=1e4)
+    flops = dict.fromkeys(("recurrent_flops", "parallel_flops", "weight_flops"), 1e6)
+    work = Work(cell, 3, 40, **flops, forward_units=1e4, backward_units=1e4)
     _, limits = alternate_with_limits({"a": lambda calls: 1.0}, 0.0, work=work)
     assert limits.seconds is not None
     assert 0 < limits.seconds < 1

@@ -223,9 +223,10 @@ void run_cross_entropy(int64_t rows, int64_t columns, int64_t classes, bool bias
 }
 
 void run_kernels() {
-  // The last has more gates than a block of the backward product.
+  // The last but one has more gates than a block of the backward product, the last enough rows and columns for the matrix unit.
   const int64_t shapes[][5] = {{1, 1, 1, 1, 1},    {2, 5, 3, 17, 33}, {1, 4, 7, 3, 130},
-                               {3, 3, 20, 33, 16}, {1, 40, 1, 5, 70}, {1, 2, 9, 5, 520}};
+                               {3, 3, 20, 33, 16}, {1, 40, 1, 5, 70}, {1, 2, 9, 5, 520},
+                               {1, 3, 33, 200, 196}};
   for (Cell cell : {Cell::rnn_tanh, Cell::rnn_relu, Cell::lstm, Cell::gru})
     for (DType dtype : {DType::float32, DType::float64, DType::bfloat16})
       for (const auto& shape : shapes)
