@@ -1,6 +1,7 @@
 // The barrier between time steps, and the pieces dealt in them, under contention, for ThreadSanitizer. Returns 0 where all is well.
 #include <atomic>
 #include <chrono>
+#include <cstdio>
 #include <cstdlib>
 #include <new>
 #include <thread>
@@ -133,6 +134,13 @@ void operator delete(void* memory) noexcept { std::free(memory); }
 void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
 
 int main() {
-  const bool well = barrier_holds() && pieces_are_dealt_once() && rows_are_relayed() && a_stalled_team_dissolves();
-  return well && !allocated ? 0 : 1;
+  const auto is_well = [](const char* what, bool well) {
+    if (!well) std::fprintf(stderr, "not so: %s\n", what);
+    return well;
+  };
+  const bool well = is_well("the barrier holds", barrier_holds()) && is_well("pieces are dealt once", pieces_are_dealt_once()) &&
+                    is_well("rows are relayed", rows_are_relayed()) &&
+                    is_well("a stalled team dissolves", a_stalled_team_dissolves()) &&
+                    is_well("nothing is allocated while work is given away", !allocated);
+  return well ? 0 : 1;
 }
