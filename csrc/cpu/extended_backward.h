@@ -3,6 +3,7 @@
 
 #include "backward.h"
 #include "extended.h"
+#include "sums.h"
 #include "weights.h"
 
 namespace rnnfast::RNNFAST_ISA {

@@ -103,7 +103,8 @@ double weight_limit_cpu(int64_t batch, int64_t depth, int64_t rounds) {
   const MatrixUnit* const unit = matrix_unit();
   if (!unit) return product_limit_cpu(batch, depth, rounds);
   check(batch > 0 && depth > 0, "a product needs rows and a depth");
-  return giga_a_second([&] { return unit->near_product(1 + batch * depth * rounds / 2048); });
+  const int64_t as_much = 1 + batch * depth * rounds / 2048;  // as a product of vectors computes
+  return giga_a_second([&] { return unit->near_product(as_much); });
 }
 
 double gate_limit_cpu(std::string cell, bool backward, int64_t rounds) {

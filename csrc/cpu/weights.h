@@ -5,35 +5,9 @@
 
 #include "backward.h"
 #include "pieces.h"
+#include "sums.h"
 
 namespace rnnfast::RNNFAST_ISA {
-
-// Columns that `sum_rows` adds at a time, at most, and rows of a block of it.
-constexpr int64_t SUM_COLUMNS = 256, SUM_ROWS = 32;
-
-// Adds the sums of a block of rows to those of the blocks before it, with what an addition rounds off kept in `lost` for the next
-// one (Kahan 1965): the error does not grow with the number of blocks. What stands behind the last of n is rubbish.
-template <class T>
-void add_block(T* sums, T* lost, const T* block, int64_t n) {
-  for (int64_t m = 0; m < n; m += Lanes<T>::count) {
-    const Vec<T> sum = load(sums + m), more = load(block + m) - load(lost + m), next = sum + more;
-    const Vec<T> error = (next - sum) - more;
-    store(sums + m, next);
-    store(lost + m, error - error == Vec<T>{} ? error : Vec<T>{});  // an infinite sum stays infinite
-  }
-}
-
-// sums[m] = what `add` adds for every row, for n columns at most SUM_COLUMNS; there is room for three times as many.
-template <class T, class F>
-void sum_rows(T* sums, int64_t n, int64_t rows, F add) {
-  T *const lost = sums + SUM_COLUMNS, *const block = lost + SUM_COLUMNS;
-  std::memset(sums, 0, 2 * SUM_COLUMNS * sizeof(T));
-  for (int64_t row = 0; row < rows;) {
-    std::memset(block, 0, SUM_COLUMNS * sizeof(T));
-    for (const int64_t end = min64(row + SUM_ROWS, rows); row < end; ++row) add(block, row);
-    add_block(sums, lost, block, n);
-  }
-}
 
 // Work is cut into tasks that threads take as they come free. A task owns its part of a result and adds up rows in their
 // order in memory, so the result depends neither on who ran it nor on the number of threads.
