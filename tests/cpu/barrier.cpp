@@ -110,7 +110,8 @@ bool a_stalled_team_dissolves() {
   const bool well = all_is_well([&](int member) {
     int members = THREADS;
     for (std::atomic<int>& shares : done) {
-      if (member == 1) sleep(2000);
+      // Beside it a wake-up on a busy machine counts for little: of four threads three may hardly work at all.
+      if (member == 1) sleep(20000);
       shares += members == 1 ? THREADS : 1;
       if (team.end_step(member, members)) continue;
       ++left;
