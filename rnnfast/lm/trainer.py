@@ -6,7 +6,6 @@ import hashlib
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,13 @@ from torch import Tensor
 from rnnfast.backends import native
 from rnnfast.errors import UserError
 from rnnfast.lm import checkpoint as checkpoints
+from rnnfast.lm.backpropagation import backpropagate, loss_of
 from rnnfast.lm.checkpoint import Checkpoint
 from rnnfast.lm.config import TrainConfig, build_model, pick_device
 from rnnfast.lm.data import Batches, Corpus, sequential_batches
 from rnnfast.lm.generate import encode_prefix, generate, render
-from rnnfast.lm.loss import cross_entropy, is_native
-from rnnfast.lm.model import RNNLM, RNNLMScratch, State, detach
+from rnnfast.lm.loss import is_native
+from rnnfast.lm.model import RNNLM, RNNLMScratch, State
 
 
 def train_step(
@@ -44,15 +44,14 @@ def train_step(
     Returns:
         The mean cross entropy in nats (a tensor: reading it waits for the device), and the detached state.
     """
-    loss, state = loss_of(model, inputs, targets, state, precision)
     trained = [p for group in optimizer.param_groups for p in group["params"]]  # a list already, unlike the model's
     for parameter in trained:
         parameter.grad = None  # as `zero_grad` does, which asks for more than a small model's step has time for
-    loss.backward()
+    result = backpropagate(model, inputs, targets, state, precision)
     if clip > 0:
         clip_gradients([p.grad for p in trained if p.grad is not None], clip, model.backend)
     update(optimizer)
-    return loss.detach(), detach(state)
+    return result
 
 
 def update(optimizer: torch.optim.Optimizer) -> None:
@@ -83,17 +82,6 @@ def clip_gradients(gradients: list[Tensor], max_norm: float, backend: str = "aut
         return
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
     torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
-
-
-def loss_of(
-    model: RNNLM | RNNLMScratch, inputs: Tensor, targets: Tensor, state: State, precision: str = "float32"
-) -> tuple[Tensor, State]:
-    """The mean cross entropy in nats, in float32 or wider, and the state; arguments as in `train_step`."""
-    device, mixed = inputs.device.type, precision == "bfloat16"
-    is_plain = not mixed and not torch.is_autocast_enabled(device)
-    with nullcontext() if is_plain else torch.autocast(device, torch.bfloat16, enabled=mixed):
-        hidden, state = model.hidden_states(inputs, state)
-        return cross_entropy(hidden, *model.head_weights(), targets, model.backend), state
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rnnfast.lm import RNNLM, RNNLMScratch, UserError
-from rnnfast.lm.trainer import loss_of
+from rnnfast.lm.backpropagation import loss_of
 
 IDS = torch.randint(28, (7, 3), generator=torch.Generator().manual_seed(0))
 
