@@ -7,6 +7,7 @@
 #include "cpu/limits.h"
 #include "cpu/loss.h"
 #include "cpu/ops.h"
+#include "cpu/train.h"
 #include "cpu/weight_samples.h"
 
 STABLE_TORCH_LIBRARY_IMPL(rnnfast, CPU, m) {
@@ -25,6 +26,8 @@ STABLE_TORCH_LIBRARY_IMPL(rnnfast, CPU, m) {
   m.impl("generate_cpu", TORCH_BOX(&rnnfast::generate_cpu));
   m.impl("linear_cross_entropy_cpu", TORCH_BOX(&rnnfast::linear_cross_entropy_cpu));
   m.impl("clip_gradients_cpu", TORCH_BOX(&rnnfast::clip_gradients_cpu));
+  m.impl("backpropagate_cpu", TORCH_BOX(&rnnfast::backpropagate_cpu));
+  m.impl("train_cpu", TORCH_BOX(&rnnfast::train_cpu));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rnnfast, CompositeExplicitAutograd, m) {  // they take no tensor, so no device is known

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "kernels.h"
 #include "ops.h"
 #include "threads.h"
 
@@ -25,13 +26,10 @@ double sum_of_squares(const float* x, int64_t n) {
 }
 
 struct Clip {
-  struct Part {
-    float* data;
-    int64_t count;
-  };
-  std::vector<Part> blocks;
+  std::vector<Parameter> blocks;
   std::vector<double> squares;  // of the norm of each block
   double max_norm;
+  float rate;
   Barrier all;
   float factor = 1;
 
@@ -39,36 +37,50 @@ struct Clip {
     // A thread scales the blocks that it has summed, which are near it then.
     const size_t first = blocks.size() * size_t(thread) / size_t(threads);
     const size_t last = blocks.size() * size_t(thread + 1) / size_t(threads);
-    for (size_t b = first; b < last; ++b) squares[b] = sum_of_squares(blocks[b].data, blocks[b].count);
-    all.wait(threads, [&] {
-      double sum = 0;
-      for (const double square : squares) sum += square;
-      factor = float(max_norm / (std::sqrt(sum) + 1e-6));
-    });
-    if (factor >= 1) return;  // not so if the norm is no number: then no gradient is one, as in torch
-    for (size_t b = first; b < last; ++b)
-      for (int64_t i = 0; i < blocks[b].count; ++i) blocks[b].data[i] *= factor;
+    if (max_norm > 0) {
+      for (size_t b = first; b < last; ++b) squares[b] = sum_of_squares(blocks[b].gradient, blocks[b].count);
+      all.wait(threads, [&] {
+        double sum = 0;
+        for (const double square : squares) sum += square;
+        factor = float(max_norm / (std::sqrt(sum) + 1e-6));
+      });
+    }
+    const Kernels& kernels = choose_kernels(DType::float32);
+    for (size_t b = first; b < last; ++b) {
+      const Parameter& block = blocks[b];
+      if (!(factor >= 1))  // also if the norm is no number: then no gradient is one, as in torch
+        for (int64_t i = 0; i < block.count; ++i) block.gradient[i] *= factor;
+      if (block.value) kernels.descend(block.value, block.gradient, block.count, rate);
+    }
   }
 };
 
 }  // namespace
 
-void clip_gradients_cpu(std::vector<Tensor> gradients, double max_norm) {
+void clip_and_descend(const std::vector<Parameter>& parameters, double max_norm, double rate) {
   Clip clip{};
   clip.max_norm = max_norm;
+  clip.rate = float(rate);
   int64_t total = 0;
-  for (const Tensor& gradient : gradients) {
-    check(parse_dtype(gradient) == DType::float32 && gradient.is_contiguous(), "gradients are clipped in float32, contiguous");
-    const int64_t n = gradient.numel();
-    float* const elements = static_cast<float*>(out(gradient));
-    for (int64_t i = 0; i < n; i += BLOCK) clip.blocks.push_back({elements + i, std::min(BLOCK, n - i)});
-    total += n;
+  for (const Parameter& p : parameters) {
+    for (int64_t i = 0; i < p.count; i += BLOCK)
+      clip.blocks.push_back({p.gradient + i, std::min(BLOCK, p.count - i), p.value ? p.value + i : nullptr});
+    total += p.count;
   }
   clip.squares.resize(clip.blocks.size());
   const int wanted = int(std::clamp<int64_t>(total / WORTH_A_THREAD, 1, available_threads()));
   const int threads = worth_threads(wanted, total / 2);
   run_parallel(
       threads, [](void* context, int thread, int n) { static_cast<Clip*>(context)->run(thread, n); }, &clip);
+}
+
+void clip_gradients_cpu(std::vector<Tensor> gradients, double max_norm) {
+  std::vector<Parameter> parameters;
+  for (const Tensor& gradient : gradients) {
+    check(parse_dtype(gradient) == DType::float32 && gradient.is_contiguous(), "gradients are clipped in float32, contiguous");
+    parameters.push_back({static_cast<float*>(out(gradient)), gradient.numel()});
+  }
+  clip_and_descend(parameters, max_norm, 0);
 }
 
 }  // namespace rnnfast

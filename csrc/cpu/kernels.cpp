@@ -248,6 +248,16 @@ void extended_backward(const ExtendedBackwardArgs& x, int available) {
                   });
 }
 
+#if !defined(__AVX512BF16__)
+void descend(float* values, const float* gradients, int64_t count, float rate) {
+  constexpr int V = LANES<float>;
+  for (int64_t i = 0; i < count; i += V) {
+    const int n = int(count - i < V ? count - i : V);
+    store(values + i, fma(splat(-rate), load(gradients + i, n), load(values + i, n)), n);
+  }
+}
+#endif
+
 template <class F32_, class F64_, class BF16_, class... Args>
 auto by_dtype(DType dtype, F32_ f32, F64_ f64, BF16_ bf16_, const Args&... args) {
   switch (dtype) {
@@ -276,6 +286,7 @@ const Kernels kernels{
     extended_pack<bf16, bf16>,
     nullptr,  // generation is in float32 or float64
     nullptr,  // the loss is in float32
+    nullptr,  // and so is descent
     nullptr,  // the limits are told in float32
     nullptr,
 #if defined(__AMX_BF16__)
@@ -321,6 +332,7 @@ const Kernels kernels{
       run(layers, count, head, threads, next, context);
     },
     [](const LossArgs& x, const LossGradients* d, int threads) { return LinearCrossEntropy(x, d).run(threads); },
+    descend,
     near_product,
     near_gates,
     nullptr,

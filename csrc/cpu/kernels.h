@@ -59,6 +59,8 @@ struct Kernels {
   void (*generate)(const ForwardArgs* layers, int64_t count, const HeadArgs& head, int threads, bool (*next)(void*),
                    void* context);
   double (*loss)(const LossArgs&, const LossGradients*, int threads);  // without gradients where that is null
+  // A step of gradient descent in float32: values -= rate gradients, with one rounding where there are fused multiply-adds.
+  void (*descend)(float* values, const float* gradients, int64_t count, float rate);
   // For the benchmarks, in float32: see near.h.
   double (*near_product)(int64_t batch, int64_t depth, int64_t rounds);
   double (*near_gates)(Cell cell, bool backward, int64_t rounds);

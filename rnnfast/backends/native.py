@@ -64,6 +64,10 @@ _SCHEMAS = (
     "linear_cross_entropy_cpu(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, bool need_gradients)"
     " -> (Tensor loss, Tensor d_hidden, Tensor d_weight, Tensor d_bias)",
     "clip_gradients_cpu(Tensor(a!)[] gradients, float max_norm) -> ()",
+    "backpropagate_cpu(Tensor inputs, Tensor targets, Tensor[] parameters, Tensor(a!)[] gradients, Tensor h_0,"
+    " Tensor? c_0, str cell) -> (Tensor loss, Tensor h_n, Tensor c_n)",
+    "train_cpu(Tensor inputs, Tensor targets, Tensor(a!)[] parameters, Tensor h_0, Tensor? c_0, Tensor(b!) loss_sum,"
+    " str cell, bool carries, float learning_rate, float max_norm) -> (Tensor h_n, Tensor c_n)",
 )
 _lock = threading.Lock()
 _library: Any = None

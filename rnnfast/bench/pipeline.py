@@ -6,11 +6,12 @@ One model, B=32, T=35, the first 10,000 characters of the text, SGD with learnin
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import rnnfast
 from rnnfast import lm
@@ -86,18 +87,16 @@ def check_training(case: PipelineCase, corpus: lm.Corpus, backend: str) -> None:
     ours, theirs = _models(case, corpus, backend)
     config = case.config(corpus.name, backend)
     optimizers = [torch.optim.SGD(model.parameters(), lr=config.lr) for model in (ours, theirs)]
-    inputs = chapter.batches(corpus.train, config.batch_size, config.steps, offset=0)
-    state = their_state = None
-    losses: list[Tensor] = []
-    their_losses: list[Tensor] = []
-    for (x, y), _ in zip(inputs, range(CHECKED_STEPS), strict=False):
-        ids, targets = x.T.contiguous(), y.T.contiguous()
-        loss, state = lm.train_step(ours, optimizers[0], ids, targets, state, config.clip, case.dtype)
-        their_loss, their_state = chapter.train_step(theirs, optimizers[1], x, y, their_state)
-        losses.append(loss)
-        their_losses.append(their_loss.detach())
+    batches = [*itertools.islice(chapter.batches(corpus.train, config.batch_size, config.steps, 0), CHECKED_STEPS)]
+    ids, targets = (torch.stack([part.T for part in parts]).contiguous() for parts in zip(*batches, strict=True))
+    losses, their_losses = torch.zeros(2, dtype=torch.float64)
+    lm.train_steps(ours, optimizers[0], ids, targets, None, losses, config.clip, case.dtype)
+    their_state = None
+    for x, y in batches:
+        loss, their_state = chapter.train_step(theirs, optimizers[1], x, y, their_state)
+        their_losses += loss.detach()
     results, truth = (
-        {"loss": torch.stack(losses)} | {f"parameter {i}": p.detach() for i, p in enumerate(model.parameters())}
+        {"loss": losses} | {f"parameter {i}": p.detach() for i, p in enumerate(model.parameters())}
         for losses, model in ((losses, ours), (their_losses, theirs))
     )
     check_same(OURS, results, truth, CHECKED_TOLERANCE[case.dtype], case.label)

@@ -33,10 +33,9 @@ from rnnfast.direct.plans import (
     requires_grad_of,
     signature_of,
 )
-from rnnfast.direct.pullback import is_plain_leaf, vjp
 from rnnfast.direct.streams import Steps, steps_after
 
-__all__ = ["Steps", "cell", "forget_packed_weights", "is_plain_leaf", "prepare", "run", "step", "steps_after", "vjp"]
+__all__ = ["Steps", "cell", "forget_packed_weights", "prepare", "run", "step", "steps_after"]
 
 
 def run(layer: Any, input: Any, hx: Any, batch_first: bool) -> tuple[Tensor, Any] | None:

@@ -117,51 +117,6 @@ def _empty_like(tensor: Tensor) -> Tensor:
     )
 
 
-def forward(
-    layer: Layer,
-    packed: Packed | None,
-    steps: int | None,
-    batch: Sequence[int],
-    input: Tensor,
-    h_0: Tensor | None,
-    c_0: Tensor | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None] | None:
-    """One call of C++; arguments as those of `_Scan`. Output, tape, h_n and c_n, or None where the kernel fails."""
-    time, lane = ((), ()) if steps is None else ((steps,), (1,))
-    dtype, like = layer.dtype, layer.memory[1]
-    sizes = (steps or 1, batch[0] if batch else 1)
-    output = empty(like, *time, *batch, layer.state_size)
-    tape = empty(like, 1, prod(sizes), layer.tape_size) if layer.tape_size else None
-    h_n = torch.empty(*lane, *batch, layer.state_size, dtype=dtype) if time else None  # a cell's is its output
-    c_n = torch.empty(*lane, *batch, layer.hidden_size, dtype=dtype) if layer.has_cell_state else None
-    places = *addresses((input, h_0, c_0)), *layer.memory_addresses, *addresses((output, tape, h_n, c_n))
-    plan = 0 if packed is None else packed.address
-    done = native.forward(_forward_call(layer.address, plan, layer.index, *sizes, *places)) == DONE
-    return (output, tape, h_n, c_n) if done else None
-
-
-def backward(
-    layer: Layer,
-    sizes: tuple[int, int],
-    d_results: Sequence[Tensor | None],
-    memory: Sequence[Any],
-    wanted: Sequence[bool],
-    in_common: tuple[int, ...] = _NOTHING_SHARED,
-) -> list[Tensor | None] | None:
-    """One call of C++: gradients of those of input, h_0, c_0 and weights that are wanted, or None where it fails.
-
-    Args:
-        sizes: T and B.
-        d_results: gradients of output, h_n and c_n, or None for zeros.
-        memory: what `forward` has read and written: input, h_0, c_0, the five weights, output and tape.
-        in_common: what the calls of a loop share.
-    """
-    found = [_empty_like(tensor) if want else None for tensor, want in zip(memory, wanted, strict=False)]
-    places = addresses((*d_results, *memory, *found))
-    done = native.backward(_backward_call(layer.address, *sizes, *places, *in_common)) == DONE
-    return found if done else None
-
-
 class _Scan(derivatives.Function):
     """One layer of one direction: `derivatives.Scan` of the cpu backend, but a call each forward and backward.
 
@@ -185,11 +140,18 @@ class _Scan(derivatives.Function):
         c_0: Tensor | None,
         *weights: Tensor | None,
     ) -> Any:
-        made = forward(layer, packed, steps, batch, input, h_0, c_0)
-        if made is None:
+        time, lane = ((), ()) if steps is None else ((steps,), (1,))
+        rows, dtype, like = batch[0] if batch else 1, layer.dtype, layer.memory[1]
+        sizes = (steps or 1, rows)
+        output = empty(like, *time, *batch, layer.state_size)
+        tape = empty(like, 1, prod(sizes), layer.tape_size) if layer.tape_size else None
+        h_n = torch.empty(*lane, *batch, layer.state_size, dtype=dtype) if time else None  # a cell's is its output
+        c_n = torch.empty(*lane, *batch, layer.hidden_size, dtype=dtype) if layer.has_cell_state else None
+        given = (input, h_0, c_0)
+        places = *addresses(given), *layer.memory_addresses, *addresses((output, tape, h_n, c_n))
+        plan = 0 if packed is None else packed.address
+        if native.forward(_forward_call(layer.address, plan, layer.index, *sizes, *places)) != DONE:
             return None, None
-        output, tape, h_n, c_n = made
-        given, sizes = (input, h_0, c_0), (steps or 1, batch[0] if batch else 1)
         ctx.layer, ctx.sizes, ctx.loop, ctx.shared = layer, sizes, loop, shared
         # The tensors themselves for derivatives of the gradients, and what they hold now for the gradients.
         memory = [None if tensor is None else tensor.detach() for tensor in given]
@@ -215,10 +177,11 @@ class _Scan(derivatives.Function):
             d_results = [d if d is None else d.contiguous() for d in given]
             rows = shared.rows_of_pass(layer, ctx.loop.calls) if shared is not None and need_weights else None
             wanted = needs[:3] + (layer.has_weight if need_weights and rows is None else _NO_WEIGHT)
+            found = [_empty_like(tensor) if want else None for tensor, want in zip(memory, wanted, strict=False)]
+            places = addresses((*d_results, *memory, *found))
             count = prod(ctx.sizes)
             in_common = _NOTHING_SHARED if rows is None else (*rows.places(count), *rows.packed(ctx.sizes, needs[0]))
-            found = backward(layer, ctx.sizes, d_results, memory, wanted, in_common)
-            if found is not None:
+            if native.backward(_backward_call(layer.address, *ctx.sizes, *places, *in_common)) == DONE:
                 if rows is not None:
                     rows.left(count)
                 return (*_NO_TENSORS, *found)

@@ -13,7 +13,7 @@ from rnnfast.lm.data import Batches, Corpus, load_corpus, random_batches, sequen
 from rnnfast.lm.generate import encode_prefix, generate, render
 from rnnfast.lm.model import RNNLM, RNNLMScratch
 from rnnfast.lm.train import Interrupted, TrainResult, train
-from rnnfast.lm.trainer import train_step
+from rnnfast.lm.trainer import train_step, train_steps
 from rnnfast.lm.vocab import Vocab
 
 __all__ = [
@@ -37,4 +37,5 @@ __all__ = [
     "sequential_batches",
     "train",
     "train_step",
+    "train_steps",
 ]

@@ -1,15 +1,25 @@
-"""The gradient of a language model's loss: backpropagation through the steps of a batch."""
+"""The gradient of a language model's loss: backpropagation through the steps of a batch.
+
+A model of layers and a head, in float32 on the cpu backend, goes past its modules and autograd, which would take a good
+share of a small model's step: one operator does all of it, or all of many training steps.
+"""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._C._autograd import _top_saved_tensors_default_hooks
+from torch.optim import SGD
+from torch.optim import optimizer as torch_optimizer
 
-from rnnfast import direct
-from rnnfast.lm.loss import cross_entropy, is_native, loss_and_gradients
+from rnnfast.direct.plans import is_observed
+from rnnfast.direct.training import empty
+from rnnfast.lm.loss import cross_entropy
 from rnnfast.lm.model import RNNLM, RNNLMScratch, State, detach
+from rnnfast.lm.parts import parts_of
 
 
 def backpropagate(
@@ -19,12 +29,55 @@ def backpropagate(
 
     Arguments and results are those of `rnnfast.lm.train_step`.
     """
-    found = _past_autograd(model, inputs, targets, state) if precision == "float32" else None
-    if found is not None:
-        return found
-    loss, state = loss_of(model, inputs, targets, state, precision)
-    loss.backward()
-    return loss.detach(), detach(state)
+    native = None if precision != "float32" else _native(model)
+    states = None if native is None else native.states(inputs, targets, state, 2)
+    if native is None or states is None:
+        loss, state = loss_of(model, inputs, targets, state, precision)
+        loss.backward()
+        return loss.detach(), detach(state)
+    gradients = [empty(memory, *memory.shape) for memory in native.memory]
+    loss, *found = torch.ops.rnnfast.backpropagate_cpu.default(
+        inputs, targets, native.memory, gradients, *states, native.cell
+    )
+    for parameter, gradient in zip(native.parameters, gradients, strict=True):
+        gradient = gradient.t() if native.is_transposed else gradient
+        if parameter.grad is None:
+            parameter.grad = gradient
+        else:
+            parameter.grad += gradient
+    return loss, native.state(found)
+
+
+def descend(
+    model: RNNLM | RNNLMScratch,
+    optimizer: torch.optim.Optimizer,
+    inputs: Tensor,
+    targets: Tensor,
+    state: State,
+    loss_sum: Tensor,
+    clip: float,
+    carries: bool,
+) -> tuple[State] | None:
+    """`rnnfast.lm.train_steps` as one operator, with the bits of step after step.
+
+    Returns:
+        The state, in a tuple; or None, with nothing done, if the model is not `_native` or the optimizer does more than
+        plain gradient descent.
+    """
+    native = _native(model)
+    states = None if native is None else native.states(inputs, targets, state, 3)
+    if native is None or states is None or not _descends_plainly(optimizer, native.parameters):
+        return None
+    rate = float(optimizer.param_groups[0]["lr"])
+    for parameter in native.parameters:
+        parameter.grad = None
+    try:
+        found = torch.ops.rnnfast.train_cpu.default(
+            inputs, targets, native.memory, *states, loss_sum, native.cell, carries, rate, clip
+        )
+    finally:
+        torch.autograd.graph.increment_version(native.parameters)  # packed weights are to be packed anew
+    return (native.state(found),)
 
 
 def loss_of(
@@ -38,30 +91,88 @@ def loss_of(
         return cross_entropy(hidden, *model.head_weights(), targets, model.backend), state
 
 
-def _past_autograd(
-    model: RNNLM | RNNLMScratch, inputs: Tensor, targets: Tensor, state: State
-) -> tuple[Tensor, State] | None:
-    """The same, bit for bit, part by part: autograd would take a good share of a small model's step.
+class _Native(NamedTuple):
+    """A model as the operators take it."""
 
-    For token ids, layers and a head, on the cpu backend, where nobody looks at what autograd does; None for all else.
-    """
-    if type(model) is not RNNLM or model.embedding is not None or model.dropout.p:
-        return None
-    head = model.head_weights()
-    if not is_native(model.backend, model.rnn.weight_hh_l0, *head) or not all(map(direct.is_plain_leaf, head)):
-        return None
-    made = direct.vjp(model.rnn, inputs, state)
-    if made is None:
-        return None
-    hidden, state, pullback = made
-    with torch.no_grad():
-        loss, d_hidden, *d_head = loss_and_gradients(hidden, *head, targets)
-        d_layers = pullback(d_hidden)
-        if d_layers is None:
+    parameters: list[nn.Parameter]
+    memory: list[Tensor]  # of the parameters, as torch.nn lays a layer's weights out
+    is_transposed: bool  # which they are not in the model from scratch
+    cell: str
+    lead: tuple[int, int]  # layers, and units of the state
+
+    def states(self, inputs: Tensor, targets: Tensor, state: State, dims: int) -> tuple[Tensor, Tensor | None] | None:
+        """h_0 and c_0 for such tokens; or None if anything is not what the operators read."""
+        for tokens in (inputs, targets):
+            if type(tokens) is not Tensor or not tokens.is_cpu or not tokens.is_contiguous() or not tokens.numel():
+                return None
+        if inputs.dtype != torch.int64 or inputs.dim() != dims:
             return None
-        for parameter, gradient in (*d_layers, *zip(head, d_head, strict=True)):
-            if parameter.grad is None:
-                parameter.grad = gradient
-            else:
-                parameter.grad += gradient
-    return loss, state
+        shape = (self.lead[0], inputs.shape[-1], self.lead[1])
+        is_lstm = self.cell == "lstm"
+        if state is None:
+            zeros = torch.zeros(shape, dtype=torch.float32, device="cpu")
+            return zeros, zeros if is_lstm else None
+        given = state if is_lstm else (state,)
+        if not isinstance(given, tuple) or len(given) != 1 + is_lstm:
+            return None
+        for part in given:
+            if type(part) is not Tensor or part.dtype != torch.float32 or part.shape != shape or part.requires_grad:
+                return None
+        h_0, c_0 = (*given, None)[:2]
+        return h_0.contiguous(), c_0 if c_0 is None else c_0.contiguous()
+
+    def state(self, found: Any) -> State:
+        return tuple(found) if self.cell == "lstm" else found[0]
+
+
+def _native(model: RNNLM | RNNLMScratch) -> _Native | None:
+    """The model for the operators; None if it has other parts, or if somebody would miss what autograd does."""
+    if not torch.is_grad_enabled() or torch.is_anomaly_enabled() or torch.compiler.is_compiling() or is_observed():
+        return None
+    if _top_saved_tensors_default_hooks(True):
+        return None
+    parts = parts_of(model)
+    if parts is None or parts.embedding is not None or parts.head_bias is None or model.bidirectional:
+        return None
+    if any(module._backward_hooks or module._backward_pre_hooks for module in model.modules()):
+        return None
+    parameters: list[nn.Parameter]
+    if isinstance(model, RNNLM):
+        if model.dropout.p or model.rnn.dropout:
+            return None
+        weights: list[Any] = [weight for lane in parts.layers for weight in lane if weight is not None]
+        parameters = [*weights, model.head.weight, model.head.bias]
+    else:
+        parameters = [model.W_xh, model.W_hh, model.b_h, model.W_hq, model.b_q]
+    if len({*map(id, parameters)}) < len(parameters) or not all(map(_is_plain_leaf, parameters)):
+        return None
+    is_transposed = isinstance(model, RNNLMScratch)
+    memory = [parameter.detach().t() if is_transposed else parameter.detach() for parameter in parameters]
+    if any(tensor.dtype != torch.float32 or not tensor.is_contiguous() for tensor in memory):
+        return None
+    return _Native(parameters, memory, is_transposed, parts.cell, (len(parts.layers), memory[1].shape[1]))
+
+
+def _is_plain_leaf(parameter: nn.Parameter) -> bool:
+    """Whether nobody would notice that autograd has not made its gradient."""
+    return (
+        type(parameter) is nn.Parameter
+        and parameter.requires_grad
+        and not parameter._backward_hooks
+        and not parameter._post_accumulate_grad_hooks
+    )
+
+
+def _descends_plainly(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> bool:
+    """Whether a step takes the learning rate times the gradient from these parameters, and nobody sees it do so."""
+    if type(optimizer) is not SGD or len(optimizer.param_groups) != 1:
+        return False
+    if "step" in vars(optimizer) or optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        return False  # a scheduler counts the steps, for one
+    # The one hook for all optimizers that is expected is this package's own.
+    if torch_optimizer._global_optimizer_pre_hooks or len(torch_optimizer._global_optimizer_post_hooks) > 1:
+        return False
+    (group,) = optimizer.param_groups
+    if group["momentum"] or group["weight_decay"] or group["maximize"] or group["differentiable"]:
+        return False
+    return type(group["lr"]) in (int, float) and [*map(id, group["params"])] == [*map(id, parameters)]

@@ -5,15 +5,14 @@ from __future__ import annotations
 import operator
 import threading
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from rnnfast import dispatch, functional
 from rnnfast.errors import UserError, note
-from rnnfast.layers import is_hooked
-from rnnfast.lm.model import RNNLM, RNNLMScratch, State
+from rnnfast.lm.model import State
+from rnnfast.lm.parts import parts_of
 from rnnfast.lm.vocab import Vocab
 
 Drawing = tuple[float, int | None, float | None]
@@ -118,31 +117,15 @@ class NativeParts(NamedTuple):
 def native_parts(model: nn.Module) -> NativeParts | None:
     """The model's parts if the native loop can run it, else None: the loop in Python then calls the model.
 
-    It can if the model is an RNNLM or RNNLMScratch itself, without hooks, in float32 or float64, on the CPU, where its
-    layers run on the `cpu` backend, without autocast. Both loops have the same hidden states, bit for bit, and the same
-    draws; logits may differ in their last bit. The parts hold the weights as they are now.
+    It can if the model has `parts_of`, in float32 or float64. Both loops have the same hidden states, bit for bit, and
+    the same draws; logits may differ in their last bit. The parts hold the weights as they are now.
     """
-    layers: list[Any]
-    if any(map(is_hooked, model.modules())):
-        return None
-    if type(model) is RNNLM:
-        layers, cell, backend = functional.lane_weights(model.rnn), model.rnn.mode.lower(), model.rnn.backend
-        embedding = None if model.embedding is None else model.embedding.weight
-        head_weight, head_bias = model.head.weight, model.head.bias
-    elif type(model) is RNNLMScratch:
-        layers = [functional.Weights(model.W_xh.t(), model.W_hh.t(), model.b_h, torch.zeros_like(model.b_h))]
-        cell, backend, embedding = "rnn_tanh", model.backend, None
-        head_weight, head_bias = model.W_hq.t(), model.b_q
-    else:
-        return None
-    device, dtype = head_weight.device.type, head_weight.dtype
-    if device != "cpu" or dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu"):
-        return None
-    request = dispatch.Request(cell, device, dtype, embedding is None, False)
-    if dispatch.choose(request, backend).backend != "cpu":
+    parts = parts_of(model)
+    if parts is None or parts.head_weight.dtype not in (torch.float32, torch.float64):
         return None
     from rnnfast.backends import native
 
+    layers, cell, embedding, head_weight, head_bias = parts
     packed = [native.packed_weights([lane], cell, i == 0 and embedding is None) for i, lane in enumerate(layers)]
     dense = [None if part is None else part.detach().contiguous() for part in (embedding, head_bias)]
     h_0 = head_weight.new_zeros(len(packed), 1, head_weight.shape[1])

@@ -28,21 +28,14 @@ def cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor,
     Raises:
         RuntimeError: a target is not in the vocabulary.
     """
-    if is_native(backend, hidden, weight, bias):
-        tensors = _rows(hidden, weight, bias, targets)
+    rows, targets = hidden.flatten(0, -2), targets.flatten()
+    if is_native(backend, rows, weight, bias):
+        tensors = [t.contiguous() for t in (rows, weight, bias, targets)]
         is_trained = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        loss: Tensor = _LinearCrossEntropy.apply(*tensors) if is_trained else _call(tensors, False)[0]
+        loss: Tensor = _LinearCrossEntropy.apply(*tensors) if is_trained else _loss_and_gradients(tensors, False)[0]
         return loss
-    logits = F.linear(hidden.flatten(0, -2), weight, bias)
-    return F.cross_entropy(logits.float() if logits.dtype.itemsize < 4 else logits, targets.flatten())
-
-
-def loss_and_gradients(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-    """What `cross_entropy` returns and the gradients of its first three arguments, where it `is_native`.
-
-    That of hidden states is (T * B, hidden).
-    """
-    return _call(_rows(hidden, weight, bias, targets), True)
+    logits = F.linear(rows, weight, bias)
+    return F.cross_entropy(logits.float() if logits.dtype.itemsize < 4 else logits, targets)
 
 
 def is_native(backend: str, *tensors: Tensor) -> bool:
@@ -61,7 +54,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
         ctx.save_for_backward(hidden, weight, bias, targets)
-        loss, *ctx.gradients = _call((hidden, weight, bias, targets), True)
+        loss, *ctx.gradients = _loss_and_gradients((hidden, weight, bias, targets), True)
         return loss
 
     @staticmethod
@@ -70,16 +63,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # They are the caller's from now on. Where the graph is kept for another backward, that computes them anew.
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            _, *gradients = _call(ctx.saved_tensors, True)
+            _, *gradients = _loss_and_gradients(ctx.saved_tensors, True)
         if d_loss.item() != 1:
             torch._foreach_mul_(gradients, d_loss)
         return *gradients, None
 
 
-def _rows(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> list[Tensor]:
-    return [t.contiguous() for t in (hidden.flatten(0, -2), weight, bias, targets.flatten())]
-
-
-def _call(tensors: Sequence[Tensor], need_gradients: bool) -> tuple[Tensor, ...]:
+def _loss_and_gradients(tensors: Sequence[Tensor], need_gradients: bool) -> tuple[Tensor, ...]:
     results: tuple[Tensor, ...] = torch.ops.rnnfast.linear_cross_entropy_cpu.default(*tensors, need_gradients)
     return results

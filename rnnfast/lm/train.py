@@ -30,11 +30,10 @@ from rnnfast.lm.config import TrainConfig, check_backend, flag, pick_device
 from rnnfast.lm.data import load_corpus
 from rnnfast.lm.generate import encode_prefix
 from rnnfast.lm.plot import plot
-from rnnfast.lm.trainer import Trainer
+from rnnfast.lm.trainer import LOOK_EVERY, Trainer
 from rnnfast.lm.vocab import Vocab
 
 CURVE = "perplexity.png"
-LOOK_EVERY = 32  # steps between looks at the loss, the clock and the progress bar; on a GPU each look waits for it
 
 
 class Interrupted(KeyboardInterrupt):
@@ -205,8 +204,8 @@ def _loop(trainer: Trainer, run: Run | None, records: list[dict[str, Any]], repo
     hidden = True if sys.stderr is None else None  # None: where stderr is no terminal
     bar = tqdm(total=config.epochs, initial=trainer.epoch, unit="epoch", disable=hidden, bar_format=BAR, leave=False)
 
-    def after_step(num_steps: int) -> None:
-        bar.update(1 / num_steps)
+    def after_steps(count: int, of_epoch: int) -> None:
+        bar.update(count / of_epoch)
         if caught or trainer.step % LOOK_EVERY == 0:
             trainer.check_loss()
             if run is not None and (caught or time.monotonic() - run.saved_at > config.save_every):
@@ -221,7 +220,7 @@ def _loop(trainer: Trainer, run: Run | None, records: list[dict[str, Any]], repo
 
     with bar, _caught_signals() as caught:
         while trainer.epoch < config.epochs:
-            record = trainer.run_epoch(after_step)
+            record = trainer.run_epoch(after_steps)
             bar.set_postfix_str(f"perplexity {record['perplexity']:.2f}", refresh=False)
             if config.sample_every and record["epoch"] % config.sample_every == 0:
                 record["sample"] = None if config.bidirectional else trainer.sample()

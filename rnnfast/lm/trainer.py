@@ -15,13 +15,16 @@ from torch import Tensor
 from rnnfast.backends import native
 from rnnfast.errors import UserError
 from rnnfast.lm import checkpoint as checkpoints
-from rnnfast.lm.backpropagation import backpropagate, loss_of
+from rnnfast.lm.backpropagation import backpropagate, descend, loss_of
 from rnnfast.lm.checkpoint import Checkpoint
 from rnnfast.lm.config import TrainConfig, build_model, pick_device
 from rnnfast.lm.data import Batches, Corpus, sequential_batches
 from rnnfast.lm.generate import encode_prefix, generate, render
 from rnnfast.lm.loss import is_native
 from rnnfast.lm.model import RNNLM, RNNLMScratch, State
+
+LOOK_EVERY = 32  # steps after which the loss is read, which waits for a device, and the clock
+SECONDS_AT_ONCE = 0.1
 
 
 def train_step(
@@ -52,6 +55,42 @@ def train_step(
         clip_gradients([p.grad for p in trained if p.grad is not None], clip, model.backend)
     update(optimizer)
     return result
+
+
+def train_steps(
+    model: RNNLM | RNNLMScratch,
+    optimizer: torch.optim.Optimizer,
+    inputs: Tensor,
+    targets: Tensor,
+    state: State,
+    loss_sum: Tensor,
+    clip: float,
+    precision: str = "float32",
+    *,
+    carries: bool = True,
+) -> State:
+    """A `train_step` for each batch, in order; on a CPU, with plain SGD, all of them may be one operator.
+
+    Args:
+        inputs, targets: token ids (N, T, B), int64.
+        state: goes into the first step, detached; None for a fresh one.
+        loss_sum: a float64 scalar, to which each step's loss is added.
+        carries: the state behind a step goes into the next one; else each begins with `state`.
+        clip, precision: as in `train_step`.
+
+    Returns:
+        The state behind the last step. `.grad` of the parameters is the last step's gradient, or None.
+    """
+    if precision == "float32":
+        found = descend(model, optimizer, inputs, targets, state, loss_sum, clip, carries)
+        if found is not None:
+            return found[0]
+    before = last = state
+    for x, y in zip(inputs, targets, strict=True):
+        loss, last = train_step(model, optimizer, x, y, before, clip, precision)
+        before = last if carries else state
+        loss_sum += loss
+    return last
 
 
 def update(optimizer: torch.optim.Optimizer) -> None:
@@ -158,30 +197,31 @@ class Trainer:
             self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
         self.epoch = self.step = self.tokens = 0
         self.seconds = 0.0
+        self.pace = math.inf  # of the last steps, in seconds each
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self.carry: State = None
         self.epoch_rng = generator.get_state()
 
-    def run_epoch(self, after_step: Callable[[int], None]) -> dict[str, Any]:
-        """Train to the end of the epoch in progress, calling `after_step(steps of the epoch)` behind every step.
+    def run_epoch(self, after_steps: Callable[[int, int], None]) -> dict[str, Any]:
+        """Train to the end of the epoch in progress.
+
+        Args:
+            after_steps: is called behind some steps, with their number and that of the epoch's.
 
         Returns:
             The epoch's record for the log.
         """
         self.epoch_rng = self.batches.generator.get_state()
         inputs, targets = self.batches.epoch()
-        config, first, tokens, seconds = self.config, self.step, self.tokens, self.seconds
+        tokens, seconds = self.tokens, self.seconds
         began = time.perf_counter() - seconds  # of all that is counted
-        for x, y in zip(inputs[first:], targets[first:], strict=True):
-            loss, state = train_step(self.model, self.optimizer, x, y, self.carry, config.clip, config.precision)
-            if self.scheduler is not None:
-                self.scheduler.step()
-            self.carry = state if self.carries else None
-            self.loss_sum += loss
-            self.step += 1
-            self.tokens += x.numel()
-            self.seconds = time.perf_counter() - began
-            after_step(len(inputs))
+        while self.step < len(inputs):
+            first, start = self.step, time.perf_counter()
+            some = slice(first, first + self._steps_at_once())
+            self._train(inputs[some], targets[some])
+            now, count = time.perf_counter(), self.step - first
+            self.seconds, self.pace = now - began, (now - start) / count
+            after_steps(count, len(inputs))
         self.check_loss()  # waits for the device
         self.seconds = time.perf_counter() - began
         record = {
@@ -196,6 +236,31 @@ class Trainer:
         self.loss_sum.zero_()
         self.epoch_rng = self.batches.generator.get_state()
         return record
+
+    def _steps_at_once(self) -> int:
+        """So many that a signal need not wait long for them, and none beyond the step behind which the loss is read."""
+        if self.scheduler is not None:
+            return 1
+        return max(1, min(LOOK_EVERY - self.step % LOOK_EVERY, int(SECONDS_AT_ONCE / self.pace)))
+
+    def _train(self, inputs: Tensor, targets: Tensor) -> None:
+        config = self.config
+        state = train_steps(
+            self.model,
+            self.optimizer,
+            inputs,
+            targets,
+            self.carry,
+            self.loss_sum,
+            config.clip,
+            config.precision,
+            carries=self.carries,
+        )
+        if self.scheduler is not None:
+            self.scheduler.step()
+        self.carry = state if self.carries else None
+        self.step += len(inputs)
+        self.tokens += inputs.numel()
 
     def check_loss(self) -> None:
         """Stop at a loss that is not a number.

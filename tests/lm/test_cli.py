@@ -333,11 +333,11 @@ def test_interrupting_saves_and_resumes(signum: int, status: int, tmp_path: Path
 def test_a_second_signal_ends_a_run_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def step(*args: Any) -> None:
+    def step(*args: Any, **options: Any) -> None:
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(importlib.import_module("rnnfast.lm.trainer"), "train_step", step)
+    monkeypatch.setattr(importlib.import_module("rnnfast.lm.trainer"), "train_steps", step)
     assert main([*TRAIN, "--out", str(tmp_path)]) == 143
     assert capsys.readouterr().err == "rnnfast: interrupted twice: not saved\n"
 

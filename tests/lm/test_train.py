@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from rnnfast.lm import Interrupted, TrainConfig, UserError, load_corpus, train, train_step
+from rnnfast.lm import Interrupted, TrainConfig, UserError, load_corpus, train, train_steps
 from rnnfast.lm.checkpoint import FILE_NAME, load
 from rnnfast.lm.trainer import Trainer
 
@@ -78,13 +78,14 @@ def test_interrupted_anywhere_it_resumes_bit_for_bit(
     # Ctrl-C once in the middle of an epoch and once behind an epoch's last step.
     num_steps = []
 
-    def interrupting(*args: Any) -> Any:
+    def interrupting(*args: Any, **options: Any) -> Any:
         num_steps.append(1)
         if len(num_steps) in (stop_at, 2 * stop_at):
             os.kill(os.getpid(), signal.SIGINT)
-        return train_step(*args)
+        return train_steps(*args, **options)
 
-    monkeypatch.setattr(trainer_module, "train_step", interrupting)
+    monkeypatch.setattr(trainer_module, "train_steps", interrupting)
+    monkeypatch.setattr(trainer_module, "SECONDS_AT_ONCE", 0.0)  # one at a time, as they were not before
     stop_at, handler = 35, signal.getsignal(signal.SIGINT)
     for resume in (False, True):
         with pytest.raises(Interrupted, match="--resume") as caught:
@@ -222,7 +223,7 @@ def test_a_disk_without_room_for_a_checkpoint_costs_no_training(
 
     steps: list[Any] = []
     monkeypatch.setattr(checkpoint_module, "atomic_write", full)
-    monkeypatch.setattr(trainer_module, "train_step", lambda *args: steps.append(args))
+    monkeypatch.setattr(trainer_module, "train_steps", lambda *args, **options: steps.append(args))
     with pytest.raises(UserError, match=f"cannot write .*{FILE_NAME}"):
         train(replace(SMALL, cell="gru"), tmp_path, overwrite=overwrite)
     assert not steps
@@ -235,11 +236,11 @@ def test_a_replaced_run_leaves_nothing_beside_the_new_ones_settings(
 ) -> None:
     train(replace(SMALL, epochs=1), tmp_path)
 
-    def crash(*args: Any) -> None:
+    def crash(*args: Any, **options: Any) -> None:
         raise ZeroDivisionError
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer_module, "train_step", crash)
+        patch.setattr(trainer_module, "train_steps", crash)
         with pytest.raises(ZeroDivisionError):
             train(replace(SMALL, cell="gru"), tmp_path, overwrite=True)
     assert {path.name for path in tmp_path.iterdir()} == {FILE_NAME, "config.json", "log.jsonl"}
@@ -248,7 +249,7 @@ def test_a_replaced_run_leaves_nothing_beside_the_new_ones_settings(
     train(replace(SMALL, epochs=1), tmp_path / "other")
     (tmp_path / "other" / FILE_NAME).rename(tmp_path / "rnn.safetensors")
     train(replace(SMALL, epochs=2, cell="gru"), tmp_path, overwrite=True)
-    monkeypatch.setattr(trainer_module, "train_step", crash)
+    monkeypatch.setattr(trainer_module, "train_steps", crash)
     with pytest.raises(ZeroDivisionError):
         train(SMALL, tmp_path / "rnn.safetensors", resume=True)
     assert load(tmp_path).config["cell"] == json.loads((tmp_path / "config.json").read_text())["cell"] == "rnn"

@@ -43,7 +43,7 @@ def test_perplexity_is_that_of_the_whole_text() -> None:
     expected = perplexity_by_torch(trainer.model, *train_batches, config.dropout)
     torch.manual_seed(1)  # for the same masks of dropout
     trainer.batches.generator.set_state(drawn)
-    record = trainer.run_epoch(lambda _: None)
+    record = trainer.run_epoch(lambda *_: None)
     assert record["perplexity"] == pytest.approx(expected, rel=1e-5)
     expected = perplexity_by_torch(trainer.model, *validation, 0.0)
     assert record["validation_perplexity"] == pytest.approx(expected, rel=1e-5)

@@ -1,0 +1,49 @@
+"""What a language model is made of, for the loops in C++ that go past its modules."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rnnfast import dispatch, functional
+from rnnfast.layers import is_hooked
+from rnnfast.lm.model import RNNLM, RNNLMScratch
+
+
+class Parts(NamedTuple):
+    """The weights as they are now; those of the model from scratch as torch.nn lays them out."""
+
+    layers: list[functional.Weights]
+    cell: str
+    embedding: Tensor | None
+    head_weight: Tensor
+    head_bias: Tensor | None
+
+
+def parts_of(model: nn.Module) -> Parts | None:
+    """The parts of an RNNLM or RNNLMScratch itself, without hooks, on the CPU, whose layers run on the cpu backend.
+
+    None for any other, and under autocast: the model must be called then.
+    """
+    layers: list[functional.Weights]
+    if any(map(is_hooked, model.modules())):
+        return None
+    if type(model) is RNNLM:
+        layers, cell, backend = functional.lane_weights(model.rnn), model.rnn.mode.lower(), model.rnn.backend
+        embedding = None if model.embedding is None else model.embedding.weight
+        head_weight, head_bias = model.head.weight, model.head.bias
+    elif type(model) is RNNLMScratch:
+        layers = [functional.Weights(model.W_xh.t(), model.W_hh.t(), model.b_h, torch.zeros_like(model.b_h))]
+        cell, backend, embedding = "rnn_tanh", model.backend, None
+        head_weight, head_bias = model.W_hq.t(), model.b_q
+    else:
+        return None
+    device, dtype = head_weight.device.type, head_weight.dtype
+    if device != "cpu" or torch.is_autocast_enabled("cpu"):
+        return None
+    request = dispatch.Request(cell, device, dtype, embedding is None, False)
+    if dispatch.choose(request, backend).backend != "cpu":
+        return None
+    return Parts(layers, cell, embedding, head_weight, head_bias)
