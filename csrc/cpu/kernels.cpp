@@ -256,6 +256,9 @@ void descend(float* values, const float* gradients, int64_t count, float rate) {
     store(values + i, fma(splat(-rate), load(gradients + i, n), load(values + i, n)), n);
   }
 }
+
+void widen_all(float* wide, void* half, int64_t count) { convert_row(wide, static_cast<const bf16*>(half), count); }
+void narrow_all(float* wide, void* half, int64_t count) { convert_row(static_cast<bf16*>(half), wide, count); }
 #endif
 
 template <class F32_, class F64_, class BF16_, class... Args>
@@ -287,6 +290,8 @@ const Kernels kernels{
     nullptr,  // generation is in float32 or float64
     nullptr,  // the loss is in float32
     nullptr,  // and so is descent
+    nullptr,  // copies are made by the set of float32
+    nullptr,
     nullptr,  // the limits are told in float32
     nullptr,
 #if defined(__AMX_BF16__)
@@ -333,6 +338,8 @@ const Kernels kernels{
     },
     [](const LossArgs& x, const LossGradients* d, int threads) { return LinearCrossEntropy(x, d).run(threads); },
     descend,
+    widen_all,
+    narrow_all,
     near_product,
     near_gates,
     nullptr,

@@ -61,6 +61,9 @@ struct Kernels {
   double (*loss)(const LossArgs&, const LossGradients*, int threads);  // without gradients where that is null
   // A step of gradient descent in float32: values -= rate gradients, with one rounding where there are fused multiply-adds.
   void (*descend)(float* values, const float* gradients, int64_t count, float rate);
+  // Numbers from bfloat16 to float32, and back, rounded to the nearest.
+  void (*widen)(float* wide, void* half, int64_t count);
+  void (*narrow)(float* wide, void* half, int64_t count);
   // For the benchmarks, in float32: see near.h.
   double (*near_product)(int64_t batch, int64_t depth, int64_t rounds);
   double (*near_gates)(Cell cell, bool backward, int64_t rounds);

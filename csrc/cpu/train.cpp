@@ -1,11 +1,13 @@
 #include "train.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "clip.h"
 #include "kernels.h"
 #include "memory.h"
 #include "tensors.h"
+#include "threads.h"
 
 namespace rnnfast {
 namespace {
@@ -15,16 +17,49 @@ float* writable(const Tensor& tensor) { return static_cast<float*>(out(tensor));
 const int64_t* integers(const Tensor& tensor) { return static_cast<const int64_t*>(data(tensor)); }
 
 struct State {
-  float *h, *c;  // (L, B, H), c of an LSTM alone
+  char *h, *c;  // (L, B, H), c of an LSTM alone
 };
 
 struct Layer {
-  const float *w_ih, *w_hh, *b_ih, *b_hh;      // biases may be null
-  float *d_w_ih, *d_w_hh, *d_b_ih, *d_b_hh;
-  float *output, *tape;
+  void *w_ih, *w_hh, *b_ih, *b_hh;  // biases may be null
+  void *d_w_ih, *d_w_hh, *d_b_ih, *d_b_hh;
+  void *output, *tape;
 };
 
-// A model and the memory that a step takes. `parameters` are those of each layer, then the head's: see native.py.
+// Numbers that are float32 in one place and bfloat16 in another.
+struct Copy {
+  float* wide;
+  void* half;
+  int64_t count;
+};
+
+// On all threads, by either kernel of kernels.h.
+void copy_all(const std::vector<Copy>& copies, void (*copy)(float*, void*, int64_t)) {
+  constexpr int64_t BLOCK = 1 << 14, WORTH_A_THREAD = 1 << 16;
+  struct Work {
+    std::vector<Copy> blocks;
+    void (*copy)(float*, void*, int64_t);
+  } work{{}, copy};
+  int64_t total = 0;
+  for (const Copy& c : copies) {
+    for (int64_t i = 0; i < c.count; i += BLOCK)
+      work.blocks.push_back({c.wide + i, static_cast<uint16_t*>(c.half) + i, std::min(BLOCK, c.count - i)});
+    total += c.count;
+  }
+  const int wanted = int(std::clamp<int64_t>(total / WORTH_A_THREAD, 1, available_threads()));
+  run_parallel(
+      worth_threads(wanted, total / 4),
+      [](void* context, int thread, int threads) {
+        const Work& work = *static_cast<const Work*>(context);
+        const size_t count = work.blocks.size();
+        for (size_t b = count * size_t(thread) / size_t(threads); b < count * size_t(thread + 1) / size_t(threads); ++b)
+          work.copy(work.blocks[b].wide, work.blocks[b].half, work.blocks[b].count);
+      },
+      &work);
+}
+
+// A model and the memory that a step takes. `parameters` are those of each layer, then the head's: see native.py. Where states are
+// bfloat16, layers have copies of their parameters in it; parameters, gradients and all that comes behind the layers are float32.
 class Model {
  public:
   Model(const std::vector<Tensor>& parameters, const Tensor& h_0, const OptionalTensor& c_0, const std::string& cell,
@@ -41,63 +76,76 @@ class Model {
     shape_.rows = steps * batch;
     shape_.hidden = shape_.state = h_0.size(2);
     shape_.cell = parse_cell(cell);
-    shape_.dtype = DType::float32;
+    shape_.dtype = parse_dtype(h_0);
+    check(shape_.dtype != DType::float64, "a model is trained in float32, or in bfloat16 but for its parameters");
+    is_half_ = shape_.dtype == DType::bfloat16;
+    element_ = is_half_ ? 2 : 4;
     layers_.resize(size_t(depth));
     const Tensor& head = parameters[size_t(count) - 2];
     check(parameters[0].dim() == 2 && head.dim() == 2 && head.size(0) > 0, "w_ih and the head's weight have two dimensions");
     vocabulary_ = parameters[0].size(1);
     classes_ = head.size(0);
-    const int64_t gate_rows = shape_.gates() * shape_.hidden;
     for (int64_t l = 0; l < depth; ++l) {
       const Tensor* p = &parameters[size_t(l * per_layer_)];
-      require("w_ih", p[0], ScalarType::Float, {gate_rows, l ? shape_.hidden : vocabulary_});
-      require("w_hh", p[1], ScalarType::Float, {gate_rows, shape_.hidden});
-      for (int64_t i = 2; i < per_layer_; ++i) require("a bias", p[i], ScalarType::Float, {gate_rows});
+      require("w_ih", p[0], ScalarType::Float, {gate_rows(), l ? shape_.hidden : vocabulary_});
+      require("w_hh", p[1], ScalarType::Float, {gate_rows(), shape_.hidden});
+      for (int64_t i = 2; i < per_layer_; ++i) require("a bias", p[i], ScalarType::Float, {gate_rows()});
     }
     require("the head's weight", head, ScalarType::Float, {classes_, shape_.hidden});
     require("the head's bias", parameters.back(), ScalarType::Float, {classes_});
-    require("h_0", h_0, ScalarType::Float, {depth, batch, shape_.hidden});
+    require("h_0", h_0, scalar_type(shape_.dtype), {depth, batch, shape_.hidden});
     check(c_0.has_value() == (shape_.cell == Cell::lstm), "c_0 must be given for an lstm, and for no other cell");
-    require("c_0", c_0, ScalarType::Float, {depth, batch, shape_.hidden});
+    require("c_0", c_0, scalar_type(shape_.dtype), {depth, batch, shape_.hidden});
   }
 
   // Gradients are left in those tensors; or in memory of the model's own if there are none, and parameters are written then.
   void carve(Carver& carver, const std::vector<Tensor>& gradients) {
-    const int64_t gate_rows = shape_.gates() * shape_.hidden;
-    float* zeros = per_layer_ == 3 ? carver.take<float>(gate_rows) : nullptr;
-    float* unused = per_layer_ == 3 ? carver.take<float>(gate_rows) : nullptr;
-    if (zeros) std::memset(zeros, 0, size_t(gate_rows) * sizeof(float));
-    parameters_.clear();
+    const auto take = [&](int64_t count) { return carver.take<char>(count * element_); };
+    // The model from scratch has one bias: the other is zero, and nobody asks for its gradient.
+    char* zeros = per_layer_ == 3 ? take(gate_rows()) : nullptr;
+    char* unused = per_layer_ == 3 ? take(gate_rows()) : nullptr;
+    if (zeros) std::memset(zeros, 0, size_t(gate_rows() * element_));
+    parameters_.clear(), values_.clear(), gradients_.clear();
     for (size_t i = 0; i < tensors_.size(); ++i) {
       const int64_t count = tensors_[i].numel();
       if (gradients.empty())
         parameters_.push_back({carver.take<float>(count), count, writable(tensors_[i])});
       else
         parameters_.push_back({writable(gradients[i]), count, const_cast<float*>(floats(tensors_[i]))});
+      if (!is_half_ || i + 2 >= tensors_.size()) continue;
+      values_.push_back({parameters_[i].value, take(count), count});
+      gradients_.push_back({parameters_[i].gradient, take(count), count});
     }
+    const auto value = [&](size_t i) { return is_half_ ? values_[i].half : parameters_[i].value; };
+    const auto gradient = [&](size_t i) { return is_half_ ? gradients_[i].half : parameters_[i].gradient; };
     for (size_t l = 0; l < layers_.size(); ++l) {
-      const Parameter* p = &parameters_[l * size_t(per_layer_)];
-      layers_[l] = {p[0].value,
-                    p[1].value,
-                    per_layer_ > 2 ? p[2].value : nullptr,
-                    per_layer_ > 3 ? p[3].value : zeros,
-                    p[0].gradient,
-                    p[1].gradient,
-                    per_layer_ > 2 ? p[2].gradient : nullptr,
-                    per_layer_ > 3 ? p[3].gradient : unused,
-                    carver.take<float>(shape_.rows * shape_.hidden),
-                    tape_count(shape_.cell) ? carver.take<float>(shape_.rows * tape_count(shape_.cell) * shape_.hidden) : nullptr};
+      const size_t p = l * size_t(per_layer_);
+      const int64_t tape = shape_.rows * tape_count(shape_.cell) * shape_.hidden;
+      layers_[l] = {value(p),
+                    value(p + 1),
+                    per_layer_ > 2 ? value(p + 2) : nullptr,
+                    per_layer_ > 3 ? value(p + 3) : zeros,
+                    gradient(p),
+                    gradient(p + 1),
+                    per_layer_ > 2 ? gradient(p + 2) : nullptr,
+                    per_layer_ > 3 ? gradient(p + 3) : unused,
+                    take(shape_.rows * shape_.hidden),
+                    tape ? take(tape) : nullptr};
     }
-    for (size_t i = 0; i < layers_.size() && i < 2; ++i) d_rows_[i] = carver.take<float>(shape_.rows * shape_.hidden);
+    const int64_t hidden = shape_.rows * shape_.hidden;
+    for (size_t i = 0; i < layers_.size() && i < 2; ++i) d_rows_[i] = take(hidden);
+    hidden_ = {is_half_ ? carver.take<float>(hidden) : static_cast<float*>(layers_.back().output), layers_.back().output, hidden};
+    d_hidden_ = {is_half_ ? carver.take<float>(hidden) : static_cast<float*>(d_rows_[0]), d_rows_[0], hidden};
   }
 
   // The mean cross entropy of a batch. The state behind it goes to `behind`, which may not be where it is read.
   float backpropagate(const int64_t* inputs, const int64_t* targets, State before, State behind) const {
-    const Kernels& kernels = choose_kernels(DType::float32);
+    const Kernels &kernels = choose_kernels(shape_.dtype), &wide = choose_kernels(DType::float32);
     const int threads = available_threads();
-    const int64_t of_layer = shape_.batch * shape_.hidden;
-    const auto at_layer = [&](float* state, size_t l) { return state ? state + int64_t(l) * of_layer : nullptr; };
-    const auto input_of = [&](size_t l) { return l ? static_cast<const void*>(layers_[l - 1].output) : inputs; };
+    const int64_t of_layer = shape_.batch * shape_.hidden * element_;
+    const auto at_layer = [&](char* state, size_t l) { return state ? state + int64_t(l) * of_layer : nullptr; };
+    const auto input_of = [&](size_t l) { return l ? layers_[l - 1].output : static_cast<const void*>(inputs); };
+    if (is_half_) copy_all(values_, wide.narrow);
     for (size_t l = 0; l < layers_.size(); ++l) {
       const Layer& p = layers_[l];
       const ForwardArgs x{shape_of(l),
@@ -116,11 +164,13 @@ class Model {
                           nullptr};
       kernels.forward(x, threads);
     }
+    if (is_half_) copy_all({hidden_}, wide.widen);
     const Parameter *weight = &parameters_[parameters_.size() - 2], *bias = weight + 1;
-    const LossArgs loss{shape_.rows, shape_.hidden, classes_, layers_.back().output, weight->value, bias->value, targets};
-    const LossGradients of_loss{d_rows_[0], weight->gradient, bias->gradient};
-    const double mean = kernels.loss(loss, &of_loss, threads);
-    float *d_output = d_rows_[0], *d_input = d_rows_[1];
+    const LossArgs loss{shape_.rows, shape_.hidden, classes_, hidden_.wide, weight->value, bias->value, targets};
+    const LossGradients of_loss{d_hidden_.wide, weight->gradient, bias->gradient};
+    const double mean = wide.loss(loss, &of_loss, threads);
+    if (is_half_) copy_all({d_hidden_}, wide.narrow);
+    void *d_output = d_rows_[0], *d_input = d_rows_[1];
     for (size_t l = layers_.size(); l-- > 0; std::swap(d_output, d_input)) {
       const Layer& p = layers_[l];
       BackwardArgs x{};
@@ -142,11 +192,12 @@ class Model {
       x.d_b_hh = p.d_b_hh;
       kernels.backward(x, threads);
     }
+    if (is_half_) copy_all(gradients_, wide.widen);
     return float(mean);
   }
 
   const std::vector<Parameter>& parameters() const { return parameters_; }
-  int64_t state_count() const { return int64_t(layers_.size()) * shape_.batch * shape_.hidden; }
+  int64_t state_bytes() const { return int64_t(layers_.size()) * shape_.batch * shape_.hidden * element_; }
 
   // Of batches of this model.
   void require_tokens(const int64_t* inputs, const int64_t* targets, int64_t count) const {
@@ -158,6 +209,7 @@ class Model {
   }
 
  private:
+  int64_t gate_rows() const { return shape_.gates() * shape_.hidden; }
   ScanShape shape_of(size_t l) const {
     ScanShape s = shape_;
     s.ids = l == 0;
@@ -167,17 +219,21 @@ class Model {
 
   const std::vector<Tensor>& tensors_;
   ScanShape shape_{};
+  bool is_half_;
+  int64_t element_;  // bytes of a layer's numbers
   int64_t per_layer_, vocabulary_, classes_;
   std::vector<Layer> layers_;
   std::vector<Parameter> parameters_;
-  float* d_rows_[2] = {};
+  std::vector<Copy> values_, gradients_;  // of the layers' parameters, where they have copies
+  Copy hidden_{}, d_hidden_{};            // of the last layer's output: both are one place in float32
+  void* d_rows_[2] = {};                  // gradients of a layer's output and of its input
 };
 
-State state_of(const Tensor& h, const Tensor& c) { return {writable(h), writable(c)}; }
+State state_of(const Tensor& h, const Tensor& c) { return {static_cast<char*>(out(h)), static_cast<char*>(out(c))}; }
 
 // What a model reads: nothing is written there.
 State state_before(const Tensor& h_0, const OptionalTensor& c_0) {
-  return {const_cast<float*>(floats(h_0)), c_0 ? const_cast<float*>(floats(*c_0)) : nullptr};
+  return {static_cast<char*>(const_cast<void*>(data(h_0))), static_cast<char*>(const_cast<void*>(data(c_0)))};
 }
 
 }  // namespace
@@ -196,7 +252,7 @@ std::tuple<Tensor, Tensor, Tensor> backpropagate_cpu(Tensor inputs, Tensor targe
               gradients[i].numel() == parameters[i].numel(),
           "a gradient must be contiguous, in float32, and have as many elements as its parameter");
   model.require_tokens(integers(inputs), integers(targets), steps * batch);
-  Tensor loss = empty(h_0, {}), h_n = empty(h_0, {h_0.size(0), batch, h_0.size(2)});
+  Tensor loss = empty(parameters[0], {}), h_n = empty(h_0, {h_0.size(0), batch, h_0.size(2)});
   Tensor c_n = empty_if(c_0.has_value(), h_0, {h_0.size(0), batch, h_0.size(2)});
   Carver sizes(nullptr);
   model.carve(sizes, gradients);
@@ -221,8 +277,8 @@ std::tuple<Tensor, Tensor> train_cpu(Tensor inputs, Tensor targets, std::vector<
   Tensor c_n = empty_if(c_0.has_value(), h_0, {h_0.size(0), batch, h_0.size(2)});
   const auto carve = [&](Carver& carver) {
     model.carve(carver, {});
-    float* h = carver.take<float>(model.state_count());
-    return State{h, c_0 ? carver.take<float>(model.state_count()) : nullptr};
+    char* h = carver.take<char>(model.state_bytes());
+    return State{h, c_0 ? carver.take<char>(model.state_bytes()) : nullptr};
   };
   Carver sizes(nullptr);
   carve(sizes);

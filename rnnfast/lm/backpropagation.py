@@ -1,7 +1,7 @@
 """The gradient of a language model's loss: backpropagation through the steps of a batch.
 
-A model of layers and a head, in float32 on the cpu backend, goes past its modules and autograd, which would take a good
-share of a small model's step: one operator does all of it, or all of many training steps.
+A model of layers and a head, its parameters in float32, on the cpu backend goes past its modules and autograd, which
+would take a good share of a small model's step: one operator does all of it, or all of many training steps.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def backpropagate(
 
     Arguments and results are those of `rnnfast.lm.train_step`.
     """
-    native = None if precision != "float32" else _native(model)
+    native = _native(model, precision)
     states = None if native is None else native.states(inputs, targets, state, 2)
     if native is None or states is None:
         loss, state = loss_of(model, inputs, targets, state, precision)
@@ -56,6 +56,7 @@ def descend(
     state: State,
     loss_sum: Tensor,
     clip: float,
+    precision: str,
     carries: bool,
 ) -> tuple[State] | None:
     """`rnnfast.lm.train_steps` as one operator, with the bits of step after step.
@@ -64,7 +65,7 @@ def descend(
         The state, in a tuple; or None, with nothing done, if the model is not `_native` or the optimizer does more than
         plain gradient descent.
     """
-    native = _native(model)
+    native = _native(model, precision)
     states = None if native is None else native.states(inputs, targets, state, 3)
     if native is None or states is None or not _descends_plainly(optimizer, native.parameters):
         return None
@@ -98,6 +99,7 @@ class _Native(NamedTuple):
     memory: list[Tensor]  # of the parameters, as torch.nn lays a layer's weights out
     is_transposed: bool  # which they are not in the model from scratch
     cell: str
+    dtype: torch.dtype  # of layers and states: float32, or bfloat16
     lead: tuple[int, int]  # layers, and units of the state
 
     def states(self, inputs: Tensor, targets: Tensor, state: State, dims: int) -> tuple[Tensor, Tensor | None] | None:
@@ -110,13 +112,13 @@ class _Native(NamedTuple):
         shape = (self.lead[0], inputs.shape[-1], self.lead[1])
         is_lstm = self.cell == "lstm"
         if state is None:
-            zeros = torch.zeros(shape, dtype=torch.float32, device="cpu")
+            zeros = torch.zeros(shape, dtype=self.dtype, device="cpu")
             return zeros, zeros if is_lstm else None
         given = state if is_lstm else (state,)
         if not isinstance(given, tuple) or len(given) != 1 + is_lstm:
             return None
         for part in given:
-            if type(part) is not Tensor or part.dtype != torch.float32 or part.shape != shape or part.requires_grad:
+            if type(part) is not Tensor or part.dtype != self.dtype or part.shape != shape or part.requires_grad:
                 return None
         h_0, c_0 = (*given, None)[:2]
         return h_0.contiguous(), c_0 if c_0 is None else c_0.contiguous()
@@ -125,13 +127,14 @@ class _Native(NamedTuple):
         return tuple(found) if self.cell == "lstm" else found[0]
 
 
-def _native(model: RNNLM | RNNLMScratch) -> _Native | None:
+def _native(model: RNNLM | RNNLMScratch, precision: str) -> _Native | None:
     """The model for the operators; None if it has other parts, or if somebody would miss what autograd does."""
     if not torch.is_grad_enabled() or torch.is_anomaly_enabled() or torch.compiler.is_compiling() or is_observed():
         return None
     if _top_saved_tensors_default_hooks(True):
         return None
-    parts = parts_of(model)
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
+    parts = parts_of(model, dtype)
     if parts is None or parts.embedding is not None or parts.head_bias is None or model.bidirectional:
         return None
     if any(module._backward_hooks or module._backward_pre_hooks for module in model.modules()):
@@ -150,7 +153,7 @@ def _native(model: RNNLM | RNNLMScratch) -> _Native | None:
     memory = [parameter.detach().t() if is_transposed else parameter.detach() for parameter in parameters]
     if any(tensor.dtype != torch.float32 or not tensor.is_contiguous() for tensor in memory):
         return None
-    return _Native(parameters, memory, is_transposed, parts.cell, (len(parts.layers), memory[1].shape[1]))
+    return _Native(parameters, memory, is_transposed, parts.cell, dtype, (len(parts.layers), memory[1].shape[1]))
 
 
 def _is_plain_leaf(parameter: nn.Parameter) -> bool:

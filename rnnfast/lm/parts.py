@@ -22,10 +22,11 @@ class Parts(NamedTuple):
     head_bias: Tensor | None
 
 
-def parts_of(model: nn.Module) -> Parts | None:
+def parts_of(model: nn.Module, dtype: torch.dtype | None = None) -> Parts | None:
     """The parts of an RNNLM or RNNLMScratch itself, without hooks, on the CPU, whose layers run on the cpu backend.
 
-    None for any other, and under autocast: the model must be called then.
+    None for any other, and under autocast: the model must be called then. `dtype`: that of the layers' computation, if
+    it is not that of their weights.
     """
     layers: list[functional.Weights]
     if any(map(is_hooked, model.modules())):
@@ -40,7 +41,7 @@ def parts_of(model: nn.Module) -> Parts | None:
         head_weight, head_bias = model.W_hq.t(), model.b_q
     else:
         return None
-    device, dtype = head_weight.device.type, head_weight.dtype
+    device, dtype = head_weight.device.type, dtype or head_weight.dtype
     if device != "cpu" or torch.is_autocast_enabled("cpu"):
         return None
     request = dispatch.Request(cell, device, dtype, embedding is None, False)

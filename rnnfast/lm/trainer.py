@@ -81,10 +81,9 @@ def train_steps(
     Returns:
         The state behind the last step. `.grad` of the parameters is the last step's gradient, or None.
     """
-    if precision == "float32":
-        found = descend(model, optimizer, inputs, targets, state, loss_sum, clip, carries)
-        if found is not None:
-            return found[0]
+    found = descend(model, optimizer, inputs, targets, state, loss_sum, clip, precision, carries)
+    if found is not None:
+        return found[0]
     before = last = state
     for x, y in zip(inputs, targets, strict=True):
         loss, last = train_step(model, optimizer, x, y, before, clip, precision)

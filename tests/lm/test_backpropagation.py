@@ -266,14 +266,47 @@ def test_autograd_does_the_rest(why: str, by_autograd: list[str], descents: list
         assert not descents
 
 
-def test_bfloat16_is_autograds(by_autograd: list[str], descents: list[int]) -> None:
-    model, (inputs, targets) = model_of("gru"), batches()
-    backpropagate(model, inputs[0], targets[0], None, "bfloat16")
-    loss_sum = torch.zeros((), dtype=torch.float64)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    train_steps(model, optimizer, inputs, targets, None, loss_sum, 1.0, "bfloat16")
-    assert len(by_autograd) == 1 + N
-    assert not descents
+@pytest.mark.parametrize("cell", [*CELLS, "scratch"])
+def test_bfloat16_has_the_states_of_autocast_and_is_as_exact(cell: str, by_autograd: list[str]) -> None:
+    model, other, wide = (scratch() if cell == "scratch" else model_of(cell, **CELLS[cell]) for _ in range(3))
+    inputs, targets = batches()
+    loss, state = backpropagate(model, inputs[0], targets[0], None, "bfloat16")
+    loss, state = backpropagate(model, inputs[1], targets[1], state, "bfloat16")
+    assert not by_autograd
+    watched(other)
+    _, expected = backpropagate(other, inputs[0], targets[0], None, "bfloat16")
+    _, expected = backpropagate(other, inputs[1], targets[1], expected, "bfloat16")
+    assert by_autograd == ["loss", "loss"]
+    assert all(map(torch.equal, flat(state), flat(expected)))
+    wide.double()
+    _, expected = backpropagate(wide, inputs[0], targets[0], None)
+    truth, _ = backpropagate(wide, inputs[1], targets[1], expected)
+    assert loss.item() == pytest.approx(truth.item(), rel=2e-3)
+    for ours, theirs, right in zip(model.parameters(), other.parameters(), wide.parameters(), strict=True):
+        error, autocast = (
+            (p.grad.double() - right.grad).norm()
+            for p in (ours, theirs)
+            if p.grad is not None and right.grad is not None
+        )
+        assert error < 1.1 * autocast
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_many_steps_in_bfloat16_have_the_bits_of_single_ones(cell: str, descents: list[int]) -> None:
+    model, single = model_of(cell, **CELLS[cell]), model_of(cell, **CELLS[cell])
+    optimizers = [torch.optim.SGD(each.parameters(), lr=0.3) for each in (model, single)]
+    loss_sum, losses = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    inputs, targets = batches()
+    state = train_steps(model, optimizers[0], inputs[:2], targets[:2], None, loss_sum, 0.5, "bfloat16")
+    state = train_steps(model, optimizers[0], inputs[2:], targets[2:], state, loss_sum, 0.5, "bfloat16")
+    assert descents == [2, 3]
+    expected = None
+    for x, y in zip(inputs, targets, strict=True):
+        loss, expected = train_step(single, optimizers[1], x, y, expected, 0.5, "bfloat16")
+        losses += loss
+    assert torch.equal(loss_sum, losses)
+    assert all(map(torch.equal, flat(state), flat(expected)))
+    assert all(map(torch.equal, model.parameters(), single.parameters()))
 
 
 class OwnSGD(torch.optim.SGD):
