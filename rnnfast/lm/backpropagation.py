@@ -133,7 +133,7 @@ def _native(model: RNNLM | RNNLMScratch, precision: str) -> _Native | None:
         return None
     if _top_saved_tensors_default_hooks(True):
         return None
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     parts = parts_of(model, dtype)
     if parts is None or parts.embedding is not None or parts.head_bias is None or model.bidirectional:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -29,9 +30,9 @@ def batches() -> tuple[Tensor, Tensor]:
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
-def model_of(cell: str, **options: Any) -> RNNLM:
+def model_of(cell: str, units: int = UNITS, **options: Any) -> RNNLM:
     torch.manual_seed(2)
-    return RNNLM(VOCABULARY, cell, UNITS, **options)
+    return RNNLM(VOCABULARY, cell, units, **options)
 
 
 def scratch() -> RNNLMScratch:
@@ -266,9 +267,12 @@ def test_autograd_does_the_rest(why: str, by_autograd: list[str], descents: list
         assert not descents
 
 
-@pytest.mark.parametrize("cell", [*CELLS, "scratch"])
+# The large one's parameters and hidden states are shared by threads when they are copied.
+@pytest.mark.parametrize("cell", [*CELLS, "scratch", "large"])
 def test_bfloat16_has_the_states_of_autocast_and_is_as_exact(cell: str, by_autograd: list[str]) -> None:
-    model, other, wide = (scratch() if cell == "scratch" else model_of(cell, **CELLS[cell]) for _ in range(3))
+    build = {"scratch": scratch, "large": lambda: model_of("rnn", 1400)}
+    build |= {cell: functools.partial(model_of, cell, **options) for cell, options in CELLS.items()}
+    model, other, wide = (build[cell]() for _ in range(3))
     inputs, targets = batches()
     loss, state = backpropagate(model, inputs[0], targets[0], None, "bfloat16")
     loss, state = backpropagate(model, inputs[1], targets[1], state, "bfloat16")
