@@ -222,6 +222,18 @@ void run_cross_entropy(int64_t rows, int64_t columns, int64_t classes, bool bias
   require_finite(d_bias, "d_bias");
 }
 
+void run_descent(int64_t count) {
+  const auto values = make(DType::float32, count, true), gradients = make(DType::float32, count, true);
+  const auto half = make(DType::bfloat16, count, false);
+  const Kernels& kernels = choose_kernels(DType::float32);
+  kernels.descend(static_cast<float*>(values.data()), static_cast<const float*>(gradients.data()), count, 0.5f);
+  kernels.narrow(static_cast<float*>(values.data()), half.data(), count);
+  kernels.widen(static_cast<float*>(gradients.data()), half.data(), count);
+  require_finite(values, "values");
+  require_finite(half, "copies in bfloat16");
+  require_finite(gradients, "copies in float32");
+}
+
 void run_kernels() {
   // The last but one has more gates than a block of the backward product, the last enough rows and columns for the matrix unit.
   const int64_t shapes[][5] = {{1, 1, 1, 1, 1},    {2, 5, 3, 17, 33}, {1, 4, 7, 3, 130},
@@ -249,6 +261,7 @@ void run_kernels() {
       run_cross_entropy(150, columns, classes, true, 1);
     }
   run_cross_entropy(700, 70, 300, true, 2);
+  for (int64_t count : {1, 16, 33, 1000}) run_descent(count);
 }
 
 }  // namespace
