@@ -102,6 +102,8 @@ def read_text(path: Path) -> str:
     Raises:
         UserError: it is missing, not a file, empty, binary or not UTF-8.
     """
+    if path.is_char_device() or path.is_block_device():
+        raise UserError(f"{path} is a device, which may have no end: name a text file with --corpus FILE")
     data = _read_bytes(path)
     if not data.strip():
         raise UserError(f"{path} is empty: name a text file with --corpus FILE")

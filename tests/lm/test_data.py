@@ -150,6 +150,12 @@ def test_a_folder_is_no_text(tmp_path: Path) -> None:
         load_corpus(str(tmp_path))
 
 
+@pytest.mark.skipif(not Path("/dev/zero").is_char_device(), reason="there is no device without an end")
+def test_a_device_is_no_text() -> None:
+    with pytest.raises(UserError, match="/dev/zero is a device, which may have no end: name a text file"):
+        load_corpus("/dev/zero")
+
+
 def test_user_file_with_byte_order_mark(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_bytes("\ufeffHé!".encode())
     corpus = load_corpus(str(tmp_path / "text.txt"), raw=True)
