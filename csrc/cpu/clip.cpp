@@ -37,7 +37,7 @@ struct Clip {
     // A thread scales the blocks that it has summed, which are near it then.
     const size_t first = blocks.size() * size_t(thread) / size_t(threads);
     const size_t last = blocks.size() * size_t(thread + 1) / size_t(threads);
-    if (max_norm > 0) {
+    if (!std::isinf(max_norm)) {
       for (size_t b = first; b < last; ++b) squares[b] = sum_of_squares(blocks[b].gradient, blocks[b].count);
       all.wait(threads, [&] {
         double sum = 0;

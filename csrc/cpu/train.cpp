@@ -58,8 +58,8 @@ void copy_all(const std::vector<Copy>& copies, void (*copy)(float*, void*, int64
       &work);
 }
 
-// A model and the memory that a step takes. `parameters` are those of each layer, then the head's: see native.py. Where states are
-// bfloat16, layers have copies of their parameters in it; parameters, gradients and all that comes behind the layers are float32.
+// A model and the memory that a step takes. Where states are bfloat16, layers have copies of their parameters in it; parameters,
+// gradients and all that comes behind the layers are float32.
 class Model {
  public:
   Model(const std::vector<Tensor>& parameters, const Tensor& h_0, const OptionalTensor& c_0, const std::string& cell,

@@ -6,6 +6,7 @@ would take a good share of a small model's step: one operator does all of it, or
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -74,7 +75,15 @@ def descend(
         parameter.grad = None
     try:
         found = torch.ops.rnnfast.train_cpu.default(
-            inputs, targets, native.memory, *states, loss_sum, native.cell, carries, rate, clip
+            inputs,
+            targets,
+            native.memory,
+            *states,
+            loss_sum,
+            native.cell,
+            carries,
+            rate,
+            clip if clip > 0 else math.inf,
         )
     finally:
         torch.autograd.graph.increment_version(native.parameters)  # packed weights are to be packed anew

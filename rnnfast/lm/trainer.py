@@ -24,7 +24,7 @@ from rnnfast.lm.loss import is_native
 from rnnfast.lm.model import RNNLM, RNNLMScratch, State
 
 LOOK_EVERY = 32  # steps after which the loss is read, which waits for a device, and the clock
-SECONDS_AT_ONCE = 0.1
+SECONDS_AT_ONCE = 0.1  # of steps in a row, in which no signal is noticed
 
 
 def train_step(

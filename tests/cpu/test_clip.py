@@ -64,6 +64,17 @@ def test_a_gradient_below_the_norm_keeps_its_bits() -> None:
     assert torch.equal(gradients[0], before)
 
 
+def test_a_largest_norm_of_zero_leaves_nothing_and_an_infinite_one_everything() -> None:
+    gradients = build([(100, 70), (3,)], 1.0)
+    before = [gradient.clone() for gradient in gradients]
+    clip_gradients(gradients, float("inf"))
+    assert all(map(torch.equal, gradients, before))
+    clip_gradients(gradients, 0.0)
+    clip_gradients(before, 0.0, "reference")
+    assert all(map(torch.equal, gradients, before))
+    assert not any(gradient.any() for gradient in gradients)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_norm_that_is_no_finite_number(value: float) -> None:
     gradients = build([(5000,), (3,)], 1.0)
