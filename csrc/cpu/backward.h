@@ -1,57 +1,9 @@
 // The backward scan of one layer: time in reverse, from the gradient of each state to that of the gates.
 #pragma once
 
-#include "layer.h"
+#include "gradients.h"
 
 namespace rnnfast::RNNFAST_ISA {
-
-// The gradients of the gates, which the scan leaves and the weight gradients read. A row is d_gates_x and d_gates_h: the
-// same (G*H) but for GRU, where it is n_x r z n_h, so that d_gates_x is its first 3H and d_gates_h its last 3H. Or one
-// after the other, where all of them are `apart`.
-template <class S, class O>
-struct Gradients {
-  using T = typename Product<O>::T;
-  static constexpr int V = LANES<O>;
-  const ScanShape& s;
-  const int64_t last;  // where d_gates_h begins
-  const bool permuted;
-  const int64_t width, stride, state_stride, hidden_stride;
-  O* gates;                   // (D, N, stride)
-  const bool is_kept;
-  O* state = nullptr;         // (D, N, state_stride): gradient of the projected state, where there is a projection
-  O* unprojected = nullptr;   // (D, N, hidden_stride): o tanh(c) again, likewise
-  S* states = nullptr;        // (D, N, P): what w_hh was multiplied with, where that is not the state
-
-  // `kept`: memory for those of the gates, if it is not the call's.
-  explicit Gradients(const ScanShape& shape, bool apart = false, void* kept = nullptr)
-      : s(shape),
-        last(apart ? s.gates() * s.hidden : s.cell == Cell::gru ? s.hidden : 0),
-        permuted(s.cell == Cell::gru && !apart),
-        width(s.gates() * s.hidden + last),
-        stride(round_up(width + Product<O>::depth - 1, V * Product<O>::depth)),
-        state_stride(round_up(s.state, V * Product<O>::depth)),
-        hidden_stride(round_up(s.hidden, V * Product<O>::depth)),
-        gates(static_cast<O*>(kept)),
-        is_kept(kept) {}
-  void carve(Carver& carver) {
-    if (!is_kept) gates = carver.take<O>(s.lanes * s.rows * stride);
-    if (!s.has_projection) return;
-    state = carver.take<O>(s.lanes * s.rows * state_stride);
-    unprojected = carver.take<O>(s.lanes * s.rows * hidden_stride);
-  }
-  const O* gates_x(int64_t lane, int64_t row) const { return gates + (lane * s.rows + row) * stride; }
-  const O* gates_h(int64_t lane, int64_t row) const { return gates_x(lane, row) + last; }
-  // The column of gates_x, or of gates_h, that belongs to a row of w_ih, or of w_hh.
-  int64_t column_x(int64_t weight_row) const {
-    if (!permuted) return weight_row;
-    return weight_row < 2 * s.hidden ? weight_row + s.hidden : weight_row - 2 * s.hidden;
-  }
-  // The inverse of column_x.
-  int64_t weight_row_x(int64_t column) const {
-    if (!permuted) return column;
-    return column < s.hidden ? column + 2 * s.hidden : column - s.hidden;
-  }
-};
 
 constexpr int64_t ADDRESSED = 8 << 20;  // bytes in pages of which a core keeps the addresses
 
@@ -140,12 +92,13 @@ class Backward {
   }
 
   void run_item(Item item, Local local, Team& team) const {
-    if (local.member == 0 && item.done == 0) init_carries(item);
+    if (local.member == 0 && item.done == 0 && d.is_first_part()) init_carries(item);
     team.barrier.wait(local.members);
-    Walk<O> walk(unpacked ? at<O>(x.w_hh, 0) : w_hh, states, gate_rows, item, s.steps + 1, local.member, local.members, BLOCK,
-                 team.deal.get(), row_groups(s, split, states), unpacked ? s.state : 0);
-    for (int64_t step = s.steps - 1 - item.done; step >= 0; --step) {
-      team.share(item, s.steps - 1 - step);
+    Walk<O> walk(unpacked ? at<O>(x.w_hh, 0) : w_hh, states, gate_rows, item, d.part.steps() + d.is_last_part(), local.member,
+                 local.members, BLOCK, team.deal.get(), row_groups(s, split, states), unpacked ? s.state : 0);
+    const int64_t last_step = d.part.end_step - 1;
+    for (int64_t step = last_step - item.done; step >= d.part.step; --step) {
+      team.share(item, last_step - step);
       state_gradients(item, local, walk, step);
       if (!end_step(team, local, walk)) return;
       if (!s.has_projection) continue;
@@ -153,7 +106,7 @@ class Backward {
       team.barrier.wait(local.members);
     }
     if (x.d_h_0) initial_gradients(item, local, walk);
-    if (local.member == 0) finish_carries(item);
+    if (local.member == 0 && d.is_last_part()) finish_carries(item);
   }
   int64_t pieces() const { return s.lanes * states.count() * row_groups(s, split, states); }
 
@@ -245,7 +198,7 @@ class Backward {
   }
   RowsAhead of_next_step(const Item& item, const Walk<O>& walk, int64_t lane, int64_t step) const {
     RowsAhead ahead(walk.count());
-    if (step == 0) return ahead;
+    if (step == d.part.step) return ahead;
     const int64_t t = s.time(lane, step - 1), rows = alive(s, item, t);
     if (fetches(rows)) fetch_rows(ahead, lane, t, item.first, rows, 0, s.hidden);
     return ahead;
@@ -253,7 +206,7 @@ class Backward {
   RowsAhead of_next_piece(const Item& item, const Walk<O>& walk, const Piece& piece, int64_t step) const {
     RowsAhead ahead;
     const auto [next, steps_on] = walk.next(piece);
-    if (step < steps_on) return ahead;
+    if (step - steps_on < d.part.step) return ahead;
     const int64_t t = s.time(next.lane, step - steps_on), rows = alive(s, item, t), first = next.first(rows, walk.groups());
     const int64_t of_panel = states.vectors * V, unit = next.panel * of_panel;
     if (fetches(rows))
@@ -333,7 +286,7 @@ class Backward {
     for (int c = 0; c < width; ++c) {
       const int64_t j = (p * states.vectors + c) * V;
       if (s.has_projection)
-        store(d.state + (place.lane * s.rows + place.row) * d.state_stride + j, load(sums + c * V));
+        store(d.state_row(place.lane, place.row) + j, load(sums + c * V));
       else
         gate_gradients(place, j, load(sums + c * V));
     }
@@ -343,7 +296,7 @@ class Backward {
     alignas(64) static constexpr T zeros[MAX_VECTORS * V] = {};
     const int64_t t = s.time(lane, step), rows = alive(s, item, t), first_row = s.offset_at(t) + item.first;
     for (int64_t r = 0; r < rows; ++r) {
-      local.a[r] = d.state + (lane * s.rows + first_row + r) * d.state_stride;
+      local.a[r] = d.state_row(lane, first_row + r);
       local.start[r] = zeros;
     }
     const Slice slice = slice_of(units_.count(), local.member, local.members);
@@ -365,7 +318,7 @@ class Backward {
   void gate_gradients(const Place& place, int64_t j, Vec<T> d_h) const {
     const int64_t H = s.hidden;
     const int n = int(min64(V, H - j));
-    O* gates = d.gates + (place.lane * s.rows + place.row) * d.stride + j;
+    O* gates = d.gates_x(place.lane, place.row) + j;
     const S* tape = at<S>(x.tape, (place.lane * s.rows + place.row) * tape_count(s.cell) * H + j);
     const int64_t before = row_before(s, place.lane, place.t, place.b);
     switch (s.cell) {
@@ -378,7 +331,7 @@ class Backward {
         Vec<T> d_c = load(carry);
         if (x.d_cells) d_c += load(at<S>(x.d_cells, (place.lane * s.rows + place.row) * H + j), n);
         if (s.has_projection)
-          store(d.unprojected + (place.lane * s.rows + place.row) * d.hidden_stride + j, o * Math<T>::tanh(c));
+          store(d.unprojected_row(place.lane, place.row) + j, o * Math<T>::tanh(c));
         lstm_backward<Math<T>>(i, f, g, o, c, load(c_before, n), d_h, d_c);
         store(carry, d_c);
         store(gates, i, n);
@@ -408,7 +361,7 @@ class Backward {
 
   // From the gradients d_h of the units of a panel to those of their gates.
   void rnn_gradients(const Place& place, int64_t p, int width, const T* d_h) const {
-    O* gates = d.gates + (place.lane * s.rows + place.row) * d.stride;
+    O* gates = d.gates_x(place.lane, place.row);
     const S* h = at<S>(x.output, (place.row * s.lanes + place.lane) * s.hidden);
     for (int c = 0; c < width; ++c, d_h += V) {
       const int64_t j = (p * states.vectors + c) * V;
@@ -419,15 +372,22 @@ class Backward {
     }
   }
 
+  // Of the sequences whose first step is one of this part.
   void initial_gradients(const Item& item, const Local& local, Walk<O>& walk) const {
-    const int64_t rows = item.end - item.first;
-    int64_t lane = -1;
-    walk.begin(-1);
+    int64_t lane = -1, first = 0, rows = 0;
+    if (!d.is_last_part() && !(s.bidirectional && s.batch_sizes)) return;
+    walk.begin(d.part.step - 1);
     for (Piece piece; walk.take(piece);) {
       if (lane != piece.lane) {
         lane = piece.lane;
+        const bool reversed = s.reversed(lane);
+        const int64_t after = s.steps - d.part.step;  // in time
+        const int64_t from = reversed && after < s.steps ? s.size_at(after) : 0;
+        const int64_t end = reversed ? s.size_at(s.steps - d.part.end_step) : d.is_last_part() ? s.batch : 0;
+        first = max64(item.first, from);
+        rows = max64(0, min64(item.end, end) - first);
         for (int64_t r = 0; r < rows; ++r) {
-          const int64_t b = item.first + r, t = s.reversed(lane) ? last_step(s, b) : 0;
+          const int64_t b = first + r, t = reversed ? last_step(s, b) : 0;
           operands(local, walk, rows, r, d.gates_h(lane, s.offset_at(t) + b));
         }
       }
@@ -437,7 +397,7 @@ class Backward {
         for (int r = 0; r < count; ++r)
           for (int c = 0; c < width; ++c) {
             const int64_t j = (p * states.vectors + c) * V;
-            store(sums + (r * width + c) * V, carry_h ? load(carry_row(carry_h, lane, item.first + row + r) + j) : Vec<T>{});
+            store(sums + (r * width + c) * V, carry_h ? load(carry_row(carry_h, lane, first + row + r) + j) : Vec<T>{});
           }
         return false;
       };
@@ -445,7 +405,7 @@ class Backward {
         for (int r = 0; r < count; ++r)
           for (int c = 0; c < width; ++c) {
             const int64_t j = (p * states.vectors + c) * V;
-            store(at<S>(x.d_h_0, (lane * s.batch + item.first + row + r) * s.state + j), load(sums + (r * width + c) * V),
+            store(at<S>(x.d_h_0, (lane * s.batch + first + row + r) * s.state + j), load(sums + (r * width + c) * V),
                   int(min64(V, s.state - j)));
           }
       };

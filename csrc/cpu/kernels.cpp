@@ -107,24 +107,30 @@ size_t pack(const ForwardArgs& x) {
   return packed.bytes;
 }
 
-// A backward scan, and behind it the tasks of the gradients that are parallel in time, which threads take as they come free.
-// `locals`: own_bytes for each thread.
+// A backward scan, or a part of it, and behind it the tasks of the gradients that are parallel in time, which threads take as they
+// come free, the last of them once the others are done. `locals`: own_bytes for each thread.
 template <class Scan, class Weights, class Task>
-void scan_then_tasks(const Scan& scan, const Weights& weights, const ScanShape& s, const Split& split, char* locals,
+void scan_then_tasks(const Scan& scan, const Weights& weights, const ScanShape& s, const Split& split, bool is_packed, char* locals,
                      size_t own_bytes, int64_t tasks, Task run) {
-  std::atomic<int64_t> next{0};
+  const int64_t last_tasks = weights.last_tasks();
+  std::atomic<int64_t> next{0}, next_of_last{tasks - last_tasks};
   Barrier all;
   Team team = team_of(split, scan);
   parallel(split.threads, [&](int thread, int threads) {
     char* mine = locals + own_bytes * thread;
-    scan.pack(thread, threads);
-    weights.pack(thread, threads);
-    all.wait(threads);
+    if (!is_packed) {
+      scan.pack(thread, threads);
+      weights.pack(thread, threads);
+      all.wait(threads);
+    }
     Carver scan_memory(mine);
     auto local = scan.carve_local(scan_memory);
     run_items(scan, s, split, local, thread, threads, team);
     all.wait(threads);
-    for (int64_t task; (task = next.fetch_add(1)) < tasks;) run(task, mine);
+    for (int64_t task; (task = next.fetch_add(1)) < tasks - last_tasks;) run(task, mine);
+    if (last_tasks == 0) return;
+    all.wait(threads);
+    for (int64_t task; (task = next_of_last.fetch_add(1)) < tasks;) run(task, mine);
   });
 }
 
@@ -136,6 +142,7 @@ void backward(const BackwardArgs& x, int available) {
   Gradients<S, O> gradients(s, false, x.gates);
   Backward<S, O> scan(x, split, gradients);
   WeightGradients<S, O> weights(x, gradients, split.threads);
+  gradients.cut(weights.parts());
   Carver shared(nullptr), own(nullptr);
   gradients.carve(shared);
   scan.carve(shared);
@@ -147,8 +154,14 @@ void backward(const BackwardArgs& x, int available) {
   gradients.carve(carver);
   scan.carve(carver);
   weights.carve(carver);
-  scan_then_tasks(scan, weights, s, split, memory.data() + shared.used(), own_bytes, weights.tasks(),
-                  [&](int64_t task, char* mine) { weights.run(task, mine); });
+  for (int64_t i = gradients.parts - 1; i >= 0; --i) {
+    const Part part = part_of(s, i, gradients.parts);
+    if (part.steps() == 0) continue;
+    gradients.go_to(part);
+    weights.begin_part();
+    scan_then_tasks(scan, weights, s, split, !gradients.is_first_part(), memory.data() + shared.used(), own_bytes, weights.tasks(),
+                    [&](int64_t task, char* mine) { weights.run(task, mine); });
+  }
 }
 
 // The gradients of weights and biases, from those of the gates of rows that are one step, with states before it in h_0.
@@ -158,12 +171,17 @@ void weight_gradients(const BackwardArgs& x, int available) {
   const int64_t cycles = s.rows * s.gates() * s.hidden * ((s.ids ? 0 : s.input) + s.state) / (2 * LANES<O>);
   const int threads = cycles < 2 * PARALLEL_REGION ? 1 : worth_threads(available, cycles);
   const Gradients<S, O> gradients(s, false, x.gates);
-  const WeightGradients<S, O> weights(x, gradients, threads);
+  WeightGradients<S, O> weights(x, gradients, threads);
+  Carver shared(nullptr);
+  weights.carve(shared);
   const size_t own_bytes = weights.local_bytes();
-  const Scratch memory(own_bytes * size_t(threads));
+  const Scratch memory(shared.used() + own_bytes * size_t(threads));
+  Carver carver(memory.data());
+  weights.carve(carver);
   std::atomic<int64_t> next{0};
   parallel(threads, [&](int thread, int) {
-    for (int64_t task; (task = next.fetch_add(1)) < weights.tasks();) weights.run(task, memory.data() + own_bytes * size_t(thread));
+    char* const mine = memory.data() + shared.used() + own_bytes * size_t(thread);
+    for (int64_t task; (task = next.fetch_add(1)) < weights.tasks();) weights.run(task, mine);
   });
 }
 
@@ -229,6 +247,7 @@ void extended_backward(const ExtendedBackwardArgs& x, int available) {
   Carver shared(nullptr), own(nullptr);
   scan.carve(shared);
   weights.carve(shared);
+  shifts.carve(shared);
   scan.carve_local(own);
   const int64_t of_tasks = max64(max64(weights.local_bytes(), shifts.local_bytes()), scan.task_bytes());
   const size_t own_bytes = size_t(max64(own.used(), of_tasks));
@@ -236,15 +255,16 @@ void extended_backward(const ExtendedBackwardArgs& x, int available) {
   Carver carver(memory.data());
   scan.carve(carver);
   weights.carve(carver);
-  const int64_t of_products = weights.tasks(), of_shifts = of_products + shifts.tasks();
-  scan_then_tasks(scan, weights, s, split, memory.data() + shared.used(), own_bytes, of_shifts + scan.tasks(),
+  shifts.carve(carver);
+  const int64_t of_shifts = shifts.tasks(), of_others = of_shifts + scan.tasks();
+  scan_then_tasks(scan, weights, s, split, false, memory.data() + shared.used(), own_bytes, of_others + weights.tasks(),
                   [&](int64_t task, char* mine) {
-                    if (task < of_products)
-                      weights.run(task, mine);
-                    else if (task < of_shifts)
-                      shifts.run(task - of_products, mine);
-                    else
+                    if (task < of_shifts)
+                      shifts.run(task, mine);
+                    else if (task < of_others)
                       scan.run(task - of_shifts, mine);
+                    else
+                      weights.run(task - of_others, mine);
                   });
 }
 

@@ -20,16 +20,21 @@ void add_block(T* sums, T* lost, const T* block, int64_t n) {
   }
 }
 
-// sums[m] = what `add` adds for every row, for n columns at most SUM_COLUMNS; there is room for three times as many.
+// Adds what `add` adds for the rows [row, end_row) to sums[m] and lost[m], for n columns at most SUM_COLUMNS, for which `block` has
+// room.
 template <class T, class F>
-void sum_rows(T* sums, int64_t n, int64_t rows, F add) {
-  T *const lost = sums + SUM_COLUMNS, *const block = lost + SUM_COLUMNS;
-  std::memset(sums, 0, 2 * SUM_COLUMNS * sizeof(T));
-  for (int64_t row = 0; row < rows;) {
+void add_rows(T* sums, T* lost, T* block, int64_t n, int64_t row, int64_t end_row, F add) {
+  while (row < end_row) {
     std::memset(block, 0, SUM_COLUMNS * sizeof(T));
-    for (const int64_t end = min64(row + SUM_ROWS, rows); row < end; ++row) add(block, row);
+    for (const int64_t end = min64(row + SUM_ROWS, end_row); row < end; ++row) add(block, row);
     add_block(sums, lost, block, n);
   }
+}
+// sums[m] = what `add` adds for every row; there is room for three times SUM_COLUMNS.
+template <class T, class F>
+void sum_rows(T* sums, int64_t n, int64_t rows, F add) {
+  std::memset(sums, 0, 2 * SUM_COLUMNS * sizeof(T));
+  add_rows(sums, sums + SUM_COLUMNS, sums + 2 * SUM_COLUMNS, n, 0, rows, add);
 }
 
 }  // namespace rnnfast::RNNFAST_ISA

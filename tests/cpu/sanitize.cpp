@@ -255,6 +255,12 @@ void run_kernels() {
         run(cell, dtype, 1, 12, 40, 5, 40, 0, false, ragged, 2);
         run(cell, dtype, 2, 3, 21, 5, 520, 0, false, ragged, 2);
       }
+  // Backward scans in several parts.
+  for (bool ragged : {false, true}) {
+    run(Cell::lstm, DType::float32, 1, 45, 80, 3, 130, 0, false, ragged, 2);
+    run(Cell::lstm, DType::float32, 2, 45, 80, 3, 130, 40, false, ragged, 2);
+    run(Cell::gru, DType::float64, 2, 45, 80, 3, 66, 0, true, ragged, 1);
+  }
   for (int64_t classes : {1, 16, 28, 300})
     for (int64_t columns : {1, 33, 130}) {
       run_cross_entropy(1, columns, classes, false, 1);
