@@ -67,7 +67,7 @@ constexpr int max_rows(int vectors) {
 // Memory that a tile fetches into the second-level cache while it computes, a few lines each BLOCK of k units: so it streams
 // in at an even rate.
 struct Ahead {
-  static constexpr int64_t BLOCK = 8;
+  static constexpr int64_t BLOCK = MANY_REGISTERS ? 8 : 32;
   // Lines one after the other, so many a block.
   struct Stream {
     const char* data = nullptr;
@@ -130,24 +130,22 @@ struct Panel {
 // Units of k whose products are added up one by one: in a longer sum each would be rounded to the size that it has come to.
 constexpr int64_t SUM_BLOCK = 256;
 
-// `tile` of at most SUM_BLOCK units; a function of its own, as the compiler else moves the sums of the inner loop about.
+}  // namespace rnnfast::RNNFAST_ISA
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+#include "avx2.h"
+#else
+
+namespace rnnfast::RNNFAST_ISA {
+
+// sum[r] += row[r][0..k_units) w, from zeros.
 template <int R, int NV, class O>
-__attribute__((noinline)) void tile_block(int64_t k_units, const O* const* a, const O* w, int64_t w_stride,
-                                          const typename Product<O>::T* const* start, int64_t offset,
-                                          const typename Product<O>::T* last, typename Product<O>::T* out, int64_t out_stride,
-                                          Ahead* ahead) {
+RNNFAST_INLINE void multiply(int64_t k_units, const O* const (&row)[R], const O* w, int64_t w_stride, Ahead* ahead,
+                             Vec<typename Product<O>::T> (&sum)[R][NV]) {
   using P = Product<O>;
   constexpr int V = LANES<O>;
-  Vec<typename P::T> sum[R][NV];
-  const O* row[R];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-    row[r] = a[r];
-#pragma GCC unroll 4
-    for (int c = 0; c < NV; ++c) sum[r][c] = Vec<typename P::T>{};
-  }
   int64_t k = 0;
-  const auto multiply = [&](int64_t at) __attribute__((always_inline)) {
+  const auto multiply_unit = [&](int64_t at) __attribute__((always_inline)) {
     const O* w_k = w + at * w_stride;
     typename P::Unit wk[NV];
 #pragma GCC unroll 4
@@ -166,22 +164,45 @@ __attribute__((noinline)) void tile_block(int64_t k_units, const O* const* a, co
   // Two at a time: a core whose other thread is busy is short of instructions, and this saves some that are no products.
   const auto multiply_to = [&](int64_t end) __attribute__((always_inline)) {
     for (; k + 2 <= end; k += 2) {
-      multiply(k);
-      multiply(k + 1);
+      multiply_unit(k);
+      multiply_unit(k + 1);
     }
-    if (k < end) multiply(k++);
+    if (k < end) multiply_unit(k++);
   };
   if (!ahead) multiply_to(k_units);
   while (k < k_units) {
     ahead->fetch();
     multiply_to(min64(k + Ahead::BLOCK, k_units));
   }
+}
+
+}  // namespace rnnfast::RNNFAST_ISA
+#endif
+
+namespace rnnfast::RNNFAST_ISA {
+
+// `tile` of at most SUM_BLOCK units; a function of its own, as the compiler else moves the sums of the inner loop about.
+template <int R, int NV, class O>
+__attribute__((noinline)) void tile_block(int64_t k_units, const O* const* a, const O* w, int64_t w_stride,
+                                          const typename Product<O>::T* const* start, int64_t offset,
+                                          const typename Product<O>::T* last, typename Product<O>::T* out, int64_t out_stride,
+                                          Ahead* ahead) {
+  constexpr int V = LANES<O>;
+  Vec<typename Product<O>::T> sum[R][NV];
+  const O* row[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    row[r] = a[r];
+#pragma GCC unroll 4
+    for (int c = 0; c < NV; ++c) sum[r][c] = Vec<typename Product<O>::T>{};
+  }
+  multiply(k_units, row, w, w_stride, ahead, sum);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
     for (int c = 0; c < NV; ++c) {
       // Added last: every product added to a large start would be rounded to its size.
-      const Vec<typename P::T> first = load(c == NV - 1 && last ? last : start[r] + offset + c * V);
+      const auto first = load(c == NV - 1 && last ? last : start[r] + offset + c * V);
       store(out + r * out_stride + c * V, sum[r][c] + first);
     }
   }
@@ -240,7 +261,7 @@ TileFn<O> tile_function(int rows, int vectors) {
    amx_tile<13, NV>, amx_tile<14, NV>, amx_tile<15, NV>, amx_tile<16, NV>}
 #else
 #define RNNFAST_TILES(NV) \
-  {tile<1, NV, O>, tile<2, NV, O>, tile<3, NV, O>, tile<4, NV, O>, \
+  {tile<1, NV, O>, tile<2, NV, O>, tile<3, NV, O>, tile<(4 <= max_rows(NV) ? 4 : 1), NV, O>, \
    tile<(5 <= max_rows(NV) ? 5 : 1), NV, O>, tile<(6 <= max_rows(NV) ? 6 : 1), NV, O>, \
    tile<(7 <= max_rows(NV) ? 7 : 1), NV, O>, tile<(8 <= max_rows(NV) ? 8 : 1), NV, O>}
 #endif
