@@ -8,8 +8,8 @@ Half types are computed in float32 from end to end and rounded once, on the way 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -378,7 +378,7 @@ def backward(
         rows = _backward_lane(lane, d_every, d_final_of_lane, outputs[d], widen(tape[d]), sizes, _STEPS[cell][1])
         lane_gradients.append(
             (
-                F.linear(rows.d_gates_x, _turned(lane.w_ih)) if need_input and input.is_floating_point() else None,
+                _linear(rows.d_gates_x, _turned(lane.w_ih)) if need_input and input.is_floating_point() else None,
                 *(_weight_gradients(lane, rows) if need_weights else [None] * 5),
                 *rows.d_initial,
             )
@@ -445,7 +445,7 @@ def _backward_lane(
         d_gates_x.append(d_x)
         d_gates_h.append(d_recurrent)
         # Added last: each product of a long sum that started from it would be rounded to its size.
-        d_state = (d_direct[0] + F.linear(d_recurrent, w_hh), *d_direct[1:])
+        d_state = (d_direct[0] + _linear(d_recurrent, w_hh), *d_direct[1:])
     d_initial = tuple(torch.cat(parts) for parts in zip(d_state, *reversed(left), strict=True))
 
     no_gates = output.new_empty(0, lane.w_ih.shape[0])
@@ -468,16 +468,37 @@ def _turned(weight: Tensor) -> Tensor:
     return weight.t().contiguous()
 
 
+# Products that are added up at a time. A BLAS library may add up all of a sum one by one; torch.nn rounds less.
+_BLOCK = 1024
+
+
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    """F.linear, in blocks of a long sum."""
+    blocks = zip(x.split(_BLOCK, dim=-1), weight.split(_BLOCK, dim=-1), strict=True)
+    return _added(F.linear(a, w) for a, w in blocks)
+
+
+def _over_rows(a: Tensor, b: Tensor) -> Tensor:
+    """a.t() @ b, in blocks of rows."""
+    return _added(rows.t() @ others for rows, others in zip(a.split(_BLOCK), b.split(_BLOCK), strict=True))
+
+
+def _added(products: Iterable[Tensor]) -> Tensor:
+    return reduce(torch.Tensor.add, products)
+
+
 def _weight_gradients(lane: _Lane, rows: _RowGradients) -> list[Tensor | None]:
     """Gradients of w_ih, w_hh, b_ih, b_hh, w_hr."""
     if lane.input.is_floating_point():
-        d_w_ih = rows.d_gates_x.t() @ lane.input
+        d_w_ih = _over_rows(rows.d_gates_x, lane.input)
     else:
         d_w_ih = torch.zeros_like(lane.w_ih.t()).index_add_(0, lane.input, rows.d_gates_x).t()
     return [
         d_w_ih,
-        rows.d_gates_h.t() @ rows.h_before,
+        _over_rows(rows.d_gates_h, rows.h_before),
         None if lane.b_ih is None else rows.d_gates_x.sum(0),
         None if lane.b_hh is None else rows.d_gates_h.sum(0),
-        None if rows.d_projected is None or rows.unprojected is None else rows.d_projected.t() @ rows.unprojected,
+        None
+        if rows.d_projected is None or rows.unprojected is None
+        else _over_rows(rows.d_projected, rows.unprojected),
     ]
