@@ -52,8 +52,8 @@ namespace rnnfast::RNNFAST_ISA {
                  "add %[stride], %[w]\n"                                                                             \
                  "add %[size], %[k]\n"                                                                               \
                  "jne 1b\n"                                                                                          \
-                 : RNNFAST_ROWS_##ROWS(NV, RNNFAST_EACH, RNNFAST_SUM) RNNFAST_KEPT_##NV[a] "=&x"(a), [w] "+r"(w),    \
-                   [k] "+r"(k)                                                                                       \
+                 : RNNFAST_ROWS_##ROWS(NV, RNNFAST_EACH, RNNFAST_SUM) RNNFAST_KEPT_##NV[a] "=&x"(a), [w] "+&r"(w),   \
+                   [k] "+&r"(k)                                                                                      \
                  : RNNFAST_ROWS_##ROWS(NV, RNNFAST_ROW, )[stride] "r"(w_stride * int64_t(sizeof(T))),                \
                    [start] "r"(start), [size] "i"(sizeof(T)), [vectors] "i"(VECTORS)                                 \
                  : "memory");                                                                                        \
