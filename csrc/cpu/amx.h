@@ -66,7 +66,8 @@ void amx_tile(int64_t k_units, const bf16* const* a, Panel<bf16> panel, const fl
   _tile_zero(3);
   int64_t u = 0;
   for (; u + UNITS <= k_units; u += UNITS, w += UNITS * NV * 32) {
-    for (int64_t block = 0; ahead && block < UNITS / Ahead::BLOCK; ++block) ahead->fetch();
+    if (ahead && (u & (ahead->block - 1)) == 0) ahead->fetch();
+    if (ahead && ahead->block < UNITS) ahead->fetch();
     if (even) {
       amx_multiply<NV>(a[0] + u * 2, stride * 2, w, NV * 64);
       continue;

@@ -94,11 +94,11 @@ RNNFAST_INLINE void multiply(int64_t k_units, const T* const (&row)[R], const T*
   if (!ahead) return multiply_units(k_units, row, w, w_stride, zeros, sum);
   alignas(64) T so_far[R * NV * V] = {};
   const T* from[R];
-  for (int64_t k = 0; k < k_units; k += Ahead::BLOCK) {
+  for (int64_t k = 0; k < k_units; k += ahead->block) {
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) from[r] = row[r] + k;
     ahead->fetch();
-    multiply_units(min64(Ahead::BLOCK, k_units - k), from, w + k * w_stride, w_stride, so_far, sum);
+    multiply_units(min64(ahead->block, k_units - k), from, w + k * w_stride, w_stride, so_far, sum);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4

@@ -160,7 +160,7 @@ class Backward {
 
   // d_h = d_output + what carries over + d_gates_h(step after) w_hh, and then the gates, unless a projection is between.
   void state_gradient(const Item& item, const Local& local, const Walk<O>& walk, const Piece& piece, int64_t t, int64_t rows,
-                      int64_t followed, const RowsAhead& ahead) const {
+                      int64_t followed, RowsAhead& ahead) const {
     const int64_t lane = piece.lane, first_row = s.offset_at(t) + item.first, p = piece.panel;
     const int width = states.width(p);
     const int64_t column = p * states.vectors * V;
@@ -246,7 +246,7 @@ class Backward {
   // Adds the products of a piece's part of rows [0, rows) and its panel to what start(first row, count, sums) writes to sums,
   // or points to with local.start if it returns true, and hands them to finish(first row, count, sums).
   template <class Start, class Finish>
-  void add_product(const Local& local, const Walk<O>& walk, const Piece& piece, int64_t rows, const RowsAhead& ahead,
+  void add_product(const Local& local, const Walk<O>& walk, const Piece& piece, int64_t rows, RowsAhead& ahead,
                    Start start, Finish finish) const {
     const int64_t p = piece.panel, first = piece.first(rows, walk.groups()), end = piece.end(rows, walk.groups());
     const int64_t blocks = walk.blocks();
@@ -258,8 +258,7 @@ class Backward {
         row += first;
         if (block > 0 || !start(row, count, sums))
           for (int r = 0; r < count; ++r) local.start[r] = sums + r * width * V;
-        Ahead fetched{walk.ahead(piece, block, tile, of),
-                      ahead.share(piece, block * of + tile, blocks * of, walk.block_units(0))};
+        Ahead fetched(walk.ahead(piece, block, tile, of), ahead, blocks * of, walk.block_units(0));
         tile_function<O>(count, width)(walk.block_units(block), local.a + block * rows + row, w, local.start, 0, nullptr, sums,
                                        width * V, fetched.any());
         if (block + 1 == blocks) finish(row, count, sums);
@@ -409,7 +408,8 @@ class Backward {
                   int(min64(V, s.state - j)));
           }
       };
-      add_product(local, walk, piece, rows, {}, start, finish);
+      RowsAhead none;
+      add_product(local, walk, piece, rows, none, start, finish);
     }
   }
 };

@@ -188,16 +188,16 @@ class Forward {
     const Panels& panels = packed.gates;
     const Slice slice = slice_of(panels.count(), local.member, local.members);
     const O* const w_ih = packed.w_ih + lane * packed.ih_size();
-    const bool far = is_far(local);
+    const bool far = is_far(local) && s.lanes * packed.ih_size() * int64_t(sizeof(O)) > weights_fetched.beyond_bytes;
     for (int64_t p = slice.first; p < slice.end; ++p) {
       const O* w = w_ih + panel_offset<O>(panels, p, s.input);
       const int64_t column = p * panels.vectors * V;
       const int width = panels.width(p);
       for_tiles(rows, width, [&](int64_t row, int count, int64_t tile, int64_t tiles) {
-        Ahead fetched;
-        if (far && tiles > 1 && p + 1 < slice.end)
-          fetched.weights = share_of_panel<O>(w_ih + panel_offset<O>(panels, p + 1, s.input), panels.width(p + 1), s.input, tile,
-                                              tiles);
+        Ahead::Stream next;
+        if (far && tiles > weights_fetched.beyond_tiles && p + 1 < slice.end)
+          next = share_of_panel<O>(w_ih + panel_offset<O>(panels, p + 1, s.input), panels.width(p + 1), s.input, tile, tiles);
+        Ahead fetched(next);
         tile_function<O>(count, width)(units<O>(s.input), local.a + row, w, local.start + row, column, nullptr,
                                        out + row * columns + column, columns, fetched.any());
       });
@@ -251,7 +251,7 @@ class Forward {
   }
 
   void run_piece(const Item& item, const Local& local, const Walk<O>& walk, const Piece& piece, int64_t step,
-                 const RowsAhead& ahead) const {
+                 RowsAhead& ahead) const {
     const int64_t lane = piece.lane, t = s.time(lane, step), rows = alive(s, item, t), first_row = s.offset_at(t) + item.first;
     const Panels& panels = packed.gates;
     const int64_t p = piece.panel, first = piece.first(rows, walk.groups()), end = piece.end(rows, walk.groups());
@@ -259,7 +259,7 @@ class Forward {
     const int width = panels.width(p);
     for_tiles(end - first, width, [&](int64_t row, int count, int64_t tile, int64_t tiles) {
       row += first;
-      Ahead fetched{walk.ahead(piece, 0, tile, tiles), ahead.share(piece, tile, tiles, units<O>(s.state))};
+      Ahead fetched(walk.ahead(piece, 0, tile, tiles), ahead, tiles, units<O>(s.state));
       tile_function<O>(count, width)(units<O>(s.state), local.a + row, walk.weights(lane, p), local.start + row,
                                      p * panels.vectors * V, last, local.tile, width * V, fetched.any());
       for (int r = 0; r < count; ++r) {

@@ -251,7 +251,9 @@ class Walk {
         groups_(groups),
         block_(max64(1, min64(block, units<O>(depth)))),
         blocks_(ceil_div(units<O>(depth), block_)),
-        near_(near / (max64(1, of.vectors) * block_ * VECTOR_BYTES)),
+        near_(lanes_ * packed_size<O>(of, depth) * int64_t(sizeof(O)) <= weights_fetched.beyond_bytes
+                  ? INT64_MAX
+                  : near / (max64(1, of.vectors) * block_ * VECTOR_BYTES)),
         walked_(steps_walked()),
         deal_(deal),
         member_(member) {
@@ -309,7 +311,8 @@ class Walk {
   // another tile of this one leaves time for it.
   Ahead::Stream ahead(const Piece& piece, int64_t block, int64_t tile, int64_t tiles) const {
     const bool last = block + 1 == blocks_;
-    if (tiles == 1 || row_stride_ || piece.before / groups_ * blocks_ + block + 1 < near_ || (last && is_last())) return {};
+    if (tiles <= weights_fetched.beyond_tiles || row_stride_) return {};
+    if (piece.before / groups_ * blocks_ + block + 1 < near_ || (last && is_last())) return {};
     const Piece after = last ? following() : piece;
     const int64_t lane = after.lane, p = after.panel;
     if (last && lane == piece.lane && p == piece.panel) return {};
@@ -341,43 +344,10 @@ class Walk {
   int64_t to_number_ = -1;              // where pieces are dealt, the number of what comes next
 };
 
-// Rows from which on those that come next are fetched: the tile of fewer is bound by reading its weights.
+// Rows from which on those that come next are fetched: the tile of fewer is bound by reading its weights. One thread alone fetches
+// those of its next step; a member of a team, of which it cannot say which pieces of a step will be its own, those of its next
+// piece.
 constexpr int64_t FETCHED_ROWS = 4;
-
-// What is read and written next by rows: the tiles at work fetch it, each a part. Rows lie too many and too far apart for the
-// processor to see them coming. One thread alone fetches those of its next step; a member of a team, of which it cannot say
-// which pieces of a step will be its own, those of its next piece.
-class RowsAhead {
- public:
-  // Fetched under as many pieces.
-  explicit RowsAhead(int64_t pieces) : pieces_(pieces) {}
-  RowsAhead() : RowsAhead(1) {}
-  // `count` rows, of which `bytes` each, `stride` bytes from one to the next.
-  void add(const void* data, int64_t bytes, int64_t count, int64_t stride) {
-    if (!data) return;
-    if (bytes == stride) bytes *= count, count = 1;
-    const int64_t width = ceil_div(bytes, 64);
-    parts_[count_++] = {static_cast<const char*>(data), width * count, width, stride};
-    lines_ += width * count;
-  }
-  // The share of tile `tile` of a piece's `tiles`, all of them k_units deep.
-  Ahead::Rows share(const Piece& piece, int64_t tile, int64_t tiles, int64_t k_units) const {
-    if (!lines_) return {};
-    const Slice slice = slice_of(lines_, piece.before % pieces_ * tiles + tile, pieces_ * tiles);
-    const Ahead::Part* part = parts_;
-    int64_t line = slice.first;
-    for (; line >= part->lines; ++part) line -= part->lines;
-    const int64_t column = line % part->width, lines = slice.end - slice.first;
-    return {part, ceil_div(lines, ceil_div(k_units, Ahead::BLOCK)), lines,
-            part->data + line / part->width * part->stride + column * 64, part->lines - line, column};
-  }
-
- private:
-  int64_t pieces_;
-  Ahead::Part parts_[4];
-  int count_ = 0;
-  int64_t lines_ = 0;
-};
 
 // Rows of an item that are alive at step t.
 RNNFAST_INLINE int64_t alive(const ScanShape& s, const Item& item, int64_t t) {

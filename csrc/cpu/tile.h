@@ -9,6 +9,7 @@
 // adjacent in k where the processor has such a product. O is the type of an operand, S that of a tensor in memory.
 #pragma once
 
+#include "threads.h"
 #include "vec.h"
 
 namespace rnnfast::RNNFAST_ISA {
@@ -64,10 +65,70 @@ constexpr int max_rows(int vectors) {
 }
 #endif
 
-// Memory that a tile fetches into the second-level cache while it computes, a few lines each BLOCK of k units: so it streams
+// Rows that are read and written next: parts of tensors, which the tiles at work fetch a few lines at a time, an equal share each.
+// Rows lie too many and too far apart for the processor to see them coming.
+class RowsAhead {
+ public:
+  // Fetched under so many pieces of a step.
+  explicit RowsAhead(int64_t pieces = 1) : pieces_(pieces) {}
+  // `count` rows, of which `bytes` each, `stride` bytes from one to the next.
+  void add(const void* data, int64_t bytes, int64_t count, int64_t stride) {
+    if (!data) return;
+    if (bytes == stride) bytes *= count, count = 1;
+    const int64_t width = ceil_div(bytes, 64);
+    parts_[count_++] = {static_cast<const char*>(data), width * count, width, stride};
+    left_ += width * count;
+  }
+  // This, where anything is left, spread over the blocks of k of all pieces of so many tiles.
+  RowsAhead* under(int64_t tiles, int64_t k_units, int64_t block) {
+    if (left_ > 0 && lines_ == 0) {
+      lines_ = ceil_div(left_, pieces_ * tiles * ceil_div(k_units, block));
+      data_ = parts_[0].data, left_of_part_ = parts_[0].lines;
+    }
+    return left_ > 0 ? this : nullptr;
+  }
+  // The lines of a block. To be written, where there is such an instruction: a line that other cores have, too, would be asked for
+  // once more when it is.
+  void fetch() {
+    if (left_ == 0) return;
+    int64_t n = min64(lines_, min64(left_, left_of_part_)), next = column_;
+    const Part& part = parts_[part_];
+    const int64_t width = part.width, jump = part.stride - 64 * width;
+    const char* at = data_;
+    left_ -= n;
+    left_of_part_ -= n;
+    do {
+      __builtin_prefetch(at, 1, 2);
+      at += 64;
+      if (++next == width) at += jump, next = 0;
+    } while (--n > 0);
+    if (left_of_part_ == 0 && left_ > 0) {
+      const Part& following = parts_[++part_];
+      at = following.data, left_of_part_ = following.lines, next = 0;
+    }
+    data_ = at, column_ = next;
+  }
+
+ private:
+  // `width` lines of each row, `stride` bytes from one row to the next.
+  struct Part {
+    const char* data;
+    int64_t lines, width, stride;
+  };
+  int64_t pieces_;
+  Part parts_[4];
+  int count_ = 0, part_ = 0;  // parts, and the one at work
+  int64_t lines_ = 0, left_ = 0;  // of a block, and in all
+  const char* data_ = nullptr;
+  int64_t left_of_part_ = 0, column_ = 0;  // lines of the part from data_ on, and of its row before it
+};
+
+// Memory that a tile fetches into the second-level cache while it computes, a few lines in each block of k units: so it streams
 // in at an even rate.
 struct Ahead {
-  static constexpr int64_t BLOCK = MANY_REGISTERS ? 8 : 32;
+  // Units of k in a block: weights are so many lines that they must come evenly, but a short block costs the product something, and
+  // much where its sums leave their registers for it.
+  static constexpr int64_t WEIGHTS_BLOCK = MANY_REGISTERS ? 8 : 32, ROWS_BLOCK = 32;
   // Lines one after the other, so many a block.
   struct Stream {
     const char* data = nullptr;
@@ -76,44 +137,20 @@ struct Ahead {
       for (const char* end = data + 64 * lines; data < end; data += 64) __builtin_prefetch(data, 0, 2);
     }
   };
-  // A tensor's part in the rows: `width` lines of each, `stride` bytes from one row to the next.
-  struct Part {
-    const char* data;
-    int64_t lines, width, stride;
-  };
-  // Some lines of some parts, the first of them at `data`. Fetched to be written, where there is such an instruction: a line that
-  // other cores have, too, would be asked for once more when it is.
-  struct Rows {
-    const Part* part = nullptr;
-    int64_t lines = 0, left = 0;  // at most so many a block, and in all
-    const char* data = nullptr;
-    int64_t left_of_part = 0, column = 0;  // lines of the part from data on, and of its row before data
-    void fetch() {
-      if (left == 0) return;
-      int64_t n = min64(lines, min64(left, left_of_part)), next = column;
-      const int64_t width = part->width, jump = part->stride - 64 * width;
-      const char* at = data;
-      left -= n;
-      left_of_part -= n;
-      do {
-        __builtin_prefetch(at, 1, 2);
-        at += 64;
-        if (++next == width) at += jump, next = 0;
-      } while (--n > 0);
-      if (left_of_part == 0 && left > 0) {
-        ++part;
-        at = part->data, left_of_part = part->lines, next = 0;
-      }
-      data = at, column = next;
-    }
-  };
-  Stream weights;  // that a core's cache cannot hold: under all tiles of the panel before, and not under their own first
-  Rows rows;       // that are read and written next
+  Stream weights;             // that a core's cache cannot hold: under all tiles of the panel before, and not under their own first
+  RowsAhead* rows = nullptr;  // that come next, or null
+  int64_t block;
+
+  explicit Ahead(Stream panel) : weights(panel), block(panel.lines > 0 ? WEIGHTS_BLOCK : ROWS_BLOCK) {}
+  // With an equal share of the rows, where a piece has so many tiles, all of them k_units deep.
+  Ahead(Stream panel, RowsAhead& next, int64_t tiles, int64_t k_units) : Ahead(panel) {
+    rows = next.under(tiles, k_units, block);
+  }
   // Null where there is nothing to fetch.
-  Ahead* any() { return weights.lines + rows.lines > 0 ? this : nullptr; }
+  Ahead* any() { return weights.lines > 0 || rows ? this : nullptr; }
   void fetch() {
     weights.fetch();
-    rows.fetch();
+    if (rows) rows->fetch();
   }
 };
 
@@ -172,7 +209,7 @@ RNNFAST_INLINE void multiply(int64_t k_units, const O* const (&row)[R], const O*
   if (!ahead) multiply_to(k_units);
   while (k < k_units) {
     ahead->fetch();
-    multiply_to(min64(k + Ahead::BLOCK, k_units));
+    multiply_to(min64(k + ahead->block, k_units));
   }
 }
 
@@ -317,7 +354,7 @@ RNNFAST_INLINE int64_t panel_offset(const Panels& panels, int64_t p, int64_t k) 
 // What tile `tile` of `tiles` fetches of the panel that comes next, `width` vectors wide and k deep.
 template <class O>
 RNNFAST_INLINE Ahead::Stream share_of_panel(const O* panel, int width, int64_t k, int64_t tile, int64_t tiles) {
-  const int64_t blocks = ceil_div(units<O>(k), Ahead::BLOCK), lines = units<O>(k) * width * VECTOR_BYTES / 64;
+  const int64_t blocks = ceil_div(units<O>(k), Ahead::WEIGHTS_BLOCK), lines = units<O>(k) * width * VECTOR_BYTES / 64;
   const int64_t each = ceil_div(lines, tiles * blocks);
   return {reinterpret_cast<const char*>(panel) + tile * each * blocks * 64, each};
 }
