@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdlib>
 #include <mutex>
 #include <stdexcept>
@@ -18,14 +19,20 @@ namespace rnnfast {
 namespace {
 
 constexpr int MOST_KEPT = 64;
+using Clock = std::chrono::steady_clock;
+
+struct KeptBlock : Block {
+  Clock::time_point since;
+  bool is_offered;  // to the kernel
+};
 
 // Trivially destructible, all of it: the last tensor may give its block back when static destructors have run.
 std::mutex kept_mutex;  // guards what follows; held across fork, so that the child finds it whole
-Block kept[MOST_KEPT];  // in the order in which they were given back
+KeptBlock kept[MOST_KEPT];  // in the order in which they were given back
 int kept_count = 0;
 size_t kept_bytes = 0, used_bytes = 0, most_used = 0;  // of large blocks
 size_t small_kept_bytes = 0;
-static_assert(std::is_trivially_destructible_v<std::mutex>);
+static_assert(std::is_trivially_destructible_v<std::mutex> && std::is_trivially_destructible_v<KeptBlock>);
 
 const size_t most_kept_bytes = size_t(sysconf(_SC_PHYS_PAGES)) * size_t(sysconf(_SC_PAGESIZE)) / 16;
 const int fork_handler = pthread_atfork([] { kept_mutex.lock(); }, [] { kept_mutex.unlock(); }, [] { kept_mutex.unlock(); });
@@ -39,6 +46,19 @@ Block remove(int index) {
   kept_bytes -= large_bytes(block);
   small_kept_bytes -= block.capacity - large_bytes(block);
   return block;
+}
+
+// Large blocks that nobody has taken for a second: the kernel may have their pages when others need memory; those that it has left by
+// the next use cost no fault. In every call that would take a few hundredths of its time.
+void offer_unused(Clock::time_point now) {
+#if defined(MADV_FREE)
+  for (int i = 0; i < kept_count && now - kept[i].since > std::chrono::seconds(1); ++i) {
+    if (large_bytes(kept[i]) && !kept[i].is_offered) madvise(kept[i].data, kept[i].capacity, MADV_FREE);
+    kept[i].is_offered = true;
+  }
+#else
+  (void)now;
+#endif
 }
 
 // Blocks that go back to the system, once the mutex is no longer held: that takes a while.
@@ -114,11 +134,7 @@ Block take_block(size_t bytes, bool briefly) {
 }
 
 void give_back(Block block) {
-#if defined(MADV_FREE)
-  // The kernel may take its pages when others need memory, so that an idle process holds none; those that it has left by the
-  // next use cost no fault.
-  if (large_bytes(block)) madvise(block.data, block.capacity, MADV_FREE);
-#endif
+  const Clock::time_point now = Clock::now();
   Unwanted unwanted;
   std::lock_guard<std::mutex> lock(kept_mutex);
   used_bytes -= large_bytes(block);
@@ -127,9 +143,10 @@ void give_back(Block block) {
   unwanted.drop_until_large_kept_are(most_kept_bytes - large_bytes(block));
   unwanted.drop_until_small_kept_are(SMALL_KEPT - small_bytes);
   if (kept_count == MOST_KEPT) unwanted.add(remove(0));
-  kept[kept_count++] = block;
+  kept[kept_count++] = {block, now, false};
   kept_bytes += large_bytes(block);
   small_kept_bytes += small_bytes;
+  offer_unused(now);
 }
 
 }  // namespace rnnfast

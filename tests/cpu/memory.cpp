@@ -2,6 +2,8 @@
 // sanitizers. Returns 0 where all is well.
 #include <cstdio>
 #include <cstring>
+#include <fstream>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -63,6 +65,43 @@ void growing_and_shrinking() {
   expect(most_used <= (80 + 40) * MB, "reuse has made for more than the largest two blocks need");
 }
 
+#if defined(__linux__)
+// Bytes of this process that the kernel may take.
+size_t offered_bytes() {
+  std::ifstream rollup("/proc/self/smaps_rollup");
+  for (std::string name; rollup >> name;) {
+    size_t kilobytes = 0;
+    if (name == "LazyFree:" && rollup >> kilobytes) return kilobytes << 10;
+  }
+  expect(false, "the system does not tell what has been offered to it");
+  return 0;
+}
+
+// A block is offered once it has been unused for a second, and not before; then it is as good as any.
+void offering() {
+  const Block tape = take_block(40 * MB, false), scratch = take_block(30 * MB, true);
+  std::memset(tape.data, 1, 40 * MB);
+  std::memset(scratch.data, 1, 30 * MB);
+  give_back(tape);
+  give_back(scratch);
+  expect(offered_bytes() == 0, "a block that has just been used is offered");
+  for (int i = 0; i < kept_count; ++i)
+    if (kept[i].data == tape.data) std::rotate(kept, kept + i, kept + i + 1), kept[0].since -= std::chrono::seconds(2);
+  const Block small = take_block(1, true);
+  give_back(small);
+  expect(offered_bytes() >= 40 * MB && offered_bytes() < 70 * MB, "not the unused block alone is offered");
+  const Block again = take_block(40 * MB, false);
+  expect(again.data == tape.data, "an offered block is not taken again");
+  std::memset(again.data, 2, 40 * MB);
+  for (size_t i = 0; i < 40 * MB; i += 4096) expect(again.data[i] == 2, "an offered block does not hold what is written to it");
+  expect(offered_bytes() == 0, "a block is offered while it is in use");
+  give_back(again);
+  check(0);
+}
+#else
+void offering() {}
+#endif
+
 void many() {
   std::vector<Block> blocks;
   for (int i = 0; i < 3 * MOST_KEPT; ++i) blocks.push_back(take_block(size_t(1) << (6 + i % 12), true));
@@ -93,6 +132,7 @@ void threads() {
 
 int main() {
   reuse();
+  offering();
   growing_and_shrinking();
   many();
   threads();
