@@ -462,9 +462,11 @@ void pack_rows(O* panel, int width, Row row, int64_t k, int64_t first, int64_t c
 }
 
 // The transpose of rows row(0..k) as operand a: column first + m becomes out[m * stride + 0..k), padded with zeros to
-// whole vectors of units; `columns` of them. Adds each column to its sum, where there are sums, of whole vectors.
+// whole vectors of units; `columns` of them. Adds each column to its sum, where there are sums, of whole vectors. Rows that are `far`
+// are fetched two vectors ahead.
 template <class O, class Row>
-void pack_transposed(O* out, int64_t stride, Row row, int64_t k, int64_t first, int64_t columns, typename Product<O>::T* sums) {
+void pack_transposed(O* out, int64_t stride, Row row, int64_t k, int64_t first, int64_t columns, typename Product<O>::T* sums,
+                     bool far = false) {
   using Unit = typename Product<O>::Unit;
   constexpr int V = LANES<O>, depth = Product<O>::depth;
   for (int64_t u = 0; u < units<O>(k); u += V) {
@@ -475,6 +477,9 @@ void pack_transposed(O* out, int64_t stride, Row row, int64_t k, int64_t first, 
         const int64_t at = (u + i) * depth;
         decltype(row(0)) rows[2] = {at < k ? row(at) : nullptr, depth == 2 && at + 1 < k ? row(at + 1) : nullptr};
         block[i] = rows[0] ? units_across<O>(rows, first + m, n) : Unit{};
+        if (far && m + 2 * V < columns)
+          for (int r = 0; r < depth; ++r)
+            if (rows[r]) __builtin_prefetch(rows[r] + first + m + 2 * V);
       }
       if (sums) {
         Vec<typename Product<O>::T> sum{};  // of the block, which rounds less than one long sum

@@ -70,10 +70,14 @@ class WeightGradients {
                  (!d.permuted || s.hidden % SUM_BLOCK == 0)),
         matrix_unit(HAS_PIECES && s.rows >= PIECES_ROWS ? rnnfast::matrix_unit() : nullptr),
         w_ih(static_cast<O*>(x.packed_ih)) {
-    // A task's sums take half of a core's cache and leave the rest to the packed rows of one K_BLOCK; tasks come out equal
-    // for each thread.
-    const int64_t most = max64(V, near_bytes() / 2 / (sum_columns() * int64_t(sizeof(T))));
-    const int64_t rounds = ceil_div(gate_rows, threads * most);
+    // Each task packs all that is multiplied with its columns, which takes a good part of the time where these are few. Sums may well
+    // be more than a core's cache holds, but not those of the matrix unit, which is faster: they take half of it and leave the rest to
+    // the packed rows of one K_BLOCK. Tasks come out equal for each thread: two or more, as no thread is as fast as the other, if
+    // that does not make them small.
+    constexpr int64_t SMALL = 512;
+    const int64_t sum_bytes = matrix_unit ? near_bytes() / 2 : 4 * near_bytes();
+    const int64_t most = max64(V, sum_bytes / (sum_columns() * int64_t(sizeof(T))));
+    const int64_t rounds = max64(ceil_div(gate_rows, threads * most), min64(2, gate_rows / (threads * SMALL)));
     block_rows = round_up(ceil_div(gate_rows, threads * rounds), V);
     const int64_t blocks = ceil_div(gate_rows, block_rows);
     begin_part();
@@ -238,6 +242,10 @@ class WeightGradients {
     const ProductBuffers buffers(*this, carver);
     const int64_t m_rows = end - first, row = d.rows(lane).first, rows = d.rows(lane).count();
     T* const block_bias = bias.out ? buffers.bias : nullptr;
+    // The processor does not see rows coming that are a page or more.
+    constexpr int64_t PAGE = 4096;
+    const int64_t row_bytes = d.stride * int64_t(sizeof(O));
+    const bool far = row_bytes >= PAGE && rows * row_bytes > near_bytes();
     if (block_bias) begin_bias(bias, round_up(m_rows, V));
     const bool as_pieces = uses_pieces(jump, factors...);
     // Of few rows, the error is that of the longest sum; of many, that of the number of sums.
@@ -251,10 +259,10 @@ class WeightGradients {
       const auto multiply = [&](int64_t m, int64_t n, T* column_sums) {
         const int64_t begin = first + m, cut = max64(begin, min64(jump, begin + n));
         O* const packed = buffers.a + m * buffers.a_stride;
-        if (begin < cut) pack_transposed<O>(packed, buffers.a_stride, a_row, k, column(begin), cut - begin, column_sums);
+        if (begin < cut) pack_transposed<O>(packed, buffers.a_stride, a_row, k, column(begin), cut - begin, column_sums, far);
         if (cut < begin + n)
           pack_transposed<O>(packed + (cut - begin) * buffers.a_stride, buffers.a_stride, a_row, k, column(cut), begin + n - cut,
-                             column_sums ? column_sums + (cut - begin) : nullptr);
+                             column_sums ? column_sums + (cut - begin) : nullptr, far);
         (add_products(buffers, m, n, row + k0, k, begins, factors), ...);
       };
       const auto column_of = [&](int64_t m) { return column(first + m); };
