@@ -8,14 +8,16 @@ namespace rnnfast::RNNFAST_ISA {
 constexpr int64_t ADDRESSED = 8 << 20;  // bytes in pages of which a core keeps the addresses
 
 // Whether weights of so many rows, the units of k, by columns are multiplied where they lie, in every step by so many rows: packing
-// does not pay for few tiles. It does from the third step on where they have more pages than a core keeps the addresses of; packed
+// does not pay for few tiles. Parts of rows, often a power of two apart, share few sets of a cache, so weights that take a good part of
+// it come from afar for each tile. It pays from the third step on where they have more pages than a core keeps the addresses of; packed
 // they lie in huge ones.
 template <class S, class O>
 bool worth_no_packing(int64_t k, int64_t columns, int64_t steps, int64_t rows) {
-  constexpr int64_t TILES = 40;
+  constexpr int64_t NEAR_TILES = 40, TILES = 8;
   if (sizeof(S) != sizeof(O) || Product<O>::depth > 1 || columns % LANES<O> != 0) return false;
-  const int64_t tiles = ceil_div(rows, MAX_ROWS);
-  return k * columns * int64_t(sizeof(O)) <= ADDRESSED ? steps * tiles <= TILES : steps <= 2 && tiles <= 8;
+  const int64_t tiles = ceil_div(rows, MAX_ROWS), bytes = k * columns * int64_t(sizeof(O));
+  if (bytes > ADDRESSED) return steps <= 2 && tiles <= TILES;
+  return steps * tiles <= (bytes <= near_bytes() / 2 ? NEAR_TILES : TILES);
 }
 
 template <class S, class O>

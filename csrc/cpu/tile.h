@@ -450,8 +450,12 @@ void pack_columns(O* panel, int width, int c, const S* const* columns, int64_t k
 template <class O, class Row>
 void pack_rows(O* panel, int width, Row row, int64_t k, int64_t first, int64_t columns) {
   constexpr int V = LANES<O>, depth = Product<O>::depth;
+  constexpr int64_t FETCHED = 16;  // rows ahead, of which the processor does not see so small a part coming
   for (int64_t u = 0; u < units<O>(k); ++u) {
     decltype(row(0)) rows[2] = {row(u * depth), depth == 2 && u * 2 + 1 < k ? row(u * 2 + 1) : nullptr};
+    for (int64_t next = u * depth + FETCHED; next < min64((u + 1) * depth + FETCHED, k); ++next)
+      for (int64_t j = first; j < min64(first + width * V, columns); j += 64 / int64_t(sizeof(*rows[0])))
+        __builtin_prefetch(row(next) + j);
     for (int c = 0; c < width; ++c) {
       const int64_t column = first + c * V, n = min64(V, columns - column);
       typename Product<O>::Unit unit{};
