@@ -66,7 +66,9 @@ void amx_tile(int64_t k_units, const bf16* const* a, Panel<bf16> panel, const fl
   _tile_zero(3);
   int64_t u = 0;
   for (; u + UNITS <= k_units; u += UNITS, w += UNITS * NV * 32) {
-    if (ahead && (u & (ahead->block - 1)) == 0) ahead->fetch();
+    // A block is half as many units, or twice as many.
+    static_assert(2 * Ahead::WEIGHTS_BLOCK == UNITS && Ahead::ROWS_BLOCK == 2 * UNITS);
+    if (ahead && (ahead->block < UNITS || u % (2 * UNITS) == 0)) ahead->fetch();
     if (ahead && ahead->block < UNITS) ahead->fetch();
     if (even) {
       amx_multiply<NV>(a[0] + u * 2, stride * 2, w, NV * 64);

@@ -7,10 +7,10 @@ namespace rnnfast::RNNFAST_ISA {
 
 constexpr int64_t ADDRESSED = 8 << 20;  // bytes in pages of which a core keeps the addresses
 
-// Whether weights of so many rows, the units of k, by columns are multiplied where they lie, in every step by so many rows: packing
-// does not pay for few tiles. Parts of rows, often a power of two apart, share few sets of a cache, so weights that take a good part of
-// it come from afar for each tile. It pays from the third step on where they have more pages than a core keeps the addresses of; packed
-// they lie in huge ones.
+// Whether weights of so many rows, the units of k, by columns are multiplied where they lie, in every step by so many rows:
+// packing does not pay for few tiles. Fewer still where weights take a good part of the near cache: parts of rows that lie a power
+// of two apart share few sets of it, so each tile reads them from afar. And from the third step on packing pays where they have
+// more pages than a core keeps the addresses of; packed they lie in huge ones.
 template <class S, class O>
 bool worth_no_packing(int64_t k, int64_t columns, int64_t steps, int64_t rows) {
   constexpr int64_t NEAR_TILES = 40, TILES = 8;

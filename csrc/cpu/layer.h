@@ -307,8 +307,8 @@ class Walk {
   int64_t block_start(int64_t block) const { return block * block_; }
   int64_t block_units(int64_t block) const { return min64(block_, units<O>(k_) - block * block_); }
 
-  // What tile `tile` of `tiles` of a block of a piece fetches: weights of the next block, if those are no longer near and
-  // another tile of this one leaves time for it.
+  // What tile `tile` of `tiles` of a block of a piece fetches: weights of the next block, if those are no longer near, and tiles
+  // enough of this one leave time for it.
   Ahead::Stream ahead(const Piece& piece, int64_t block, int64_t tile, int64_t tiles) const {
     const bool last = block + 1 == blocks_;
     if (tiles <= weights_fetched.beyond_tiles || row_stride_) return {};

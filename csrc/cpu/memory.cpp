@@ -48,8 +48,9 @@ Block remove(int index) {
   return block;
 }
 
-// Large blocks that nobody has taken for a second: the kernel may have their pages when others need memory; those that it has left by
-// the next use cost no fault. In every call that would take a few hundredths of its time.
+// Large blocks that nobody has taken for a second: the kernel may have their pages when others need memory; those that it has left
+// by the next use cost no fault. In every call that would take a few hundredths of its time. With the mutex held: a block that is
+// taken meanwhile could lose what is written to it.
 void offer_unused(Clock::time_point now) {
 #if defined(MADV_FREE)
   for (int i = 0; i < kept_count && now - kept[i].since > std::chrono::seconds(1); ++i) {

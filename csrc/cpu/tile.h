@@ -9,7 +9,6 @@
 // adjacent in k where the processor has such a product. O is the type of an operand, S that of a tensor in memory.
 #pragma once
 
-#include "threads.h"
 #include "vec.h"
 
 namespace rnnfast::RNNFAST_ISA {
@@ -453,9 +452,10 @@ void pack_rows(O* panel, int width, Row row, int64_t k, int64_t first, int64_t c
   constexpr int64_t FETCHED = 16;  // rows ahead, of which the processor does not see so small a part coming
   for (int64_t u = 0; u < units<O>(k); ++u) {
     decltype(row(0)) rows[2] = {row(u * depth), depth == 2 && u * 2 + 1 < k ? row(u * 2 + 1) : nullptr};
-    for (int64_t next = u * depth + FETCHED; next < min64((u + 1) * depth + FETCHED, k); ++next)
-      for (int64_t j = first; j < min64(first + width * V, columns); j += 64 / int64_t(sizeof(*rows[0])))
-        __builtin_prefetch(row(next) + j);
+    for (int64_t i = u * depth + FETCHED; i < min64((u + 1) * depth + FETCHED, k); ++i) {
+      const auto* const next = row(i);
+      for (int64_t j = first; j < min64(first + width * V, columns); j += 64 / int64_t(sizeof(*next))) __builtin_prefetch(next + j);
+    }
     for (int c = 0; c < width; ++c) {
       const int64_t column = first + c * V, n = min64(V, columns - column);
       typename Product<O>::Unit unit{};
@@ -466,8 +466,8 @@ void pack_rows(O* panel, int width, Row row, int64_t k, int64_t first, int64_t c
 }
 
 // The transpose of rows row(0..k) as operand a: column first + m becomes out[m * stride + 0..k), padded with zeros to
-// whole vectors of units; `columns` of them. Adds each column to its sum, where there are sums, of whole vectors. Rows that are `far`
-// are fetched two vectors ahead.
+// whole vectors of units; `columns` of them. Adds each column to its sum, where there are sums, of whole vectors. Rows that are
+// `far` are fetched two vectors ahead.
 template <class O, class Row>
 void pack_transposed(O* out, int64_t stride, Row row, int64_t k, int64_t first, int64_t columns, typename Product<O>::T* sums,
                      bool far = false) {
