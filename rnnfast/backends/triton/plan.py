@@ -1,6 +1,6 @@
 """Which kernel runs a layer, and in what tiles: by cell, hidden size, dtype and, beyond the block scan, batch rows.
 
-The limits of the block scan are the sizes that compile without a spill for sm_80 and sm_90, one specialisation excepted
+The limits of the block scan are the sizes that compile without a spill for sm_80 and sm_90
 (tests/triton/test_compile.py holds them to it). Which of the other kernels comes first is a design estimate: speed has
 not been measured on a GPU yet.
 """
@@ -53,8 +53,12 @@ class Plan(NamedTuple):
         """What the kernel is compiled for: the cell's sizes, these tiles, and the warps."""
         sizes = {"GATES": CELLS[cell].gates, "TAPE": CELLS[cell].tape, "ROWS": self.rows, "UNITS": self.units}
         constants: dict[str, int | bool] = {**sizes, "num_warps": self.warps}
-        if self.kernel in ("registers", "shared"):
-            return {**constants, "DOT": self.kernel == "shared"}
+        if self.kernel == "shared":
+            # A program fills a multiprocessor's shared memory, so it may have all of its registers, too. By itself,
+            # ptxas spills rather than take more than half of them.
+            return {**constants, "DOT": True, "maxnreg": min(MOST_REGISTERS, REGISTERS // (32 * self.warps))}
+        if self.kernel == "registers":
+            return {**constants, "DOT": False}
         if self.kernel in ("resident", "step"):
             return {**constants, "DEPTH": self.depth, "RESIDENT": self.kernel == "resident"}
         return constants
@@ -91,6 +95,7 @@ IN_SHARED_MEMORY = {"rnn_tanh": {256: 16}, "rnn_relu": {256: 16}, "lstm": {128: 
 RESIDENT = {"rnn_tanh": 1024, "rnn_relu": 1024, "lstm": 512, "gru": 512}
 # Shared memory of a program that these last two ask for: that of sm_80, which sm_90 and sm_100 exceed.
 AMPLE_SHARED_BYTES = 163 * 1024
+REGISTERS, MOST_REGISTERS = 65536, 255  # of a multiprocessor, from sm_80 on, and the most of a thread
 # The most values of one lane's padded w_hh that the step scan addresses in 32 bits.
 ADDRESSED_WEIGHTS = 1 << 31
 MOST_BLOCKS = 65_535  # of a launch along y or z
