@@ -343,7 +343,7 @@ def map_in_turn(
             own[sizes_at] = sizes[: max(1, int((sizes > 0).sum()))]
             used = {"rows": int(sizes.sum()), "states": int(sizes[0])}
             for at, place in enumerate(places):
-                if place is not None and own[at] is not None:
+                if place is not None and own[at] is not None and own[at].dim() > place.dim:  # and not an empty tape
                     unused[place.what] = own[at].shape[place.dim] - used[place.what]
                     own[at] = own[at].narrow(place.dim, 0, used[place.what])
         results = op(*(a.contiguous() if isinstance(a, Tensor) else a for a in own))

@@ -4,7 +4,7 @@ peepholes.
 `rnnfast::scan_extended_cpu` is to `definition`, the reference with an `Extension` for each lane, what
 `rnnfast::scan_cpu` is to the plain reference. Its second and higher derivatives and its forward-mode derivatives are
 the reference's. In a graph the reference is an operator as well, `rnnfast::scan_extended_reference`, so that no
-compiler unrolls it; eager code has autograd run through it.
+compiler unrolls it, and where torch.vmap maps over lengths or resets; other eager code has autograd run through it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from rnnfast.backends.reference import Extension, Norms
 from rnnfast.batching import ROWS, ROWS_OF_LANES, STATES
 from rnnfast.cells import CELLS
 from rnnfast.scan import Weights, call, contiguous, define, is_plain_inference, library, stack_lanes
+from rnnfast.sequences import is_mapped
 
 # D lanes: the gains (D, G*H) but for gain_c (D, H), bias_c (D, H), peepholes (D, 3, H), recurrent_mask (D, B, P),
 # zoneout_h bool (D, N, P) and zoneout_c (D, N, H), or a share of the old state in the new one, 0 for none. The rest is
@@ -58,7 +59,8 @@ def scan_extended(
     extended, shares = _stack_extensions(extensions)
     tensors: tuple[Any, ...] = (input, *stack_lanes(lanes), h_0, c_0, *extended)
     options = (batch_sizes, *shares, cell, bidirectional)
-    if forward_ad._current_level >= 0 or (backend == "reference" and not _is_graph()):
+    is_eager = not _is_graph() and not is_mapped(batch_sizes)
+    if forward_ad._current_level >= 0 or (backend == "reference" and is_eager):
         return definition(*tensors, *options)
     formula = _FORMULAS[backend]
     if backend == "cpu" and is_plain_inference(tensors):

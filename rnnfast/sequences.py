@@ -126,7 +126,8 @@ def are_whole(steps: int, batch: int, lengths: Tensor | Sequence[int] | None, re
     if steps == 0 or torch.compiler.is_compiling() or is_mapped(reset):
         return False
     lengths = _check_lengths(steps, batch, lengths)
-    return not is_mapped(lengths) and bool((lengths == steps).all()) and (reset is None or not reset.any())
+    # As int64: torch would make the number of steps one of their type, which may not hold it.
+    return not is_mapped(lengths) and bool((lengths.long() == steps).all()) and (reset is None or not reset.any())
 
 
 def checked_reset(state: Tensor, reset_to: Tensor) -> Tensor:

@@ -224,7 +224,8 @@ class Stack(nn.Module):
                 sequence stay the same.
             reset_to: what the state is reset to, in hx's form, with B columns or one for all. Zeros if None.
             generator: the source of all masks of this call. Equal seeds give equal masks, whether the batch is padded,
-                has lengths or is packed. torch's default generator if None.
+                has lengths or is packed; those of zoneout, one for each step, where T is the longest length. torch's
+                default generator if None.
 
         Returns:
             output, of the input's shape with D*P features of the last layer or a PackedSequence, and the final state in

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -69,8 +70,9 @@ class Stream:
             For a layer or a stack, the output of the step (B, P) or of the chunk; for a model, what it returns.
 
         Raises:
-            RuntimeError: a layer of the model ran twice in one call, or none ran where it could be seen; and what the
-                module raises. The states are then those before the call.
+            RuntimeError: a layer of the model ran twice in one call, left no state (as `LSTM.states` does), or runs
+                under activation checkpointing with gradients; or none ran where it could be seen; and what the module
+                raises. The states are then those before the call.
         """
         if self._is_alone:
             if self._steps is not None and len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
@@ -82,6 +84,7 @@ class Stream:
         # Taken over once the whole model has run: after an error the same steps can be fed again.
         states: dict[str, Any] = {}
         started_from: dict[str, Any] = {}
+        is_training = torch.is_grad_enabled()
 
         def is_another_call() -> bool:
             """A thread that calls the same model meets the hooks of this call, too. (No compiler knows of threads.)"""
@@ -92,6 +95,11 @@ class Stream:
             def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
                 if kwargs is None or is_another_call():
                     return None
+                if is_training and not torch.compiler.is_compiling() and _is_checkpointed():
+                    raise RuntimeError(
+                        f"layer '{name}' runs under activation checkpointing, which runs it once more in the backward "
+                        "pass, without this stream's state: leave the recurrent layers of a stream out of checkpoints"
+                    )
                 if name in ran:
                     raise RuntimeError(f"layer '{name}' ran twice in one call: a stream cannot tell its states apart")
                 ran.add(name)
@@ -122,6 +130,11 @@ class Stream:
                 raise RuntimeError(
                     "no recurrent layer was seen to run, so no state was kept. A model that was compiled and called "
                     "before hides its layers: stream the one that is not compiled, or call torch._dynamo.reset() first"
+                )
+            if ran > states.keys():
+                raise RuntimeError(
+                    f"layer '{min(ran - states.keys())}' left no state: a stream follows calls and `step`, not "
+                    "`states`, nor a call that raises"
                 )
             self._states.update(states)
             self._started_from.update(started_from)
@@ -206,6 +219,16 @@ class Stream:
         """Cuts the graph at the states, as truncated backpropagation through time does between chunks."""
         self._end_steps()
         self._states = {name: map_state(state, lambda part: part.detach()) for name, state in self._states.items()}
+
+
+def _is_checkpointed() -> bool:
+    """Whether torch.utils.checkpoint, in either of its ways, is between the stream and the layer."""
+    frame = sys._getframe()
+    while frame.f_back is not None and frame.f_code is not Stream.__call__.__code__:
+        frame = frame.f_back
+        if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+            return True
+    return False
 
 
 def _check_batch(layer: Any, input: Any, state: Any) -> None:

@@ -341,6 +341,26 @@ def test_calls_between_changes_of_weights() -> None:
     torch.testing.assert_close(*both(modules, run))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_new_data_that_a_call_without_gradients_has_packed(name: str) -> None:
+    """A loop whose graph lives on has views of the old weights: the next loop must not join it."""
+    modules = pair(name, 4, 12, dtype=torch.float64)
+    steps = torch.randn(5, *([2] if name.endswith("Cell") else [1, 2]), 4, dtype=torch.float64)
+
+    def run(module: Any) -> Any:
+        loss_of(outputs(module, steps)).backward()
+        old = loss_of(outputs(module, steps))
+        for parameter in module.parameters():
+            parameter.data = parameter.data * 0.5
+        with torch.no_grad():
+            outputs(module, steps)
+        gradients = torch.autograd.grad(loss_of(outputs(module, steps)), [*module.parameters()], create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in gradients), [*module.parameters()])
+        return *gradients, *second, old.detach()
+
+    torch.testing.assert_close(*both(modules, run))
+
+
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 def test_a_projection_goes_without(direct_call_names: list[str]) -> None:
     modules = pair("LSTM", 4, 12, proj_size=5)

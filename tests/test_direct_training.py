@@ -103,6 +103,21 @@ def test_second_derivatives(direct_call_names: list[str]) -> None:
     assert {"forward", "backward"} <= set(direct_call_names)
 
 
+def test_second_derivatives_of_what_was_frozen(direct_call_names: list[str]) -> None:
+    """What needed no gradient in the call has none, even if it needs one by the time of the derivative."""
+    layer, input = rnnfast.GRU(5, 8), torch.randn(4, 2, 5, requires_grad=True)
+    layer(input)
+    layer.weight_hh_l0.requires_grad_(False)
+    loss = layer(input)[0].square().sum()
+    layer.weight_hh_l0.requires_grad_(True)
+    (gradient,) = torch.autograd.grad(loss, input, create_graph=True)
+    weights = [layer.weight_hh_l0, layer.weight_ih_l0]
+    frozen, other = torch.autograd.grad(gradient.square().sum(), weights, allow_unused=True)
+    assert frozen is None
+    assert other.any()
+    assert "forward" in direct_call_names
+
+
 def test_a_batch_of_gradients(direct_call_names: list[str]) -> None:
     layer, input = rnnfast.GRU(5, 8), torch.randn(4, 2, 5, requires_grad=True)
     layer(input)

@@ -234,6 +234,15 @@ def test_lengths_of_any_integer_type_or_a_list(dtype: torch.dtype) -> None:
     torch.testing.assert_close(layer(input, lengths=torch.tensor(lengths, dtype=dtype)), expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
+def test_lengths_of_a_type_that_cannot_hold_the_number_of_steps(dtype: torch.dtype) -> None:
+    layer, input = make("GRU"), torch.randn(256 + 44, 2, INPUTS)
+    expected = layer(input, lengths=[44, 44])
+    assert not expected[0][44:].any()
+    lengths = torch.tensor([44, 44], dtype=dtype)  # what 300 is in these types
+    torch.testing.assert_close(layer(input, lengths=lengths), expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference", "torch"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_an_empty_sequence_keeps_its_state(name: str, backend: str) -> None:
@@ -245,6 +254,11 @@ def test_an_empty_sequence_keeps_its_state(name: str, backend: str) -> None:
         torch.testing.assert_close(after[:, [1, 3]], before[:, [1, 3]], rtol=0, atol=0)
     output, final = layer(input, hx, lengths=[0] * BATCH)
     torch.testing.assert_close((output, final), (torch.zeros(STEPS, BATCH, HIDDEN), hx), rtol=0, atol=0)
+    for of_state in (False, True):
+        output, final = layer(input, lengths=[0] * BATCH)
+        layer.zero_grad()
+        sum(part.sum() for part in (parts(final) if of_state else [output])).backward()
+        assert all(parameter.grad is not None and not parameter.grad.any() for parameter in layer.parameters())
     output, final = layer(input[:, :0], lengths=[])
     assert output.shape == (STEPS, 0, HIDDEN)
     assert parts(final)[0].shape == (2, 0, HIDDEN)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import rnnfast
 
@@ -316,3 +317,43 @@ def test_errors_are_clear() -> None:
     with pytest.raises(RuntimeError, match="layer 'rnn' ran twice in one call"):
         rnnfast.Stream(model)(torch.randn(2, 3, 4))
     assert not model.rnn._forward_hooks
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing_is_refused_with_gradients(use_reentrant: bool) -> None:
+    """It would run the layer again in the backward pass, from another state."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.head = rnnfast.GRU(3, 4), nn.Linear(4, 2)
+
+        def forward(self, input: Tensor, whole: bool) -> Any:
+            part = self.rnn if whole else self.head
+            output = input if whole else self.rnn(input)[0]
+            return checkpoint(part, output, use_reentrant=use_reentrant)
+
+    model, input = Model(), torch.randn(5, 2, 3, requires_grad=True)
+    stream = rnnfast.Stream(model)
+    with pytest.raises(RuntimeError, match="layer 'rnn' runs under activation checkpointing"):
+        stream(input, whole=True)
+    assert not stream.state
+    with torch.no_grad():
+        stream(input, whole=True)
+    stream(input, whole=False).sum().backward()  # what is not recurrent may be under it
+    assert model.rnn.weight_hh_l0.grad is not None
+
+
+def test_a_layer_that_leaves_no_state_is_refused() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = rnnfast.LSTM(3, 4)
+
+        def forward(self, input: Tensor) -> Tensor:
+            return self.rnn.states(input)[0][:, -1]
+
+    stream = rnnfast.Stream(Model())
+    with pytest.raises(RuntimeError, match="layer 'rnn' left no state: a stream follows calls and `step`, not"):
+        stream(torch.randn(2, 3, 3))
+    assert not stream.state

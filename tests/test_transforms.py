@@ -185,6 +185,22 @@ def ragged_loss_of(layer: Any) -> Callable[..., Tensor]:
     return loss
 
 
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_vmap_over_lengths_and_resets_of_a_stack(cell: str, backend: str) -> None:
+    stack = rnnfast.Stack(cell, 2, [3], layer_norm=True, zoneout=0.2, backend=backend, dtype=torch.float64).eval()
+    input, lengths = torch.randn(MEMBERS, 5, 4, 2, dtype=torch.float64), torch.randint(6, (MEMBERS, 4))
+    reset = torch.rand(MEMBERS, 5, 4) < 0.3
+
+    def output(input: Tensor, lengths: Tensor, reset: Tensor) -> Tensor:
+        return torch.as_tensor(stack(input, lengths=lengths, reset=reset)[0])
+
+    def loss(*arguments: Tensor) -> Tensor:
+        return output(*arguments).pow(2).sum()
+
+    for function in (output, grad(loss)):
+        assert_same(vmap(function)(input, lengths, reset), loop(function, (0, 0, 0), input, lengths, reset))
+
+
 @pytest.mark.parametrize("in_dims", [(None, 0, 0, 0), (0, 0, 0, 0), (None, None, 0, None), (None, 0, None, 0)])
 @pytest.mark.parametrize("name", LAYERS)
 def test_vmap_over_lengths_and_resets(name: str, in_dims: Any, backend: str) -> None:

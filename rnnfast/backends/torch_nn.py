@@ -7,6 +7,7 @@ tape is therefore empty, and its backward runs the forward once more.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -35,8 +36,11 @@ def layers(
     """Layers x directions, as `rnnfast.functional` takes and returns them."""
     directions = 2 if bidirectional else 1
     if batch_sizes is not None and not len(input):  # cuDNN takes no empty batch
-        output = h_0.new_zeros(0, directions * h_0.shape[2])
-        return output, h_0.clone(), h_0.new_empty(0) if c_0 is None else c_0.clone()
+        # Nothing, but of all that the results of any other batch depend on: so the gradients are zeros.
+        tensors = (input, *itertools.chain(*weights))
+        nothing = torch.cat([t.flatten()[:0] for t in tensors if t is not None and t.is_floating_point()])
+        output = nothing.view(0, directions * h_0.shape[2])
+        return output, h_0 + nothing.sum(), h_0.new_empty(0) if c_0 is None else c_0 + nothing.sum()
     if not input.is_floating_point():
         input, first = _floating(input, [lane[0] for lane in weights[:directions]], h_0.dtype)
         lanes = [(w_ih, *lane[1:]) for w_ih, lane in zip(first, weights, strict=False)]

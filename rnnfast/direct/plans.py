@@ -105,14 +105,19 @@ class Plan:
         Nor for any with weights in shared memory, which another process may be about to change.
         """
         stamp, packed = self.stamp(), self.packed.get(ids)
+        is_first = stamp != self.last_stamp
+        if is_first:  # the loops have views of what the weights were, whoever has packed the new ones since
+            self.last_stamp = stamp
+            self.loops.clear()
         if packed is not None and packed.stamp == stamp:
             return packed
         self.packed.pop(ids, None)
-        if stamp == self.last_stamp and not any(weight.is_shared() for weight in self.weights):
-            return self.pack(ids)
-        self.last_stamp = stamp
-        self.loops.clear()
-        return None
+        if is_first:
+            return None
+        if any(weight.is_shared() for weight in self.weights):
+            self.loops.clear()
+            return None
+        return self.pack(ids)
 
     def pack(self, ids: bool) -> Packed:
         """What calls without gradients need; the versions are read first, so that a write meanwhile is seen later."""

@@ -185,7 +185,10 @@ class _Scan(derivatives.Function):
                 if rows is not None:
                     rows.left(count)
                 return (*_NO_TENSORS, *found)
-        kept = saved[:10] if is_grad_enabled() else memory
+        # What needed no gradient in the call gets none from this one, whatever it has become since.
+        pairs = zip(saved, ctx.needs_input_grad[6:], strict=False)
+        leaves = [tensor if tensor is None or need else tensor.detach() for tensor, need in pairs]
+        kept = (*leaves, *saved[8:10]) if is_grad_enabled() else memory
         return (*_NO_TENSORS, *_through_the_operator(ctx, given, kept, needs, need_weights))
 
 
