@@ -64,6 +64,23 @@ def test_equals_torch(name: str, options: Any, with_state: bool, batch: tuple[in
 
 
 @pytest.mark.parametrize("name", CELLS)
+def test_input_without_features(name: str, backend: str) -> None:
+    """As torch's cells take it: what is left of the input product is its bias, which has a gradient."""
+    theirs, ours = getattr(nn, name)(0, 600), getattr(rnnfast, name)(0, 600, backend=backend)
+    ours.load_state_dict(theirs.state_dict())
+    input, h = torch.zeros(BATCH, 0), torch.randn(BATCH, 600)
+    hx = (h, h.cos()) if name == "LSTMCell" else h
+    for _ in range(3):
+        gradients = []
+        for cell in (ours, theirs):
+            rest = [torch.full((1800,), 7.7) for _ in range(50)]  # in memory that is not cleared
+            del rest
+            loss = parts(cell(input, hx))[0].sin().sum()
+            gradients.append(torch.autograd.grad(loss, [*cell.parameters()][1:]))
+        torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("name", CELLS)
 def test_token_ids_equal_one_hot_input(name: str, backend: str) -> None:
     theirs, ours = pair(name, backend)
     ids, hx = torch.randint(INPUTS, (BATCH,), dtype=torch.int32), state_of(name, BATCH)

@@ -88,7 +88,8 @@ std::tuple<Tensor, Tensor, Tensor> generate_cpu(std::vector<Tensor> packed, Opti
   if (embedding) require("embedding", embedding, type, {known, embedding->size(1)});
   require("h_0", h_0, type, {depth, 1, features});
   require("c_0", c_0, type, {depth, 1, features});
-  check(length >= 0 && (!top_k || *top_k >= 1), "length must not be negative, and top_k must be positive");
+  check(length >= 0 && (!top_k || *top_k >= 1) && (!top_p || (*top_p > 0 && *top_p <= 1)),
+        "length must not be negative, top_k must be positive, and top_p in (0, 1]");
   if (uniforms) require("uniforms, a draw for each token,", uniforms, ScalarType::Double, {length});
   check(vocab <= known && token >= 0 && token < known, "a token is outside the vocabulary of the first layer");
   const int64_t element = int64_t(head_weight.element_size());

@@ -14,12 +14,6 @@
 
 namespace rnnfast::RNNFAST_ISA {
 
-#if defined(__AVX512BF16__)
-using HalfOperand = bf16;
-#else
-using HalfOperand = float;
-#endif
-
 // Runs this thread's share of the items: all of one team's, or every n-th alone and then what others give away.
 template <class Scan, class Local>
 void run_items(const Scan& scan, const ScanShape& s, const Split& split, Local& local, int thread, int threads,

@@ -25,7 +25,7 @@ template <class S>
 RNNFAST_INLINE void copy_row(S* to, const S* from, int64_t n) {
   std::memcpy(to, from, size_t(n) * sizeof(S));
 }
-// Copies with conversion; S and R differ, or are the same.
+// Copies with conversion, if the types differ.
 template <class R, class S>
 void convert_row(R* to, const S* from, int64_t n) {
   constexpr int V = Lanes<Compute<S>>::count;

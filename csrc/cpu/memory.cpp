@@ -105,7 +105,7 @@ void wish_huge_pages(void* data, size_t bytes) {
 }
 
 Block take_block(size_t bytes, bool briefly) {
-  constexpr size_t PAGE = 4096;
+  static const size_t PAGE = size_t(sysconf(_SC_PAGESIZE));
   const size_t alignment = bytes >= (briefly ? WORTH_KEEPING : HUGE_PAGE) ? HUGE_PAGE : PAGE;
   // What is held for long takes no huge page that it does not fill.
   const size_t unit = briefly ? alignment : PAGE, capacity = std::max((bytes + unit - 1) / unit * unit, unit);

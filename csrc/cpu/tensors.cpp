@@ -42,9 +42,15 @@ void refuse(const char* name, const Tensor& tensor, ScalarType type, std::initia
 
 Tensor empty(const Tensor& like, const Sizes& sizes) {
   Sizes strides(sizes.size());
-  int64_t stride = 1;
-  for (size_t i = sizes.size(); i-- > 0; stride *= sizes[i]) strides[i] = stride;
-  const size_t bytes = size_t(stride) * like.element_size();
+  int64_t stride = 1, all = 0;
+  bool fits = true;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = stride;
+    fits = fits && sizes[i] >= 0 && !__builtin_mul_overflow(stride, sizes[i], &stride);
+  }
+  check(fits && !__builtin_mul_overflow(stride, int64_t(like.element_size()), &all), "there is no tensor of shape ",
+        shape_text(sizes));
+  const size_t bytes = size_t(all);
   if (bytes < WORTH_KEEPING || !torch_from_blob) {
     Tensor tensor = torch::stable::new_empty(like, sizes);
     if (bytes >= LARGE_BLOCK) wish_huge_pages(tensor.mutable_data_ptr(), bytes);

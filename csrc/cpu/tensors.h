@@ -135,6 +135,7 @@ struct Shape : ScanShape {
               "batch_sizes must start with the batch size of the states, ", batch, ", and never rise");
       }
       check(row == rows, "batch_sizes adds up to ", row, " rows, the input has ", rows);
+      while (steps > 1 && batch_sizes[steps - 1] == 0) --steps;  // no part of a scan is without rows
       offsets = first_rows.data();
     } else {
       check(rows > 0 || batch == 0, "a sequence must have at least one step, the input has no rows");

@@ -320,8 +320,6 @@ RNNFAST_INLINE void for_tiles(int64_t n, int vectors, F f) {
 
 // ---- panels of w ---------------------------------------------------------------------------------------------------
 
-// Columns are dealt in panels of `vectors` vectors, the last panel perhaps narrower. A panel holds, for each k unit,
-// its vectors side by side, so that the product reads w from end to end.
 // [first, end) of n that belongs to one of so many members.
 struct Slice {
   int64_t first, end;
@@ -330,6 +328,8 @@ RNNFAST_INLINE Slice slice_of(int64_t n, int64_t member, int64_t members) {
   return {n * member / members, n * (member + 1) / members};
 }
 
+// Columns are dealt in panels of `vectors` vectors, the last panel perhaps narrower. A panel holds, for each k unit,
+// its vectors side by side, so that the product reads w from end to end.
 struct Panels {
   int64_t vectors, total_vectors;
   int64_t count() const { return ceil_div(total_vectors, vectors); }

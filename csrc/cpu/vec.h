@@ -254,7 +254,7 @@ struct Math {
   using Int = typename Lanes<T>::Int;
   static constexpr T lowest = ExpConstants<T>::lowest;
 
-  // 1 / (1 + e^-x), with relative accuracy for negative x, too; 0 where it would not be a normal number.
+  // 1 / (1 + e^-x), with relative accuracy for negative x, too; 0 below `lowest`, where it would hardly be a normal number.
   RNNFAST_INLINE V sigmoid(V x) {
     const auto s = SplitExp<T>::of(at_least(lowest, -at_least(lowest, x)));
     return x < splat(lowest) ? V{} : splat(T(1)) / (splat(T(1)) + fma(s.scale, s.m, s.scale));

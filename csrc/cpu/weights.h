@@ -82,10 +82,11 @@ class WeightGradients {
     const int64_t blocks = ceil_div(gate_rows, block_rows);
     begin_part();
     kinds[0] = {x.d_w_hh ? s.lanes * blocks : 0, &WeightGradients::w_hh_gradient};
-    kinds[1] = {x.d_w_ih && !s.ids && !both_weights ? s.lanes * blocks : 0, &WeightGradients::w_ih_gradient};
+    // The products of a weight's gradient add up those of the bias beside it, even where the weight has no columns.
+    const bool of_input = x.d_w_ih || (s.input == 0 && s.cell == Cell::gru && x.d_w_hh && x.d_b_ih);
+    kinds[1] = {of_input && !s.ids && !both_weights ? s.lanes * blocks : 0, &WeightGradients::w_ih_gradient};
     kinds[2] = {x.d_w_ih && s.ids ? s.lanes * ceil_div(gate_rows, ID_COLUMNS) : 0, &WeightGradients::w_ids_gradient};
     kinds[3] = {x.d_w_hr ? s.lanes * ceil_div(s.state, block_rows) : 0, &WeightGradients::w_hr_gradient};
-    // The products of a weight's gradient add up those of the bias beside it.
     kinds[4] = {x.d_b_ih && !x.d_w_hh ? s.lanes * ceil_div(gate_rows, SUM_COLUMNS) : 0, &WeightGradients::bias_gradient};
   }
 

@@ -169,6 +169,12 @@ def test_a_wrong_argument_is_refused_by_every_operator(case: Case, name: str, ch
     assert tried
 
 
+@pytest.mark.parametrize("sizes", [[2**60 + 2**17, 4], [2**62, 8], [-1], [-1, 0]], ids=str)
+def test_there_is_no_tensor_of_more_bytes_than_64_bits_count(sizes: list[int]) -> None:
+    with pytest.raises(RuntimeError, match="there is no tensor of shape"):
+        torch.ops.rnnfast.direct_empty_cpu(torch.zeros(1), sizes)
+
+
 def test_what_is_no_packed_weight_is_refused() -> None:
     for case in (GRU, Case("gru", hidden=600)):  # a large one begins with a huge page
         arguments = operators(case)["scan_cpu_packed"]
@@ -213,6 +219,8 @@ def test_what_is_no_packed_weight_is_refused() -> None:
         ("uniforms", strided, "a draw for each token"),
         ("uniforms", lambda uniforms: uniforms.float(), "a draw for each token"),
         ("top_k", lambda _: 0, "top_k must be positive"),
+        ("top_p", lambda _: 0.0, r"top_p in \(0, 1\]"),
+        ("top_p", lambda _: 1.5, r"top_p in \(0, 1\]"),
     ],
 )
 def test_generation_refuses_parts_that_do_not_fit(name: str, change: Change, message: str) -> None:

@@ -94,6 +94,22 @@ def test_steps_of_very_different_sizes(layer: str, lengths: list[int], bidirecti
     torch.testing.assert_close(found[0], found[1], rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("layer", ["RNN", "LSTM", "GRU"])
+def test_last_steps_without_rows(layer: str, bidirectional: bool, dtype: torch.dtype) -> None:
+    """A PackedSequence may say so; no part may consist of them alone."""
+    hidden = units(LAYERS[layer], dtype)
+    module = getattr(rnnfast, layer)(2, hidden, backend="cpu", dtype=dtype, bidirectional=bidirectional)
+    data = torch.randn(4000, 2, dtype=dtype)
+    found = []
+    for sizes in ([2500, 1500], [2500, 1500, 0, 0, 0]):
+        output, _ = module(nn.utils.rnn.PackedSequence(data, torch.tensor(sizes)))
+        found.append([output.data, *torch.autograd.grad(output.data.square().sum(), [*module.parameters()])])
+    for actual, expected in zip(*found, strict=True):
+        assert torch.equal(actual, expected)
+
+
 @pytest.mark.parametrize("ids", [False, True], ids=["dense", "ids"])
 @pytest.mark.parametrize("layer", ["RNN", "LSTM", "GRU"])
 def test_gradients_of_biases_alone(layer: str, ids: bool) -> None:
