@@ -23,7 +23,7 @@ from rnnfast.errors import UserError, note, reason
 from rnnfast.lm import checkpoint
 from rnnfast.lm.config import TrainConfig, flag, pick_device
 from rnnfast.lm.generate import encode_prefix, generate, render
-from rnnfast.lm.train import train
+from rnnfast.lm.train import argument, train
 
 TRAIN = """Train a language model. With no argument this is the setting of the d2l chapter: a tanh RNN of 512 units on
 the first 10,000 characters of The Time Machine. Ctrl-C saves the run."""
@@ -80,6 +80,10 @@ def _run(argv: list[str]) -> int:
     verbs.add_subcommand("info", _info_parser(), help=INFO.rstrip("."))
     verbs.add_subcommand("bench", bench.parser(), help=bench.DESCRIPTION.split(",")[0])
     verbs.add_subcommand("tune", _tune_parser(), help=TUNE.split(",")[0])
+    if "--print_config" in " ".join(argv) and any(given.split("=")[0] == "--resume" for given in argv):
+        raise UserError(
+            "--print_config prints a new run's settings; those of the run to be resumed are its config.json"
+        )
     arguments = _parse(parser, argv)
     options = arguments[arguments.verb]
     if arguments.verb == "train" and options.resume is not None:
@@ -100,7 +104,9 @@ def _parse(parser: ArgumentParser, argv: list[str]) -> Any:
             raise UserError("the --config file holds no settings: write lines such as hidden_size: 256") from error
         message = re.sub(r"<class '(\w+)'>|typing\.", lambda match: match[1] or "", message)
         message = MISSING.sub(lambda match: match[1] + match[2].upper(), message)
-        message = NO_NUMBER.sub(lambda match: f"expected {NUMBERS[match[1]]}, got {match[2]}", message)
+        message = NO_NUMBER.sub(
+            lambda match: f"expected {NUMBERS[match[1]]}, got {match[2].strip() or 'none'}", message
+        )
         raise UserError(message) from error
     except UnicodeDecodeError as error:
         raise UserError(
@@ -111,7 +117,7 @@ def _parse(parser: ArgumentParser, argv: list[str]) -> Any:
 # It names a positional argument of ours by the verb and in lower case, the usage in capitals.
 MISSING = re.compile(r"(arguments are required: )\w+\.(\w+)")
 # What jsonargparse says of a value that is no number, or, where none may be given, of a union of types.
-NO_NUMBER = re.compile(r"(?:Expected a |Does not validate .* Subtypes: \[)(int|float)\b.* value: (.*)")
+NO_NUMBER = re.compile(r"(?:Expected a |Does not validate .* Subtypes: \[)(int|float)\b.* value:(.*)")
 NUMBERS = {"int": "a whole number", "float": "a number"}
 
 
@@ -128,11 +134,13 @@ def _train_parser() -> ArgumentParser:
         if hints[setting.name] is bool:
             parser.add_argument(flag(setting.name), action=argparse.BooleanOptionalAction, default=False, help=help)
         else:
-            parser.add_argument(flag(setting.name), type=hints[setting.name], default=setting.default, help=help)
-    parser.add_argument("--out", type=str | None, metavar="DIR", help="the run's folder (default: a new one in runs/)")
+            # Of `str | None` the parser would read a name such as null, ~ or #notes as YAML, which means none by it.
+            kind = str if hints[setting.name] == str | None else hints[setting.name]
+            parser.add_argument(flag(setting.name), type=kind, default=setting.default, help=help)
+    parser.add_argument("--out", type=str, metavar="DIR", help="the run's folder (default: a new one in runs/)")
     parser.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
     parser.add_argument(
-        "--resume", type=str | None, metavar="DIR", help="continue the run in this folder, or from this checkpoint"
+        "--resume", type=str, metavar="DIR", help="continue the run in this folder, or from this checkpoint"
     )
     return parser
 
@@ -153,7 +161,8 @@ def _train(options: Any) -> int:
     device = next(result.model.parameters()).device
     print(f"perplexity {result.perplexity:.2f}, {result.tokens_per_second:,.0f} tokens/s on {device}, kept in {folder}")
     if not config.bidirectional:  # which cannot generate
-        print(f"next: rnnfast generate {quote(str(folder))} --prefix {quote(config.prefix)}")
+        prefix = f"{'=' if config.prefix.startswith('-') else ' '}{quote(config.prefix)}"
+        print(f"next: rnnfast generate {argument(folder)} --prefix{prefix}")
     return 0
 
 
@@ -209,18 +218,19 @@ def _generate(options: Any) -> int:
 
 def _info_parser() -> ArgumentParser:
     parser = _parser("info [CHECKPOINT]", INFO)
-    parser.add_argument("checkpoint", type=str | None, nargs="?", help="a run's folder, or its checkpoint.safetensors")
+    parser.add_argument("checkpoint", type=str, nargs="?", help="a run's folder, or its checkpoint.safetensors")
     return parser
 
 
 def _info(options: Any) -> int:
+    found = None if options.checkpoint is None else checkpoint.load_model(options.checkpoint, "cpu", "auto")
     print(f"rnnfast   {rnnfast.__version__}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads")
     device = pick_device("auto")
     print(f"device    {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu'}")
-    if options.checkpoint is None:
+    if found is None:
         print(f"\n{rnnfast.backends()}")
         return 0
-    model, vocab, config, progress = checkpoint.load_model(options.checkpoint, "cpu", "auto")
+    model, vocab, config, progress = found
     print(f"text      {config.corpus}, {len(vocab)} {config.tokens}s")
     print(f"trained   {progress.get('epoch')} epochs, {progress.get('tokens')} tokens\n")
     rows = [(name, "x".join(map(str, p.shape)), f"{p.numel():,}") for name, p in model.named_parameters()]
@@ -237,7 +247,7 @@ def _tune_parser() -> ArgumentParser:
     parser = _parser("tune", TUNE)
     parser.add_argument("--minutes", type=float, default=5.0, help="start no new size after this")
     parser.add_argument("--backends", type=Literal["cuda", "triton"], nargs="+", help="measure these (default: all)")
-    parser.add_argument("--device", type=str | None, help="cuda:1, ... (default: the current GPU)")
+    parser.add_argument("--device", type=str, help="cuda:1, ... (default: the current GPU)")
     parser.add_argument("--anew", action="store_true", help="discard what an earlier run measured")
     return parser
 

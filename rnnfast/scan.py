@@ -194,7 +194,7 @@ def stack_lanes(lanes: Sequence[Weights]) -> Weights:
 def is_plain_inference(tensors: Sequence[Tensor | None]) -> bool:
     """No gradient is wanted, and nothing (compiler, tracer, vmap, a tensor subclass) must see the operator itself."""
     given = [tensor for tensor in tensors if tensor is not None]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+    if derivatives.needs_gradient(given):
         return False
     if is_traced() or _C._len_torch_dispatch_stack():
         return False

@@ -84,7 +84,7 @@ class Stream:
         # Taken over once the whole model has run: after an error the same steps can be fed again.
         states: dict[str, Any] = {}
         started_from: dict[str, Any] = {}
-        is_training = torch.is_grad_enabled()
+        is_training = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
         def is_another_call() -> bool:
             """A thread that calls the same model meets the hooks of this call, too. (No compiler knows of threads.)"""

@@ -335,6 +335,29 @@ def test_a_batch_of_nothing_goes_the_general_way(direct_calls: list[int]) -> Non
     assert not direct_calls
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference", "torch"])
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2}, {"bidirectional": True}], ids=str)
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_inference_mode_with_gradients_enabled_records_no_graph(name: str, options: Any, backend: str) -> None:
+    layer, input = getattr(rnnfast, name)(5, 7, backend=backend, **options), torch.randn(6, 3, 5)
+    cell = getattr(rnnfast, f"{name}Cell")(5, 7, backend=backend)
+    expected = layer(input)[0].detach(), layer(input, lengths=[3, 6, 1])[0].detach()
+    stream = None if options.get("bidirectional") else rnnfast.Stream(layer)
+    for _ in range(3):  # the general way, and those that follow its plan
+        with torch.inference_mode(), torch.enable_grad():
+            found = layer(input)[0], layer(input, lengths=[3, 6, 1])[0]
+            state = cell(input[0])
+            steps = torch.stack([found[0][0] if stream is None else stream(step) for step in input])
+        torch.testing.assert_close(found, expected)
+        assert not found[0].requires_grad
+        assert not (state[0] if name == "LSTMCell" else state)[0].requires_grad
+        if stream is not None:
+            torch.testing.assert_close(steps, expected[0])
+            stream.reset()
+    layer(input)[0].sum().backward()
+    assert layer.weight_hh_l0.grad is not None
+
+
 def test_what_must_see_a_sequence_does(direct_calls: list[int]) -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 

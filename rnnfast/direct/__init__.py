@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, is_grad_enabled
+from torch import Tensor, is_grad_enabled, is_inference_mode_enabled
 
 from rnnfast.backends import native
 from rnnfast.backends.native import DONE, STALE
@@ -138,9 +138,10 @@ def forget_packed_weights() -> None:
 
 
 def _needs_gradients(plan: Plan, tensors: Sequence[Tensor | None]) -> bool:
-    return is_grad_enabled() and (
+    needed = is_grad_enabled() and (
         True in map(requires_grad_of, plan.weights) or any(t is not None and t.requires_grad for t in tensors)
     )
+    return needed and not is_inference_mode_enabled()
 
 
 def _infer(

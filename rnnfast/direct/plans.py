@@ -10,7 +10,7 @@ from struct import Struct
 from typing import Any
 
 import torch
-from torch import Tensor, is_autocast_enabled, is_grad_enabled, nn
+from torch import Tensor, is_autocast_enabled, is_grad_enabled, is_inference_mode_enabled, nn
 from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
 from torch._C._autograd import _profiler_enabled
 from torch._C._functorch import maybe_current_level
@@ -173,7 +173,7 @@ def plan_of_step(layer: Any) -> Plan | None:
     if (
         plan is None
         or plan.directions == 2
-        or is_grad_enabled()
+        or (is_grad_enabled() and not is_inference_mode_enabled())
         or layer._forward_pre_hooks
         or layer._forward_hooks
         or (layer.training and layer.dropout > 0 and len(plan.lanes) > 1)

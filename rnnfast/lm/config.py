@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import os
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_type_hints
@@ -67,6 +68,7 @@ class TrainConfig:
         if isinstance(self.corpus, os.PathLike):
             self.corpus = os.fspath(self.corpus)
         for name, hint in get_type_hints(type(self)).items():
+            setattr(self, name, _plain(getattr(self, name)))
             type_name = hint.__name__ if isinstance(hint, type) else str(hint).removeprefix("typing.")
             self._check(name, _fits(getattr(self, name), hint), f"of type {type_name}")
         for name in ("hidden_size", "num_layers", "batch_size", "steps", "epochs"):
@@ -119,6 +121,13 @@ class TrainConfig:
 def flag(name: str) -> str:
     """The command line flag of a setting."""
     return "--" + name.replace("_", "-")
+
+
+def _plain(value: Any) -> Any:
+    """A number of NumPy's, say, as Python's."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def _fits(value: Any, hint: Any) -> bool:

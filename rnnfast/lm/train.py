@@ -33,7 +33,7 @@ from rnnfast.lm.plot import plot
 from rnnfast.lm.trainer import LOOK_EVERY, Trainer
 from rnnfast.lm.vocab import Vocab
 
-CURVE = "perplexity.png"
+CONFIG, LOG, CURVE = "config.json", "log.jsonl", "perplexity.png"
 
 
 class Interrupted(KeyboardInterrupt):
@@ -51,12 +51,12 @@ class Run:
         self.folder, self.trainer, self.records = folder, trainer, records
         self.saved_at = time.monotonic()
         config = json.dumps(trainer.config.to_json(), indent=1)
-        atomic_write(folder / "config.json", config.encode())
-        atomic_write(folder / "log.jsonl", "".join(map(_line, records)).encode())
+        atomic_write(folder / CONFIG, config.encode())
+        atomic_write(folder / LOG, "".join(map(_line, records)).encode())
 
     def log(self, record: dict[str, Any]) -> None:
         self.records.append(record)
-        path = self.folder / "log.jsonl"
+        path = self.folder / LOG
         try:
             with path.open("a") as file:
                 file.write(_line(record))
@@ -154,8 +154,10 @@ def _train(
         _check_same(TrainConfig.from_json(saved.config, str(source)), config)
     elif folder is not None and not overwrite and _has_trained(checkpoints.find(folder)):
         raise UserError(
-            f"{folder} holds a run already: --resume {quote(str(folder))} continues it, --overwrite replaces it"
+            f"{folder} holds a run already: --resume {argument(folder)} continues it, --overwrite replaces it"
         )
+    if folder is not None and not overwrite:
+        _check_own(folder)
     check_backend(config.backend, pick_device(config.device))  # before a text is downloaded
     corpus = load_corpus(
         config.corpus,
@@ -173,7 +175,7 @@ def _train(
     records: list[dict[str, Any]] = []
     if saved is not None and folder is not None:
         trainer.restore(saved, folder)
-        records = _read_log(folder / "log.jsonl", trainer.epoch)
+        records = _read_log(folder / LOG, trainer.epoch)
         if trainer.epoch >= config.epochs:
             more = "start a new run" if config.schedule == "cosine" else "--epochs N trains more"
             raise UserError(f"this run has finished its {trainer.epoch} epochs: {more}")
@@ -212,7 +214,7 @@ def _loop(trainer: Trainer, run: Run | None, records: list[dict[str, Any]], repo
                 run.save()
             if caught:
                 where = (
-                    f"saved in {run.folder}; --resume {quote(str(run.folder))} continues it"
+                    f"saved in {run.folder}; --resume {argument(run.folder)} continues it"
                     if run
                     else "there was nothing to save"
                 )
@@ -261,7 +263,9 @@ def _caught_signals() -> Iterator[list[int]]:
             raise Interrupted("interrupted twice: not saved", signum)
         caught.append(signum)
 
-    previous = {signum: signal.signal(signum, catch) for signum in (signal.SIGINT, signal.SIGTERM)}
+    # One that is ignored stays so: a shell lets no Ctrl-C reach what a script has put into the background.
+    signums = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) is not signal.SIG_IGN]
+    previous = {signum: signal.signal(signum, catch) for signum in signums}
     try:
         yield caught
     finally:
@@ -278,6 +282,20 @@ def _check_same(saved: TrainConfig, config: TrainConfig) -> None:
             f"--epochs decides every learning rate of --schedule cosine, and this run began with {saved.epochs}: "
             "leave --epochs out, or start a new run"
         )
+
+
+def _check_own(folder: Path) -> None:
+    """Refuse to replace files that have the names of a run's, in a folder without a run."""
+    taken = [name for name in (CONFIG, LOG, CURVE) if (folder / name).exists()]
+    if taken and not (folder / checkpoints.FILE_NAME).exists():
+        raise UserError(
+            f"{folder} holds a {taken[0]} but no run, which would replace it: choose another folder, or move it away"
+        )
+
+
+def argument(path: Path) -> str:
+    """A path as an argument for a shell, and not for an option."""
+    return quote(f"./{path}" if str(path).startswith("-") else str(path))
 
 
 def _has_trained(path: Path) -> bool:
@@ -300,9 +318,11 @@ def _read_log(path: Path, epochs: int) -> list[dict[str, Any]]:
     """The records of the epochs that a checkpoint has seen; a crash may have left later ones, or half a line."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
-        note(f"{path} cannot be read ({reason(error)}): a new log is started")
+    except FileNotFoundError:
+        note(f"there is no {path}: a new log is started")
         return []
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {reason(error)}; make it readable, or move it away") from error
     records: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
         try:

@@ -25,6 +25,7 @@ from rnnfast.lm.model import RNNLM, RNNLMScratch, State
 
 LOOK_EVERY = 32  # steps after which the loss is read, which waits for a device, and the clock
 SECONDS_AT_ONCE = 0.1  # of steps in a row, in which no signal is noticed
+STATES_OF = {"sgd": set(), "adamw": {"step", "exp_avg", "exp_avg_sq"}}  # of each parameter, once it has been updated
 
 
 def train_step(
@@ -197,6 +198,7 @@ class Trainer:
         self.epoch = self.step = self.tokens = 0
         self.seconds = 0.0
         self.pace = math.inf  # of the last steps, in seconds each
+        self.lr = config.lr  # of the last step
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self.carry: State = None
         self.epoch_rng = generator.get_state()
@@ -227,7 +229,7 @@ class Trainer:
             "epoch": self.epoch + 1,
             "perplexity": perplexity(self.loss_sum.item() / self.step),
             "tokens_per_second": round((self.tokens - tokens) / (self.seconds - seconds), 1),
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": self.lr,
         }
         if self.validation is not None:
             record["validation_perplexity"] = evaluate(self.model, *self.validation, self.config.precision)
@@ -243,7 +245,7 @@ class Trainer:
         return max(1, min(LOOK_EVERY - self.step % LOOK_EVERY, int(SECONDS_AT_ONCE / self.pace)))
 
     def _train(self, inputs: Tensor, targets: Tensor) -> None:
-        config = self.config
+        config, self.lr = self.config, self.optimizer.param_groups[0]["lr"]
         state = train_steps(
             self.model,
             self.optimizer,
@@ -335,6 +337,9 @@ class Trainer:
                 # In the parameter's own memory layout, as the optimizer would have made it.
                 value = torch.empty_like(like).copy_(value) if value.ndim else value
                 states.setdefault(int(index), {})[key] = value
+            kept = STATES_OF[self.config.optimizer] if _number(progress, "tokens") else set()
+            if any(states.get(index, {}).keys() != kept for index in range(len(parameters))):
+                raise ValueError("of the optimizer's states some are missing")
             groups = self.optimizer.state_dict()["param_groups"]
             if self.scheduler is not None:
                 self.scheduler.last_epoch = steps = _number(progress, "scheduler_steps")
@@ -342,7 +347,7 @@ class Trainer:
                     group["lr"] = self.config.lr * self.scheduler.lr_lambdas[0](steps)
             self.optimizer.load_state_dict({"state": states, "param_groups": groups})
             self.epoch, self.step = _number(progress, "epoch"), _number(progress, "step", most=len(self.batches))
-            self.tokens, self.seconds = _number(progress, "tokens"), _number(progress, "seconds", float)
+            self.tokens, self.seconds = _number(progress, "tokens"), _number(progress, "seconds", float, 10**9)
             self.loss_sum.copy_(tensors["loss_sum"])
             self.carry = self._carry(tensors) if self.carries and self.step else None
             self.epoch_rng = tensors["rng.epoch"]
@@ -359,14 +364,19 @@ class Trainer:
         parts = [tensors[f"carry.{index}"] for index in range(2 if config.cell == "lstm" else 1)]
         if any(part.shape != shape or part.dtype != dtype for part in parts):
             raise ValueError("the shape or type of its carried state")
-        return tuple(part.to(self.device) for part in parts) if len(parts) > 1 else parts[0].to(self.device)
+        # Into memory of torch's: products of what lies in the file's, which is aligned to less, may round otherwise.
+        copies = tuple(part.to(self.device, copy=True) for part in parts)
+        return copies if len(copies) > 1 else copies[0]
 
     def text_sha1(self) -> str:
-        """Tells one training text from another."""
-        return hashlib.sha1(self.batches.ids.cpu().numpy().tobytes(), usedforsecurity=False).hexdigest()
+        """Tells one text from another, with what is held out of it."""
+        found = hashlib.sha1(usedforsecurity=False)
+        for ids in (self.batches.ids, *(self.validation or ())):
+            found.update(ids.cpu().numpy().tobytes())
+        return found.hexdigest()
 
 
-def _number(progress: dict[str, Any], key: str, kind: type = int, most: int = 2**63) -> Any:
+def _number(progress: dict[str, Any], key: str, kind: type = int, most: int = 2**53) -> Any:
     """A number of a checkpoint's progress, checked: a file from elsewhere may hold anything."""
     value = progress[key]
     if type(value) not in (int, kind) or not 0 <= value <= most:

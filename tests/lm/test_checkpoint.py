@@ -194,6 +194,7 @@ def test_missing_progress_does_not_resume(run: Path) -> None:
         {"tokens": 10**20},
         {"seconds": "a"},
         {"seconds": float("nan")},
+        {"seconds": 2**62},
         {"scheduler_steps": "x"},
         {"step": 1},  # without a carried state
     ],
@@ -222,6 +223,17 @@ def test_damaged_state_does_not_resume(cell: Any, tensors: dict[str, torch.Tenso
     train(config, tmp_path)
     rewrite(tmp_path / FILE_NAME, {"progress": json.dumps(load(tmp_path).progress | {"step": 1})}, **tensors)
     with pytest.raises(UserError, match="cannot be resumed"):
+        train(replace(config, epochs=2), tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("name", ["optimizer.0.exp_avg", "optimizer.2.step"])
+def test_a_missing_state_of_the_optimizer_does_not_resume(name: str, tmp_path: Path) -> None:
+    config = replace(CONFIG, optimizer="adamw")
+    train(config, tmp_path)
+    saved = load(tmp_path)
+    del saved.tensors[name]
+    saved.save(tmp_path / FILE_NAME)
+    with pytest.raises(UserError, match=r"cannot be resumed from it \(of the optimizer's states some are missing\)"):
         train(replace(config, epochs=2), tmp_path, resume=True)
 
 

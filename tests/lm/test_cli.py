@@ -167,6 +167,43 @@ def test_the_next_command_can_be_pasted(tmp_path: Path, capsys: pytest.CaptureFi
     assert shlex.split(command) == ["rnnfast", "generate", folder, "--prefix", prefix]
 
 
+def test_the_next_command_is_no_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([*TRAIN, "--out=-r", "--prefix=-a"]) == 0
+    command = capsys.readouterr().out.splitlines()[-1].removeprefix("next: ")
+    assert main(shlex.split(command)[1:]) == 0
+    assert capsys.readouterr().out.startswith("-a")
+    assert "--resume ./-r continues it" in refused(capsys, *TRAIN, "--out=-r")
+
+
+@pytest.mark.parametrize("name", ["#notes.txt", "null", "~", "---", "!!null", "{a: 1}", "1"])
+def test_names_that_mean_something_in_yaml(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    folder = Path(name).expanduser()
+    assert main([*TRAIN, f"--out={name}"]) == 0
+    assert (folder / FILE_NAME).exists()
+    assert main(["train", f"--resume={name}", "--epochs=2"]) == 0
+    assert load(folder).progress["epoch"] == 2
+    if not name.startswith("-"):  # else it needs ./ in front
+        capsys.readouterr()
+        assert main(["info", name]) == 0
+        assert "trained   2 epochs" in capsys.readouterr().out
+    assert not (tmp_path / "runs").exists()
+    assert "cannot read the text" in refused(capsys, "train", f"--corpus={name}x", "--out=other")
+    (tmp_path / "text").mkdir()
+    monkeypatch.chdir(tmp_path / "text")
+    if name != "~":  # which is the home directory
+        Path(name).write_text("a text of its own " * 100)
+        assert main(["train", f"--corpus={name}", *TRAIN[3:], "--out=other"]) == 0
+        assert load(Path("other")).config["corpus"].endswith(name)
+
+
 def test_without_the_time_machine_the_builtin_text_is_used_and_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -281,6 +318,8 @@ def test_bidirectional_models_do_not_generate(tmp_path: Path, capsys: pytest.Cap
         (["train", "--cell", "cnn"], "--cell"),
         (["train", "--epochs", "some"], "error: --epochs: expected a whole number, got some"),
         (["train", "--lr", "nan"], "error: --lr: expected a number, got nan"),
+        (["train", "--lr="], "error: --lr: expected a number, got none"),
+        (["train", "--resume", "/nowhere", "--print_config"], "--print_config prints a new run's settings"),
         (["train", "--embedding-size", "1.5"], "error: --embedding-size: expected a whole number, got 1.5"),
         (["generate", "x", "--temperature", "nan"], "error: --temperature: expected a number, got nan"),
         (["generate", "x", "--top-p", "nan"], "error: --top-p: expected a number, got nan"),

@@ -180,6 +180,79 @@ def test_only_the_same_run_resumes(tmp_path: Path) -> None:
         train(replace(SMALL, corpus=str(text)), tmp_path, resume=True)
 
 
+def test_what_is_held_out_is_part_of_the_text(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("some words of a text " * 60 + "of words some text a " * 20)
+    config = replace(SMALL, corpus=str(text), max_tokens=-1, validation=0.2)
+    train(replace(config, epochs=1), tmp_path / "run")
+    text.write_text("some words of a text " * 60 + "text a of some words " * 20)
+    with pytest.raises(UserError, match="not the one this run was trained on"):
+        train(config, tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("name", ["config.json", "log.jsonl", "perplexity.png"])
+def test_files_that_are_no_runs_are_not_replaced(name: str, tmp_path: Path) -> None:
+    train(replace(SMALL, epochs=1), tmp_path / "run")
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / name).write_text("mine")
+    (folder / "copy.safetensors").write_bytes((tmp_path / "run" / FILE_NAME).read_bytes())
+    for out, resume in ((folder, False), (folder / "copy.safetensors", True)):
+        with pytest.raises(UserError, match=f"mine holds a {name} but no run, which would replace it: choose another"):
+            train(SMALL, out, resume=resume)
+    assert (folder / name).read_text() == "mine"
+    train(replace(SMALL, epochs=1), folder, overwrite=True)
+
+
+def test_a_log_that_cannot_be_read_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(replace(SMALL, epochs=1), tmp_path)
+    (tmp_path / "log.jsonl").unlink()
+    train(replace(SMALL, epochs=2), tmp_path, resume=True)
+    assert "there is no" in capsys.readouterr().err
+    (tmp_path / "log.jsonl").unlink()
+    (tmp_path / "log.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"cannot read .*log\.jsonl: .*; make it readable, or move it away"):
+        train(SMALL, tmp_path, resume=True)
+
+
+def test_a_carried_state_comes_back_into_memory_of_its_own() -> None:
+    """In that of a file, which is aligned to 8 bytes, the products of other libraries may round otherwise."""
+    config = replace(SMALL, cell="gru")
+    trainer = Trainer(config, load_corpus("pydoc", max_tokens=config.max_tokens))
+    trainer.carry, trainer.step = torch.randn(1, config.batch_size, config.hidden_size), 1
+    saved = trainer.checkpoint()
+    memory = torch.empty(trainer.carry.numel() + 2)[2:].view_as(trainer.carry)
+    saved.tensors["carry.0"] = memory.copy_(trainer.carry)
+    trainer.restore(saved, Path("here"))
+    assert torch.equal(trainer.carry, memory)
+    assert trainer.carry.data_ptr() % 64 == 0
+
+
+def test_a_signal_that_is_ignored_stays_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def signalled(*args: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return train_steps(*args, **options)
+
+    monkeypatch.setattr(trainer_module, "train_steps", signalled)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert len(train(replace(SMALL, epochs=1), tmp_path).records) == 1
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_the_log_has_the_rate_that_an_epoch_ended_with() -> None:
+    records = train(replace(SMALL, schedule="cosine", lr=0.5)).records
+    assert 0.5 > records[0]["lr"] > records[1]["lr"] > records[2]["lr"] > records[3]["lr"] > 0
+
+
+def test_numbers_of_numpy_are_settings() -> None:
+    numpy = pytest.importorskip("numpy")
+    config = replace(SMALL, hidden_size=numpy.int64(8), lr=numpy.float32(0.5), clip=numpy.float64(1.0))
+    assert config == replace(SMALL, hidden_size=8, lr=0.5, clip=1.0)
+    assert json.loads(json.dumps(config.to_json()))["hidden_size"] == 8
+
+
 def test_a_run_is_not_replaced_unasked(tmp_path: Path) -> None:
     train(replace(SMALL, epochs=1), tmp_path)
     with pytest.raises(UserError, match="--overwrite"):
