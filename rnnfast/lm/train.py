@@ -157,7 +157,7 @@ def _train(
             f"{folder} holds a run already: --resume {argument(folder)} continues it, --overwrite replaces it"
         )
     if folder is not None and not overwrite:
-        _check_own(folder)
+        _check_own(folder, saved)
     check_backend(config.backend, pick_device(config.device))  # before a text is downloaded
     corpus = load_corpus(
         config.corpus,
@@ -284,13 +284,22 @@ def _check_same(saved: TrainConfig, config: TrainConfig) -> None:
         )
 
 
-def _check_own(folder: Path) -> None:
-    """Refuse to replace files that have the names of a run's, in a folder without a run."""
+def _check_own(folder: Path, saved: checkpoints.Checkpoint | None) -> None:
+    """Refuse to replace files that have the names of a run's, in a folder without a run.
+
+    They are the run's own where the settings are: its checkpoint may be gone, and another one of it, `saved`, be there.
+    """
     taken = [name for name in (CONFIG, LOG, CURVE) if (folder / name).exists()]
-    if taken and not (folder / checkpoints.FILE_NAME).exists():
-        raise UserError(
-            f"{folder} holds a {taken[0]} but no run, which would replace it: choose another folder, or move it away"
-        )
+    if not taken or (folder / checkpoints.FILE_NAME).exists():
+        return
+    if saved is not None and taken[0] == CONFIG:
+        with suppress(OSError, ValueError, TypeError):  # unreadable, no JSON, or no settings
+            written = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+            if written | dict.fromkeys(CHANGEABLE) == saved.config | dict.fromkeys(CHANGEABLE):
+                return
+    raise UserError(
+        f"{folder} holds a {taken[0]} but no run, which would replace it: choose another folder, or move it away"
+    )
 
 
 def argument(path: Path) -> str:

@@ -204,6 +204,19 @@ def test_files_that_are_no_runs_are_not_replaced(name: str, tmp_path: Path) -> N
     train(replace(SMALL, epochs=1), folder, overwrite=True)
 
 
+def test_a_run_goes_on_from_a_copy_of_its_lost_checkpoint(tmp_path: Path) -> None:
+    train(replace(SMALL, epochs=1), tmp_path)
+    copy = tmp_path / "copy.safetensors"
+    copy.write_bytes((tmp_path / FILE_NAME).read_bytes())
+    train(replace(SMALL, epochs=2), tmp_path, resume=True)
+    (tmp_path / FILE_NAME).unlink()
+    assert len(train(SMALL, copy, resume=True).records) == 4
+    (tmp_path / FILE_NAME).unlink()
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(UserError, match=r"holds a config\.json but no run"):
+        train(SMALL, copy, resume=True)
+
+
 def test_a_log_that_cannot_be_read_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(replace(SMALL, epochs=1), tmp_path)
     (tmp_path / "log.jsonl").unlink()
