@@ -71,6 +71,7 @@ inline void require(const char* name, const Tensor& tensor, ScalarType type, std
   if (tensor.scalar_type() != type || !std::equal(given.begin(), given.end(), sizes.begin(), sizes.end()) ||
       !tensor.is_contiguous())
     refuse(name, tensor, type, sizes);
+  check(tensor.const_data_ptr() || !tensor.numel(), name, " has no memory: its storage has been freed");
 }
 inline void require(const char* name, const OptionalTensor& tensor, ScalarType type, std::initializer_list<int64_t> sizes) {
   if (tensor) require(name, *tensor, type, sizes);

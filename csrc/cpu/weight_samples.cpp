@@ -67,6 +67,7 @@ Tensor weight_samples_cpu(std::vector<Tensor> weights, int64_t units, bool whole
     const int64_t rows = sampled ? weight.size(0) : 1, columns = sampled ? weight.size(1) : weight.numel();
     check(weight.dim() <= 2 && weight.is_contiguous() && (size == 2 || size == 4 || size == 8),
           "samples are taken of contiguous vectors and matrices");
+    check(weight.const_data_ptr() || !weight.numel(), "a weight has no memory: its storage has been freed");
     // A projection's rows are no gates.
     const int64_t step = units > 0 && rows % units == 0 ? units : rows;
     samples.push_back({static_cast<const char*>(weight.const_data_ptr()), rows, columns, step, size});

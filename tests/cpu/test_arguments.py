@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import rnnfast
 from tests.cpu.harness import Case, build, gradients_like, native
 
 pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
@@ -31,6 +32,12 @@ def absent(_: Any) -> None:
 
 def double(tensor: Tensor) -> Tensor:
     return tensor.double()
+
+
+def freed(tensor: Tensor) -> Tensor:
+    tensor = tensor.clone()
+    tensor.untyped_storage().resize_(0)
+    return tensor
 
 
 def strided(tensor: Tensor) -> Tensor:
@@ -102,6 +109,10 @@ LAYER: list[tuple[Case, str, Change, str]] = [
     (RAGGED, "batch_sizes", lambda sizes: sizes[:0], "batch_sizes is empty"),
     (RAGGED, "batch_sizes", fewer_rows, "batch_sizes adds up to"),
 ]
+FREED: list[tuple[Case, str, Change, str]] = [
+    (PADDED, name, freed, f"{name} has no memory: its storage has been freed")
+    for name in ("input", "w_ih", "w_hh", "h_0", "c_0")
+]
 RESULTS: list[tuple[Case, str, Change, str]] = [
     *[(PADDED, name, change, name) for name in ("d_output", "d_h_n", "d_c_n") for change in (double, strided, shorter)],
     *[(PADDED, "output", change, "output must be") for change in (double, strided, shorter, flat)],
@@ -157,7 +168,7 @@ def behind(results: tuple[Tensor, ...]) -> dict[str, Any]:
     return {"output": results[0], "tape": results[3], "need_input": True, "need_weights": True}
 
 
-@pytest.mark.parametrize(("case", "name", "change", "message"), [*LAYER, *RESULTS, *EXTENSIONS])
+@pytest.mark.parametrize(("case", "name", "change", "message"), [*LAYER, *FREED, *RESULTS, *EXTENSIONS])
 def test_a_wrong_argument_is_refused_by_every_operator(case: Case, name: str, change: Change, message: str) -> None:
     tried = 0
     for operator, arguments in operators(case).items():
@@ -167,6 +178,13 @@ def test_a_wrong_argument_is_refused_by_every_operator(case: Case, name: str, ch
                 getattr(torch.ops.rnnfast, operator)(*(arguments | {name: change(arguments[name])}).values())
             tried += 1
     assert tried
+
+
+def test_a_weight_whose_storage_has_been_freed_is_refused() -> None:
+    layer, input = rnnfast.GRU(5, 7), torch.randn(6, 3, 5)
+    layer.weight_hh_l0.untyped_storage().resize_(0)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="its storage has been freed"):
+        layer(input)
 
 
 @pytest.mark.parametrize("sizes", [[2**60 + 2**17, 4], [2**62, 8], [-1], [-1, 0]], ids=str)
