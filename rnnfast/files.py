@@ -11,6 +11,35 @@ from pathlib import Path
 from rnnfast.errors import UserError, note, reason
 
 
+def expanded(path: Path | str) -> Path:
+    """The path, with the home folder in place of a leading ~ or ~user.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path} begins with a home folder that cannot be found: write the path in full") from error
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a path that `atomic_write` could not write, before there is anything to write; its folder is made.
+
+    Raises:
+        UserError: it is a folder or a device, or its folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():
+            raise UserError(f"cannot write {path}: it is no regular file; give the name of a file")
+        descriptor, temporary = _temporary(path)
+        os.close(descriptor)
+        os.unlink(temporary)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {reason(error)}; choose another place") from error
+
+
 def atomic_write(path: Path, data: bytes) -> None:
     """Write `data` to `path`, so that a crash or a full disk leaves the previous file as it was.
 
@@ -20,7 +49,7 @@ def atomic_write(path: Path, data: bytes) -> None:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        descriptor, temporary = _temporary(path)
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
@@ -34,6 +63,11 @@ def atomic_write(path: Path, data: bytes) -> None:
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> tuple[int, str]:
+    """A new file beside `path`, open for writing."""
+    return tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from dataclasses import fields, replace
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
+from shlex import quote
 from typing import Any, Literal
 
 import torch
@@ -23,8 +24,8 @@ from rnnfast.bench.measure import copy_bandwidth, cpu_model, fma_peak
 from rnnfast.bench.presets import FLAGS, PRESETS, Grid, cases
 from rnnfast.bench.report import Report
 from rnnfast.bench.stream import threads
-from rnnfast.errors import UserError, note, reason
-from rnnfast.files import atomic_write
+from rnnfast.errors import UserError, note
+from rnnfast.files import atomic_write, check_writable, expanded
 from rnnfast.lm.config import check_backend
 
 DESCRIPTION = "Time rnnfast against torch.nn and other libraries on this machine, after comparing their results."
@@ -115,11 +116,7 @@ def _run(grids: Mapping[str, Grid], options: Any) -> int:
     work = {name: cases(grid) for name, grid in grids.items()}
     if any(grid.peers for grid in grids.values()) and (absent := peers.missing()):
         note(f"{', '.join(absent)} not installed, so not among the peers (pip install 'rnnfast[peers]')")
-    path = _out(options.out, list(grids))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {reason(error)}; choose another place with --out") from error
+    path, charts = _out(options.out, list(grids))
     limits = machine()
     print(describe(limits))
     reports = []
@@ -141,17 +138,25 @@ def _run(grids: Mapping[str, Grid], options: Any) -> int:
         "benchmarks": {report.name: report.to_json() for report in reports},
     }
     atomic_write(path, json.dumps(record, indent=1).encode())
-    charts = [path.with_name(path.stem + ("" if len(reports) == 1 else f"-{r.name}") + ".png") for r in reports]
     for report, chart in zip(reports, charts, strict=True):
         report.plot(chart)
     print(f"\nkept in {path}, charts beside it")
     return 0
 
 
-def _out(given: str | None, names: list[str]) -> Path:
+def _out(given: str | None, names: list[str]) -> tuple[Path, list[Path]]:
+    """The JSON file and the charts beside it, all found writable before anything is measured."""
+    path = RESULTS / f"{'table' if names == list(PRESETS) else '+'.join(names)}.json"
     if given is not None:
-        return Path(given).expanduser()
-    return RESULTS / f"{'table' if names == list(PRESETS) else '+'.join(names)}.json"
+        path = expanded(given)
+        if path.is_dir():  # as the empty path is
+            raise UserError(f"--out {quote(given)} is a folder: name a file in it, such as results.json")
+    charts = [path.with_name(path.stem + ("" if len(names) == 1 else f"-{name}") + ".png") for name in names]
+    if path in charts:
+        raise UserError(f"{path} is where the chart goes: give the JSON file another name, such as {path.stem}.json")
+    for file in (path, *charts):
+        check_writable(file)
+    return path, charts
 
 
 def machine() -> dict[str, Any]:

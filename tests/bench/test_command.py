@@ -1,7 +1,10 @@
 """The `bench` verb: the ratios it prints, the files it writes, and what it says to a wrong option."""
 
+import errno
 import json
+import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +131,47 @@ def test_a_folder_that_cannot_be_written_is_found_out_first(tmp_path: Path, caps
     assert status == 2
     assert "cannot write" in err
     assert "case" not in out
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("folder", "is a folder: name a file in it, such as results.json"),
+        ("", "--out '' is a folder"),
+        ("pipe.json", "is no regular file"),
+        ("chart.json", "chart.png: it is no regular file"),
+        ("x.png", "x.png is where the chart goes: give the JSON file another name, such as x.json"),
+        ("x" * 250 + ".json", "File name too long"),
+        ("~nosuch/x.json", "begins with a home folder that cannot be found"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_found_out_first(
+    out: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "machine", lambda: pytest.fail("it began to measure"))
+    for folder in ("folder", "chart.png"):
+        (tmp_path / folder).mkdir()
+    os.mkfifo(tmp_path / "pipe.json")
+    before = set(tmp_path.iterdir())
+    status, _, err = run_bench(capsys, "layers", "--quick", "--out", out)
+    assert status == 2
+    assert message in err
+    assert err.count("error:") == 1
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_a_folder_without_permission_is_found_out_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**options: Any) -> None:  # root, who may run the tests, may write everywhere
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(command, "machine", lambda: pytest.fail("it began to measure"))
+    monkeypatch.setattr(tempfile, "mkstemp", refuse)
+    status, _, err = run_bench(capsys, "layers", "--quick", "--out", str(tmp_path / "x.json"))
+    assert status == 2
+    assert "Permission denied" in err
 
 
 def test_memory_of_a_call_is_measured_in_a_process_of_its_own() -> None:
