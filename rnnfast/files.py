@@ -66,13 +66,16 @@ def atomic_write(path: Path, data: bytes) -> None:
 
 
 def _temporary(path: Path) -> tuple[int, str]:
-    """A new file beside `path`, open for writing."""
-    return tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """A new file beside `path`, open for writing; `held` knows its name."""
+    return tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
 
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Keep a folder to oneself, made if it is missing and removed again if it stays empty.
+    """Keep a run's folder to oneself, made if it is missing and removed again if it stays empty.
+
+    Checkpoints that a killed run left half written are removed once the folder is locked, since only its run writes
+    checkpoints into it; where it cannot be locked they stay.
 
     Raises:
         UserError: it cannot be made, or is held already.
@@ -83,7 +86,10 @@ def held(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"cannot make the folder {folder}: {reason(error)}; choose another one") from error
     try:
-        with _locked(folder):
+        with _locked(folder) as is_locked:
+            for remnant in folder.glob(".checkpoint.safetensors.*.part") if is_locked else ():
+                with suppress(OSError):  # it is in nobody's way
+                    remnant.unlink()
             yield
     finally:
         with suppress(OSError):  # the first that is not empty
@@ -92,26 +98,29 @@ def held(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> Iterator[bool]:
+    """Whether it is locked, which some systems cannot do."""
     try:
         import fcntl
     except ImportError:  # on Windows
-        yield
+        yield False
         return
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError as error:
         raise UserError(f"cannot read the folder {folder}: {reason(error)}; choose another one") from error
+    is_locked = False
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released however the process ends
+            is_locked = True
         except BlockingIOError as error:
             raise UserError(
                 f"another run is training in {folder}: wait until it has ended, or choose another folder"
             ) from error
         except OSError as error:  # some network file systems lock no folders
             note(f"{folder} cannot be locked ({reason(error)}): start no second run in it")
-        yield
+        yield is_locked
     finally:
         os.close(descriptor)
 

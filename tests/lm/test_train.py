@@ -1,10 +1,13 @@
 """Training: it learns, it is reproducible, and it resumes bit for bit."""
 
+import errno
 import importlib
 import json
 import math
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -288,6 +291,37 @@ def test_a_folder_holds_one_run_at_a_time(tmp_path: Path) -> None:
     assert len(refused) == 6
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
     assert len(train(SMALL, tmp_path, resume=True).records) == 4  # it has ended
+
+
+KILLED_IN_A_SAVE = """
+import os, signal, sys
+from pathlib import Path
+from rnnfast.files import atomic_write
+os.replace = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
+atomic_write(Path(sys.argv[1]), b"half")
+"""
+
+
+def test_what_a_killed_save_leaves_is_removed_by_the_folders_next_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in (FILE_NAME, "results.json"):
+        killed = subprocess.run([sys.executable, "-c", KILLED_IN_A_SAVE, str(tmp_path / name)], check=False)
+        assert killed.returncode == -signal.SIGKILL
+    checkpoint, other = sorted(tmp_path.iterdir())
+    assert checkpoint.read_bytes() == other.read_bytes() == b"half"
+    with monkeypatch.context() as patch:
+
+        def fail(*arguments: Any) -> None:
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+        patch.setattr("fcntl.flock", fail)
+        train(replace(SMALL, epochs=1), tmp_path)
+    assert "cannot be locked" in capsys.readouterr().err
+    assert checkpoint.exists()  # another run may be writing it
+    train(replace(SMALL, epochs=2), tmp_path, resume=True)
+    assert not checkpoint.exists()
+    assert other.exists()  # other programs may write other files here
 
 
 def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path: Path) -> None:
