@@ -17,6 +17,9 @@ def note(message: str) -> None:
             print(f"rnnfast: {message}", file=sys.stderr)
 
 
-def reason(error: OSError) -> str:
-    """The bare reason of an operating system error: "No space left on device", without number and path."""
-    return error.strerror or str(error)
+def reason(error: OSError | ValueError) -> str:
+    """The bare reason of an operating system error: "No space left on device", without number and path.
+
+    It is a ValueError where a path holds what no path can, such as a NUL.
+    """
+    return getattr(error, "strerror", None) or str(error)

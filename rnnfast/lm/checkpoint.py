@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rnnfast.errors import UserError, reason
-from rnnfast.files import atomic_write
+from rnnfast.files import atomic_write, expanded
 from rnnfast.lm.config import TrainConfig, build_model, check_backend, pick_device
 from rnnfast.lm.vocab import Vocab
 
@@ -43,17 +43,31 @@ class Checkpoint:
         """Write the file atomically.
 
         Raises:
-            UserError: it cannot be written; the previous checkpoint is untouched.
+            UserError: it cannot be written, or its vocabulary is too large; the previous checkpoint is untouched.
         """
-        header = {"config": self.config, "vocab": self.vocab, "progress": self.progress}
-        metadata = {"format": FORMAT, "version": str(VERSION)} | {k: json.dumps(v) for k, v in header.items()}
+        metadata = {
+            "format": FORMAT,
+            "version": str(VERSION),
+            "config": json.dumps(self.config),
+            "vocab": json.dumps(self.vocab, ensure_ascii=False),  # a header's room is limited, and escapes are long
+            "progress": json.dumps(self.progress),
+        }
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
-        atomic_write(path, safetensors.torch.save(tensors, metadata))
+        try:
+            data = safetensors.torch.save(tensors, metadata)
+        except safetensors.SafetensorError as error:
+            if "header too large" not in str(error):
+                raise
+            raise UserError(
+                f"the vocabulary of {len(self.vocab):,} tokens is too large for a checkpoint, whose header may have "
+                "100 MB: leave rare tokens out with --min-freq, or take --tokens char"
+            ) from error
+        atomic_write(path, data)
 
 
 def find(path: Path | str) -> Path:
     """The checkpoint at `path`, itself a checkpoint or the folder of a run."""
-    path = Path(path).expanduser()
+    path = expanded(path)
     return path / FILE_NAME if path.is_dir() else path
 
 
@@ -67,7 +81,7 @@ def load(path: Path | str) -> Checkpoint:
     try:
         with path.open("rb") as file:
             start = file.read(4)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"cannot read the checkpoint {path}: {reason(error)}") from error
     try:
         with safetensors.safe_open(path, framework="pt") as file:

@@ -67,12 +67,39 @@ def test_it_is_plain_safetensors_with_a_json_header(run: Path) -> None:
         assert file.get_tensor("model.rnn.weight_hh_l0").shape == (8, 8)
 
 
+def test_letters_of_a_vocabulary_are_no_escapes(run: Path) -> None:
+    saved = load(run)
+    saved.vocab[1:3] = ["語", '"\\\n']
+    saved.config["prefix"] = "\udcff"  # a byte of the command line that is not UTF-8
+    saved.save(run / FILE_NAME)
+    assert "語".encode() in (run / FILE_NAME).read_bytes()
+    assert load(run).vocab == saved.vocab
+    assert load(run).config == saved.config
+    rewrite(run / FILE_NAME, {"vocab": json.dumps(saved.vocab)})  # as earlier ones were written
+    assert load(run).vocab == saved.vocab
+
+
+def test_a_vocabulary_too_large_for_a_header(run: Path) -> None:
+    before = (run / FILE_NAME).read_bytes()
+    saved = load(run)
+    saved.vocab += ["a" * 50_000_000, "b" * 50_000_000]
+    with pytest.raises(
+        UserError, match=r"vocabulary of \d+ tokens is too large .*: .*--min-freq, or take --tokens char"
+    ):
+        saved.save(run / FILE_NAME)
+    assert (run / FILE_NAME).read_bytes() == before
+
+
 def test_missing(tmp_path: Path) -> None:
     assert UserError is rnnfast.UserError
     with pytest.raises(UserError, match=r"cannot read the checkpoint .*No such file"):
         load(tmp_path / "nothing")
     with pytest.raises(UserError, match=FILE_NAME):
         load(tmp_path)  # a folder without one
+    with pytest.raises(UserError, match="begins with a home folder that cannot be found"):
+        load("~nosuch/run")
+    with pytest.raises(UserError, match=r"cannot read the checkpoint .*null byte"):
+        load("a\0b")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.0005, 0.1, 0.5, 0.99])
