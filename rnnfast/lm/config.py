@@ -71,6 +71,7 @@ class TrainConfig:
             setattr(self, name, _plain(getattr(self, name)))
             type_name = hint.__name__ if isinstance(hint, type) else str(hint).removeprefix("typing.")
             self._check(name, _fits(getattr(self, name), hint), f"of type {type_name}")
+        self._check("corpus", self.corpus is None or _may_name_a_file(self.corpus), "the name of a text or a file")
         for name in ("hidden_size", "num_layers", "batch_size", "steps", "epochs"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
         for name in ("hidden_size", "embedding_size"):
@@ -138,6 +139,14 @@ def _fits(value: Any, hint: Any) -> bool:
     if float in choices and type(value) is int:
         return True
     return type(value) in choices
+
+
+def _may_name_a_file(text: str) -> bool:
+    """Whether it may be a path: without a NUL, and of letters that can be encoded, or bytes that Python escaped."""
+    try:
+        return b"\0" not in text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return False
 
 
 def build_model(config: TrainConfig, vocab_size: int) -> RNNLM | RNNLMScratch:

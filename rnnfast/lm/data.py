@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import http.client
 import io
@@ -10,13 +11,15 @@ import re
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from rnnfast import building
 from rnnfast.errors import UserError, note, reason
-from rnnfast.files import atomic_write
+from rnnfast.files import atomic_write, expanded
+from rnnfast.lm.config import TrainConfig
 from rnnfast.lm.vocab import Vocab
 
 TIME_MACHINE_URL = "http://d2l-data.s3-accelerate.amazonaws.com/timemachine.txt"
@@ -39,10 +42,12 @@ def time_machine() -> str:
 
     Raises:
         TextUnavailable: it is in neither place and cannot be downloaded.
-        UserError: the file in RNNFAST_DATA is another text.
+        UserError: RNNFAST_DATA names no folder, or the file in it is another text.
     """
     if folder := os.environ.get("RNNFAST_DATA"):
-        given = Path(folder).expanduser() / "timemachine.txt"
+        given = _named_by("RNNFAST_DATA", folder) / "timemachine.txt"
+        if not given.parent.is_dir():
+            raise UserError(f"RNNFAST_DATA is {folder}, which is no folder: set it to the one of timemachine.txt")
         if given.exists():
             data = _read_bytes(given)
             if not _is_time_machine(data):
@@ -51,17 +56,35 @@ def time_machine() -> str:
                     f"unset RNNFAST_DATA, or train on that file with --corpus {given}"
                 )
             return data.decode("utf-8")
-    cached = building.cache_folder() / "timemachine.txt"
-    if cached.is_file() and _is_time_machine(data := _read_bytes(cached)):
+    cached = _cached()
+    if cached is not None and cached.is_file() and _is_time_machine(data := _read_bytes(cached)):
         return data.decode("utf-8")
     data = _download(TIME_MACHINE_URL)
     if not _is_time_machine(data):
         raise TextUnavailable(f"what {TIME_MACHINE_URL} sent is not The Time Machine (its sha1 differs)")
-    try:
-        atomic_write(cached, data)
-    except UserError as error:  # the text is here all the same
-        note(f"The Time Machine was downloaded but not kept: {error}")
+    if cached is not None:
+        try:
+            atomic_write(cached, data)
+        except UserError as error:  # the text is here all the same
+            note(f"The Time Machine was downloaded but not kept: {error}")
     return data.decode("utf-8")
+
+
+def _cached() -> Path | None:
+    """Where the cache has The Time Machine; None for a user without a home, who has no cache."""
+    if folder := os.environ.get("RNNFAST_CACHE"):
+        _named_by("RNNFAST_CACHE", folder)
+    try:
+        return building.cache_folder() / "timemachine.txt"
+    except RuntimeError:
+        return None
+
+
+def _named_by(variable: str, folder: str) -> Path:
+    try:
+        return expanded(folder)
+    except UserError as error:
+        raise UserError(f"{variable}: {error}") from error
 
 
 def _download(url: str) -> bytes:
@@ -105,17 +128,20 @@ def read_text(path: Path) -> str:
     if path.is_char_device() or path.is_block_device():
         raise UserError(f"{path} is a device, which may have no end: name a text file with --corpus FILE")
     data = _read_bytes(path)
-    if not data.strip():
-        raise UserError(f"{path} is empty: name a text file with --corpus FILE")
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UserError(f"{path} is UTF-16: convert it with iconv -f utf-16 -t utf-8")
     if b"\0" in data:
         raise UserError(f"{path} is a binary file, or UTF-16 (iconv -f utf-16 -t utf-8): name a UTF-8 text file")
     try:
-        return data.decode("utf-8-sig")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path} is not UTF-8 (byte {error.start} is 0x{data[error.start]:02x}): convert it, "
             "for instance with iconv -f latin1 -t utf-8"
         ) from error
+    if not text.strip():
+        raise UserError(f"{path} is empty, or all spaces: name a text file with --corpus FILE")
+    return text
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -138,7 +164,7 @@ def load_text(corpus: str | None) -> tuple[str, str]:
     if corpus == "pydoc":
         return corpus, builtin_text()
     if corpus is not None:
-        path = Path(corpus).expanduser().absolute()
+        path = expanded(corpus).absolute()
         return str(path), read_text(path)
     try:
         return "timemachine", time_machine()
@@ -178,7 +204,7 @@ class Corpus:
 def load_corpus(
     name: str | None = None,
     *,
-    tokens: str = "char",
+    tokens: Literal["char", "word"] = "char",
     raw: bool = False,
     min_freq: int = 0,
     max_tokens: int = -1,
@@ -188,7 +214,11 @@ def load_corpus(
 
     Args:
         validation: the share of the encoded tokens, from their end, that is held out.
+
+    Raises:
+        UserError: the text cannot be had, or a setting is outside the range that `TrainConfig` gives it.
     """
+    TrainConfig(name, tokens, raw, min_freq, max_tokens, validation)  # checks them
     name, text = load_text(name)
     stream = tokenize(text, tokens, raw)
     if not stream:

@@ -172,7 +172,13 @@ def test_damaged_headers(run: Path, metadata: dict[str, str | None], message: st
 
 def test_settings_from_elsewhere_are_checked(run: Path) -> None:
     config = json.loads((run / "config.json").read_text())
-    for changed in ({"hidden_size": 10**12}, {"num_layers": "8"}, {"cell": "cnn"}, {"dropout": None}):
+    for changed in (
+        {"hidden_size": 10**12},
+        {"num_layers": "8"},
+        {"cell": "cnn"},
+        {"dropout": None},
+        {"corpus": "\ud800"},
+    ):
         rewrite(run / FILE_NAME, {"config": json.dumps(config | changed)})
         with pytest.raises(UserError, match=r"cannot be built|settings"):
             load_model(run)

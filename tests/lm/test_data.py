@@ -4,6 +4,7 @@ import hashlib
 import os
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from rnnfast import building
 from rnnfast.lm import Batches, UserError, Vocab, data, load_corpus, random_batches, sequential_batches
 
+CACHE_FOLDER = building.cache_folder  # the tests' own is another
 needs_time_machine = pytest.mark.skipif(not os.environ.get("RNNFAST_DATA"), reason="RNNFAST_DATA is not set")
 
 
@@ -77,6 +79,39 @@ def test_wrong_text_in_the_data_folder_is_an_error(
         load_corpus(name)
 
 
+@pytest.mark.parametrize("name", [None, "timemachine"])
+def test_a_data_folder_that_is_none_is_an_error(
+    name: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "timemachine.txt").touch()
+    for folder in ("timemachine.txt", "nothing"):
+        monkeypatch.setenv("RNNFAST_DATA", str(tmp_path / folder))
+        with pytest.raises(UserError, match=rf"RNNFAST_DATA is .*{folder}, which is no folder: set it to"):
+            load_corpus(name)
+
+
+@pytest.mark.parametrize("variable", ["RNNFAST_DATA", "RNNFAST_CACHE"])
+def test_a_home_that_is_none_in_a_variable_is_an_error(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RNNFAST_DATA", raising=False)
+    monkeypatch.setenv(variable, "~nosuch/texts")
+    with pytest.raises(UserError, match=f"{variable}: ~nosuch/texts begins with a home folder that cannot be found"):
+        load_corpus()
+
+
+def test_without_a_home_there_is_no_cache_but_a_text(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(building, "cache_folder", CACHE_FOLDER)
+    monkeypatch.setattr(Path, "home", classmethod(lambda cls: Path("~nosuch").expanduser()))
+    for variable in ("RNNFAST_DATA", "RNNFAST_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    assert load_corpus().name == "pydoc"
+    assert "built-in text" in capsys.readouterr().err
+    monkeypatch.setattr(data, "_download", lambda url: b"x")
+    monkeypatch.setattr(data, "TIME_MACHINE_SHA1", hashlib.sha1(b"x").hexdigest())
+    assert data.time_machine() == "x"
+
+
 def test_download_is_checked_kept_and_read_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     text = b"a small time machine\n" * 9
     calls: list[str] = []
@@ -125,7 +160,12 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(
         (b"", "empty"),
         (b" \n\n", "empty"),
         (b"\x7fELF\0\0\1", "binary"),
-        ("text".encode("utf-16"), "iconv -f utf-16"),
+        ("text".encode("utf-16"), "is UTF-16: convert it with iconv -f utf-16"),
+        ("語文".encode("utf-16"), "is UTF-16: convert it with iconv -f utf-16"),
+        (b"\xfe\xff" + "語文".encode("utf-16-be"), "is UTF-16: convert it with iconv -f utf-16"),
+        ("text".encode("utf-16-le"), "or UTF-16"),
+        ("\ufeff".encode(), "empty"),
+        ("\u00a0\n".encode(), "empty"),
         ("café".encode("latin1"), "not UTF-8"),
         (b"1234 5678", "no letters"),
     ],
@@ -137,6 +177,37 @@ def test_bad_files_get_one_clear_line(content: bytes | None, message: str, tmp_p
     with pytest.raises(UserError, match=message) as error:
         load_corpus(str(path))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("tokens", ["char", "word"])
+@pytest.mark.parametrize("blank", ["", "\n", "\ufeff", "\u00a0 \u00a0"])
+def test_a_blank_text_is_empty_however_it_is_read(blank: str, tokens: Any, raw: bool, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(blank, encoding="utf-8")
+    with pytest.raises(UserError, match="is empty, or all spaces: name a text file"):
+        load_corpus(str(tmp_path / "text.txt"), tokens=tokens, raw=raw)
+
+
+def test_names_that_no_file_can_have() -> None:
+    for name in ("a\0b", "\ud800"):
+        with pytest.raises(UserError, match="--corpus must be the name of a text or a file"):
+            load_corpus(name)
+    with pytest.raises(UserError, match="begins with a home folder that cannot be found"):
+        load_corpus("~nosuch/text.txt")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tokens": "words"}, "--tokens must be of type"),
+        ({"max_tokens": 0}, "--max-tokens must be at least 1, or -1 for all, not 0"),
+        ({"validation": 2.0}, r"--validation must be in \[0, 1\), not 2.0"),
+        ({"validation": -0.5}, r"--validation must be in \[0, 1\), not -0.5"),
+    ],
+)
+def test_settings_are_refused_as_on_the_command_line(settings: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_corpus("pydoc", **settings)
 
 
 def test_a_vocabulary_of_nothing_is_refused(tmp_path: Path) -> None:
