@@ -26,6 +26,14 @@ int64_t argmax(const std::vector<double>& logits) {
   return best;
 }
 
+constexpr const char* NOT_FINITE = "the model's logits are not finite: there is nothing to draw a token from";
+
+int64_t likeliest(const std::vector<double>& logits) {
+  const int64_t token = argmax(logits);
+  check(!std::isnan(logits[token]), NOT_FINITE);
+  return token;
+}
+
 struct Sampler {
   double temperature;
   std::optional<int64_t> top_k;
@@ -48,7 +56,7 @@ struct Sampler {
     if (top_p) keep_nucleus(weights);
     double total = 0;
     for (double w : weights) total += w;
-    check(total > 0, "the model's logits are not finite: there is nothing to draw a token from");
+    check(total > 0, NOT_FINITE);
     const double threshold = uniform * total;
     double sum = weights[0];
     int64_t token = 0;
@@ -148,7 +156,7 @@ std::tuple<Tensor, Tensor, Tensor> generate_cpu(std::vector<Tensor> packed, Opti
 
     // From the logits to the next token, and to the first layer's input. Whether the threads go on.
     bool next() {
-      *ids++ = token = uniform ? sampler.draw(logits, *uniform++) : argmax(logits);
+      *ids++ = token = uniform ? sampler.draw(logits, *uniform++) : likeliest(logits);
       if (embedding) input = embedding + token * row_bytes;
       return --count % TOKENS > 0;
     }

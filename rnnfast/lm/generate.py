@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import threading
 from collections.abc import Iterator
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -188,10 +189,13 @@ def pick(
     operations in the same order.
 
     Raises:
-        UserError: a draw from logits that are not finite.
+        UserError: logits that are not finite (at temperature 0: one that is NaN).
     """
     if temperature == 0:
-        return logits.argmax()
+        token = logits.argmax()  # for which a NaN is the greatest
+        if logits[token].isnan():
+            raise UserError(NOT_FINITE)
+        return token
     logits = logits.double().cpu()
     logits = (logits - logits.max()) / temperature  # the maximum is 0, so that no temperature overflows
     if top_k is not None and top_k < len(logits):
@@ -239,8 +243,8 @@ def _check(
         raise UserError(f"cannot generate {length} tokens: give a length of 0 or more")
     if not 0 <= temperature < float("inf"):
         raise UserError(f"the temperature must be 0 (greedy) or a positive number, not {temperature}")
-    if top_k is not None and top_k < 1:
-        raise UserError(f"top-k must be at least 1, not {top_k}")
+    if top_k is not None and (not isinstance(top_k, Integral) or top_k < 1):
+        raise UserError(f"top-k must be a whole number of at least 1, not {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise UserError(f"top-p must be above 0 and at most 1, not {top_p}")
     if not 0 <= seed < 2**63:

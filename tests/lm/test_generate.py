@@ -116,6 +116,7 @@ def test_a_part_that_was_in_evaluation_mode_stays_so() -> None:
         ({"temperature": -1.0}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
         ({"temperature": 1.0, "top_k": 0}, "top-k"),
+        ({"temperature": 1.0, "top_k": 2.5}, "top-k must be a whole number of at least 1, not 2.5"),
         ({"temperature": 1.0, "top_p": 0.0}, "top-p"),
         ({"temperature": 1.0, "top_p": 1.5}, "top-p"),
         ({"top_k": 3}, "--temperature 1"),
