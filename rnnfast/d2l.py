@@ -13,6 +13,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import accumulate, cycle
 from typing import Any
 
 import torch
@@ -153,7 +154,8 @@ def rnn(inputs: Tensor, state: tuple[Tensor], params: Sequence[Tensor]) -> tuple
     """
     W_xh, W_hh, b_h, W_hq, b_q = params
     output, h_n = scratch_rnn(inputs, state[0][None], W_xh, W_hh, b_h)
-    return F.linear(output.flatten(0, 1), W_hq.t(), b_q), (h_n[0],)
+    # A copy, because the book's loop detaches the state in place, which a view refuses.
+    return F.linear(output.flatten(0, 1), W_hq.t(), b_q), (h_n[0].clone(),)
 
 
 class RNNModelScratch:
@@ -339,6 +341,10 @@ class Timer:
         """The mean time."""
         return self.sum() / len(self.times)
 
+    def cumsum(self) -> list[float]:
+        """The sums of the first time, of the first two, and so on."""
+        return list(accumulate(self.times))
+
 
 class Accumulator:
     """Sums of `n` quantities."""
@@ -359,26 +365,60 @@ class Accumulator:
 
 
 class Animator:
-    """Collects the points of curves, as the book's does; `save` draws them (needs rnnfast[plot])."""
+    """Collects the points of curves, as the book's does; `save` draws them (needs rnnfast[plot]).
+
+    Args:
+        fmts: the curves' formats, in turn, as matplotlib's `plot` takes them.
+        nrows, ncols: how many axes the figure has; the first has the curves.
+    """
 
     def __init__(
-        self, xlabel: str = "", ylabel: str = "", legend: Sequence[str] = (), xlim: Sequence[float] | None = None
+        self,
+        xlabel: str | None = None,
+        ylabel: str | None = None,
+        legend: Sequence[str] | None = None,
+        xlim: Sequence[float] | None = None,
+        ylim: Sequence[float] | None = None,
+        xscale: str = "linear",
+        yscale: str = "linear",
+        fmts: Sequence[str] = ("-", "m--", "g-.", "r:"),
+        nrows: int = 1,
+        ncols: int = 1,
+        figsize: tuple[float, float] = (3.5, 2.5),
     ) -> None:
-        self.labels, self.legend, self.xlim = (xlabel, ylabel), legend, xlim
-        self.points: list[tuple[float, list[float]]] = []
+        scales = {"xscale": xscale, "yscale": yscale}  # first, because a change of scale undoes limits
+        self.settings: dict[str, Any] = scales | {"xlim": xlim, "ylim": ylim, "xlabel": xlabel, "ylabel": ylabel}
+        self.legend, self.fmts = legend, fmts
+        self.nrows, self.ncols, self.figsize = nrows, ncols, figsize
+        self.X: list[list[float]] = []
+        self.Y: list[list[float]] = []
 
-    def add(self, x: float, y: float | Sequence[float]) -> None:
-        """Add a point to each curve."""
-        self.points.append((x, list(y) if isinstance(y, Sequence) else [y]))
+    def add(self, x: Any, y: Any) -> None:
+        """Add a point to each curve, at one `x` or at one for each; a curve whose number is None gets none."""
+        xs, ys = _row(x), _row(y)
+        while len(self.Y) < len(ys):
+            self.X.append([])
+            self.Y.append([])
+        for X, Y, a, b in zip(self.X, self.Y, xs * len(ys) if len(xs) == 1 else xs, ys, strict=False):
+            if a is not None and b is not None:
+                X.append(float(a))
+                Y.append(float(b))
 
     def save(self, path: str) -> None:
         """Draw the curves into an image file."""
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(5, 3), layout="constrained")
-        axes = figure.subplots()
-        axes.plot([x for x, _ in self.points], [y for _, y in self.points], label=list(self.legend) or None)
-        axes.set(xlabel=self.labels[0], ylabel=self.labels[1], xlim=self.xlim)
+        figure = Figure(figsize=self.figsize, layout="constrained")
+        axes = figure.subplots(self.nrows, self.ncols, squeeze=False)[0, 0]
+        for X, Y, fmt in zip(self.X, self.Y, cycle(self.fmts), strict=False):
+            axes.plot(X, Y, fmt)
+        axes.set(**self.settings)
         if self.legend:
-            axes.legend()
+            axes.legend(self.legend)
+        axes.grid()
         figure.savefig(path)
+
+
+def _row(numbers: Any) -> list[Any]:
+    """Numbers as a list, and a number alone as a list of it; either may be a tensor."""
+    return [*numbers] if isinstance(numbers, Sequence) or getattr(numbers, "ndim", None) else [numbers]

@@ -156,4 +156,7 @@ def scratch_rnn(
 
 def detach(state: State) -> State:
     """The state's values, cut from the graph that computed them: truncated backpropagation through time."""
-    return tuple(part.detach() for part in state) if isinstance(state, tuple) else state.detach()
+    if isinstance(state, Tensor):
+        return state.detach()
+    parts = [part.detach() for part in state]
+    return parts if isinstance(state, list) else tuple(parts)

@@ -4,6 +4,8 @@ import math
 import random
 import runpy
 import sys
+from collections import deque
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +191,38 @@ def test_training_prints_what_the_book_prints(capsys: pytest.CaptureFixture[str]
     assert len(lines[3]) == len("traveller") + 50
 
 
+@pytest.mark.parametrize("kind", [list, tuple, deque])
+def test_a_state_is_any_row_of_tensors(kind: Any) -> None:
+    """As in the book, whose loop detaches each tensor of it."""
+
+    def begin(*sizes: Any) -> Any:
+        return kind(d2l.init_rnn_state(*sizes))
+
+    def forward(inputs: torch.Tensor, state: Any, params: Any) -> Any:
+        output, new = loop_rnn(inputs, state, params)
+        return output, kind(new)
+
+    nets = [
+        d2l.RNNModelScratch(28, 16, CPU, d2l.get_params, *functions)
+        for functions in ((begin, forward), (d2l.init_rnn_state, d2l.rnn))
+    ]
+    nets[0].params = [param.detach().clone().requires_grad_() for param in nets[1].params]
+    loader, _ = d2l.load_data_time_machine(8, 10, max_tokens=600)
+    batches = list(loader)
+    losses = [
+        d2l.train_epoch_ch8(net, batches, nn.CrossEntropyLoss(), partial(d2l.sgd, net.params, 1), CPU, False)[0]
+        for net in nets
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_states_can_be_detached_in_place_as_in_the_books_loop() -> None:
+    net = d2l.RNNModelScratch(28, 16, CPU, d2l.get_params, d2l.init_rnn_state, d2l.rnn)
+    _, state = net(torch.randint(28, (2, 5)), net.begin_state(2, CPU))
+    for part in state:
+        part.detach_()
+
+
 @pytest.mark.usefixtures("matplotlib")
 def test_accumulator_timer_animator(tmp_path: Path) -> None:
     metric = d2l.Accumulator(2)
@@ -199,11 +233,39 @@ def test_accumulator_timer_animator(tmp_path: Path) -> None:
     assert metric[0] == 0
     timer = d2l.Timer()
     assert timer.stop() >= 0
+    timer.times = [1.0, 2.0, 4.0]
+    assert timer.cumsum() == [1.0, 3.0, 7.0]
+    assert timer.sum() == 7.0
     animator = d2l.Animator(xlabel="epoch", ylabel="perplexity", legend=["train"], xlim=[10, 20])
     animator.add(10, [3.0])
     animator.add(20, 2.0)
     animator.save(str(tmp_path / "curve.png"))
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("matplotlib")
+def test_an_animator_has_the_books_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    figures: list[Any] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: figures.append(figure))
+    d2l.Animator().save("nothing.png")
+    animator = d2l.Animator(
+        "epoch", "loss", ["train", "test"], [1, 3], [0.1, 10], "linear", "log", ("g-.",), 2, 3, (6.0, 4.0)
+    )
+    animator.add(1, (torch.tensor(4.0), None))
+    animator.add(2, torch.tensor([2.0, 3.0]))
+    animator.add([3, 2.5], [1.0, 2.0])
+    animator.save("curves.png")
+    assert (animator.X, animator.Y) == ([[1, 2, 3], [2, 2.5]], [[4, 2, 1], [3, 2]])
+    figure = figures[-1]
+    assert len(figure.axes) == 6
+    assert tuple(figure.get_size_inches()) == (6.0, 4.0)
+    axes = figure.axes[0]
+    assert (axes.get_xlim(), axes.get_ylim(), axes.get_yscale()) == ((1, 3), (0.1, 10), "log")
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("epoch", "loss")
+    assert [line.get_linestyle() for line in axes.lines] == ["-.", "-."]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["train", "test"]
 
 
 @pytest.mark.parametrize("name", ["rnn_scratch", "rnn_concise"])
