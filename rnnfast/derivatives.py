@@ -22,10 +22,10 @@ from rnnfast.cells import CELLS
 def needs_gradient(tensors: Sequence[Any]) -> bool:
     """What is computed from these tensors, and from what else is among them, may be differentiated.
 
-    Inference mode records no graph, even if gradients are enabled in it.
+    Inference mode records no graph, even if gradients are enabled in it. (A compiler cannot ask, and need not.)
     """
     needed = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
-    return needed and not torch.is_inference_mode_enabled()
+    return needed and (torch.compiler.is_compiling() or not torch.is_inference_mode_enabled())
 
 
 class Function(_SingleLevelFunction):

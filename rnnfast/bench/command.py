@@ -47,7 +47,7 @@ HELP = {
     "backend": "rnnfast's backend",
     "seconds": "about how long to measure a case",
 }
-TYPES: dict[str, Any] = {"inputs": int | None, "backend": str | None, "seconds": float | None}
+TYPES: dict[str, Any] = {"inputs": int | None, "backend": str, "seconds": float | None}
 LISTS: dict[str, Any] = {
     "cells": Literal["rnn", "rnn_relu", "lstm", "gru"],
     "hidden_sizes": int,
@@ -74,7 +74,7 @@ def parser() -> ArgumentParser:
             options = {"type": LISTS[setting], "nargs": "+"}
         parser.add_argument("--" + setting.replace("_", "-"), help=help, **options)
     parser.add_argument("--threads", type=int | None, help="torch's threads (default: as torch chooses)")
-    parser.add_argument("--out", type=str | None, metavar="FILE.json", help=f"default: {RESULTS}/BENCHMARK.json")
+    parser.add_argument("--out", type=str, metavar="FILE.json", help=f"default: {RESULTS}/BENCHMARK.json")
     return parser
 
 

@@ -24,7 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 from rnnfast.errors import UserError, note, reason
-from rnnfast.files import atomic_write, held
+from rnnfast.files import atomic_write, expanded, held
 from rnnfast.lm import checkpoint as checkpoints
 from rnnfast.lm.config import TrainConfig, check_backend, flag, pick_device
 from rnnfast.lm.data import load_corpus
@@ -133,7 +133,7 @@ def train(
         raise UserError("--resume continues a run, --overwrite replaces it: leave one of them out")
     if resume and out is None:
         raise ValueError("to resume a run, give its folder as `out`")
-    folder = None if out is None else Path(out).expanduser()
+    folder = None if out is None else expanded(out)
     source = None
     if resume and folder is not None:
         source = checkpoints.find(folder)

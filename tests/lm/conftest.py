@@ -1,6 +1,7 @@
 """The pipeline's tests read The Time Machine where RNNFAST_DATA has it, else the built-in text, and use no network."""
 
 import os
+import signal
 import urllib.error
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,16 @@ def _offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     monkeypatch.setattr(building, "cache_folder", lambda: tmp_path / "cache")
     monkeypatch.setattr(data.urllib.request, "urlopen", refuse)
+
+
+@pytest.fixture(autouse=True, scope="package")
+def _signals() -> Iterator[None]:
+    """A shell lets what it starts in the background ignore Ctrl-C, which a run then does, too."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True, scope="package")

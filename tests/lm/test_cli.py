@@ -195,7 +195,8 @@ def test_names_that_mean_something_in_yaml(
         assert main(["info", name]) == 0
         assert "trained   2 epochs" in capsys.readouterr().out
     assert not (tmp_path / "runs").exists()
-    assert "cannot read the text" in refused(capsys, "train", f"--corpus={name}x", "--out=other")
+    unknown = "a home folder that cannot be found" if name == "~" else "cannot read the text"
+    assert unknown in refused(capsys, "train", f"--corpus={name}x", "--out=other")
     (tmp_path / "text").mkdir()
     monkeypatch.chdir(tmp_path / "text")
     if name != "~":  # which is the home directory
@@ -329,6 +330,7 @@ def test_bidirectional_models_do_not_generate(tmp_path: Path, capsys: pytest.Cap
         (["train", "--device", "abacus"], "--device abacus"),
         (["train", "--device", "xla"], "backend): try --device cpu"),
         (["train", "--resume", "/nowhere"], "No such file"),
+        (["train", "--out", "~no-such-user/run"], "~no-such-user/run begins with a home folder that cannot be found"),
         (["train", "--tie-weights"], "--embedding-size 512"),
         (["train", "--steps", "100000", "--max-tokens", "2000"], "--max-tokens (-1: all)"),
         (["generate"], "error: the following arguments are required: CHECKPOINT"),
