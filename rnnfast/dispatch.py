@@ -245,7 +245,8 @@ def _order(request: Request) -> tuple[tuple[str, ...], str]:
     found = table.of(device)
     if found.table is None:
         return order, f"no measurement has verified it on this card, {found.why_not}; {HINT}"
-    ranking = found.table.ranking(table.Regime.of(request.cell, request.dtype, hidden, rows, steps, training))
+    regime = table.Regime.of(request.cell, request.dtype, hidden, rows, steps, training)
+    ranking = found.table.ranking(regime, device)
     return (*ranking, *order), "the card's table has not found it right at this size"
 
 

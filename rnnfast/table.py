@@ -67,7 +67,8 @@ class Regime(NamedTuple):
 class Point:
     """What was measured of layers with one size and arithmetic.
 
-    `teams` gives for "forward" and "backward" the fastest right team of the CUDA scan: kernel, blocks, rows and warps.
+    `teams` gives for "forward" and "backward" the fastest right team of the CUDA scan: kernel, blocks, rows and warps;
+    `kernel` is the one that the Triton scan took.
     `microseconds` gives for each call, such as "training 128", what each backend took that was found right. `failures`
     tells what a backend got wrong here, all of it or some teams.
     """
@@ -79,6 +80,7 @@ class Point:
     teams: dict[str, list[Any]] = field(default_factory=dict)
     microseconds: dict[str, dict[str, float]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
+    kernel: str = ""
 
 
 class Identity(NamedTuple):
@@ -112,8 +114,11 @@ class Table:
                 return point
         return None
 
-    def ranking(self, regime: Regime) -> tuple[str, ...]:
-        """The backends that were right at the nearest point, "torch" among them, fastest first."""
+    def ranking(self, regime: Regime, device: int = -1) -> tuple[str, ...]:
+        """The backends that were right at the nearest point, "torch" among them, fastest first.
+
+        Without Triton's where that would take another kernel on this CUDA device than the one measured at the point.
+        """
         cell, numbers, torch_numbers, hidden, rows, *_ = regime
         ours, theirs = (self.nearest(cell, kind, hidden, rows) for kind in (numbers, torch_numbers))
         call = regime.call
@@ -124,6 +129,8 @@ class Table:
         if beside is None:
             return ()
         times["torch"] = beside
+        if "triton" in times and device >= 0 and _kernels(cell, numbers, hidden, rows, device) != [ours.kernel]:
+            del times["triton"]
         return tuple(sorted(times, key=lambda name: times[name]))
 
     def wins(self, backend: str) -> tuple[int, int]:
@@ -178,6 +185,18 @@ def _read_once(device: int) -> None:
 _read_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def _kernels(cell: str, numbers: str, hidden: int, rows: int, device: int) -> list[str]:
+    """Those that the Triton scan may take for so many rows: in one direction or in two."""
+    from rnnfast.backends.triton import plan
+
+    card = plan.card(torch.device("cuda", device))
+    splits = [(rows // lanes, lanes) for lanes in (1, 2) if rows % lanes == 0]
+    return sorted({plan.plan(cell, hidden, *split, numbers, card).kernel for split in splits})
+
+
+_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _find(device: int) -> Found:
     wanted = identity(device)
     own, problems = path_of(wanted), []
@@ -218,6 +237,8 @@ def read(path: Path) -> Table:
         head = Identity(*(content[name] for name in Identity._fields))
         points = [Point(**point) for point in content["points"]]
         for point in points:
+            if not isinstance(point.hidden, int) or not isinstance(point.batch, int):
+                raise ValueError("a size is no number")
             for times in point.microseconds.values():
                 if not all(isinstance(time, (int, float)) for time in times.values()):
                     raise ValueError("a time is no number")
@@ -225,7 +246,7 @@ def read(path: Path) -> Table:
                 if kernel not in KERNELS or len(sizes) != 3 or (kernel != "steps" and min(sizes) < 1):
                     raise ValueError("a team is none of the CUDA scan's")
         return Table(head, points, content["time"])
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"it is damaged: {type(error).__name__} {error}") from error
 
 

@@ -28,6 +28,7 @@ NUMBERS = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bf
 HIDDEN = (512, 256, 128, 1024, 64)
 BATCHES = (32, 1, 128, 8, 512)
 PARITY_STEPS = 16  # tell all that a longer sequence would, before rounding errors have grown
+Key = tuple[str, str, int, int]  # of a point: cell, arithmetic, H, B
 CHECKS = 2  # of a layer: what comes a second time may be replayed from a graph
 TEAMS = 3  # of the CUDA scan, for each direction
 SECONDS = 0.02  # for the times of one call
@@ -74,38 +75,48 @@ def tune(
     names = _available(backends)
     identity = table.identity(place.index or 0)
     path = table.path_of(identity)
-    points: list[Point] = []
+    points: dict[Key, Point] = {}
     if path.exists() and not anew:
         try:
-            points = table.read(path).points
+            points = {(p.cell, p.numbers, p.hidden, p.batch): p for p in table.read(path).points}
         except (OSError, ValueError) as error:
             report(f"{path} is made anew: {error}")
-    done = {(p.cell, p.numbers, p.hidden, p.batch) for p in points}
     made = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    wanted = [key for key in grid() if key not in done]
+    # An earlier run may have measured some of the backends only.
+    missing = {key: [name for name in names if not _is_known(points.get(key), name)] for key in grid()}
+    wanted = [key for key in missing if missing[key]]
     with _on(place):
         for number, key in enumerate(wanted):
             if time.perf_counter() - start > 60 * minutes:
                 report(f"the time is over; {len(wanted) - number} points are left for the next `rnnfast tune`")
                 break
-            point = Point(*key)
-            broken = None
+            before = points.get(key, Point(*key))
+            point, broken = copy.deepcopy(before), None
             try:
-                measure(point, names, place)
+                measure(point, missing[key], place)
             except torch.OutOfMemoryError:
                 report(f"{_name(point)}: left out, it does not fit the card's memory")
                 continue
             except RuntimeError as error:
-                # It is kept as a point where nothing is right, so that the next run does not try it again.
+                # Kept as a point where nothing more is right, so that the next run does not try it again.
                 broken = error
-                point = Point(*key, failures=point.failures or dict.fromkeys(names, str(error)))
-            points.append(point)
-            Table(identity, points, made).write(path)
+                found = {name: why for name, why in point.failures.items() if name not in before.failures}
+                point = before
+                point.failures |= found or dict.fromkeys(missing[key], str(error))
+            points[key] = point
+            Table(identity, [*points.values()], made).write(path)
             if broken is not None:
                 raise broken
             report(_summary(point))
     table.forget()
-    return Table(identity, points, made)
+    return Table(identity, [*points.values()], made)
+
+
+def _is_known(point: Point | None, backend: str) -> bool:
+    """Whether a backend has been measured at a point, or found wrong."""
+    if point is None:
+        return False
+    return backend in point.failures or any(backend in times for times in point.microseconds.values())
 
 
 def measure(point: Point, backends: Sequence[str], device: torch.device) -> None:
@@ -132,12 +143,12 @@ def measure(point: Point, backends: Sequence[str], device: torch.device) -> None
                 if backend == "cuda":
                     _choose_teams(point, layer, parity)
                 else:
-                    for _ in range(CHECKS):
-                        parity.check(layer)
+                    point.kernel = _triton_kernel(point, device)
+                    parity.check_all(layer)
                 right[backend] = layer
             except Wrong as error:
                 point.failures[backend] = str(error)
-            except RuntimeError as error:
+            except Exception as error:  # Triton's own are of no kind in common
                 point.failures[backend] = f"it failed: {error}"
                 _require_alive(device, _name(point), backend)
         for call in _calls():
@@ -148,8 +159,15 @@ def measure(point: Point, backends: Sequence[str], device: torch.device) -> None
             }
             work = {backend: _work(call, layer, point.batch) for backend, layer in takes_part.items()}
             with _teams_of(point):
+                for backend in [name for name in work if name != "torch"]:
+                    try:
+                        work[backend]()
+                    except Exception as error:  # a call that is longer than what was checked may fail all the same
+                        point.failures[backend] = f"{call} failed: {error}"
+                        del work[backend], right[backend]
+                        _require_alive(device, f"{_name(point)}, {call}", backend)
                 times = seconds_in_turns(work, SECONDS)
-            point.microseconds[call] = {backend: 1e6 * times[backend]["median"] for backend in work}
+            point.microseconds.setdefault(call, {}).update({name: 1e6 * times[name]["median"] for name in work})
 
 
 class Wrong(Exception):
@@ -183,6 +201,15 @@ class Parity:
             if not error <= allowed:
                 raise Wrong(f"{name} is off by {error:.1e}, allowed are {allowed:.1e}")
         return errors
+
+    def check_all(self, layer: nn.RNNBase) -> list[float]:
+        """Checks calls with gradients and those without, which are kernels of their own; returns the errors."""
+        return [
+            error
+            for gradients in (True, False)
+            for _ in range(CHECKS)
+            for error in self.check(layer, gradients).values()
+        ]
 
 
 def results(layer: nn.RNNBase, input: Tensor, gradients: bool = True) -> dict[str, Tensor]:
@@ -289,6 +316,12 @@ def _ours(name: str, hidden: int, backend: str, nn_layer: nn.RNNBase) -> nn.RNNB
     )
     layer.load_state_dict(nn_layer.state_dict())
     return layer
+
+
+def _triton_kernel(point: Point, device: torch.device) -> str:
+    from rnnfast.backends.triton import plan
+
+    return plan.plan(point.cell, point.hidden, point.batch, 1, point.numbers, plan.card(device)).kernel
 
 
 def _choose_teams(point: Point, layer: nn.RNNBase, parity: Parity) -> None:

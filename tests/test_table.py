@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import torch
 import rnnfast
 from rnnfast import dispatch, table
 from rnnfast.backends.products import numbers
+from rnnfast.backends.triton import plan
 from rnnfast.dispatch import Request, Size
 from rnnfast.table import Identity, Point, Regime, Table
 from rnnfast.tuning import arithmetic
@@ -23,7 +25,8 @@ CARD = Identity("NVIDIA H200", "580.65", "2.11.0+cu130", {"cuda": "abc", "triton
 def point(numbers: str, hidden: int, batch: int, **times: dict[str, float]) -> Point:
     """A point of the LSTM, where each call took each backend so many microseconds."""
     calls = {name.replace("_", " "): values for name, values in times.items()}
-    return Point("lstm", numbers, hidden, batch, {"forward": ["cluster", 16, 8, 16]}, calls)
+    kernel = plan.plan("lstm", hidden, batch, 1, numbers, plan.H100).kernel
+    return Point("lstm", numbers, hidden, batch, {"forward": ["cluster", 16, 8, 16]}, calls, kernel=kernel)
 
 
 POINTS = [
@@ -48,6 +51,7 @@ def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setenv("RNNFAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(table, "SHIPPED", tmp_path / "shipped")
     monkeypatch.setattr(table, "identity", lambda device: CARD)
+    monkeypatch.setattr(plan, "card", lambda device: plan.H100)
     table.forget()
     with arithmetic("float32"):
         yield
@@ -116,6 +120,28 @@ def test_the_nearest_point_is_at_or_above() -> None:
 )
 def test_ranking(regime: Regime, ranking: tuple[str, ...]) -> None:
     assert Table(CARD, POINTS).ranking(regime) == ranking
+
+
+def test_a_kernel_is_left_alone_where_another_one_was_measured() -> None:
+    """At 512 units the Triton scan of 128 rows is another kernel than that of 32."""
+    many = point("float32", 512, 128, forward_16={"torch": 100, "cuda": 50, "triton": 20})
+    measured = Table(CARD, [many])
+    assert many.kernel == "gates"
+    for rows, ranking in ((128, ("triton", "cuda", "torch")), (32, ("cuda", "torch"))):
+        regime = Regime("lstm", "float32", "float32", 512, rows, 16, False)
+        assert measured.ranking(regime, device=0) == ranking
+    # 128 rows in two directions are as many programs, 64 rows of 16 each for a direction.
+    assert table._kernels("lstm", "float32", 512, 128, 0) == ["gates"]
+
+
+@pytest.mark.parametrize("damage", [{"hidden": "512"}, {"batch": None}])
+def test_a_size_that_is_no_number_is_damage(damage: dict[str, Any], tmp_path: Path) -> None:
+    path = write(path=tmp_path / "table.json")
+    content = json.loads(path.read_text())
+    content["points"][0] |= damage
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="a size is no number"):
+        table.read(path)
 
 
 @pytest.mark.parametrize("newer", [False, True])

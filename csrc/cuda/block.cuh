@@ -21,8 +21,9 @@ class Watchdog {
   const uint32_t patience_, begin_ = hw::clock_high();
 
  public:
-  // Times 2^32 cycles: two to five seconds, and about a minute for blocks that the device may not have begun yet.
-  static constexpr uint32_t kUsual = 1, kForABeginning = 30;
+  // Times 2^32 cycles: two to five seconds. Blocks that the device may not have begun yet have ten minutes: another kernel, as one
+  // of NCCL's that waits for a slower process, may hold the multiprocessors for so long.
+  static constexpr uint32_t kUsual = 1, kForABeginning = 300;
 
   RNNFAST_DEVICE explicit Watchdog(uint32_t patience = kUsual) : patience_(patience) {}
 

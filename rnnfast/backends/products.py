@@ -55,10 +55,25 @@ def on_device_of(tensor: Tensor) -> torch.cuda.device:
 
 
 def steps_of(rows: int, h_0: Tensor, batch_sizes: Tensor | None) -> tuple[int, Tensor | None]:
-    """How many steps there are and, on the device, the first row of each where their sizes differ."""
+    """How many steps there are and, on the device, the first row of each where their sizes differ.
+
+    Raises RuntimeError for sizes that are not those of so many rows.
+    """
     if batch_sizes is None:
         return rows // h_0.shape[1], None
+    check_batch_sizes(batch_sizes, h_0.shape[1], rows)
     return len(batch_sizes), copy_to(h_0.device, first_rows(batch_sizes))
+
+
+def check_batch_sizes(sizes: Tensor, batch: int, rows: int) -> None:
+    """Raises RuntimeError for what no ragged batch has: a kernel would read and write elsewhere."""
+    never_rise = int(sizes[0]) == batch and bool((sizes[1:] <= sizes[:-1]).all()) and int(sizes[-1]) >= 0
+    if not never_rise or int(sizes.sum()) != rows:
+        given = sizes.tolist()
+        raise RuntimeError(
+            f"batch_sizes must start with the batch size of the states, {batch}, never rise, and add up to the {rows} "
+            f"rows of the input, got {given if len(given) < 20 else [*given[:20], '...']}"
+        )
 
 
 def first_rows(batch_sizes: Tensor) -> Tensor:

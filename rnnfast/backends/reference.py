@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rnnfast.backends.products import check_batch_sizes
 from rnnfast.cells import CELLS
 from rnnfast.sequences import is_mapped
 
@@ -181,13 +182,8 @@ def _step_sizes(input: Tensor, h_0: Tensor, batch_sizes: Tensor | None) -> list[
     if batch_sizes is not None:
         if is_mapped(batch_sizes):
             raise RuntimeError("forward-mode and second derivatives take no vmap over lengths, resets or batch_sizes")
-        sizes = [int(size) for size in batch_sizes.tolist()]
-        if sizes[0] != batch or sizes != sorted(sizes, reverse=True) or sum(sizes) != input.shape[0]:
-            raise RuntimeError(
-                f"batch_sizes must start with the batch size of the states, {batch}, never rise, and add up to the "
-                f"{input.shape[0]} rows of the input, got {sizes if len(sizes) < 20 else [*sizes[:20], '...']}"
-            )
-        return sizes
+        check_batch_sizes(batch_sizes, batch, input.shape[0])
+        return [int(size) for size in batch_sizes.tolist()]
     return [batch] * (input.shape[0] // batch if batch else 0)
 
 

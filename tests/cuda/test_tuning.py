@@ -154,6 +154,59 @@ def test_a_backward_that_is_wrong_leaves_the_forward(clock: Clock, monkeypatch: 
     assert takes_part["training 128"] == {"torch"}
 
 
+def test_an_error_of_any_kind_costs_the_backend_alone(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's own errors are no RuntimeErrors, nor is that of a compiler that fails."""
+
+    def fail(*args: Any, **options: Any) -> None:
+        raise OSError("out of resources")
+
+    monkeypatch.setattr(tuning.Parity, "check", fail)
+    point = Point("gru", "float32", 16, 3)
+    tuning.measure(point, ["cuda"], torch.device("cpu"))
+    assert point.failures == {"cuda": "it failed: out of resources"}
+    assert all(times.keys() == {"torch"} for times in point.microseconds.values())
+
+
+def test_a_call_that_fails_when_it_is_timed_costs_the_backend_alone(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = tuning._work
+
+    def work(call: str, layer: Any, batch: int) -> Callable[[], object]:
+        def fail() -> None:
+            raise ValueError("too long")
+
+        is_ours = type(layer).__module__.startswith("rnnfast")
+        return fail if is_ours and call == "training 16" else original(call, layer, batch)
+
+    monkeypatch.setattr(tuning, "_work", work)
+    point = Point("gru", "float32", 16, 3)
+    tuning.measure(point, ["cuda"], torch.device("cpu"))
+    assert point.failures == {"cuda": "training 16 failed: too long"}
+    takes_part = {call: set(times) for call, times in point.microseconds.items()}
+    assert takes_part["forward 16"] == {"torch", "cuda"}
+    assert takes_part["training 16"] == takes_part["forward 128"] == {"torch"}
+
+
+def test_a_backend_that_an_earlier_run_left_out_is_measured_later(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, _ = tune()
+    for point in made.points:
+        for times in point.microseconds.values():
+            del times["cuda"]
+        point.teams = {}
+    made.points[0].failures["cuda"] = "it did not end"
+    made.points[1].microseconds["forward 1"]["triton"] = 3.0
+    made.write(table.path_of(CARD))
+    again, said = tune()
+    assert len(said) == 5  # and not the one that was left out
+    assert again.points[0].failures == {"cuda": "it did not end"}
+    assert again.points[1].microseconds["forward 1"] == pytest.approx({"torch": 5.0, "cuda": 1.0, "triton": 3.0})
+    assert len(again.points) == 6
+    assert all(point.teams for point in again.points[1:])
+
+
 def test_it_goes_on_where_it_stopped(clock: Clock) -> None:
     made, said = tune(minutes=0)
     assert made.points == []

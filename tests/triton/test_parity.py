@@ -230,6 +230,17 @@ def test_a_token_id_outside_the_vocabulary_is_an_error(launch, device, rows, tok
         launch.forward(*layer, False)
 
 
+@pytest.mark.parametrize("sizes", [[3, 2, 1], [3, 5, 1], [3, 7, -1], [2, 3, 3, 1], [3, 3, 3, 3], [9]], ids=str)
+def test_sizes_that_no_ragged_batch_has_are_refused(launch, device, sizes):
+    layer = random_layer("gru", 4, 3, 3, torch.float32, device=device)
+    output, _, _, tape = launch.forward(*layer, True)
+    layer[8] = torch.tensor(sizes)
+    with pytest.raises(RuntimeError, match="batch_sizes must start with the batch size of the states, 3, never rise"):
+        launch.forward(*layer, False)
+    with pytest.raises(RuntimeError, match="batch_sizes must start with"):
+        launch.backward(torch.ones_like(output), None, None, *layer, output, tape, True, True)
+
+
 def test_strided_tensors_are_refused(launch, device):
     """As an exported program may pass them, which makes none contiguous that was so in its example."""
     layer = random_layer("gru", 4, 3, 2, torch.float32, device=device)

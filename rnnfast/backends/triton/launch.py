@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from rnnfast.backends import products
 from rnnfast.backends.products import numbers, on_device_of, steps_of
 from rnnfast.backends.triton import block, cells, loop, step
-from rnnfast.backends.triton.plan import DTYPES, H100, MOST_BLOCKS, Card, Plan, Walk, plan, programs
+from rnnfast.backends.triton.plan import DTYPES, MOST_BLOCKS, Plan, Walk, card, plan, programs
 from rnnfast.cells import CELLS
 
 
@@ -128,15 +127,6 @@ def _plan(cell: str, h_0: Tensor) -> Plan:
             'use smaller chunks (torch.vmap\'s chunk_size) or backend="torch"'
         )
     return plan(cell, hidden, batch, lanes, numbers(h_0.dtype), card(h_0.device))
-
-
-@cache
-def card(device: torch.device) -> Card:
-    """What `plan` asks of a device. Where kernels are interpreted, plans are those of an H100."""
-    if device.type != "cuda":
-        return H100
-    properties = torch.cuda.get_device_properties(device)
-    return Card(getattr(properties, "shared_memory_per_block_optin", 0), properties.multi_processor_count)
 
 
 # ---- the scan ------------------------------------------------------------------------------------------------------

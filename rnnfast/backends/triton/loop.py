@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import atexit
 import threading
+import warnings
 from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -203,6 +203,7 @@ class Loop:
 
 # The newest last; None for a scan that has come once.
 _kept: OrderedDict[Any, Loop | None] = OrderedDict()
+_not_captured: set[Any] = set()  # those of which a graph could not be made
 _lock = threading.Lock()
 # Where the graphs of a stream are captured: another stream, and the memory that torch's GEMMs need on it.
 _places: dict[torch.cuda.Stream, tuple[torch.cuda.Stream, torch.cuda.MemPool]] = {}
@@ -228,10 +229,19 @@ def _loop_for(scan: Scan, steps: int) -> Loop:
         matmul.allow_bf16_reduced_precision_reduction,
     )
     with _lock:
+        if key in _not_captured:
+            return Loop(scan)
         seen = key in _kept
         loop = _kept.pop(key, None)
         if seen and loop is None:
-            loop = _keep(scan, stream)
+            try:
+                loop = _keep(scan, stream)
+            except Exception as error:  # no memory, say, or an allocator that has no pools: a graph is not needed
+                _not_captured.add(key)
+                warnings.warn(
+                    f"no CUDA graph can be made of this scan's steps, each is launched: {error}", stacklevel=2
+                )
+                return Loop(scan)
         _kept[key] = loop
         if len(_kept) > KEPT:
             _kept.popitem(last=False)
@@ -251,17 +261,32 @@ def _keep(scan: Scan, stream: torch.cuda.Stream) -> Loop:
     What holds for the caller's thread only (a memory pool in use, such as that of torch.compile's CUDA graphs while
     they warm up; inference mode) must not hold for buffers that stay.
     """
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(_capture, scan, stream).result()
+    made: list[Any] = []
+
+    def make() -> None:
+        try:
+            made.append(_capture(scan, stream))
+        except Exception as error:
+            made.append(error)
+
+    # Not an executor, which takes no work once the interpreter has begun to end.
+    thread = threading.Thread(target=make)
+    thread.start()
+    thread.join()
+    if isinstance(made[0], Exception):
+        raise made[0]
+    loop: Loop = made[0]
+    return loop
 
 
 def _capture(scan: Scan, stream: torch.cuda.Stream) -> Loop:
     with torch.cuda.device(scan.device), torch.cuda.stream(stream):
         loop = Loop(scan, own_weights=True)
         if stream not in _places:
-            aside = torch.cuda.Stream()
-            if aside == stream:  # torch hands out the same 32 streams in turn
-                aside = torch.cuda.Stream()
+            # Of high priority, as few programs' own are: torch hands out the same 32 streams of each in turn.
+            aside = torch.cuda.Stream(priority=-1)
+            if aside == stream:
+                aside = torch.cuda.Stream(priority=-1)
             _places[stream] = (aside, torch.cuda.MemPool())
         aside, pool = _places[stream]
         # cuBLAS cannot be set up in a capture. Its workspace, on the other hand, must come from the graphs' own pool,

@@ -81,6 +81,15 @@ H100 = Card(227 * 1024, 132)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@cache
+def card(device: torch.device) -> Card:
+    """What `plan` asks of a device. Where kernels are interpreted, plans are those of an H100."""
+    if device.type != "cuda":
+        return H100
+    properties = torch.cuda.get_device_properties(device)
+    return Card(getattr(properties, "shared_memory_per_block_optin", 0), properties.multi_processor_count)
+
+
 # The block scan's sizes: H padded to a power of two, and the warps that run a program. In registers W_hh is float32, a
 # program has one batch row and the product is multiply and sum; the fewest warps that hold it exchange least. In shared
 # memory (half types only) it has 16 rows and the product runs on tensor cores.
