@@ -32,7 +32,7 @@ def check_writable(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.is_file():
-            raise UserError(f"cannot write {path}: it is no regular file; give the name of a file")
+            raise UserError(f"cannot write {path}: it is a folder or a device; give the name of a file")
         descriptor, temporary = _temporary(path)
         os.close(descriptor)
         os.unlink(temporary)

@@ -11,7 +11,6 @@ from dataclasses import fields, replace
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from shlex import quote
 from typing import Any, Literal
 
 import torch
@@ -149,9 +148,7 @@ def _out(given: str | None, names: list[str]) -> tuple[Path, list[Path]]:
     path = RESULTS / f"{'table' if names == list(PRESETS) else '+'.join(names)}.json"
     if given is not None:
         path = expanded(given)
-        if path.is_dir():  # as the empty path is
-            raise UserError(f"--out {quote(given)} is a folder: name a file in it, such as results.json")
-    charts = [path.with_name(path.stem + ("" if len(names) == 1 else f"-{name}") + ".png") for name in names]
+    charts = [path.parent / (path.stem + ("" if len(names) == 1 else f"-{name}") + ".png") for name in names]
     if path in charts:
         raise UserError(f"{path} is where the chart goes: give the JSON file another name, such as {path.stem}.json")
     for file in (path, *charts):

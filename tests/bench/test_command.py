@@ -136,12 +136,13 @@ def test_a_folder_that_cannot_be_written_is_found_out_first(tmp_path: Path, caps
 @pytest.mark.parametrize(
     ("out", "message"),
     [
-        ("folder", "is a folder: name a file in it, such as results.json"),
-        ("", "--out '' is a folder"),
-        ("pipe.json", "is no regular file"),
-        ("chart.json", "chart.png: it is no regular file"),
+        ("folder", "cannot write folder: it is a folder or a device; give the name of a file"),
+        ("", "cannot write .: it is a folder"),
+        ("pipe.json", "cannot write pipe.json: it is a folder or a device"),
+        ("chart.json", "cannot write chart.png: it is a folder"),
+        ("new/x.png", "new/x.png is where the chart goes: give the JSON file another name, such as x.json"),
         ("x.png", "x.png is where the chart goes: give the JSON file another name, such as x.json"),
-        ("x" * 250 + ".json", "File name too long"),
+        ("x" * 250 + ".json", "xxx.json: File name too long; choose another place"),
         ("~nosuch/x.json", "begins with a home folder that cannot be found"),
     ],
 )
