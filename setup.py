@@ -56,7 +56,7 @@ class BuildNative(build_ext):
                 native.compile_library(target)
             else:
                 cuda.compile_library(target, CUDA_ARCHITECTURES)
-        except RuntimeError as error:
+        except (OSError, RuntimeError) as error:
             self.warn(f"{target.name} was not compiled; it will be tried again on first use: {error}")
 
 

@@ -8,20 +8,31 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
+from rnnfast.errors import note
+
 PACKAGE = Path(__file__).resolve().parent
 TARGET_ABI = "0x020a000000000000"  # torch 2.10
+WORK = ".build"  # what the names of folders end with in which something is compiled
 
 
 def cache_folder() -> Path:
-    """Where libraries, measurements and texts are kept: $RNNFAST_CACHE, or rnnfast in the user's cache folder (XDG)."""
-    if folder := os.environ.get("RNNFAST_CACHE"):
-        return Path(folder).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rnnfast"
+    """Where libraries, measurements and texts are kept: $RNNFAST_CACHE, or rnnfast in the user's cache folder (XDG).
+
+    Raises:
+        RuntimeError: there is no home folder for it.
+    """
+    try:
+        if folder := os.environ.get("RNNFAST_CACHE"):
+            return Path(folder).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rnnfast"
+    except RuntimeError as error:
+        raise RuntimeError(f"{error} Set RNNFAST_CACHE to a folder that can be written") from error
 
 
 @cache
@@ -37,7 +48,8 @@ def compiler() -> tuple[str, ...]:
         commands = [[given], shlex.split(given)] if given else [["c++"], ["g++"], ["clang++"]]
     except ValueError:  # a quotation that does not end
         return ()
-    return next(((path, *words) for name, *words in commands if (path := shutil.which(name))), ())
+    # It is called from another folder, where a relative path would be another file.
+    return next(((os.path.abspath(path), *words) for name, *words in commands if (path := shutil.which(name))), ())
 
 
 def why_no_compiler() -> str | None:
@@ -55,5 +67,46 @@ def one_process(folder: Path) -> Iterator[None]:
 
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file closes, however the process ends
-        yield
+        try:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                note(f"another process is compiling into {folder}: waiting for it")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            for remnant in folder.glob(f"*{WORK}"):  # of a process that was killed
+                shutil.rmtree(remnant, ignore_errors=True)
+        except OSError:  # some network file systems lock nothing: what is compiled appears in one step all the same
+            pass
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_UN)  # closing leaves it to a child that was forked meanwhile
+
+
+@contextmanager
+def work_folder(target: Path) -> Iterator[Path]:
+    """A folder beside `target`, for the time of its compilation."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f"{target.name}.", suffix=WORK, dir=target.parent))
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def put(library: Path, target: Path) -> None:
+    """Moves what was compiled to its place, in one step and after all of it has reached the disk."""
+    with open(library, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(library, target)
+
+
+def what_failed(said: str) -> list[str]:
+    """The lines of a compiler's or ninja's output that tell the reason, three at most."""
+    lines = said.splitlines()
+    errors = [line for line in lines if "error:" in line.lower()]
+    if not errors:  # ninja names what failed and the command, and then comes what that said
+        failed = next((at for at, line in enumerate(lines) if line.startswith("FAILED")), -2)
+        errors = [line for line in lines[failed + 2 :] if not line.startswith("ninja: ")]
+    return (errors or lines)[:3]

@@ -13,8 +13,8 @@ class UserError(Exception):
 def note(message: str) -> None:
     """Tell the user something in one line on stderr, apart from the program's output, if anyone is there to read it."""
     if sys.stderr is not None:  # else `print` would take the program's output
-        with suppress(OSError):
-            print(f"rnnfast: {message}", file=sys.stderr)
+        with suppress(OSError, ValueError):  # a full disk, a reader that has gone; a file that is closed
+            print(f"rnnfast: {message}", file=sys.stderr, flush=True)
 
 
 def reason(error: OSError | ValueError) -> str:

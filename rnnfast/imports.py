@@ -6,6 +6,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
@@ -21,20 +22,27 @@ def after_import(name: str, function: Callable[[ModuleType], None]) -> None:
 class _AfterImport(importlib.abc.MetaPathFinder):
     def __init__(self, name: str, function: Callable[[ModuleType], None]) -> None:
         self.name, self.function = name, function
+        self.searching: set[int] = set()  # the threads that ask the finders behind this one
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name != self.name:
+        thread = threading.get_ident()
+        if name != self.name or thread in self.searching:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)  # by the finders behind this one, another of these perhaps
+        self.searching.add(thread)
+        try:
+            spec = importlib.util.find_spec(name)  # by the finders behind this one, another of these perhaps
+        finally:
+            self.searching.discard(thread)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def execute_and_call(module: ModuleType) -> None:
                 execute(module)
-                self.function(module)
+                if self in sys.meta_path:  # until then somebody may have asked for the spec alone
+                    sys.meta_path.remove(self)
+                    self.function(module)
 
             spec.loader.exec_module = execute_and_call  # type: ignore[method-assign]
         return spec

@@ -143,8 +143,11 @@ def restore(model: nn.Module) -> None:
     """Undoes `accelerate`: the layers and cells it swapped are torch.nn's again; rnnfast's own stay as they are.
 
     Raises:
+        TypeError: it is no module.
         RuntimeError: a module has since been given yet another `forward`, as some libraries' hooks do.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"restore takes a torch.nn.Module, got {type(model).__name__}")
     accelerated = [(name, module) for name, module in model.named_modules() if _bound_names(module)]
     for name, module in accelerated:
         if not isinstance(vars(module).get("forward"), Method):

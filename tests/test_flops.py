@@ -31,6 +31,18 @@ def test_a_gru_has_those_of_torch_nn() -> None:
     assert flops(ours, x) == flops(theirs, x) > 0
 
 
+def test_they_are_counted_although_somebody_has_asked_for_the_module_before() -> None:
+    code = """
+import importlib.util, torch, rnnfast
+assert importlib.util.find_spec("torch.utils.flop_counter") is not None
+from torch.utils.flop_counter import FlopCounterMode
+with FlopCounterMode(display=False) as counter:
+    rnnfast.GRU(3, 4)(torch.randn(5, 2, 3))
+assert counter.get_total_flops() > 0
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
 def test_forward_and_backward(backend: str) -> None:
     layer, x = rnnfast.LSTM(INPUTS, HIDDEN, proj_size=4, backend=backend), torch.randn(STEPS, BATCH, INPUTS)

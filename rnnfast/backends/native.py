@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rnnfast import building
 from rnnfast.cells import CELLS
+from rnnfast.errors import note
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +47,8 @@ _INSTRUCTION_SETS = {"generic": ""}
 if platform.machine() in ("x86_64", "AMD64"):
     _INSTRUCTION_SETS |= {"avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": f"{_AVX512} -mavx512bf16"}
     _INSTRUCTION_SETS["amx"] = f"{_AVX512} -mavx512bf16 -mamx-tile -mamx-bf16"
-_NEWER = ("avx512_bf16", "amx")  # than some compilers that know the rest; the library is complete without them
+# Newer than some compilers that know the rest, and an instruction of each; the library is complete without them.
+_NEWER = {"avx512_bf16": "vdpbf16ps %zmm0, %zmm0, %zmm0", "amx": "tilezero %tmm0"}
 
 # Operators of this backend alone: weights packed once for many calls without gradients, and what is done with them.
 _SCHEMAS = (
@@ -89,6 +91,15 @@ _loaded = False
 _failure: str | None = None
 
 
+def _forked() -> None:
+    """A child may have been forked while another thread compiled, and has no such thread."""
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
 def load() -> None:
     """Loads the native library, compiling it first if need be (about half a minute, once).
 
@@ -110,7 +121,10 @@ def load() -> None:
 
         try:
             path = _installed() or _compiled()
-            torch.ops.load_library(str(path))
+            try:
+                torch.ops.load_library(str(path))
+            except OSError as error:
+                raise RuntimeError(f"{error}; if it is damaged, delete that file") from error
             _library = torch.library.Library("rnnfast", "FRAGMENT")
             for schema in _SCHEMAS:
                 _library.define(schema)
@@ -128,12 +142,12 @@ def load() -> None:
             _are_as_they_were = functions.rnnfast_are_as_they_were
             _are_as_they_were.argtypes = [ctypes.c_void_p]
             register_optimizer_step_post_hook(_count_fused_step)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             _failure = f"the native library failed to compile or load: {error}"
-            if isinstance(error, OSError) and error.filename is not None:
+            if isinstance(error, OSError) and str(error.filename).startswith(str(building.cache_folder())):
                 _failure += "; set RNNFAST_CACHE to a folder that can be written"
             # `auto` goes on without it, and slower, as `explain` tells those who ask.
-            print(f"rnnfast: {_failure}", file=sys.stderr, flush=True)
+            note(_failure)
             raise RuntimeError(_failure) from error
         _loaded = True
 
@@ -354,19 +368,14 @@ def compile_library(target: Path) -> None:
     assert torch is not None
     assert torch.origin is not None
     torch_folder = Path(torch.origin).parent  # its headers; an installation in progress may lack what torch imports
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = target.with_name(f"{target.name}.{os.getpid()}.build")
-    work.mkdir(exist_ok=True)
-    try:
-        (work / "build.ninja").write_text(_ninja_file(sources, compiler, torch_folder))
-        done = subprocess.run([ninja, "-C", str(work)], capture_output=True, text=True, check=False)
+    with building.work_folder(target) as work:
+        (work / "build.ninja").write_bytes(os.fsencode(_ninja_file(sources, compiler, torch_folder)))
+        # Compilers speak the user's language, and name files, in whatever encoding.
+        done = subprocess.run([ninja, "-C", str(work)], capture_output=True, text=True, errors="replace", check=False)
         if done.returncode:
-            said = (done.stdout + done.stderr).splitlines()
-            errors = [line for line in said if "error:" in line] or said
-            raise RuntimeError("; ".join([f"{shlex.join(compiler)} failed", *errors[:3]]))
-        os.replace(work / "library.so", target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+            reason = building.what_failed(done.stdout + done.stderr)
+            raise RuntimeError("; ".join([f"{shlex.join(compiler)} failed", *reason]))
+        building.put(work / "library.so", target)
 
 
 def source_hash() -> str:
@@ -414,14 +423,18 @@ def _ninja_file(sources: Path, compiler: Sequence[str], torch_folder: Path) -> s
 def _instruction_sets(compiler: Sequence[str]) -> tuple[dict[str, str], str]:
     """The flags of those that the compiler knows, and the macros that tell csrc/cpu/choose.cpp of the newer ones."""
     known = {
-        name: flags for name, flags in _INSTRUCTION_SETS.items() if name not in _NEWER or _accepts(compiler, flags)
+        name: flags
+        for name, flags in _INSTRUCTION_SETS.items()
+        if name not in _NEWER or _accepts(compiler, name, flags)
     }
     return known, " ".join(f"-DRNNFAST_{name.upper()}" for name in _NEWER if name in known)
 
 
-def _accepts(compiler: Sequence[str], flags: str) -> bool:
-    command = [*compiler, *flags.split(), "-x", "c++", "-fsyntax-only", os.devnull]
-    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+def _accepts(compiler: Sequence[str], name: str, flags: str) -> bool:
+    """Whether the compiler, and the assembler behind it, know an instruction set."""
+    command = [*compiler, *flags.split(), "-x", "c++", "-c", "-", "-o", os.devnull]
+    code = f'void f() {{ asm("{_NEWER[name]}"); }}'.encode()
+    return subprocess.run(command, input=code, capture_output=True, check=False).returncode == 0
 
 
 def _compiled() -> Path:
@@ -435,7 +448,7 @@ def _compiled() -> Path:
     if not library.exists():
         with building.one_process(library.parent):
             if not library.exists():
-                print(f"rnnfast: compiling the native scan into {library.parent} (once)", file=sys.stderr, flush=True)
+                note(f"compiling the native scan into {library.parent} (once)")
                 compile_library(library)
     return library
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
 import shutil
 import subprocess
 import sys
@@ -86,7 +89,7 @@ def test_a_compiler_may_lack_newer_instruction_sets(monkeypatch: pytest.MonkeyPa
     sources = building.sources()
     assert sources is not None
     monkeypatch.setattr(native, "_INSTRUCTION_SETS", dict.fromkeys(("generic", "avx2", "avx512_bf16", "amx"), "-flag"))
-    monkeypatch.setattr(native, "_accepts", lambda compiler, flags: False)
+    monkeypatch.setattr(native, "_accepts", lambda compiler, name, flags: False)
     known, defines = native._instruction_sets(["c++"])
     assert [*known] == ["generic", "avx2"]
     assert not defines
@@ -100,3 +103,92 @@ def test_what_ninja_says_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setattr(native, "_ninja_file", lambda *_: "build library.so: no_such_rule\n")
     with pytest.raises(RuntimeError, match="unknown build rule 'no_such_rule'"):
         native.compile_library(tmp_path / "library.so")
+
+
+def compiler_script(folder: Path, script: str) -> str:
+    """A program in the place of a compiler."""
+    program = folder / "compiler"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    return str(program)
+
+
+@needs_compiler
+@pytest.mark.parametrize("script", ["printf 'gr\\374n\\n' >&2; exit 1", "echo 'no space left' >&2; exit 1"])
+def test_a_compiler_that_fails_is_told_in_whatever_encoding(
+    script: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CXX", compiler_script(tmp_path, script))
+    reason = "gr\ufffdn" if "gr" in script else "no space left"
+    with pytest.raises(RuntimeError, match=f"compiler failed; {reason}"):
+        native.compile_library(tmp_path / "library.so")
+    assert [path.name for path in tmp_path.iterdir()] == ["compiler"]
+
+
+@needs_compiler
+def test_an_instruction_set_that_the_assembler_lacks_is_left_out(tmp_path: Path) -> None:
+    script = 'for word; do [ "$word" = -fsyntax-only ] && exit 0; done; grep -q tilezero && exit 1; exit 0'
+    known, _ = native._instruction_sets([compiler_script(tmp_path, script)])
+    assert "amx" not in known
+    if "avx512" in known:
+        assert "avx512_bf16" in known
+
+
+def test_a_relative_compiler_is_found_from_any_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    program = compiler_script(tmp_path, "exit 0")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CXX", "./compiler -flag")
+    assert building.compiler() == (program, "-flag")
+
+
+def test_a_cache_that_cannot_be_locked_serves_all_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(file: object, how: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with building.one_process(tmp_path / "cache"), building.work_folder(tmp_path / "cache" / "library.so") as work:
+        (work / "library.so").write_text("library")
+        building.put(work / "library.so", tmp_path / "cache" / "library.so")
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {"lock", "library.so"}
+
+
+def test_the_lock_ends_although_a_child_was_forked_with_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """And what a killed process has left is removed by the next."""
+    (tmp_path / "library.so.abc.build").mkdir()
+    read, write = os.pipe()
+    with building.one_process(tmp_path):
+        assert not (tmp_path / "library.so.abc.build").exists()
+        child = os.fork()
+        if child == 0:
+            os.close(write)
+            os.read(read, 1)  # until the test ends
+            os._exit(0)
+    other = f"from rnnfast import building; building.one_process(building.Path({str(tmp_path)!r})).__enter__()"
+    subprocess.run([sys.executable, "-c", other], check=True, timeout=60)
+    os.close(write)
+    os.close(read)
+    os.waitpid(child, 0)
+    assert "another process" not in capfd.readouterr().err
+
+
+def test_a_library_that_cannot_be_loaded_says_what_to_do(tmp_path: Path) -> None:
+    code = """
+import torch, rnnfast
+from rnnfast.backends import native
+native._installed = lambda: native.Path(DAMAGED)
+layer = rnnfast.GRU(3, 4)
+for _ in range(2):
+    layer(torch.randn(5, 2, 3))
+assert "cpu" not in rnnfast.explain(layer, torch.randn(5, 2, 3)).backend
+"""
+    damaged = tmp_path / "librnnfast.so"
+    damaged.write_text("nothing")
+    done = subprocess.run(
+        [sys.executable, "-c", code.replace("DAMAGED", repr(str(damaged)))], capture_output=True, text=True, check=True
+    )
+    assert done.stderr.count("if it is damaged, delete that file") == 1
+    # Nobody reads what is said there, and the layer runs all the same.
+    for closing in ("import os; os.close(2)", "import sys; sys.stderr.close()", "import sys; sys.stderr = None"):
+        quiet = f"{closing}\n{code.replace('DAMAGED', repr(str(damaged)))}"
+        done = subprocess.run([sys.executable, "-c", quiet], capture_output=True, text=True, check=True)
+        assert not done.stdout

@@ -15,13 +15,13 @@ import re
 import runpy
 import shutil
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from rnnfast import building
+from rnnfast.errors import note
 
 _ABI = f"-DTORCH_TARGET_VERSION={building.TARGET_ABI}ULL"
 _NVCC_FLAGS = f"-std=c++17 -O3 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden -DUSE_CUDA {_ABI}"
@@ -68,7 +68,7 @@ def library() -> Path:
     if not target.exists():
         with building.one_process(target.parent):
             if not target.exists():
-                print(f"rnnfast: compiling the CUDA scan into {target.parent} (once)", file=sys.stderr, flush=True)
+                note(f"compiling the CUDA scan into {target.parent} (once)")
                 compile_library(target, targets)
     return target
 
@@ -79,9 +79,7 @@ def compile_library(target: Path, architectures: tuple[str, ...]) -> None:
     Raises:
         RuntimeError: the compiler failed; the message ends with what it said.
     """
-    work = target.with_name(f"{target.name}.{os.getpid()}.build")
-    work.mkdir(parents=True, exist_ok=True)
-    try:
+    with building.work_folder(target) as work:
         *compile_all, link = _commands(architectures, work)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(_run, compile_all))
@@ -90,9 +88,7 @@ def compile_library(target: Path, architectures: tuple[str, ...]) -> None:
         except RuntimeError:
             # A toolkit without libcudart.so to link with: torch has loaded that of its own, which resolves the names.
             _run(["none" if word == "shared" else word for word in link])
-        os.replace(work / "library.so", target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        building.put(work / "library.so", target)
 
 
 def installed_name(architectures: tuple[str, ...]) -> str:
@@ -191,7 +187,7 @@ def _commands(architectures: tuple[str, ...], work: Path) -> list[list[str]]:
 
 
 def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
         said = (done.stdout + done.stderr).splitlines()
         errors = [line for line in said if "error" in line] or said
