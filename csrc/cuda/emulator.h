@@ -55,7 +55,7 @@ namespace rnnfast::emulator {
 constexpr size_t kStackBytes = 32 << 10;
 constexpr int kWarp = 32;
 // A round in which no thread gets further counts as a second, so that a kernel's own watchdog can find it out first.
-constexpr int kIdleRounds = 100;
+constexpr int kIdleRounds = 1000;
 
 // What a warp's lanes lay down for one another. Two sets, used in turn: a lane may run one instruction ahead.
 struct Warp {
