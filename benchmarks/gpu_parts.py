@@ -209,10 +209,9 @@ def _kernel(backend: str, cell: str, hidden: int, batch: int, dtype: torch.dtype
     """The forward kernel that the backend plans for a layer."""
     if backend == "cuda":
         return launch.plan(torch.empty(1, batch, hidden, device=DEVICE, dtype=dtype), cell, backward=False).kernel
-    from rnnfast.backends.triton import plan
+    from rnnfast.backends.triton.plan import kernel_on
 
-    card = plan.card(torch.device(DEVICE))
-    return plan.plan(cell, hidden, batch, 1, products.numbers(dtype), card).kernel
+    return kernel_on(torch.device(DEVICE), cell, hidden, batch, 1, products.numbers(dtype))
 
 
 class _Model(nn.Module):

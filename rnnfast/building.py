@@ -6,6 +6,7 @@ setup.py imports this file without the package, so it imports no torch.
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import tempfile
@@ -105,7 +106,7 @@ def put(library: Path, target: Path) -> None:
 def what_failed(said: str) -> list[str]:
     """The lines of a compiler's or ninja's output that tell the reason, three at most."""
     lines = said.splitlines()
-    errors = [line for line in lines if "error:" in line.lower()]
+    errors = [line for line in lines if re.search(r"error\s*:", line, re.IGNORECASE)]
     if not errors:  # ninja names what failed and the command, and then comes what that said
         failed = next((at for at, line in enumerate(lines) if line.startswith("FAILED")), -2)
         errors = [line for line in lines[failed + 2 :] if not line.startswith("ninja: ")]

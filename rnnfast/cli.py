@@ -80,7 +80,8 @@ def _run(argv: list[str]) -> int:
     verbs.add_subcommand("info", _info_parser(), help=INFO.rstrip("."))
     verbs.add_subcommand("bench", bench.parser(), help=bench.DESCRIPTION.split(",")[0])
     verbs.add_subcommand("tune", _tune_parser(), help=TUNE.split(",")[0])
-    if "--print_config" in " ".join(argv) and any(given.split("=")[0] == "--resume" for given in argv):
+    flags = {argument.split("=")[0] for argument in argv}
+    if {"--print_config", "--resume"} <= flags:
         raise UserError(
             "--print_config prints a new run's settings; those of the run to be resumed are its config.json"
         )

@@ -187,11 +187,10 @@ _read_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def _kernels(cell: str, numbers: str, hidden: int, rows: int, device: int) -> list[str]:
     """Those that the Triton scan may take for so many rows: in one direction or in two."""
-    from rnnfast.backends.triton import plan
+    from rnnfast.backends.triton.plan import kernel_on
 
-    card = plan.card(torch.device("cuda", device))
-    splits = [(rows // lanes, lanes) for lanes in (1, 2) if rows % lanes == 0]
-    return sorted({plan.plan(cell, hidden, *split, numbers, card).kernel for split in splits})
+    card, splits = torch.device("cuda", device), [(rows // lanes, lanes) for lanes in (1, 2) if rows % lanes == 0]
+    return sorted({kernel_on(card, cell, hidden, *split, numbers) for split in splits})
 
 
 _kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]

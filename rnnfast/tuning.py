@@ -143,7 +143,9 @@ def measure(point: Point, backends: Sequence[str], device: torch.device) -> None
                 if backend == "cuda":
                     _choose_teams(point, layer, parity)
                 else:
-                    point.kernel = _triton_kernel(point, device)
+                    from rnnfast.backends.triton.plan import kernel_on
+
+                    point.kernel = kernel_on(device, point.cell, point.hidden, point.batch, 1, point.numbers)
                     parity.check_all(layer)
                 right[backend] = layer
             except Wrong as error:
@@ -316,12 +318,6 @@ def _ours(name: str, hidden: int, backend: str, nn_layer: nn.RNNBase) -> nn.RNNB
     )
     layer.load_state_dict(nn_layer.state_dict())
     return layer
-
-
-def _triton_kernel(point: Point, device: torch.device) -> str:
-    from rnnfast.backends.triton import plan
-
-    return plan.plan(point.cell, point.hidden, point.batch, 1, point.numbers, plan.card(device)).kernel
 
 
 def _choose_teams(point: Point, layer: nn.RNNBase, parity: Parity) -> None:

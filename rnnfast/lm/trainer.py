@@ -376,7 +376,7 @@ class Trainer:
         return found.hexdigest()
 
 
-def _number(progress: dict[str, Any], key: str, kind: type = int, most: int = 2**53) -> Any:
+def _number(progress: dict[str, Any], key: str, kind: type = int, most: int = 2**63) -> Any:
     """A number of a checkpoint's progress, checked: a file from elsewhere may hold anything."""
     value = progress[key]
     if type(value) not in (int, kind) or not 0 <= value <= most:

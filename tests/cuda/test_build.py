@@ -113,7 +113,7 @@ def test_a_library_appears_whole_or_not_at_all(toolkit, monkeypatch, tmp_path):
     assert target.read_text() == "made\n"
     target.unlink()
     write_nvcc(toolkit, 'echo "scan.cuh(7): error: no such thing" >&2; exit 1')
-    with pytest.raises(RuntimeError, match=r"nvcc failed\nscan.cuh\(7\): error: no such thing"):
+    with pytest.raises(RuntimeError, match=r"nvcc failed; scan.cuh\(7\): error: no such thing"):
         build.compile_library(target, ("80",))
     assert list(target.parent.iterdir()) == []
 

@@ -189,9 +189,7 @@ def _commands(architectures: tuple[str, ...], work: Path) -> list[list[str]]:
 def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
-        said = (done.stdout + done.stderr).splitlines()
-        errors = [line for line in said if "error" in line] or said
-        raise RuntimeError("\n".join([f"{command[0]} failed", *errors[:10]]))
+        raise RuntimeError("; ".join([f"{command[0]} failed", *building.what_failed(done.stdout + done.stderr)]))
 
 
 def _nvcc_release() -> str:

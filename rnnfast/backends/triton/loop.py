@@ -266,7 +266,7 @@ def _keep(scan: Scan, stream: torch.cuda.Stream) -> Loop:
     def make() -> None:
         try:
             made.append(_capture(scan, stream))
-        except Exception as error:
+        except Exception as error:  # raised again in the caller's thread
             made.append(error)
 
     # Not an executor, which takes no work once the interpreter has begun to end.

@@ -116,6 +116,11 @@ def plan(cell: str, hidden: int, batch: int, lanes: int, numbers: str, card: Car
     return candidates(cell, hidden, batch, lanes, numbers, card)[0]
 
 
+def kernel_on(device: torch.device, cell: str, hidden: int, batch: int, lanes: int, numbers: str) -> str:
+    """Returns the name of the kernel that runs a layer on a device."""
+    return plan(cell, hidden, batch, lanes, numbers, card(device)).kernel
+
+
 @cache
 def candidates(cell: str, hidden: int, batch: int, lanes: int, numbers: str, card: Card) -> tuple[Plan, ...]:
     """Returns every plan that can run a layer, likely the fastest first.
