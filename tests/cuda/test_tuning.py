@@ -154,6 +154,23 @@ def test_a_backward_that_is_wrong_leaves_the_forward(clock: Clock, monkeypatch: 
     assert takes_part["training 128"] == {"torch"}
 
 
+def test_one_stale_element_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    nn_layer = torch.nn.LSTM(256, 256).bfloat16()
+    parity = tuning.Parity(nn_layer, 32, "bfloat16")
+    parity.check(nn_layer)
+    original = tuning.results
+
+    def results(layer: Any, input: torch.Tensor, gradients: bool = True) -> dict[str, torch.Tensor]:
+        found = original(layer, input, gradients)
+        found["output"][9, 5, 7] = found["output"][8, 5, 7]
+        return found
+
+    monkeypatch.setattr(tuning, "results", results)
+    with pytest.raises(tuning.Wrong, match="an element of output is off by"):
+        parity.check(nn_layer)
+
+
 def test_an_error_of_any_kind_costs_the_backend_alone(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's own errors are no RuntimeErrors, nor is that of a compiler that fails."""
 
