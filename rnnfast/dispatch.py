@@ -346,6 +346,8 @@ def _verdict(backend: str, found: table.Found) -> tuple[str, int]:
 def explain(layer: Any, input: Tensor | PackedSequence) -> Choice:
     """Returns which backend `layer(input)` would run on and why, and which derivatives run elsewhere. Print it.
 
+    Of a `Stack`, it is the first layer's that is told; on a GPU, layers of other sizes may run on others.
+
     Args:
         layer: an `rnnfast.RNN`, `LSTM` or `GRU`, a cell, or a `Stack` in the mode it is in; or an accelerated one.
         input: what the layer would be called with: a floating tensor, token ids, or a PackedSequence.
@@ -360,18 +362,18 @@ def explain(layer: Any, input: Tensor | PackedSequence) -> Choice:
     if not isinstance(input, Tensor | PackedSequence):
         raise TypeError(f"explain takes a tensor or a PackedSequence as input, got {type(input).__name__}")
     data = input if isinstance(input, Tensor) else input.data
+    token_ids = not data.is_floating_point()
     if hasattr(layer, "_request"):
-        choice = choose(layer._request(data), layer.backend)
-        return choice._replace(elsewhere=_elsewhere(choice, layer._request(data)))
-    if isinstance(layer, torch.nn.RNNCellBase):  # which computes in its weights' type under autocast, too
-        weight, projected = layer.weight_hh, False
-        dtype = weight.dtype
+        request = layer._request(data)
+        if not request.extensions:
+            request = request._replace(size=_size_of_input(layer.cell, layer, input))
+    elif isinstance(layer, torch.nn.RNNCellBase):  # which computes in its weights' type under autocast, too
+        weight = layer.weight_hh
+        request = Request(cell_of(layer), weight.device.type, weight.dtype, token_ids, False)
     else:
-        weight, projected = layer.weight_hh_l0, layer.proj_size > 0
-        dtype = dtype_of_products(weight)
-    cell = cell_of(layer)
-    size = _size_of_input(cell, layer, input, weight)
-    request = Request(cell, weight.device.type, dtype, not data.is_floating_point(), projected, size=size)
+        cell, weight = cell_of(layer), layer.weight_hh_l0
+        dtype, size = dtype_of_products(weight), _size_of_input(cell, layer, input)
+        request = Request(cell, weight.device.type, dtype, token_ids, layer.proj_size > 0, size=size)
     choice = choose(request, layer.backend)
     elsewhere = _elsewhere(choice, request)
     if isinstance(layer, torch.nn.LSTM):
@@ -421,23 +423,20 @@ def _states_elsewhere(choice: Choice, request: Request) -> tuple[tuple[str, str]
     return () if backend == choice.backend else (("states() with gradients", backend),)
 
 
-def _size_of_input(cell: str, layer: Any, input: Tensor | PackedSequence, weight: Tensor) -> Size | None:
-    """The size of `layer(input)`; None where it decides nothing. A cell takes one step of (B, I), (I,) or ids."""
+def _size_of_input(cell: str, layer: Any, input: Tensor | PackedSequence) -> Size | None:
+    """The size of a layer's call, or of that of a stack's first layer; None where it decides nothing."""
+    weight = layer.weight_hh_l0
     if weight.device.type not in TABLED:
         return None
     data = input if isinstance(input, Tensor) else input.data
     leading = data.shape[:-1] if data.is_floating_point() else data.shape
-    directions = 1
-    if isinstance(layer, torch.nn.RNNCellBase):
-        steps, batch = 1, leading[0] if leading else 1
-    elif not isinstance(input, Tensor):
-        steps, batch, directions = len(input.batch_sizes), int(input.batch_sizes[0]), 1 + layer.bidirectional
+    if not isinstance(input, Tensor):
+        steps, batch = len(input.batch_sizes), int(input.batch_sizes[0])
     else:
         steps, batch = leading if len(leading) > 1 else (leading[0], 1)
         if layer.batch_first and len(leading) > 1:
             steps, batch = batch, steps
-        directions += layer.bidirectional
-    return size_of(cell, weight, batch * directions, steps, (data, *layer.parameters()))
+    return size_of(cell, weight, batch * (1 + layer.bidirectional), steps, (data, *layer.parameters()))
 
 
 def size_of(cell: str, w_hh: Tensor, rows: int, steps: int, differentiable: Iterable[Tensor | None]) -> Size | None:

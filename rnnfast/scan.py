@@ -343,8 +343,8 @@ for _name, _implementation in (
     ("scan_reference", reference.forward),
     ("scan_reference_backward", reference.backward),
     ("scan_reference_states_backward", reference.states_backward),
+    ("scan_torch", torch_nn.forward),
+    ("scan_torch_backward", torch_nn.backward),
 ):
     library.impl(_name, without_autocast(_implementation), "CompositeExplicitAutograd")
-library.impl("scan_torch", torch_nn.forward, "CompositeExplicitAutograd")
-library.impl("scan_torch_backward", torch_nn.backward, "CompositeExplicitAutograd")
 flops.count(f"scan_{_backend}" for _backend in FORMULAS)

@@ -295,8 +295,13 @@ def _driver_interface() -> int:
 def sources() -> dict[str, str]:
     from rnnfast.backends.cuda import build
 
-    kernels = sorted((Path(__file__).parent / "backends" / "triton").glob("*.py"))
-    return {"cuda": build.source_hash(), "triton": _hash(kernels, _triton_version())}
+    backends = Path(__file__).parent / "backends"
+    of_both = backends / "products.py"
+    kernels = sorted((backends / "triton").glob("*.py"))
+    return {
+        "cuda": _hash([of_both, backends / "cuda" / "launch.py"], build.source_hash()),
+        "triton": _hash([of_both, *kernels], _triton_version()),
+    }
 
 
 def _triton_version() -> str:

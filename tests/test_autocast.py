@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import rnnfast
-from rnnfast import functional
+from rnnfast import dispatch, functional, scan
 
 LAYERS = ["RNN", "LSTM", "GRU"]
 DTYPE_ERROR = "does not match weight dtype|must have the type"  # torch 2.11 and later, torch 2.10
@@ -157,8 +157,20 @@ def test_autocast_on_a_gpu(name: str) -> None:
     torch.testing.assert_close(actual, expected, rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("within", [True, False])
+@pytest.mark.parametrize("name", LAYERS)
+def test_torchs_operator_does_as_well(name: str) -> None:
+    """It is what a compiled or exported layer on the torch backend calls."""
+    _, layer = build(name, "torch")
+    weights, input = scan.stack_lanes(functional.lane_weights(layer)[1:]), torch.randn(24, 7)
+    states = (torch.randn(1, 4, 7), torch.randn(1, 4, 7) if name == "LSTM" else None)
+    arguments = (*weights, *states, None, dispatch.cell_of(layer), False, False)
+    expected = torch.ops.rnnfast.scan_torch(input, *arguments)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.ops.rnnfast.scan_torch(input, *arguments)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(("backend", "within"), [("cpu", True), ("cpu", False), ("reference", True), ("torch", False)])
 def test_operators_compute_in_the_dtypes_of_their_arguments(backend: str, within: bool) -> None:
     """A functional call under autocast, its backward within or after it, has the bits that it has without."""
     _, layer = build("GRU", backend)

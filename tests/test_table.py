@@ -359,6 +359,35 @@ def test_explain_measures_a_call_as_the_call_itself(monkeypatch: pytest.MonkeyPa
     assert sizes == [("gru", 3, 1)]
 
 
+def test_explain_chooses_as_the_call_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a stand-in for a GPU, whose table ranks the reference first: cells do not ask it."""
+    order = dispatch._order
+    monkeypatch.setattr(dispatch, "TABLED", ("cpu",))
+    monkeypatch.setattr(dispatch, "_order", lambda r: order(r) if r.size is None else (("reference",), ""))
+    chosen, choose = [], dispatch.choose
+
+    def record(request: Request, backend: str = "auto") -> dispatch.Choice:
+        choice = choose(request, backend)
+        if backend == "auto":
+            chosen.append(choice.backend)
+        return choice
+
+    monkeypatch.setattr(dispatch, "choose", record)
+    sequence = torch.randn(5, 3, 4)
+    for layer, input, expected in (
+        (rnnfast.GRU(4, 6), sequence, "reference"),
+        (rnnfast.GRUCell(4, 6), sequence[0], "cpu"),
+        (rnnfast.GRUCell(4, 6), torch.tensor([1, 2]), "cpu"),
+        (rnnfast.Stack("gru", 4, [6]), sequence, "reference"),
+        (rnnfast.Stack("gru", 4, [6], zoneout=0.5), sequence, "cpu"),
+    ):
+        chosen.clear()
+        assert rnnfast.explain(layer, input).backend == expected
+        layer(input)
+        assert set(chosen) == {expected}
+
+
+
 def test_a_compiled_graph_looks_it_up_too(gpu_backends: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     write()
     torch.backends.cudnn.rnn.fp32_precision = "ieee"

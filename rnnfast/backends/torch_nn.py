@@ -17,11 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rnnfast.autocast import without_autocast
 from rnnfast.derivatives import gradients_below_autograd
 
 Lane = Sequence["Tensor | None"]  # w_ih, w_hh, b_ih, b_hh, w_hr
 
 
+@without_autocast
 def layers(
     cell: str,
     input: Tensor,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import rnnfast
 from rnnfast import functional
+from rnnfast.autocast import dtype_of_products
 from rnnfast.errors import UserError
 
 State = Any
@@ -148,9 +149,7 @@ def scratch_rnn(
         The hidden states (T, B, hidden) and the last one, (1, B, hidden).
     """
     # The scan knows torch.nn's two biases: the second one is zero.
-    tensors = [state, W_xh.t(), W_hh.t(), b_h, torch.zeros_like(b_h)]
-    if torch.is_autocast_enabled(state.device.type):
-        tensors = [tensor.to(torch.get_autocast_dtype(state.device.type)) for tensor in tensors]
+    tensors = [t.to(dtype_of_products(b_h)) for t in (state, W_xh.t(), W_hh.t(), b_h, torch.zeros_like(b_h))]
     return functional.rnn(inputs, tensors[0], [functional.Weights(*tensors[1:])], backend=backend)
 
 
