@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rnnfast
-from rnnfast import dispatch, tuning
-from rnnfast.backends import cuda, products
+from rnnfast import dispatch, table, tuning
+from rnnfast.backends import cuda
 from rnnfast.backends.cuda import launch
 from rnnfast.backends.cuda.launch import Plan
 from rnnfast.tuning import LAYERS, NUMBERS, arithmetic, seconds_in_turns
@@ -211,7 +211,7 @@ def _kernel(backend: str, cell: str, hidden: int, batch: int, dtype: torch.dtype
         return launch.plan(torch.empty(1, batch, hidden, device=DEVICE, dtype=dtype), cell, backward=False).kernel
     from rnnfast.backends.triton.plan import kernel_on
 
-    return kernel_on(torch.device(DEVICE), cell, hidden, batch, 1, products.numbers(dtype))
+    return kernel_on(torch.device(DEVICE), cell, hidden, batch, 1, table.numbers_of(dtype))
 
 
 class _Model(nn.Module):

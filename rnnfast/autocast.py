@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+Result = TypeVar("Result")
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:
@@ -23,14 +25,14 @@ def dtype_of_products(weight: Tensor) -> torch.dtype:
     return weight.dtype if autocast is None or weight.dtype == torch.float64 else autocast
 
 
-def without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
+def without_autocast(implementation: Callable[..., Result]) -> Callable[..., Result]:
     """The implementation of an operator, so that it computes in the dtypes of its arguments.
 
     Autocast lets an operator that it does not know pass, and then changes the products within.
     """
 
     @functools.wraps(implementation)
-    def run(*arguments: Any) -> Any:
+    def run(*arguments: Any) -> Result:
         device = next(argument.device.type for argument in arguments if isinstance(argument, Tensor))
         if autocast_dtype(device) is None:
             return implementation(*arguments)

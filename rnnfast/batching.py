@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import _C, Tensor
 
-from rnnfast.backends import reference
+from rnnfast.backends import products, reference
 from rnnfast.derivatives import needs_gradient
 
 Dims = Sequence["int | None"]
@@ -124,7 +124,7 @@ def _over_rows_and_weights(
 
     d_gates = of_members(d_table.mT)
     d_recurrent = of_members(reference.recurrent_gradient(cell, d_table.mT, tape))
-    before = of_members(reference.states_before(output, h_0, sizes, bidirectional)).mT
+    before = of_members(torch.stack(products.h_before(output, h_0, sizes, bidirectional))).mT
     d_input, d_w_ih = _product_gradients(d_gates, input, w_ih, need_input, True)
     has_bias = b_ih is not None
     results = [
@@ -394,4 +394,4 @@ def _empty(like: Tensor) -> Tensor:
 
 def _widen(tensors: Sequence[Any]) -> Tensors:
     """Half types as float32: the products between the parts of a mapped scan must not be rounded."""
-    return [None if t is None else reference.widen(t) for t in tensors]
+    return [None if t is None else products.widen(t) for t in tensors]

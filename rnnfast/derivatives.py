@@ -7,7 +7,7 @@ the dispatcher and hands transforms on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,8 @@ from torch.autograd.function import _SingleLevelFunction
 from rnnfast.cells import CELLS
 
 
-def needs_gradient(tensors: Sequence[Any]) -> bool:
-    """What is computed from these tensors, and from what else is among them, may be differentiated.
+def needs_gradient(tensors: Iterable[Any]) -> bool:
+    """Whether autograd records what is computed from these; what is not a tensor is ignored.
 
     Inference mode records no graph, even if gradients are enabled in it. (A compiler cannot ask, and need not.)
     """

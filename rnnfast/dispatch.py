@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import PackedSequence
 from rnnfast import compiling, table
 from rnnfast.autocast import dtype_of_products
 from rnnfast.cells import CELLS
+from rnnfast.derivatives import needs_gradient
 
 AUTO = "auto"
 # Extensions of a request. The first is on the tape of every scan.
@@ -458,8 +459,8 @@ def size_of(cell: str, w_hh: Tensor, rows: int, steps: int, differentiable: Iter
         has_static_value = torch.fx.experimental.symbolic_shapes.has_static_value  # Dynamo has imported it
         rows = rows if has_static_value(rows) else _USUAL_ROWS
         steps = steps if has_static_value(steps) else _USUAL_STEPS
-    training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
-    return Size(w_hh.device.index or 0, w_hh.shape[0] // CELLS[cell].gates, rows, steps, training)
+    hidden = w_hh.shape[0] // CELLS[cell].gates
+    return Size(w_hh.device.index or 0, hidden, rows, steps, needs_gradient(differentiable))
 
 
 def _is_exporting() -> bool:

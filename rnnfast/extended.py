@@ -22,7 +22,7 @@ from rnnfast.backends import reference
 from rnnfast.backends.reference import Extension, Norms
 from rnnfast.batching import ROWS, ROWS_OF_LANES, STATES
 from rnnfast.cells import CELLS
-from rnnfast.scan import Weights, call, contiguous, define, is_plain_inference, library, stack_lanes
+from rnnfast.scan import Weights, call, contiguous, define, empty_or_like, is_plain_inference, library, stack_lanes
 from rnnfast.sequences import is_mapped
 
 # D lanes: the gains (D, G*H) but for gain_c (D, H), bias_c (D, H), peepholes (D, 3, H), recurrent_mask (D, B, P),
@@ -148,10 +148,6 @@ def _stack_extensions(extensions: Sequence[Extension]) -> tuple[list[Tensor | No
 # ---- the operator ----------------------------------------------------------------------------------------------------
 
 
-def _empty_or_like(like: Tensor, tensor: Tensor | None, needed: bool = True) -> Tensor:
-    return like.new_empty(0) if tensor is None or not needed else torch.empty_like(tensor)
-
-
 def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
     input, _, w_hh, _, _, _, h_0, c_0, gain_ih = arguments[:9]
     *_, zoneout_h, zoneout_c, _, share_h, share_c, cell, _, save_tape = arguments
@@ -165,15 +161,7 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
     if gain_ih is not None:
         width += 2 * gate_rows
     tape = h_0.new_empty(lanes, rows, width) if save_tape else h_0.new_empty(0)
-    return h_0.new_empty(rows, lanes * size), torch.empty_like(h_0), _empty_or_like(h_0, c_0), tape
-
-
-def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    layer, (need_input, need_weights) = arguments[3 : 3 + _LEAVES], arguments[-2:]
-    input, h_0 = layer[0], layer[6]
-    needed = [need_weights if i in _WEIGHTS else True for i in range(_LEAVES)]
-    needed[0] = need_input and input.is_floating_point()
-    return tuple(_empty_or_like(h_0, tensor, need) for tensor, need in zip(layer, needed, strict=True))
+    return h_0.new_empty(rows, lanes * size), torch.empty_like(h_0), empty_or_like(h_0, c_0), tape
 
 
 _PLACES = (ROWS, *[None] * 5, STATES, STATES, *[None] * 5, STATES, ROWS_OF_LANES, ROWS_OF_LANES, *[None] * 5)
@@ -232,7 +220,7 @@ for _backend, _fake, _kept in (
             f"(Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, {_ARGUMENTS}, Tensor output, Tensor tape, "
             f"bool need_input, bool need_weights) -> ({_GRADIENTS})",
         ),
-        (_fake, _fake_backward),
+        _fake,
         (_map_forward, _map_backward),
         definition,
         (_TENSORS, _LEAVES, _WEIGHTS),

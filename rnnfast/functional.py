@@ -16,6 +16,7 @@ from torch import Tensor
 from rnnfast import dispatch
 from rnnfast.backends import torch_nn
 from rnnfast.cells import CELLS
+from rnnfast.derivatives import needs_gradient
 from rnnfast.inputs import checked_pair
 from rnnfast.scan import Weights, is_traced, is_transformed, lstm_states, scan_layer, stack_lanes
 from rnnfast.sequences import is_known
@@ -232,7 +233,7 @@ def states(
     w_hh, token_ids, mapped = weights[0].w_hh, not input.is_floating_point(), is_transformed()
     tensors = [input, *hx, *(parameter for lane in weights for parameter in lane if parameter is not None)]
     # A transform of torch.func may want gradients of tensors that say nothing of them.
-    differentiable = torch.is_grad_enabled() and (mapped or any(tensor.requires_grad for tensor in tensors))
+    differentiable = needs_gradient(tensors) or (mapped and torch.is_grad_enabled())
     extensions = (dispatch.CELL_STATE_GRADIENTS,) if differentiable else (dispatch.CELL_STATES,)
     projected = weights[0].w_hr is not None
     request = ("lstm", w_hh.device.type, w_hh.dtype, token_ids, projected, mapped, None, extensions)

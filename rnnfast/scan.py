@@ -215,11 +215,11 @@ def _fake_forward(
     bidirectional: bool,
     save_tape: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    lanes, gate_rows, hidden = w_hh.shape
+    lanes, gate_rows, state_size = w_hh.shape
     gates, tape = CELLS[cell].gates, CELLS[cell].tape
     rows = input.shape[0]
     return (
-        h_0.new_empty(rows, lanes * hidden),
+        h_0.new_empty(rows, lanes * state_size),
         h_0.new_empty(h_0.shape),
         h_0.new_empty(0) if c_0 is None else c_0.new_empty(c_0.shape),
         h_0.new_empty(lanes, rows, tape * (gate_rows // gates)) if save_tape else h_0.new_empty(0),
@@ -231,40 +231,22 @@ def _fake_forward_of_torch(*arguments: Any) -> tuple[Tensor, ...]:
     return (*results, tape[..., :0].clone() if arguments[-1] else tape)
 
 
-def _fake_backward(
-    d_output: Tensor | None,
-    d_h_n: Tensor | None,
-    d_c_n: Tensor | None,
-    input: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    w_hr: Tensor | None,
-    h_0: Tensor,
-    c_0: Tensor | None,
-    batch_sizes: Tensor | None,
-    cell: str,
-    bidirectional: bool,
-    output: Tensor,
-    tape: Tensor,
-    need_input: bool,
-    need_weights: bool,
-) -> tuple[Tensor, ...]:
-    def like(tensor: Tensor | None, needed: bool) -> Tensor:
-        return h_0.new_empty(0) if tensor is None or not needed else torch.empty_like(tensor)
+def _fake_backward(leaves: int, weights: Sequence[int], *arguments: Any) -> tuple[Tensor, ...]:
+    layer, (need_input, need_weights) = arguments[3 : 3 + leaves], arguments[-2:]
+    input, h_0 = layer[0], layer[6]
+    needed = [need_weights if i in weights else True for i in range(leaves)]
+    needed[0] = need_input and input.is_floating_point()
+    return tuple(empty_or_like(h_0, tensor, need) for tensor, need in zip(layer, needed, strict=True))
 
-    return (
-        like(input, need_input and input.is_floating_point()),
-        *(like(weight, need_weights) for weight in (w_ih, w_hh, b_ih, b_hh, w_hr)),
-        like(h_0, True),
-        like(c_0, True),
-    )
+
+def empty_or_like(like: Tensor, tensor: Tensor | None, needed: bool = True) -> Tensor:
+    """An operator's result in the form of `tensor`, or of none."""
+    return like.new_empty(0) if tensor is None or not needed else torch.empty_like(tensor)
 
 
 def _definition(*layer: Any) -> tuple[Tensor, ...]:
     arguments = (*layer, False)
-    return without_autocast(reference.forward)(*arguments)[:3]  # type: ignore[no-any-return]
+    return without_autocast(reference.forward)(*arguments)[:3]
 
 
 def _states(backend: str, *arguments: Any) -> tuple[Tensor, ...]:
@@ -291,7 +273,7 @@ library = torch.library.Library("rnnfast", "DEF")
 def define(
     name: str,
     schemas: tuple[str, str],
-    fakes: tuple[Any, Any],
+    fake: Callable[..., tuple[Tensor, ...]],
     rules: tuple[Any, Any] | None,
     definition: Callable[..., tuple[Tensor, ...]],
     sizes: tuple[int, int, tuple[int, ...]],
@@ -299,8 +281,9 @@ def define(
     """Defines the operators `rnnfast::<name>` and `rnnfast::<name>_backward`, all but their implementations.
 
     Args:
-        schemas, fakes, rules: of the forward scan and of the backward one. The rules are torch.vmap's, and take the
-            operator first; None: it has no vmap.
+        schemas, rules: of the forward scan and of the backward one. The rules are torch.vmap's, and take the operator
+            first; None: it has no vmap.
+        fake: the forward scan's.
         definition, sizes: the formula's, the sizes being its `tensors`, `leaves` and `weights`.
     """
     names = (name, f"{name}_backward")
@@ -309,9 +292,10 @@ def define(
     ops = [getattr(torch.ops.rnnfast, each).default for each in names]
     formula = derivatives.Formula(ops[0], ops[1], definition, *sizes)
     functions = (derivatives.Scan, derivatives.ScanBackward)
-    for each, op, function, fake in zip(names, ops, functions, fakes, strict=True):
+    fakes: tuple[Any, Any] = (fake, partial(_fake_backward, *sizes[1:]))
+    for each, op, function, fake_of_each in zip(names, ops, functions, fakes, strict=True):
         library.impl(each, derivatives.kernel(function, formula, op), "Autograd")
-        torch.library.register_fake(f"rnnfast::{each}", fake, lib=library)
+        torch.library.register_fake(f"rnnfast::{each}", fake_of_each, lib=library)
     for each, op, rule in zip(names, ops, rules or (), strict=False):
         torch.library.register_vmap(f"rnnfast::{each}", partial(rule, op), lib=library)
     return formula
@@ -323,7 +307,7 @@ for _backend in BACKENDS:
     FORMULAS[_backend] = define(
         f"scan_{_backend}",
         (FORWARD_SCHEMA, BACKWARD_SCHEMA),
-        (_fake_forward_of_torch if _backend == "torch" else _fake_forward, _fake_backward),
+        _fake_forward_of_torch if _backend == "torch" else _fake_forward,
         # They rely on the tape.
         None if _backend == "torch" else (partial(batching.map_forward, False), partial(batching.map_backward, False)),
         _definition,
@@ -333,7 +317,7 @@ for _backend in STATES:
     FORMULAS[f"{_backend}_states"] = define(
         f"scan_{_backend}_states",
         (FORWARD_SCHEMA.replace("Tensor h_n", "Tensor cells"), BACKWARD_SCHEMA.replace("d_h_n", "d_cells")),
-        (_fake_states, _fake_backward),
+        _fake_states,
         (partial(batching.map_forward, True), partial(batching.map_backward, True)),
         _states_definition,
         _SIZES,

@@ -31,6 +31,14 @@ KERNELS = ("block", "cluster", "grid", "steps")  # of the CUDA scan, in the orde
 STEPS = (1, 16, 128)
 
 
+def numbers_of(dtype: torch.dtype, settings: Any = torch.backends.cuda.matmul) -> str:
+    """What a scan of this dtype computes in: the dtype's name, or tf32 where torch's GEMMs, or cuDNN, may use that."""
+    # It follows `allow_tf32`, too, which itself raises once a program has set the precision in the newer way.
+    if dtype is torch.float32 and settings.fp32_precision == "tf32":
+        return "tf32"
+    return str(dtype).removeprefix("torch.")
+
+
 class Regime(NamedTuple):
     """What the speed of a layer's call depends on."""
 
@@ -45,11 +53,8 @@ class Regime(NamedTuple):
     @classmethod
     def of(cls, cell: str, dtype: torch.dtype, hidden: int, rows: int, steps: int, training: bool) -> Regime:
         """The regime under torch's present settings of TF32: that of its products is ours, cuDNN has its own."""
-        numbers, torch_numbers = (
-            "tf32" if dtype is torch.float32 and kind.fp32_precision == "tf32" else str(dtype).removeprefix("torch.")
-            for kind in (torch.backends.cuda.matmul, torch.backends.cudnn.rnn)
-        )
-        return cls(cell, numbers, torch_numbers, hidden, rows, steps, training)
+        torch_numbers = numbers_of(dtype, torch.backends.cudnn.rnn)
+        return cls(cell, numbers_of(dtype), torch_numbers, hidden, rows, steps, training)
 
     @property
     def call(self) -> str | None:
@@ -296,11 +301,11 @@ def sources() -> dict[str, str]:
     from rnnfast.backends.cuda import build
 
     backends = Path(__file__).parent / "backends"
-    of_both = backends / "products.py"
+    of_both = [backends / "gpu_scan.py", backends / "products.py"]
     kernels = sorted((backends / "triton").glob("*.py"))
     return {
-        "cuda": _hash([of_both, backends / "cuda" / "launch.py"], build.source_hash()),
-        "triton": _hash([of_both, *kernels], _triton_version()),
+        "cuda": _hash([*of_both, backends / "cuda" / "launch.py"], build.source_hash()),
+        "triton": _hash([*of_both, *kernels], _triton_version()),
     }
 
 

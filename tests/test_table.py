@@ -13,10 +13,9 @@ import torch
 
 import rnnfast
 from rnnfast import dispatch, table
-from rnnfast.backends.products import numbers
 from rnnfast.backends.triton import plan
 from rnnfast.dispatch import Request, Size
-from rnnfast.table import Identity, Point, Regime, Table
+from rnnfast.table import Identity, Point, Regime, Table, numbers_of
 from rnnfast.tuning import arithmetic
 
 CARD = Identity("NVIDIA H200", "580.65", "2.11.0+cu130", {"cuda": "abc", "triton": "def"})
@@ -157,7 +156,7 @@ def test_each_of_torchs_settings_of_tf32_counts_for_its_own_part(newer: bool) ->
             else:
                 matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = ours, theirs
             regime = Regime.of("lstm", torch.float32, 8, 1, 1, False)
-            assert regime.numbers == numbers(torch.float32) == ("tf32" if ours else "float32")
+            assert regime.numbers == numbers_of(torch.float32) == ("tf32" if ours else "float32")
             assert regime.torch_numbers == ("tf32" if theirs else "float32")
             assert Regime.of("lstm", torch.bfloat16, 8, 1, 1, False)[1:3] == ("bfloat16", "bfloat16")
             assert newer is (_asked_in_the_older_way() == "refused")
@@ -385,7 +384,6 @@ def test_explain_chooses_as_the_call_itself(monkeypatch: pytest.MonkeyPatch) -> 
         assert rnnfast.explain(layer, input).backend == expected
         layer(input)
         assert set(chosen) == {expected}
-
 
 
 def test_a_compiled_graph_looks_it_up_too(gpu_backends: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

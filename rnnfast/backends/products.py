@@ -1,12 +1,10 @@
-"""What GPU scans share around their kernels: what they refuse, rows of steps, gates' inputs, the weights' gradients.
+"""What backends share that is parallel in time: rows of steps, the gates' inputs, the gradients of weights and inputs.
 
 D lanes, N rows, B rows of the first step, I inputs, H hidden units, G gates. All of it is torch's GEMMs and gathers,
 and every sum has a fixed order.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,54 +13,6 @@ from torch import Tensor
 def copy_to(device: torch.device, on_host: Tensor) -> Tensor:
     """Copies without making the host wait for the device."""
     return on_host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else on_host
-
-
-def unsupported(dtype: torch.dtype, projected: bool, dtypes: Sequence[torch.dtype]) -> str | None:
-    """Returns why a backend that computes in these dtypes cannot run a layer, or None."""
-    if projected:
-        return "has no LSTM projection (proj_size)"
-    if dtype not in dtypes:
-        *names, last, given = (str(each).removeprefix("torch.") for each in (*dtypes, dtype))
-        return f"computes {', '.join(names)} and {last}, not {given}"
-    return None
-
-
-def require_supported(backend: str, dtype: torch.dtype, w_hr: Tensor | None, dtypes: Sequence[torch.dtype]) -> None:
-    """Raises NotImplementedError where `unsupported` has a reason."""
-    reason = unsupported(dtype, w_hr is not None, dtypes)
-    if reason is not None:
-        raise NotImplementedError(f"the {backend} backend {reason}; choose another backend")
-
-
-def require_contiguous(**tensors: Tensor | None) -> None:
-    """Raises RuntimeError for a strided tensor, which an exported program may pass: kernels read by address."""
-    for name, tensor in tensors.items():
-        if tensor is not None and not tensor.is_contiguous():
-            raise RuntimeError(f"{name} must be contiguous")
-
-
-def numbers(dtype: torch.dtype) -> str:
-    """What scans of this dtype compute in: the dtype's name, or tf32 where torch's own GEMMs may use that."""
-    # It follows `allow_tf32`, too, which itself raises once a program has set the precision in the newer way.
-    if dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
-        return "tf32"
-    return str(dtype).removeprefix("torch.")
-
-
-def on_device_of(tensor: Tensor) -> torch.cuda.device:
-    """Makes a tensor's GPU the current one; nothing for a tensor on the CPU."""
-    return torch.cuda.device(tensor.device if tensor.is_cuda else -1)
-
-
-def steps_of(rows: int, h_0: Tensor, batch_sizes: Tensor | None) -> tuple[int, Tensor | None]:
-    """How many steps there are and, on the device, the first row of each where their sizes differ.
-
-    Raises RuntimeError for sizes that are not those of so many rows.
-    """
-    if batch_sizes is None:
-        return rows // h_0.shape[1], None
-    check_batch_sizes(batch_sizes, h_0.shape[1], rows)
-    return len(batch_sizes), copy_to(h_0.device, first_rows(batch_sizes))
 
 
 def check_batch_sizes(sizes: Tensor, batch: int, rows: int) -> None:
@@ -92,8 +42,8 @@ def gate_inputs(input: Tensor, w_ih: Tensor, b_ih: Tensor | None) -> tuple[Tenso
         return _add_bias(_product(input, weight), b_ih), None
     if weight.shape[1] <= len(input):
         # A copy even where the transpose is contiguous as it is (I = 1): the bias is added in place.
-        return _add_bias(_widen(weight.t()).clone(memory_format=torch.contiguous_format), b_ih), input
-    return _add_bias(_widen(weight.t().index_select(0, input)), b_ih), None
+        return _add_bias(widen(weight.t()).clone(memory_format=torch.contiguous_format), b_ih), input
+    return _add_bias(widen(weight.t().index_select(0, input)), b_ih), None
 
 
 def recurrent_product(operand: Tensor, weight: Tensor, product: Tensor) -> None:
@@ -127,7 +77,7 @@ def weight_gradients(
     `d_g_last` (N, D*H) is the gradient of the last gate's recurrent part where that differs from the input's (GRU: the
     reset gate comes between n and its recurrent product), else None.
     """
-    before = _h_before(output, h_0, batch_sizes, bidirectional)
+    before = h_before(output, h_0, batch_sizes, bidirectional)
     d_w_ih, d_w_hh = _d_w_ih(d_gx, input, w_ih), _d_w_hh(d_gx, d_g_last, before)
     if not has_bias:
         return d_w_ih, d_w_hh, None, None
@@ -139,7 +89,8 @@ def weight_gradients(
     return d_w_ih, d_w_hh, d_b_ih, d_b_hh
 
 
-def _widen(tensor: Tensor) -> Tensor:
+def widen(tensor: Tensor) -> Tensor:
+    """In the type that it is computed in: half types in float32."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
@@ -147,7 +98,7 @@ def _product(input: Tensor, weight: Tensor) -> Tensor:
     """Returns input weight^T without rounding half types on the way."""
     if input.is_cuda and input.dtype in (torch.float16, torch.bfloat16):
         return torch.mm(input, weight.t(), out_dtype=torch.float32)
-    return _widen(input) @ _widen(weight).t()
+    return widen(input) @ widen(weight).t()
 
 
 def _add_bias(rows: Tensor, bias: Tensor | None) -> Tensor:
@@ -159,7 +110,7 @@ def _d_w_ih(d_gx: Tensor, input: Tensor, w_ih: Tensor) -> Tensor:
         return (d_gx.t() @ input).view_as(w_ih)
     # The gradient of an embedding is a segment sum in a fixed order, unlike index_add_ on a GPU. Of half types it would
     # keep the running sum in that type.
-    by_id: Tensor = torch.ops.aten.embedding_dense_backward(_widen(d_gx), input, w_ih.shape[2], -1, False)
+    by_id: Tensor = torch.ops.aten.embedding_dense_backward(widen(d_gx), input, w_ih.shape[2], -1, False)
     return by_id.t().to(w_ih.dtype).contiguous().view_as(w_ih)
 
 
@@ -176,7 +127,7 @@ def _d_w_hh(d_gx: Tensor, d_g_last: Tensor | None, h_before: list[Tensor]) -> Te
     return d_w_hh
 
 
-def _h_before(output: Tensor, h_0: Tensor, batch_sizes: Tensor | None, bidirectional: bool) -> list[Tensor]:
+def h_before(output: Tensor, h_0: Tensor, batch_sizes: Tensor | None, bidirectional: bool) -> list[Tensor]:
     """For each lane the hidden state before every row, (N, H)."""
     _, batch, hidden = h_0.shape
     before = []
@@ -194,8 +145,8 @@ def _h_before(output: Tensor, h_0: Tensor, batch_sizes: Tensor | None, bidirecti
 def _rows_before(batch_sizes: Tensor, backwards: bool) -> Tensor:
     """Which row of (all rows, then the batch's initial states) comes before each row of a ragged batch."""
     steps, rows = len(batch_sizes), int(batch_sizes.sum())
-    step = torch.repeat_interleave(torch.arange(steps), batch_sizes)
-    row = torch.arange(rows)
+    step = torch.repeat_interleave(torch.arange(steps, device=batch_sizes.device), batch_sizes)
+    row = torch.arange(rows, device=batch_sizes.device)
     in_batch = row - (batch_sizes.cumsum(0) - batch_sizes)[step]
     if backwards:
         next_sizes = torch.cat((batch_sizes[1:], batch_sizes.new_zeros(1)))

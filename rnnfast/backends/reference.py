@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rnnfast.backends.products import check_batch_sizes
+from rnnfast.backends.products import check_batch_sizes, widen
 from rnnfast.cells import CELLS
 from rnnfast.sequences import is_mapped
 
@@ -200,17 +200,6 @@ def _before(states: Sequence[Tensor], initial: Tensor, sizes: list[int], backwar
     return previous
 
 
-def states_before(output: Tensor, h_0: Tensor, batch_sizes: Tensor | None, bidirectional: bool) -> Tensor:
-    """Returns the h before every row of a scan's output (N, D*P), for each lane: (D, N, P)."""
-    sizes = _step_sizes(output, h_0, batch_sizes)
-    outputs = output.split(h_0.shape[2], dim=1)
-    lanes = [
-        _before(out.split(sizes), initial, sizes, bidirectional and d % 2 == 1)
-        for d, (out, initial) in enumerate(zip(outputs, h_0, strict=True))
-    ]
-    return torch.stack([_cat(lane, output[:0, : h_0.shape[2]]) for lane in lanes])
-
-
 def _resize(state: State, rows: int, joining: State, leaving: list[State]) -> State:
     """Lets rows end (their states go to `leaving`) or begin (theirs come from `joining`) until `rows` are left."""
     current = state[0].shape[0]
@@ -244,11 +233,6 @@ class _Lane(NamedTuple):
     initial: State
     backwards: bool
     extension: Extension = Extension()
-
-
-def widen(tensor: Tensor) -> Tensor:
-    """In the type that it is computed in."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def _lanes(input: Tensor, w_hh: Tensor, *others: Tensor | None, bidirectional: bool) -> list[_Lane]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rnnfast import dispatch
+from rnnfast.derivatives import needs_gradient
 
 
 def cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, backend: str = "auto") -> Tensor:
@@ -31,15 +32,16 @@ def cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor,
     rows, targets = hidden.flatten(0, -2), targets.flatten()
     if is_native(backend, rows, weight, bias):
         tensors = [t.contiguous() for t in (rows, weight, bias, targets)]
-        is_trained = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        loss: Tensor = _LinearCrossEntropy.apply(*tensors) if is_trained else _loss_and_gradients(tensors, False)[0]
-        return loss
+        if needs_gradient(tensors):
+            loss: Tensor = _LinearCrossEntropy.apply(*tensors)
+            return loss
+        return _loss_and_gradients(tensors, False)[0]
     logits = F.linear(rows, weight, bias)
     return F.cross_entropy(logits.float() if logits.dtype.itemsize < 4 else logits, targets)
 
 
 def is_native(backend: str, *tensors: Tensor) -> bool:
-    """Whether what a training step does beside the scan is the cpu backend's operators' for such tensors."""
+    """Whether the loss and the clipping of gradients run as operators of the cpu backend for such tensors."""
     if any(t.device.type != "cpu" or t.dtype != torch.float32 or not t.numel() for t in tensors):
         return False
     if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():

@@ -91,10 +91,17 @@ def watched() -> ctypes.CDLL:
     return functions
 
 
+def use_operators(monkeypatch: pytest.MonkeyPatch, namespace: str) -> None:
+    """Sends `rnnfast.backends.cuda.launch` to the operators of this name."""
+    monkeypatch.setattr(launch, "NAMESPACE", namespace)
+    for planned in (launch._plan, launch._limits):
+        planned.cache_clear()
+
+
 @pytest.fixture
 def schedule(emulated: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
     """Sends `rnnfast.backends.cuda.launch` to the emulator; call it to choose the order in which threads run."""
-    monkeypatch.setattr(launch, "NAMESPACE", EMULATED)
+    use_operators(monkeypatch, EMULATED)
     emulated.rnnfast_set_schedule(0)
     yield emulated.rnnfast_set_schedule
     emulated.rnnfast_set_schedule(0)

@@ -51,7 +51,7 @@ def _layer(numbers: str, cell: str = "lstm", **shape: Any) -> list[Any]:
 def test_every_team(monkeypatch, plan, numbers):
     problem = ("gru", 100, 20, 2, numbers)
     for backward in (False, True) if plan.kernel != "steps" else ():
-        refusal = torch.ops.rnnfast_cuda.check(*problem, backward, launch._limits(0, ""), plan.team)
+        refusal = torch.ops.rnnfast_cuda.check(*problem, backward, launch._limits(0), plan.team)
         if refusal:
             pytest.skip(refusal)
     monkeypatch.setattr(launch, "plan", lambda *_, **__: plan)

@@ -8,7 +8,7 @@ from rnnfast.backends.cuda import launch
 from rnnfast.cells import CELLS
 from tests.scans import random_gradients, random_layer
 
-from .conftest import WATCHED
+from .conftest import WATCHED, use_operators
 from .layers import DTYPES
 from .test_scan import TEAMS, use
 
@@ -24,7 +24,7 @@ SHAPES = {
 @pytest.mark.parametrize("kernel", ["block", "cluster", "grid"])
 @pytest.mark.parametrize("cell", CELLS)
 def test_a_scan_has_no_race(watched, monkeypatch, cell, kernel, numbers, shape):
-    monkeypatch.setattr(launch, "NAMESPACE", WATCHED)
+    use_operators(monkeypatch, WATCHED)
     use(monkeypatch, TEAMS[kernel][numbers == "bfloat16"], numbers)
     layer = random_layer(cell, **SHAPES[shape], dtype=DTYPES[numbers])
     # One schedule each: what is ordered hardly depends on it.

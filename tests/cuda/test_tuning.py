@@ -86,9 +86,9 @@ def test_the_fastest_right_team_of_each_direction_is_kept(clock: Clock) -> None:
     assert found is not None
     assert found.ranking(Regime("lstm", "float32", "float32", 16, 3, 20, True)) == ("cuda", "torch")
     problem = ("lstm", 16, 3, 1, "float32")
-    assert launch._plan(*problem, False, -1, found, launch.NAMESPACE)[:4] == TEAMS[1][:4]
+    assert launch._plan(*problem, False, -1, found)[:4] == TEAMS[1][:4]
     # Beyond what was measured the model decides.
-    assert launch._plan("lstm", 4096, 3, 1, "float32", False, -1, found, launch.NAMESPACE).kernel == "steps"
+    assert launch._plan("lstm", 4096, 3, 1, "float32", False, -1, found).kernel == "steps"
 
 
 def lie(monkeypatch: pytest.MonkeyPatch, about: Callable[[str], float]) -> None:

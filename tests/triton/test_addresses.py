@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rnnfast.backends.triton.plan import Plan, Walk
+from rnnfast.backends.gpu_scan import ScanShape
+from rnnfast.backends.triton.plan import Plan
 from tests.scans import random_layer
 
 from .test_parity import KERNELS
@@ -75,28 +76,28 @@ class Memory:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_far_rows(device, kernel):
+def test_far_rows(device, kernel, monkeypatch):
     """The same three rows at the start of their tensors and far behind it give the same results, bit for bit."""
     if device.type == "cuda":
         pytest.skip("memory that is only reserved is the interpreter's; a GPU has test_gpu.py's long sequence")
     from rnnfast.backends.triton import launch
 
-    how = KERNELS[kernel](HIDDEN)
+    monkeypatch.setattr(launch, "plan", lambda *_: KERNELS[kernel](HIDDEN))
     layer = random_layer("gru", HIDDEN, BATCH, 2, torch.float32, lanes=LANES)
     w_hh, b_hh, h_0 = layer[2], layer[4], layer[6]
     gx, d_output = torch.randn(1, 3, LANES * GATES * HIDDEN), torch.randn(1, 3, LANES * HIDDEN)
 
-    def walk(first: int) -> Walk:
-        return Walk(2, BATCH, LANES, first + 3, HIDDEN, 1, first + torch.tensor([0, 2, 3]))
+    def shape(first: int) -> ScanShape:
+        return ScanShape(2, BATCH, LANES, first + 3, HIDDEN, 1, first + torch.tensor([0, 2, 3]))
 
     def results(first: int, tensor: Callable[[int, int, int], Far]) -> list[Tensor]:
         output, tape = tensor(1, 3, LANES * HIDDEN), tensor(LANES, 3, TAPE * HIDDEN)
         d_gx, d_g_last = tensor(1, 3, LANES * GATES * HIDDEN), tensor(1, 3, LANES * HIDDEN)
         h_n, d_h_0 = torch.empty_like(h_0), torch.empty_like(h_0)
         read: tuple[Tensor | None, ...] = (tensor(*gx.shape).filled(gx), None, w_hh, b_hh, h_0, None)
-        launch.scan_forward("gru", how, walk(first), *read, output.start, tape.start, h_n, None)
+        launch.scan_forward("gru", shape(first), *read, output.start, tape.start, h_n, None)
         read = (tensor(*d_output.shape).filled(d_output), h_n, None, w_hh, h_0, None, output.start, tape.start)
-        launch.scan_backward("gru", how, walk(first), *read, d_gx.start, d_g_last.start, d_h_0, None)
+        launch.scan_backward("gru", shape(first), *read, d_gx.start, d_g_last.start, d_h_0, None)
         return [h_n, d_h_0, *(x.rows() for x in (output, tape, d_gx, d_g_last))]
 
     for far, expected in zip(results(FIRST_ROW, Memory().tensor), results(0, near), strict=True):
@@ -112,11 +113,12 @@ def test_a_far_lane(device, monkeypatch):
 
     from rnnfast.backends.triton import launch
 
-    hidden, dtype, how = 256, torch.bfloat16, Plan("shared", 16, 256, 16)
+    hidden, dtype = 256, torch.bfloat16
+    monkeypatch.setattr(launch, "plan", lambda *_: Plan("shared", 16, 256, 16))
     layer = random_layer("rnn_tanh", hidden, 1, 1, dtype)
     w_hh, b_hh, h_0 = layer[2], layer[4], layer[6]
     gx, d_output, d_h_n = torch.randn(1, hidden), torch.randn(1, hidden).to(dtype), torch.randn_like(h_0)
-    walk = Walk(1, 1, 1, 1, hidden, 0, None)
+    shape = ScanShape(1, 1, 1, 1, hidden, 0, None)
     set_grid_dim, set_grid_idx = interpreter_builder.set_grid_dim, interpreter_builder.set_grid_idx
 
     def results(lane: int) -> list[Tensor]:
@@ -132,9 +134,9 @@ def test_a_far_lane(device, monkeypatch):
 
         read = [place(x)[0] for x in (gx, w_hh, b_hh, h_0)]
         output, h_n, d_gx, d_h_0 = (place(torch.zeros_like(x)) for x in (d_output, h_0, d_output, h_0))
-        launch.scan_forward("rnn_tanh", how, walk, read[0], None, *read[1:], None, output[0], None, h_n[0], None)
+        launch.scan_forward("rnn_tanh", shape, read[0], None, *read[1:], None, output[0], None, h_n[0], None)
         given = (place(d_output)[0], place(d_h_n)[0], None, read[1], read[3], None, output[0], None)
-        launch.scan_backward("rnn_tanh", how, walk, *given, d_gx[0], None, d_h_0[0], None)
+        launch.scan_backward("rnn_tanh", shape, *given, d_gx[0], None, d_h_0[0], None)
         return [own for _, own in (output, h_n, d_gx, d_h_0)]
 
     for far, expected in zip(results(2**31 // hidden**2), results(0), strict=True):

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from rnnfast.backends import products
 from rnnfast.backends.triton import launch, plan
 from rnnfast.backends.triton.plan import H100, Card, candidates
 from rnnfast.cells import CELLS
+from rnnfast.table import numbers_of
 
 NUMBERS = ("float32", "tf32", "bfloat16", "float16")
 
@@ -67,11 +67,11 @@ def test_a_card_with_little_shared_memory(cell):
 
 
 def test_numbers():
-    assert products.numbers(torch.float32) == "float32"
-    assert products.numbers(torch.bfloat16) == "bfloat16"
+    assert numbers_of(torch.float32) == "float32"
+    assert numbers_of(torch.bfloat16) == "bfloat16"
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
-        assert products.numbers(torch.float32) == "tf32"
-        assert products.numbers(torch.float16) == "float16"
+        assert numbers_of(torch.float32) == "tf32"
+        assert numbers_of(torch.float16) == "float16"
     finally:
         torch.backends.cuda.matmul.allow_tf32 = False

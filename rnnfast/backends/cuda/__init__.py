@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rnnfast.autocast import without_autocast
-from rnnfast.backends import products
+from rnnfast.backends import gpu_scan
 
 if TYPE_CHECKING:
     from rnnfast.dispatch import Request
@@ -40,7 +40,7 @@ def declines(request: Request) -> str | None:
     """Returns why this backend cannot run a `rnnfast.dispatch.Request`, or None."""
     from rnnfast.backends.cuda.launch import DTYPES
 
-    reason = products.unsupported(request.dtype, request.projected, DTYPES)
+    reason = gpu_scan.unsupported(request.dtype, request.projected, DTYPES)
     return None if reason is None else f"it {reason}"
 
 

@@ -1,20 +1,19 @@
-"""The scan on CUDA, as torch calls it: a plan, the kernels of csrc/cuda, and torch's GEMMs around them."""
+"""The scan on CUDA, as torch calls it: a plan, and the kernels of csrc/cuda."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rnnfast import table
-from rnnfast.backends import products
-from rnnfast.backends.products import numbers, on_device_of, steps_of
-from rnnfast.cells import CELLS
-from rnnfast.table import KERNELS
+from rnnfast.backends import gpu_scan, products
+from rnnfast.backends.gpu_scan import ScanShape
+from rnnfast.table import KERNELS, numbers_of
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -45,13 +44,13 @@ def plan(h_0: Tensor, cell: str, backward: bool) -> Plan:
     It is the team that was measured fastest on the card, where `rnnfast tune` has measured, else the model's first.
     """
     used = _used[backward]
-    return _plan(*_problem(h_0, cell, backward), table.of(_device(h_0)).table, NAMESPACE) if used is None else used
+    return _plan(*_problem(h_0, cell, backward), table.of(_device(h_0)).table) if used is None else used
 
 
 def plans(h_0: Tensor, cell: str, backward: bool) -> list[Plan]:
     """Returns the best plan of each kernel, by the model, for clusters of each size; the fastest first."""
     *problem, device = _problem(h_0, cell, backward)
-    return _parse(_ops().plans(*problem, _limits(device, NAMESPACE)))
+    return _parse(_ops().plans(*problem, _limits(device)))
 
 
 @contextmanager
@@ -70,7 +69,7 @@ _used: list[Plan | None] = [None, None]  # forward, backward
 
 def _problem(h_0: Tensor, cell: str, backward: bool) -> tuple[Any, ...]:
     lanes, batch, hidden = h_0.shape
-    return cell, hidden, batch, lanes, numbers(h_0.dtype), backward, _device(h_0)
+    return cell, hidden, batch, lanes, numbers_of(h_0.dtype), backward, _device(h_0)
 
 
 def _device(h_0: Tensor) -> int:
@@ -93,9 +92,8 @@ def _plan(
     backward: bool,
     device: int,
     measured: table.Table | None,
-    namespace: str,
 ) -> Plan:
-    problem = (cell, hidden, batch, lanes, numbers, backward, _limits(device, namespace))
+    problem = (cell, hidden, batch, lanes, numbers, backward, _limits(device))
     point = None if measured is None else measured.nearest(cell, numbers, hidden, batch * lanes)
     team = None if point is None else point.teams.get("backward" if backward else "forward")
     if team is not None:
@@ -106,7 +104,7 @@ def _plan(
 
 
 @cache
-def _limits(device: int, _: str) -> list[int]:
+def _limits(device: int) -> list[int]:
     with torch.cuda.device(device):  # how many clusters it runs at once is asked of the current one
         return list(_ops().limits(device))
 
@@ -115,119 +113,76 @@ def _ops() -> Any:
     return getattr(torch.ops, NAMESPACE)
 
 
-def forward(
-    input: Tensor,
-    w_ih: Tensor,
+def _forward(
+    cell: str,
+    shape: ScanShape,
+    gx: Tensor,
+    ids: Tensor | None,
     w_hh: Tensor,
-    b_ih: Tensor | None,
     b_hh: Tensor | None,
-    w_hr: Tensor | None,
     h_0: Tensor,
     c_0: Tensor | None,
-    batch_sizes: Tensor | None,
-    cell: str,
-    bidirectional: bool,
-    save_tape: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Implements `rnnfast::scan_cuda`; shapes are those of `rnnfast.scan.scan`."""
-    products.require_supported("cuda", h_0.dtype, w_hr, DTYPES)
-    products.require_contiguous(input=input, w_hh=w_hh, b_hh=b_hh, h_0=h_0, c_0=c_0)
-    lanes, batch, hidden = h_0.shape
-    rows, tape_width = input.shape[0], CELLS[cell].tape * hidden
-    output = h_0.new_empty(rows, lanes * hidden)
-    tape = h_0.new_empty(lanes, rows, tape_width) if save_tape else h_0.new_empty(0)
-    if rows == 0:
-        return output, h_0.clone(), h_0.new_empty(0) if c_0 is None else c_0.clone(), tape
-
-    gx, ids = products.gate_inputs(input, w_ih, b_ih)
-    steps, offsets = steps_of(rows, h_0, batch_sizes)
-    saved = tape if tape.numel() else None
+    output: Tensor,
+    tape: Tensor | None,
+    h_n: Tensor,
+    c_n: Tensor | None,
+) -> None:
     how = plan(h_0, cell, backward=False)
-    common = (cell, numbers(h_0.dtype), bidirectional, steps)
-    c_n: Tensor | None
-    with on_device_of(h_0):
-        if how.kernel != "steps":
-            h_n = torch.empty_like(h_0)
-            c_n = None if c_0 is None else torch.empty_like(c_0)
-            _ops().scan_forward(gx, ids, w_hh, b_hh, h_0, c_0, offsets, output, h_n, c_n, saved, *common, how.team)
-        else:
-            h_state, c_state = _state(h_0), None if c_0 is None else _state(c_0)
-            operand, product = h_0.clone(), h_state.new_empty(lanes, batch, w_hh.shape[1])
-            for step in range(steps):
-                products.recurrent_product(operand, w_hh.mT, product)
-                inputs = (gx, ids, b_hh, h_0, c_0, offsets, output, saved, *common, step, product)
-                _ops().step_forward(*inputs, h_state, c_state, operand)
-            h_n, c_n = h_state.to(h_0.dtype), None if c_state is None else c_state.to(h_0.dtype)
-    return output, h_n, h_0.new_empty(0) if c_n is None else c_n, tape
+    common = (cell, numbers_of(h_0.dtype), bool(shape.bidirectional), shape.steps)
+    if how.kernel != "steps":
+        states = (h_0, c_0, shape.offsets, output, h_n, c_n, tape)
+        _ops().scan_forward(gx, ids, w_hh, b_hh, *states, *common, how.team)
+        return
+    h_state, c_state = _state(h_0), None if c_0 is None else _state(c_0)
+    operand, product = h_0.clone(), h_state.new_empty(shape.lanes, shape.batch, w_hh.shape[1])
+    for step in range(shape.steps):
+        products.recurrent_product(operand, w_hh.mT, product)
+        inputs = (gx, ids, b_hh, h_0, c_0, shape.offsets, output, tape, *common, step, product)
+        _ops().step_forward(*inputs, h_state, c_state, operand)
+    h_n.copy_(h_state)
+    if c_n is not None and c_state is not None:
+        c_n.copy_(c_state)
 
 
-def backward(
+def _backward(
+    cell: str,
+    shape: ScanShape,
     d_output: Tensor | None,
     d_h_n: Tensor | None,
     d_c_n: Tensor | None,
-    input: Tensor,
-    w_ih: Tensor,
     w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    w_hr: Tensor | None,
     h_0: Tensor,
     c_0: Tensor | None,
-    batch_sizes: Tensor | None,
-    cell: str,
-    bidirectional: bool,
     output: Tensor,
-    tape: Tensor,
-    need_input: bool,
-    need_weights: bool,
-) -> tuple[Tensor, ...]:
-    """Implements `rnnfast::scan_cuda_backward`: what is absent or not needed is returned empty."""
-    products.require_supported("cuda", h_0.dtype, w_hr, DTYPES)
-    products.require_contiguous(input=input, w_hh=w_hh, b_hh=b_hh, h_0=h_0, c_0=c_0)
-    products.require_contiguous(d_output=d_output, d_h_n=d_h_n, d_c_n=d_c_n, output=output, tape=tape)
-    lanes, batch, hidden = h_0.shape
-    rows, gates = input.shape[0], CELLS[cell].gates
-    d_gx = h_0.new_empty(rows, lanes * gates * hidden)
-    d_g_last = h_0.new_empty(rows, lanes * hidden) if cell == "gru" else None
+    tape: Tensor | None,
+    d_gx: Tensor,
+    d_g_last: Tensor | None,
+    d_h_0: Tensor,
+    d_c_0: Tensor | None,
+) -> None:
+    how = plan(h_0, cell, backward=True)
+    common = (cell, numbers_of(h_0.dtype), bool(shape.bidirectional), shape.steps)
     inputs: tuple[Any, ...]  # of an operator, as they come
-    d_c_0: Tensor | None
-    if rows == 0:
-        d_h_0 = torch.zeros_like(h_0) if d_h_n is None else d_h_n.clone()
-        d_c_0 = None if c_0 is None else torch.zeros_like(c_0) if d_c_n is None else d_c_n.clone()
-    else:
-        steps, offsets = steps_of(rows, h_0, batch_sizes)
-        saved = tape if tape.numel() else None
-        how = plan(h_0, cell, backward=True)
-        common = (cell, numbers(h_0.dtype), bidirectional, steps)
-        with on_device_of(h_0):
-            if how.kernel != "steps":
-                d_h_0 = torch.empty_like(h_0)
-                d_c_0 = None if c_0 is None else torch.empty_like(c_0)
-                w_hh_t = w_hh.mT.contiguous()
-                inputs = (d_output, d_h_n, d_c_n, w_hh_t, h_0, c_0, offsets, output, saved)
-                _ops().scan_backward(*inputs, d_gx, d_g_last, d_h_0, d_c_0, *common, how.team)
-            else:
-                d_h_state = _state(torch.zeros_like(h_0) if d_h_n is None else d_h_n)
-                d_c_state = None if c_0 is None else _state(torch.zeros_like(c_0) if d_c_n is None else d_c_n)
-                operand, product = h_0.new_empty(lanes, batch, w_hh.shape[1]), torch.empty_like(d_h_state)
-                for step in range(steps):
-                    inputs = (d_output, h_0, c_0, offsets, output, saved, d_gx, d_g_last, *common, step)
-                    _ops().step_backward(*inputs, product if step else None, d_h_state, d_c_state, operand)
-                    products.recurrent_product(operand, w_hh, product)
-                d_h_state += product
-                d_h_0, d_c_0 = d_h_state.to(h_0.dtype), None if d_c_state is None else d_c_state.to(h_0.dtype)
-
-    empty = h_0.new_empty(0)
-    gradients: list[Tensor | None] = [None] * 6
-    if need_input and input.is_floating_point():
-        gradients[0] = products.input_gradient(d_gx, w_ih)
-    if need_weights:
-        gradients[1:5] = products.weight_gradients(
-            d_gx, d_g_last, input, w_ih, b_ih is not None, output, h_0, batch_sizes, bidirectional
-        )
-    return tuple(empty if g is None else g for g in (*gradients, d_h_0, d_c_0))
+    if how.kernel != "steps":
+        inputs = (d_output, d_h_n, d_c_n, w_hh.mT.contiguous(), h_0, c_0, shape.offsets, output, tape)
+        _ops().scan_backward(*inputs, d_gx, d_g_last, d_h_0, d_c_0, *common, how.team)
+        return
+    d_h_state = _state(torch.zeros_like(h_0) if d_h_n is None else d_h_n)
+    d_c_state = None if c_0 is None else _state(torch.zeros_like(c_0) if d_c_n is None else d_c_n)
+    operand, product = h_0.new_empty(shape.lanes, shape.batch, w_hh.shape[1]), torch.empty_like(d_h_state)
+    for step in range(shape.steps):
+        inputs = (d_output, h_0, c_0, shape.offsets, output, tape, d_gx, d_g_last, *common, step)
+        _ops().step_backward(*inputs, product if step else None, d_h_state, d_c_state, operand)
+        products.recurrent_product(operand, w_hh, product)
+    d_h_0.copy_(d_h_state.add_(product))
+    if d_c_0 is not None and d_c_state is not None:
+        d_c_0.copy_(d_c_state)
 
 
 def _state(tensor: Tensor) -> Tensor:
     """A copy in the type that is accumulated in."""
     return tensor.to(torch.float64 if tensor.dtype is torch.float64 else torch.float32, copy=True)
+
+
+forward = partial(gpu_scan.forward, "cuda", DTYPES, _forward)
+backward = partial(gpu_scan.backward, "cuda", DTYPES, _backward)

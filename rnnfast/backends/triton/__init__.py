@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rnnfast.autocast import without_autocast
-from rnnfast.backends import products
+from rnnfast.backends import gpu_scan
 
 if TYPE_CHECKING:
     from rnnfast.dispatch import Request
@@ -40,7 +40,7 @@ def declines(request: Request) -> str | None:
 
     if request.device == "cpu" and not interpreted():
         return "it runs on a GPU, the input is on the CPU"
-    reason = products.unsupported(request.dtype, request.projected, DTYPES)
+    reason = gpu_scan.unsupported(request.dtype, request.projected, DTYPES)
     return None if reason is None else f"it {reason}"
 
 

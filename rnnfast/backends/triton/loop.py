@@ -22,8 +22,9 @@ import triton
 from torch import Tensor
 
 from rnnfast.backends import products
+from rnnfast.backends.gpu_scan import ScanShape
 from rnnfast.backends.triton import cells, gates
-from rnnfast.backends.triton.plan import Plan, Walk
+from rnnfast.backends.triton.plan import Plan
 from rnnfast.cells import CELLS
 
 GRAPH_STEPS = 8
@@ -48,7 +49,7 @@ class Scan(NamedTuple):
 def forward(
     cell: str,
     how: Plan,
-    walk: Walk,
+    shape: ScanShape,
     gx: Tensor,
     ids: Tensor | None,
     w_hh: Tensor,
@@ -61,19 +62,19 @@ def forward(
     c_n: Tensor | None,
 ) -> None:
     """Fills output, tape, h_n and c_n; gx and ids are those of `products.gate_inputs`."""
-    addresses = (gx, output, ids, b_hh, walk.offsets, tape)
+    addresses = (gx, output, ids, b_hh, shape.offsets, tape)
     flags = {
         "IDS": ids is not None,
         "BIAS": b_hh is not None,
-        "RAGGED": walk.offsets is not None,
+        "RAGGED": shape.offsets is not None,
         "SAVE": tape is not None,
     }
-    loop = _loop_for(_scan(True, cell, how, walk, h_0, (gx, output, b_hh, tape), flags), walk.steps)
+    loop = _loop_for(_scan(True, cell, how, shape, h_0, (gx, output, b_hh, tape), flags), shape.steps)
     with loop.lock:
-        loop.begin(walk, addresses, w_hh, h_0, c_0)
+        loop.begin(shape, addresses, w_hh, h_0, c_0)
         if loop.operand is not loop.h:
             loop.operand.copy_(h_0)
-        loop.run(walk.steps)
+        loop.run(shape.steps)
         h_n.copy_(loop.h)
         if c_n is not None:
             c_n.copy_(loop.c)
@@ -82,7 +83,7 @@ def forward(
 def backward(
     cell: str,
     how: Plan,
-    walk: Walk,
+    shape: ScanShape,
     d_output: Tensor | None,
     d_h_n: Tensor,
     d_c_n: Tensor | None,
@@ -97,34 +98,36 @@ def backward(
     d_c_0: Tensor | None,
 ) -> None:
     """Fills d_gx (N, D*G*H), d_g_last (N, D*H), d_h_0 and d_c_0."""
-    addresses = (h_0, output, d_gx, d_output, tape, walk.offsets, c_0, d_g_last)
+    addresses = (h_0, output, d_gx, d_output, tape, shape.offsets, c_0, d_g_last)
     flags = {
         "D_OUTPUT": d_output is not None,
-        "RAGGED": walk.offsets is not None,
+        "RAGGED": shape.offsets is not None,
         "SPLIT": d_g_last is not None,
     }
     by_row = (output, d_gx, d_output, tape, d_g_last)
-    loop = _loop_for(_scan(False, cell, how, walk, h_0, by_row, flags), walk.steps)
+    loop = _loop_for(_scan(False, cell, how, shape, h_0, by_row, flags), shape.steps)
     with loop.lock:
-        loop.begin(walk, addresses, w_hh, d_h_n, d_c_n)
+        loop.begin(shape, addresses, w_hh, d_h_n, d_c_n)
         loop.product.zero_()
-        loop.run(walk.steps)
+        loop.run(shape.steps)
         d_h_0.copy_(loop.h.add_(loop.product))
         if d_c_0 is not None:
             d_c_0.copy_(loop.c)
 
 
-def _scan(forward: bool, cell: str, how: Plan, walk: Walk, h_0: Tensor, by_row: Any, flags: dict[str, bool]) -> Scan:
+def _scan(
+    forward: bool, cell: str, how: Plan, shape: ScanShape, h_0: Tensor, by_row: Any, flags: dict[str, bool]
+) -> Scan:
     aligned = all(tensor.data_ptr() % 16 == 0 for tensor in by_row if tensor is not None)
     return Scan(
         forward,
         cell,
         h_0.dtype,
         h_0.device,
-        walk.lanes,
-        walk.batch,
-        walk.hidden,
-        walk.bidirectional,
+        shape.lanes,
+        shape.batch,
+        shape.hidden,
+        shape.bidirectional,
         how,
         tuple({**flags, "ALIGNED": aligned}.items()),
     )
@@ -163,11 +166,11 @@ class Loop:
             **dict(scan.flags),
         }
 
-    def begin(self, walk: Walk, addresses: Any, w_hh: Tensor, h: Tensor, c: Tensor | None) -> None:
+    def begin(self, shape: ScanShape, addresses: Any, w_hh: Tensor, h: Tensor, c: Tensor | None) -> None:
         """Makes the buffers ready for a scan that starts from h and c."""
         numbers = [0 if tensor is None else tensor.data_ptr() for tensor in addresses]
         numbers += [0] * (gates.ADDRESSES - len(numbers))
-        gates.begin[(1,)](self.table, walk.steps, walk.rows, *numbers, num_warps=1)
+        gates.begin[(1,)](self.table, shape.steps, shape.rows, *numbers, num_warps=1)
         if self.graph is None:
             self.w_hh = w_hh
         else:

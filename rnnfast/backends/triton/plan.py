@@ -11,26 +11,8 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from rnnfast.cells import CELLS
-
-
-class Walk(NamedTuple):
-    """The extent of a scan, as the kernels take it. `offsets`: first row of every step, where batch sizes differ."""
-
-    steps: int
-    batch: int
-    lanes: int
-    rows: int
-    hidden: int
-    bidirectional: int
-    offsets: Tensor | None
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """T, B, D, N, H."""
-        return (self.steps, self.batch, self.lanes, self.rows, self.hidden)
 
 
 class Plan(NamedTuple):

@@ -92,8 +92,6 @@ def scan_forward(
     ids,
     w_hh,
     b_hh,
-    h_0,
-    c_0,
     offsets,
     output,
     h_n,
@@ -164,7 +162,7 @@ def scan_forward(
         h_read = h_state + (i % 2) * h_size + h_row
         h = tl.load(h_read + unit[None, :], mask=in_batch, other=0.0, cache_modifier=".cg")
         c = h
-        if c_0 is not None:
+        if c_state is not None:
             c = tl.load(c_state + state, mask=in_batch, other=0.0)
 
         a = ()
@@ -201,7 +199,7 @@ def scan_forward(
         h = tl.where(valid, h_new, h)
         c = tl.where(valid, c_new, c)
         tl.store(h_state + ((i + 1) % 2) * h_size + h_row + unit[None, :], h, mask=in_batch)
-        if c_0 is not None:
+        if c_state is not None:
             tl.store(c_state + state, c, mask=in_batch)
         at_row = (start + row)[:, None]
         tl.store(output + at_row * D * H + unit[None, :], h.to(output.dtype.element_ty), mask=valid)
@@ -212,7 +210,7 @@ def scan_forward(
 
         if i == T - 1:
             tl.store(h_n + state, h.to(h_n.dtype.element_ty), mask=in_batch)
-            if c_0 is not None:
+            if c_state is not None:
                 tl.store(c_n + state, c.to(c_n.dtype.element_ty), mask=in_batch)
         if SYNCHRONISE:
             tile = lane * tl.num_programs(1) + tl.program_id(1)
@@ -225,8 +223,6 @@ def scan_forward(
 )
 def scan_backward(
     d_output,
-    d_h_n,
-    d_c_n,
     w_hh,
     h_0,
     c_0,
