@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml setup.py requirements-dev.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/cuda/*.cu* csrc/cuda/*/*.cu)
+SOURCES := pyproject.toml setup.py requirements-dev.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/cpu/lm/*.h csrc/cpu/lm/*.cpp csrc/cuda/*.cu* csrc/cuda/*/*.cu)
 
 .PHONY: demo test lint format gpu clean
 

@@ -13,11 +13,11 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 # The package's own __init__ imports torch, which an installation in progress may not be able to; these have none.
-for name in ("rnnfast", "rnnfast.backends", "rnnfast.backends.cuda"):
+for name in ("rnnfast", "rnnfast.backends", "rnnfast.backends.cpu", "rnnfast.backends.cuda"):
     package = sys.modules[name] = types.ModuleType(name)
     package.__path__ = [str(ROOT.joinpath(*name.split(".")))]
 
-from rnnfast.backends import native  # noqa: E402
+from rnnfast.backends.cpu import build as cpu  # noqa: E402
 from rnnfast.backends.cuda import build as cuda  # noqa: E402
 
 CUDA_ARCHITECTURES = cuda.named_architectures() or cuda.DEFAULT_ARCHITECTURES
@@ -44,7 +44,7 @@ class BuildNative(build_ext):
     def get_ext_filename(self, name):
         # Asked for the full name, rnnfast.librnnfast, and for its last part alone.
         *folders, stem = name.split(".")
-        file = f"{stem}-{native.source_hash()}.so" if stem == "librnnfast" else cuda.installed_name(CUDA_ARCHITECTURES)
+        file = cpu.installed_name() if stem == "librnnfast" else cuda.installed_name(CUDA_ARCHITECTURES)
         return str(Path(*folders, file))
 
     def build_extension(self, ext):
@@ -53,7 +53,7 @@ class BuildNative(build_ext):
             return
         try:
             if ext.name == "rnnfast.librnnfast":
-                native.compile_library(target)
+                cpu.compile_library(target)
             else:
                 cuda.compile_library(target, CUDA_ARCHITECTURES)
         except (OSError, RuntimeError) as error:
@@ -70,10 +70,10 @@ class Wheel(bdist_wheel):
 
 extensions = []
 if importlib.util.find_spec("torch") is not None:
-    if native.why_not() is None:
+    if cpu.why_not() is None:
         extensions.append(Extension("rnnfast.librnnfast", [], optional=True))
     else:
-        print(f"rnnfast: the native scan is not compiled now: {native.why_not()}", file=sys.stderr)
+        print(f"rnnfast: the native scan is not compiled now: {cpu.why_not()}", file=sys.stderr)
 # A toolkit and a torch for CUDA are what it takes; a GPU need not be here, where the package is built.
 if cuda.torch_cuda() is not None and cuda.why_not_compile() is None:
     extensions.append(Extension("rnnfast.librnnfast_cuda", [], optional=True))

@@ -1,13 +1,14 @@
-// Registers the implementations; the schemas are in Python: rnnfast/scan.py, extended.py, backends/native.py, bench/measure.py.
+// Registers the implementations; the schemas are in Python: rnnfast/scan.py, extended.py, backends/cpu, lm/operators.py,
+// bench/measure.py.
 #include <torch/csrc/stable/library.h>
 
-#include "cpu/clip.h"
 #include "cpu/direct.h"
-#include "cpu/generate.h"
 #include "cpu/limits.h"
-#include "cpu/loss.h"
+#include "cpu/lm/clip.h"
+#include "cpu/lm/generate.h"
+#include "cpu/lm/loss.h"
+#include "cpu/lm/train.h"
 #include "cpu/ops.h"
-#include "cpu/train.h"
 #include "cpu/weight_samples.h"
 
 STABLE_TORCH_LIBRARY_IMPL(rnnfast, CPU, m) {

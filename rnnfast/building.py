@@ -5,12 +5,15 @@ setup.py imports this file without the package, so it imports no torch.
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import os
 import re
 import shlex
 import shutil
+import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -18,7 +21,7 @@ from pathlib import Path
 from rnnfast.errors import note
 
 PACKAGE = Path(__file__).resolve().parent
-TARGET_ABI = "0x020a000000000000"  # torch 2.10
+TARGET_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"  # torch 2.10
 WORK = ".build"  # what the names of folders end with in which something is compiled
 
 
@@ -59,6 +62,39 @@ def why_no_compiler() -> str | None:
         return None
     given = os.environ.get("CXX", "").strip()
     return f"CXX is '{given}', which is no program" if given else "no C++ compiler was found: install g++ (or set CXX)"
+
+
+def torch_folder() -> Path:
+    """The installed torch's, whose headers and libraries are in it; torch itself may lack what it imports yet."""
+    torch = importlib.util.find_spec("torch")
+    assert torch is not None
+    assert torch.origin is not None
+    return Path(torch.origin).parent
+
+
+def includes(torch: Path) -> list[str]:
+    """The compilers' options for the headers of the torch in that folder."""
+    include = torch / "include"
+    return ["-isystem", str(include), "-isystem", str(include / "torch/csrc/api/include")]
+
+
+def hash_of(files: Iterable[Path], *more: object) -> str:
+    """A hash of the names and contents of files, and of what else they are compiled with."""
+    digest = hashlib.sha256(repr(more).encode())
+    for path in files:
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def compiled_once(stamp: object, name: str, what: str, compile_library: Callable[[Path], None]) -> Path:
+    """The library in the cache that belongs to a stamp, compiled now if it is not there."""
+    library = cache_folder() / hashlib.sha256(repr(stamp).encode()).hexdigest()[:16] / name
+    if not library.exists():
+        with one_process(library.parent):
+            if not library.exists():
+                note(f"compiling {what} into {library.parent} (once)")
+                compile_library(library)
+    return library
 
 
 @contextmanager
@@ -103,7 +139,15 @@ def put(library: Path, target: Path) -> None:
     os.replace(library, target)
 
 
-def what_failed(said: str) -> list[str]:
+def run(command: Sequence[str], name: str) -> None:
+    """Runs a compiler, or ninja. Raises RuntimeError if it fails, with the reason from what it said."""
+    # Compilers speak the user's language, and name files, in whatever encoding.
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode:
+        raise RuntimeError("; ".join([f"{name} failed", *_what_failed(done.stdout + done.stderr)]))
+
+
+def _what_failed(said: str) -> list[str]:
     """The lines of a compiler's or ninja's output that tell the reason, three at most."""
     lines = said.splitlines()
     errors = [line for line in lines if re.search(r"error\s*:", line, re.IGNORECASE)]

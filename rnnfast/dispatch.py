@@ -128,9 +128,9 @@ BACKENDS = {
             "cpu",
             ("cpu",),
             "native C++, one library for every instruction set",
-            lambda: _module("native").why_not(),
-            lambda: _module("native").load(),
-            lambda request: _module("native").declines(request),
+            lambda: _module("cpu").why_not(),
+            lambda: _module("cpu").load(),
+            lambda request: _module("cpu").declines(request),
             (CELL_STATES, CELL_STATE_GRADIENTS, *EXTENDED_RECURRENCE),
         ),
         Backend(

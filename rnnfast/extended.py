@@ -64,9 +64,9 @@ def scan_extended(
         return definition(*tensors, *options)
     formula = _FORMULAS[backend]
     if backend == "cpu" and is_plain_inference(tensors):
-        from rnnfast.backends import native
+        from rnnfast.backends.cpu import packing
 
-        packed = native.packed_weights(lanes, cell, not input.is_floating_point(), extended=True)
+        packed = packing.packed_weights(lanes, cell, not input.is_floating_point(), extended=True)
         output, h_n, c_n, _ = formula.op(*contiguous(tensors), *options, False, packed)
     else:
         output, h_n, c_n, _ = call(formula, tensors, *options)

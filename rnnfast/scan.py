@@ -168,10 +168,10 @@ def scan_layer(
     Where no gradient is wanted, the cpu backend uses weights it has packed in an earlier call, if they are still good.
     """
     if backend == "cpu" and is_plain_inference((input, h_0, c_0, *(p for lane in lanes for p in lane))):
-        from rnnfast.backends import native
+        from rnnfast.backends.cpu import packing
 
-        packed = native.packed_weights(lanes, cell, not input.is_floating_point())
-        return native.scan_packed(
+        packed = packing.packed_weights(lanes, cell, not input.is_floating_point())
+        return packing.scan_packed(
             input.contiguous(),
             packed,
             h_0.contiguous(),

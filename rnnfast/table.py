@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -304,8 +303,8 @@ def sources() -> dict[str, str]:
     of_both = [backends / "gpu_scan.py", backends / "products.py"]
     kernels = sorted((backends / "triton").glob("*.py"))
     return {
-        "cuda": _hash([*of_both, backends / "cuda" / "launch.py"], build.source_hash()),
-        "triton": _hash([*of_both, *kernels], _triton_version()),
+        "cuda": building.hash_of([*of_both, backends / "cuda" / "launch.py"], build.source_hash()),
+        "triton": building.hash_of([*of_both, *kernels], _triton_version()),
     }
 
 
@@ -315,10 +314,3 @@ def _triton_version() -> str:
     except ImportError:
         return "none"
     return str(triton.__version__)
-
-
-def _hash(files: Iterable[Path], *more: str) -> str:
-    digest = hashlib.sha256(repr(more).encode())
-    for path in files:
-        digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()[:12]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import rnnfast
-from rnnfast.backends import native
+from rnnfast.backends import cpu
 
 if importlib.util.find_spec("hypothesis") is not None:  # the tests that need a GPU run where it is not, too
     from hypothesis import HealthCheck, settings
@@ -43,14 +43,14 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def direct_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """The status of every direct call so far."""
-    native.load()
-    function, calls = native.infer, []
+    cpu.load()
+    function, calls = cpu.infer, []
 
     def counted(*args: Any) -> int:
         calls.append(function(*args))
         return calls[-1]
 
-    monkeypatch.setattr(native, "infer", counted)
+    monkeypatch.setattr(cpu, "infer", counted)
     with torch.no_grad():
         yield calls
 
@@ -58,10 +58,10 @@ def direct_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 @pytest.fixture
 def direct_call_names(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the direct calls that were done so far, with gradients as well."""
-    native.load()
+    cpu.load()
     names: list[str] = []
     for name in ("forward", "backward", "weight_gradients", "infer"):
-        monkeypatch.setattr(native, name, _noted(name, getattr(native, name), names))
+        monkeypatch.setattr(cpu, name, _noted(name, getattr(cpu, name), names))
     return names
 
 

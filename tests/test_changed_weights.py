@@ -11,7 +11,7 @@ import torch
 import torch._dynamo.testing
 
 import rnnfast
-from rnnfast.backends import native
+from rnnfast.backends import cpu
 from tests.test_direct import general_step, warmed_up
 
 WAYS = ["in place", "data", "copy_data", "replaced", "shared", "load_state_dict", "optimizer"]
@@ -146,7 +146,7 @@ def test_a_step_of_a_fused_optimizer_is_seen(kind: Any, direct_calls: list[int])
 
 
 def test_a_compiled_step_of_a_fused_optimizer_compiles_once() -> None:
-    native.load()
+    cpu.load()
     weight = torch.nn.Parameter(torch.zeros(3))
     optimizer = torch.optim.SGD([weight], lr=0.5, fused=True)
     torch._dynamo.reset()

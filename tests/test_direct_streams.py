@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 import rnnfast
-from rnnfast.backends import native
+from rnnfast.backends import cpu
 
-pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
+pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
 
 LAYERS = ["RNN", "LSTM", "GRU"]
 INPUT = torch.randn(12, 3, 5)

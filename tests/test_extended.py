@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import rnnfast
-from rnnfast.backends import native
+from rnnfast.backends import cpu
 from rnnfast.backends.reference import Extension, Norms
 from rnnfast.cells import CELLS
 from rnnfast.extended import scan_extended
@@ -19,8 +19,8 @@ from tests.test_stack import BATCH, HIDDEN, INPUTS, STEPS, input_of, make, rando
 
 @pytest.fixture(autouse=True)
 def _library() -> None:
-    if native.why_not() is None:
-        native.load()
+    if cpu.why_not() is None:
+        cpu.load()
 
 
 def normalise(x: Tensor) -> Tensor:

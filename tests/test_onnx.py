@@ -10,7 +10,7 @@ from torch.export import Dim
 from torch.utils._pytree import tree_leaves
 
 import rnnfast
-from rnnfast.backends import native
+from rnnfast.backends import cpu
 from tests.test_compile import CASES, Model
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install onnxruntime")
@@ -63,7 +63,7 @@ def test_what_onnx_has_not_is_refused() -> None:
     assert "ONNX's LSTM has no projection" in refusal(Model(rnnfast.LSTM(5, 7, proj_size=3)), (input,))
     lengths = {"lengths": torch.tensor([4, 1, 2])}
     assert "export the model for padded input" in refusal(rnnfast.GRU(5, 7), (input,), kwargs=lengths)
-    if native.why_not() is None:
+    if cpu.why_not() is None:
         normalised = rnnfast.Stack("lstm", 5, [7], layer_norm=True, backend="cpu").eval()
         assert "no zoneout, layer normalisation" in refusal(normalised, (input,))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from rnnfast.backends import native
+from rnnfast.backends.cpu import build
 
 ROOT = Path(__file__).parent.parent
 NEEDED = 77  # of setuptools, which before does not know pyproject's license field
@@ -57,7 +57,7 @@ def copy_checkout(source: Path) -> None:
         shutil.copy(ROOT / path, source / path)
 
 
-def build(kind: str, source: Path, out: Path, compiler: str = "/nonexistent") -> Path:
+def make(kind: str, source: Path, out: Path, compiler: str = "/nonexistent") -> Path:
     """Makes the "sdist" or the "wheel"."""
     out.mkdir()
     environment = os.environ | {"CXX": compiler, "CUDA_HOME": "", "CUDA_PATH": "", "PATH": os.defpath}
@@ -78,7 +78,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], set[str]]
     (source / "rnnfast/librnnfast-000000000000.so").touch()
     (source / "tests/__pycache__").mkdir()
     (source / "tests/__pycache__/conftest.cpython-311.pyc").touch()
-    sdist, wheel = (build(kind, source, folder / kind) for kind in ("sdist", "wheel"))
+    sdist, wheel = (make(kind, source, folder / kind) for kind in ("sdist", "wheel"))
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     return names, set(zipfile.ZipFile(wheel).namelist())
@@ -112,17 +112,17 @@ def test_the_sdist_has_the_whole_project(built: tuple[set[str], set[str]]) -> No
     assert not [name for name in sdist if name.endswith((".so", ".pyc")) or "__pycache__/" in name]
 
 
-@pytest.mark.skipif(native._ninja() is None, reason="needs ninja")
+@pytest.mark.skipif(build.ninja() is None, reason="needs ninja")
 def test_a_second_build_ships_nothing_of_the_first(tmp_path: Path) -> None:
     source, compiler = tmp_path / "source", tmp_path / "compiler"
     copy_checkout(source)
     compiler.write_text(COMPILER)
     compiler.chmod(0o755)
-    build("wheel", source, tmp_path / "first", str(compiler))
+    make("wheel", source, tmp_path / "first", str(compiler))
     gone = {"csrc/cpu/near.h", "rnnfast/flops.py"}
     for name in gone:
         (source / name).unlink()
-    wheel, installed = build("wheel", source, tmp_path / "second", str(compiler)), tmp_path / "installed"
+    wheel, installed = make("wheel", source, tmp_path / "second", str(compiler)), tmp_path / "installed"
     assert wheel.name.startswith("rnnfast-0.1.0-py3-none-linux_"), "the library needs no certain Python"
     pip = [
         sys.executable,
@@ -138,7 +138,7 @@ def test_a_second_build_ships_nothing_of_the_first(tmp_path: Path) -> None:
     ]
     subprocess.run(pip, check=True)
     assert not [name for name in gone if (installed / name).exists() or (installed / "rnnfast" / name).exists()]
-    ask = [sys.executable, "-c", "from rnnfast.backends import native; print(native._installed())"]
+    ask = [sys.executable, "-c", "from rnnfast.backends.cpu import build; print(build.installed())"]
     environment = os.environ | {"PYTHONPATH": str(installed)}
     found = subprocess.run(ask, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
     assert found.split() == [str(path) for path in (installed / "rnnfast").glob("*.so")]

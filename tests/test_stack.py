@@ -15,7 +15,7 @@ from torch.nn.utils import prune
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import rnnfast
-from rnnfast.backends import native
+from rnnfast.backends import cpu
 from rnnfast.cells import CELLS
 from rnnfast.regularisation import variational_dropout
 
@@ -206,7 +206,7 @@ def test_explain_tells_who_runs_it_and_why() -> None:
     plain = rnnfast.explain(make("lstm"), input).backend
     stack = make("lstm", recurrent_dropout=0.5, weight_dropout=0.5, dropout=0.5)
     choice = rnnfast.explain(stack, input)
-    assert choice.backend == ("cpu" if native.why_not() is None else "reference")
+    assert choice.backend == ("cpu" if cpu.why_not() is None else "reference")
     assert rnnfast.explain(stack.eval(), input).backend == plain
     masked = make("lstm", recurrent_dropout=0.5, backend="torch").eval()
     assert rnnfast.explain(masked, input).backend == "torch"
@@ -226,7 +226,7 @@ def test_explain_tells_who_runs_it_and_why() -> None:
 def test_projections_of_an_extended_recurrence(bidirectional: bool, training: bool) -> None:
     options = ALL | {"proj_size": 3, "layer_norm": True, "peepholes": True, "bidirectional": bidirectional}
     stack, input = make("lstm", [HIDDEN, HIDDEN + 1], **options).train(training), input_of()
-    assert rnnfast.explain(stack, input).backend == ("cpu" if native.why_not() is None else "reference")
+    assert rnnfast.explain(stack, input).backend == ("cpu" if cpu.why_not() is None else "reference")
     mask = torch.rand(STEPS, BATCH) < 0.3
     results = []
     for name in (stack.backend, "reference"):

@@ -8,7 +8,7 @@
 
 namespace rnnfast {
 
-// Kept by Python as tensors of bytes. Their schemas are in rnnfast/backends/native.py.
+// Kept by Python as tensors of bytes. Their schemas are in rnnfast/backends/cpu/__init__.py.
 //
 // What calls with packed weights need: those of every layer, and samples of the weights that they were packed from,
 // all of which must outlive it.

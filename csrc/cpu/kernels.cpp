@@ -1,14 +1,14 @@
-// Compiled once for each instruction set, with RNNFAST_ISA its name: see rnnfast/backends/native.py.
+// Compiled once for each instruction set, with RNNFAST_ISA its name: see rnnfast/backends/cpu/build.py.
 #include "kernels.h"
 
 #include "backward.h"
 #include "extended.h"
 #include "extended_backward.h"
 #include "forward.h"
-#include "head.h"
+#include "lm/head.h"
 #include "weights.h"
 #if !defined(__AVX512BF16__)
-#include "cross_entropy.h"
+#include "lm/cross_entropy.h"
 #endif
 #include "near.h"
 

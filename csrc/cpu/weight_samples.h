@@ -9,7 +9,7 @@ namespace rnnfast {
 
 // Elements of a layer's contiguous weights: some of each column, of each unit (its row of one gate or another) and of each gate,
 // and all of a vector; or all of everything, where `whole`. Kept by Python as a tensor of bytes; its schema is in
-// rnnfast/backends/native.py.
+// rnnfast/backends/cpu/__init__.py.
 Tensor weight_samples_cpu(std::vector<Tensor> weights, int64_t units, bool whole);
 
 // Whether the weights, which must still be where they were, hold what they held then.

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rnnfast.backends import native
+from rnnfast.backends import cpu
 from rnnfast.cells import cell_named
 from rnnfast.errors import UserError, note
 
@@ -267,7 +267,7 @@ def cpu_model() -> str:
 def _limit_operators() -> Any:
     """The namespace with the operators of csrc/cpu/limits.cpp, or None."""
     try:
-        native.load()
+        cpu.load()
     except RuntimeError as error:
         note(f"the machine's limits are not measured: {error}")
         return None

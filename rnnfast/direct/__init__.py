@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, is_grad_enabled, is_inference_mode_enabled
 
-from rnnfast.backends import native
-from rnnfast.backends.native import DONE, STALE
+from rnnfast.backends import cpu
+from rnnfast.backends.cpu import DONE, STALE, packing
 from rnnfast.direct import training
 from rnnfast.direct.plans import (
     Plan,
@@ -129,7 +129,7 @@ def forget_packed_weights() -> None:
     or less, and of any weights in shared memory is noticed. Call this after such a write, or write under
     `torch.no_grad()` instead.
     """
-    native.forget()
+    packing.forget()
     for plan in list(all_plans.values()):
         plan.packed.clear()
         plan.last_stamp.clear()
@@ -178,7 +178,7 @@ def _infer(
         h_n.data_ptr(),
         0 if c_n is None else c_n.data_ptr(),
     )
-    status = native.infer(call)
+    status = cpu.infer(call)
     if status == DONE:
         return output, h_n if c_n is None else (h_n, c_n)
     if status == STALE:

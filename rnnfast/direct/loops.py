@@ -17,8 +17,8 @@ from torch import Tensor
 from torch._C import _current_graph_task_id, _will_engine_execute_node
 
 from rnnfast import derivatives
-from rnnfast.backends import native
-from rnnfast.backends.native import DONE
+from rnnfast.backends import cpu
+from rnnfast.backends.cpu import DONE
 from rnnfast.direct.plans import Layer, Plan, addresses, requires_grad_of
 
 _weights_call, _pack_call = (Struct(f"{fields}q").pack for fields in (9, 6))  # of csrc/cpu/direct.h
@@ -98,10 +98,10 @@ class Rows:
 
     def _pack(self, sizes: tuple[int, int], w_hh: int, w_ih: int) -> Tensor:
         layer = self.layer
-        size = native.pack_backward(_pack_call(layer.address, *sizes, w_hh, w_ih, 0))
+        size = cpu.pack_backward(_pack_call(layer.address, *sizes, w_hh, w_ih, 0))
         packed: Tensor = torch.ops.rnnfast.direct_empty_cpu.default(layer.kept, [size])
         if size:
-            native.pack_backward(_pack_call(layer.address, *sizes, w_hh, w_ih, packed.data_ptr()))
+            cpu.pack_backward(_pack_call(layer.address, *sizes, w_hh, w_ih, packed.data_ptr()))
         return packed
 
     def gradients(self) -> list[Tensor | None]:
@@ -115,7 +115,7 @@ class Rows:
         weights = self.layer.memory[:4]
         found = [None if weight is None else torch.empty_like(weight) for weight in weights]
         call = _weights_call(self.layer.address, self.count, *self.starts, *addresses(found))
-        if native.weight_gradients(call) != DONE:
+        if cpu.weight_gradients(call) != DONE:
             raise RuntimeError("no memory for the gradients of the weights")
         made = [gradient for gradient in found if gradient is not None]
         if self.sums is None:

@@ -17,7 +17,8 @@ from torch._C._functorch import maybe_current_level
 from torch.autograd import forward_ad
 
 from rnnfast import dispatch, functional, scan
-from rnnfast.backends import native
+from rnnfast.backends import cpu
+from rnnfast.backends.cpu import packing
 from rnnfast.cells import CELLS
 
 infer_call = Struct("9q").pack  # of csrc/cpu/direct.h
@@ -29,7 +30,7 @@ _shape_of, _dtype_of, _is_on_cpu = _base.shape.__get__, _base.dtype.__get__, _ba
 
 @dataclass(slots=True)
 class Packed:
-    """Weights packed for `native.infer` and `native.forward`, good while the stamp, of versions and addresses, is this.
+    """Weights packed for `cpu.infer` and `cpu.forward`, good while the stamp, of versions and addresses, is this.
 
     The weights' memory is kept with them: new weights might else come to lie where the old ones were.
     """
@@ -97,7 +98,7 @@ class Plan:
         return list(map(_shape_of, self.weights)) == self.signature[0] and all(map(Tensor.is_contiguous, self.weights))
 
     def stamp(self) -> list[int]:
-        return [native.fused_steps, *map(version_of, self.weights), *map(address_of, self.weights)]
+        return [packing.fused_steps, *map(version_of, self.weights), *map(address_of, self.weights)]
 
     def packed_for_loop(self, ids: bool) -> Packed | None:
         """What one of a loop of short calls with gradients needs, but for the first one with these weights.
@@ -124,8 +125,8 @@ class Plan:
         stamp = self.stamp()
         layers = [self.lanes[first : first + self.directions] for first in range(0, len(self.lanes), self.directions)]
         memory = [weight.detach() for weight in self.weights]
-        samples = native.weight_samples(memory, self.hidden_size)
-        packed = [native.packed_weights(lanes, self.cell, ids and not index) for index, lanes in enumerate(layers)]
+        samples = packing.weight_samples(memory, self.hidden_size)
+        packed = [packing.packed_weights(lanes, self.cell, ids and not index) for index, lanes in enumerate(layers)]
         kept = torch.ops.rnnfast.direct_plan_cpu(packed, samples)
         self.packed[ids] = found = Packed(stamp, kept.data_ptr(), (kept, samples, *packed, *memory))
         return found
@@ -143,7 +144,7 @@ class Plan:
             tape_size = cell.tape * self.hidden_size
             item, address = self.dtype.itemsize, kept.data_ptr()
             input_bytes = 8 if first_ids else memory[0].shape[1] * item
-            row_bytes = native.gates_bytes(address), input_bytes, self.state_size * item
+            row_bytes = cpu.gates_bytes(address), input_bytes, self.state_size * item
             sizes = self.state_size, self.hidden_size, tape_size, cell.has_cell_state, row_bytes
             layers.append(Layer(*form, *sizes, address, kept, memory, addresses(memory)))
         self.layers[ids] = layers

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rnnfast.backends import native
-from rnnfast.backends.native import DONE
+from rnnfast.backends import cpu
+from rnnfast.backends.cpu import DONE
 from rnnfast.direct.plans import Packed, Plan, address_of, contiguous, infer_call, is_plain, plan_of_step
 from rnnfast.inputs import map_state
 
@@ -49,7 +49,7 @@ class Steps:
         (_, h_0, c_0), (_, h_n, c_n) = self._now, self._next
         steps, batch = 1, self._batch
         call = infer_call(packed.address, steps, batch, address_of(input), h_0, c_0, address_of(output), h_n, c_n)
-        if native.infer(call) != DONE:
+        if cpu.infer(call) != DONE:
             return None
         self._now, self._next, self._after = self._next, self._after, self._next
         return output

@@ -13,8 +13,8 @@ from torch import Tensor, is_grad_enabled
 from torch._C._autograd import _top_saved_tensors_default_hooks
 
 from rnnfast import derivatives, scan
-from rnnfast.backends import native
-from rnnfast.backends.native import DONE
+from rnnfast.backends import cpu
+from rnnfast.backends.cpu import DONE
 from rnnfast.direct.loops import Loop, SharedWeights, loop_of
 from rnnfast.direct.plans import Layer, Packed, Plan, address_of, addresses, is_observed, is_plain, signature_of
 
@@ -150,7 +150,7 @@ class _Scan(derivatives.Function):
         given = (input, h_0, c_0)
         places = *addresses(given), *layer.memory_addresses, *addresses((output, tape, h_n, c_n))
         plan = 0 if packed is None else packed.address
-        if native.forward(_forward_call(layer.address, plan, layer.index, *sizes, *places)) != DONE:
+        if cpu.forward(_forward_call(layer.address, plan, layer.index, *sizes, *places)) != DONE:
             return None, None
         ctx.layer, ctx.sizes, ctx.loop, ctx.shared = layer, sizes, loop, shared
         # The tensors themselves for derivatives of the gradients, and what they hold now for the gradients.
@@ -181,7 +181,7 @@ class _Scan(derivatives.Function):
             places = addresses((*d_results, *memory, *found))
             count = prod(ctx.sizes)
             in_common = _NOTHING_SHARED if rows is None else (*rows.places(count), *rows.packed(ctx.sizes, needs[0]))
-            if native.backward(_backward_call(layer.address, *ctx.sizes, *places, *in_common)) == DONE:
+            if cpu.backward(_backward_call(layer.address, *ctx.sizes, *places, *in_common)) == DONE:
                 if rows is not None:
                     rows.left(count)
                 return (*_NO_TENSORS, *found)

@@ -18,6 +18,7 @@ from torch.optim import optimizer as torch_optimizer
 
 from rnnfast.direct.plans import is_observed
 from rnnfast.direct.training import empty
+from rnnfast.lm import operators
 from rnnfast.lm.loss import cross_entropy
 from rnnfast.lm.model import RNNLM, RNNLMScratch, State, detach
 from rnnfast.lm.parts import parts_of
@@ -37,9 +38,7 @@ def backpropagate(
         loss.backward()
         return loss.detach(), detach(state)
     gradients = [empty(memory, *memory.shape) for memory in native.memory]
-    loss, *found = torch.ops.rnnfast.backpropagate_cpu.default(
-        inputs, targets, native.memory, gradients, *states, native.cell
-    )
+    loss, *found = operators.backpropagate(inputs, targets, native.memory, gradients, *states, native.cell)
     for parameter, gradient in zip(native.parameters, gradients, strict=True):
         gradient = gradient.t() if native.is_transposed else gradient
         if parameter.grad is None:
@@ -74,7 +73,7 @@ def descend(
     for parameter in native.parameters:
         parameter.grad = None
     try:
-        found = torch.ops.rnnfast.train_cpu.default(
+        found = operators.train(
             inputs,
             targets,
             native.memory,

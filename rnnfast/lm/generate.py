@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rnnfast.errors import UserError, note
+from rnnfast.lm import operators
 from rnnfast.lm.model import State
 from rnnfast.lm.parts import parts_of
 from rnnfast.lm.vocab import Vocab
@@ -105,7 +106,7 @@ def _step(model: nn.Module, modules: list[nn.Module], inputs: Tensor, state: Sta
 
 
 class NativeParts(NamedTuple):
-    """A language model and its state, at first zeros, as `rnnfast.backends.native.generate` takes them."""
+    """A language model and its state, at first zeros, as `rnnfast.lm.operators.generate` takes them."""
 
     packed: list[Tensor]
     embedding: Tensor | None
@@ -124,10 +125,10 @@ def native_parts(model: nn.Module) -> NativeParts | None:
     parts = parts_of(model)
     if parts is None or parts.head_weight.dtype not in (torch.float32, torch.float64):
         return None
-    from rnnfast.backends import native
+    from rnnfast.backends.cpu import packing
 
     layers, cell, embedding, head_weight, head_bias = parts
-    packed = [native.packed_weights([lane], cell, i == 0 and embedding is None) for i, lane in enumerate(layers)]
+    packed = [packing.packed_weights([lane], cell, i == 0 and embedding is None) for i, lane in enumerate(layers)]
     dense = [None if part is None else part.detach().contiguous() for part in (embedding, head_bias)]
     h_0 = head_weight.new_zeros(len(packed), 1, head_weight.shape[1])
     return NativeParts(
@@ -138,8 +139,6 @@ def native_parts(model: nn.Module) -> NativeParts | None:
 def _native(
     parts: NativeParts, prefix: list[int], length: int, drawing: Drawing, generator: torch.Generator
 ) -> Iterator[int]:
-    from rnnfast.backends import native
-
     vocabulary = len(parts.head_weight)
     for token in prefix:
         if not 0 <= token < vocabulary:
@@ -151,7 +150,7 @@ def _native(
         count = min(CHUNK, length - start)
         draws = uniforms(count, generator) if temperature > 0 else None
         try:
-            ids, h, c = native.generate(*parts, token, count, draws, temperature, top_k, top_p)
+            ids, h, c = operators.generate(*parts, token, count, draws, temperature, top_k, top_p)
         except RuntimeError as error:
             if "not finite" not in str(error):
                 raise
@@ -164,7 +163,7 @@ def _native(
 
 def _behind(parts: NativeParts, ids: list[int]) -> NativeParts:
     """With the states behind these tokens, through all of which a layer walks before the next one does."""
-    from rnnfast.backends import native
+    from rnnfast.backends.cpu import packing
 
     if not ids:
         return parts
@@ -174,7 +173,7 @@ def _behind(parts: NativeParts, ids: list[int]) -> NativeParts:
     states = []
     for layer, packed in enumerate(parts.packed):
         one = slice(layer, layer + 1)
-        rows, *state = native.scan_packed(rows, packed, parts.h_0[one], None if parts.c_0 is None else parts.c_0[one])
+        rows, *state = packing.scan_packed(rows, packed, parts.h_0[one], None if parts.c_0 is None else parts.c_0[one])
         states.append(state)
     h, c = map(torch.cat, zip(*states, strict=True))
     return parts._replace(h_0=h, c_0=None if parts.c_0 is None else c)

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from rnnfast import dispatch
 from rnnfast.derivatives import needs_gradient
+from rnnfast.lm import operators
 
 
 def cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, backend: str = "auto") -> Tensor:
@@ -72,5 +73,5 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _loss_and_gradients(tensors: Sequence[Tensor], need_gradients: bool) -> tuple[Tensor, ...]:
-    results: tuple[Tensor, ...] = torch.ops.rnnfast.linear_cross_entropy_cpu.default(*tensors, need_gradients)
+    results: tuple[Tensor, ...] = operators.linear_cross_entropy(*tensors, need_gradients)
     return results

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rnnfast.backends import native
+from rnnfast.backends import cpu
 from rnnfast.errors import UserError
 from rnnfast.lm import checkpoint as checkpoints
+from rnnfast.lm import operators
 from rnnfast.lm.backpropagation import backpropagate, descend, loss_of
 from rnnfast.lm.checkpoint import Checkpoint
 from rnnfast.lm.config import TrainConfig, build_model, pick_device
@@ -99,7 +100,7 @@ def update(optimizer: torch.optim.Optimizer) -> None:
     torch's operations on large tensors would go on to wait for a second one, for milliseconds.
     """
     threads = torch.get_num_threads()
-    if threads == 1 or native.is_stalled is None or not native.is_stalled():
+    if threads == 1 or cpu.is_stalled is None or not cpu.is_stalled():
         optimizer.step()
         return
     torch.set_num_threads(1)
@@ -117,7 +118,7 @@ def clip_gradients(gradients: list[Tensor], max_norm: float, backend: str = "aut
     of a small model. On a CPU in float32 it is one operator of the cpu backend, if the scan's `backend` is that.
     """
     if is_native(backend, *gradients) and all(gradient.is_contiguous() for gradient in gradients):
-        torch.ops.rnnfast.clip_gradients_cpu.default(gradients, max_norm)
+        operators.clip_gradients(gradients, max_norm)
         return
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
     torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))

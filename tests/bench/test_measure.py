@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rnnfast.backends import native
+from rnnfast.backends import cpu
 from rnnfast.bench import measure
 from rnnfast.bench.measure import (
     Disagreement,
@@ -74,7 +74,7 @@ def test_what_differs_is_not_timed(actual: dict[str, torch.Tensor], message: str
 
 
 def test_fma_peak_is_a_speed_where_the_library_is() -> None:
-    if (reason := native.why_not()) is not None:
+    if (reason := cpu.why_not()) is not None:
         pytest.skip(reason)
     peak = fma_peak()
     assert peak is not None
@@ -112,7 +112,7 @@ def test_the_limit_is_that_of_the_parts(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("cell", ["rnn", "rnn_relu", "lstm", "gru"])
 def test_limits_are_found_where_the_library_is(cell: str) -> None:
-    if (reason := native.why_not()) is not None:
+    if (reason := cpu.why_not()) is not None:
         pytest.skip(reason)
     flops = dict.fromkeys(("recurrent_flops", "parallel_flops", "weight_flops"), 1e6)
     work = Work(cell, 3, 40, **flops, forward_units=1e4, backward_units=1e4)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import rnnfast.scan  # noqa: F401  (defines the operators)
-from rnnfast.backends import native
+from rnnfast.backends import cpu
 from rnnfast.cells import CELLS
 from tests.scans import GRADIENTS, OUTPUTS, widened
 
@@ -143,7 +143,7 @@ class Error(NamedTuple):
 
 def compare(case: Case, dtype: torch.dtype) -> dict[str, Error]:
     """The errors of everything the native scan computes."""
-    native.load()
+    cpu.load()
     arguments = build(case, dtype)
     d_outputs = gradients_like(arguments, dtype)
     outputs, gradients = run("cpu", arguments, d_outputs)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 import rnnfast
-from tests.cpu.harness import Case, build, gradients_like, native
+from rnnfast.backends import cpu
+from tests.cpu.harness import Case, build, gradients_like
 
-pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
+pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
 
 Change = Callable[[Any], Any]
 NAMES = ("input", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "h_0", "c_0", "batch_sizes", "cell", "bidirectional")
@@ -23,7 +24,7 @@ PROJECTED, GRU = Case("lstm", projected=5), Case("gru")
 
 @pytest.fixture(autouse=True)
 def _library() -> None:
-    native.load()
+    cpu.load()
 
 
 def absent(_: Any) -> None:

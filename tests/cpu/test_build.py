@@ -14,11 +14,9 @@ import pytest
 import torch
 
 from rnnfast import building
-from rnnfast.backends import native
+from rnnfast.backends.cpu import build
 
-needs_compiler = pytest.mark.skipif(
-    not building.compiler() or native._ninja() is None, reason="no C++ compiler or ninja"
-)
+needs_compiler = pytest.mark.skipif(not building.compiler() or build.ninja() is None, reason="no C++ compiler or ninja")
 
 
 @needs_compiler
@@ -30,10 +28,10 @@ def test_a_folder_of_any_name(tmp_path: Path) -> None:
         assert found is not None
         shutil.copy(found / name, sources / name)
     work.mkdir()
-    text = native._ninja_file(sources, building.compiler(), tmp_path / "torch's $folder")
+    text = build._ninja_file(sources, building.compiler(), tmp_path / "torch's $folder")
     (work / "build.ninja").write_text(text)
     done = subprocess.run(
-        [str(native._ninja()), "-C", str(work), "threads.o"], capture_output=True, text=True, check=False
+        [str(build.ninja()), "-C", str(work), "threads.o"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert (work / "threads.o").exists()
@@ -55,9 +53,9 @@ def ninja(work: Path, *arguments: str, compiler: tuple[str, ...] | None = None) 
     """Runs it on the library's own build file."""
     sources = building.sources()
     assert sources is not None
-    text = native._ninja_file(sources, compiler or building.compiler(), Path(torch.__file__).parent)
+    text = build._ninja_file(sources, compiler or building.compiler(), Path(torch.__file__).parent)
     (work / "build.ninja").write_text(text)
-    command = [str(native._ninja()), "-C", str(work), *arguments]
+    command = [str(build.ninja()), "-C", str(work), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -66,8 +64,8 @@ def ninja(work: Path, *arguments: str, compiler: tuple[str, ...] | None = None) 
 def test_the_compiler_warns_of_nothing(tmp_path: Path) -> None:
     sources = building.sources()
     assert sources is not None
-    files = [path.stem for path in native._source_files(sources) if path.suffix == ".cpp" and path.stem != "kernels"]
-    known, _ = native._instruction_sets(building.compiler())
+    files = [path.stem for path in build._source_files(sources) if path.suffix == ".cpp" and path.stem != "kernels"]
+    known, _ = build._instruction_sets(building.compiler())
     compiler = (*building.compiler(), "-Werror", "-fsyntax-only")  # which leaves no objects
     ninja(tmp_path, *(f"{name}.o" for name in (*files, *known)), compiler=compiler)
 
@@ -76,7 +74,7 @@ def test_the_compiler_warns_of_nothing(tmp_path: Path) -> None:
 @needs_compiler
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm, of the binutils")
 def test_an_instruction_set_shares_no_function(tmp_path: Path) -> None:
-    *_, newest = native._instruction_sets(building.compiler())[0]
+    *_, newest = build._instruction_sets(building.compiler())[0]
     ninja(tmp_path, f"{newest}.o")
     command = ["nm", "--demangle", "--defined-only", str(tmp_path / f"{newest}.o")]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -88,21 +86,21 @@ def test_an_instruction_set_shares_no_function(tmp_path: Path) -> None:
 def test_a_compiler_may_lack_newer_instruction_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     sources = building.sources()
     assert sources is not None
-    monkeypatch.setattr(native, "_INSTRUCTION_SETS", dict.fromkeys(("generic", "avx2", "avx512_bf16", "amx"), "-flag"))
-    monkeypatch.setattr(native, "_accepts", lambda compiler, name, flags: False)
-    known, defines = native._instruction_sets(["c++"])
+    monkeypatch.setattr(build, "_INSTRUCTION_SETS", dict.fromkeys(("generic", "avx2", "avx512_bf16", "amx"), "-flag"))
+    monkeypatch.setattr(build, "_accepts", lambda compiler, name, flags: False)
+    known, defines = build._instruction_sets(["c++"])
     assert [*known] == ["generic", "avx2"]
     assert not defines
-    text = native._ninja_file(sources, ["c++"], Path("torch"))
+    text = build._ninja_file(sources, ["c++"], Path("torch"))
     assert "avx512_bf16" not in text
     assert "amx" not in text
 
 
 @needs_compiler
 def test_what_ninja_says_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(native, "_ninja_file", lambda *_: "build library.so: no_such_rule\n")
+    monkeypatch.setattr(build, "_ninja_file", lambda *_: "build library.so: no_such_rule\n")
     with pytest.raises(RuntimeError, match="unknown build rule 'no_such_rule'"):
-        native.compile_library(tmp_path / "library.so")
+        build.compile_library(tmp_path / "library.so")
 
 
 def compiler_script(folder: Path, script: str) -> str:
@@ -121,14 +119,14 @@ def test_a_compiler_that_fails_is_told_in_whatever_encoding(
     monkeypatch.setenv("CXX", compiler_script(tmp_path, script))
     reason = "gr\ufffdn" if "gr" in script else "no space left"
     with pytest.raises(RuntimeError, match=f"compiler failed; {reason}"):
-        native.compile_library(tmp_path / "library.so")
+        build.compile_library(tmp_path / "library.so")
     assert [path.name for path in tmp_path.iterdir()] == ["compiler"]
 
 
 @needs_compiler
 def test_an_instruction_set_that_the_assembler_lacks_is_left_out(tmp_path: Path) -> None:
     script = 'for word; do [ "$word" = -fsyntax-only ] && exit 0; done; grep -q tilezero && exit 1; exit 0'
-    known, _ = native._instruction_sets([compiler_script(tmp_path, script)])
+    known, _ = build._instruction_sets([compiler_script(tmp_path, script)])
     assert "amx" not in known
     if "avx512" in known:
         assert "avx512_bf16" in known
@@ -174,8 +172,8 @@ def test_the_lock_ends_although_a_child_was_forked_with_it(tmp_path: Path, capfd
 def test_a_library_that_cannot_be_loaded_says_what_to_do(tmp_path: Path) -> None:
     code = """
 import torch, rnnfast
-from rnnfast.backends import native
-native._installed = lambda: native.Path(DAMAGED)
+from rnnfast.backends.cpu import build
+build.installed = lambda: build.Path(DAMAGED)
 layer = rnnfast.GRU(3, 4)
 for _ in range(2):
     layer(torch.randn(5, 2, 3))

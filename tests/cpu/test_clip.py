@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rnnfast.backends import native
+from rnnfast.backends import cpu
 from rnnfast.lm.trainer import clip_gradients
 
-pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
+pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
 
 # One element, edges of vectors and blocks, none at all, more than one thread's worth.
 SHAPES = [[(1,)], [(5, 3), (33,), (0, 4)], [(4096,), (4097,), (31,)], [(300, 300), (300,), (28, 300)]]
@@ -110,7 +110,7 @@ def test_what_is_left_to_torch() -> None:
 
 
 def test_mistakes_of_the_operator() -> None:
-    native.load()
+    cpu.load()
     for gradient in (torch.randn(3).double(), torch.randn(4, 4).t()):
         with pytest.raises(RuntimeError, match="float32, contiguous"):
             torch.ops.rnnfast.clip_gradients_cpu([gradient], 1.0)

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import rnnfast
-from rnnfast.backends import native
+from rnnfast.backends import cpu
 from rnnfast.lm.loss import cross_entropy
 from tests.cpu.harness import rms
 
 # Tokens, hidden units, vocabulary: one of each, edges of vectors and tiles, more than one block of rows or of classes.
 SHAPES = [(1, 1, 1), (3, 5, 2), (49, 33, 16), (130, 64, 28), (129, 100, 300), (257, 1, 17), (48, 300, 520)]
-pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
+pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
 
 FLOOR = 1e-6  # a few roundings, granted on top of twice torch's own error
 
@@ -179,7 +179,7 @@ def test_a_target_outside_the_vocabulary(target: int) -> None:
 
 
 def test_mistakes_of_the_operator() -> None:
-    native.load()
+    cpu.load()
     hidden, weight, bias, targets = (t.detach() for t in build(6, 5, 4))
     operator = torch.ops.rnnfast.linear_cross_entropy_cpu
     with pytest.raises(RuntimeError, match="weight must be contiguous"):

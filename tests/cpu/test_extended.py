@@ -10,11 +10,13 @@ from torch import Tensor
 
 import rnnfast
 from rnnfast import extended
+from rnnfast.backends import cpu
+from rnnfast.backends.cpu import packing
 from rnnfast.cells import CELLS
-from tests.cpu.harness import Case, build, native
+from tests.cpu.harness import Case, build
 from tests.scans import widened
 
-pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
+pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
 
 OPTIONS = {
     "recurrent dropout": {"mask"},
@@ -39,7 +41,7 @@ MASK = len(LEAVES)  # where recurrent_mask stands in the arguments, and behind i
 
 @pytest.fixture(autouse=True)
 def _library() -> None:
-    native.load()
+    cpu.load()
 
 
 def extend(case: Case, option: str, dtype: torch.dtype = torch.float64) -> list[Any]:
@@ -315,10 +317,10 @@ def test_inference_keeps_packed_weights_and_has_the_bits_of_training(cell: str, 
         expected = stack(input)[0].detach()
         with torch.no_grad():
             assert torch.equal(stack(input)[0], expected)
-            kept = {key: entry.weights for key, entry in native.packings.items()}
+            kept = {key: entry.weights for key, entry in packing.packings.items()}
             assert torch.equal(stack(input)[0], expected)
             assert len(kept) == 2
-            assert all(native.packings[key].weights is weights for key, weights in kept.items())
+            assert all(packing.packings[key].weights is weights for key, weights in kept.items())
             stack.weight_hh_l0.mul_(0.5)
             stack.weight_ih_l1.add_(0.1)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import rnnfast
-from rnnfast.backends import native
+from rnnfast.backends import cpu
 from rnnfast.direct import training
 
 STEPS, BATCH, INPUTS, HIDDEN = 64, 64, 8, 80  # a tape of 5 x 80 floats a row is 6.5 MB of an LSTM, 5.2 MB of a GRU
@@ -42,7 +42,7 @@ def step(steps, batch):
 def use():
     return resource.getrusage(resource.RUSAGE_SELF)
 """
-    native.load()  # compiles, if need be, before the time is taken
+    cpu.load()  # compiles, if need be, before the time is taken
     done = subprocess.run([sys.executable, "-c", head + code], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     return [int(number) for number in done.stdout.split()]
@@ -157,7 +157,7 @@ def test_a_compiled_layer_has_large_tapes(layer: Any) -> None:
 
 
 def test_a_kept_block_makes_an_ordinary_tensor() -> None:
-    native.load()
+    cpu.load()
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         like = torch.zeros(1, dtype=dtype)
         tensor = torch.ops.rnnfast.direct_empty_cpu(like, [3, 1000, 1000])
@@ -170,7 +170,7 @@ def test_a_kept_block_makes_an_ordinary_tensor() -> None:
 
 @keeps_tensors
 def test_direct_calls_keep_what_the_operators_keep() -> None:
-    native.load()
+    cpu.load()
     like = torch.zeros(1)
     for size, kept in ((training.WORTH_KEEPING, True), (training.WORTH_KEEPING - 4, False)):
         tensor = torch.ops.rnnfast.direct_empty_cpu(like, [size // 4])
@@ -218,8 +218,8 @@ def test_outputs_that_live_share_no_memory(layer: Any) -> None:
 @linux
 def test_kept_tensors_in_a_forked_child_and_at_exit() -> None:
     code = """
-from rnnfast.backends import native
-native.load()
+from rnnfast.backends import cpu
+cpu.load()
 like = torch.zeros(1)
 tapes = [torch.ops.rnnfast.direct_empty_cpu(like, [1, 3000, 1000]).fill_(i) for i in range(3)]
 del tapes[1]  # kept when the process forks

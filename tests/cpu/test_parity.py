@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 import rnnfast
+from rnnfast.backends import cpu
 from rnnfast.cells import CELLS
 from tests.cpu import test_cross_entropy, test_extended
-from tests.cpu.harness import Case, compare, native
+from tests.cpu.harness import Case, compare
 
-pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
+pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
 
 SHAPES = [
     # lanes, steps, batch, inputs, hidden
@@ -125,7 +126,7 @@ def test_float32_error_of_sums_over_rows_is_at_most_twice_that_of_torch(
 
 def test_bfloat16_is_rounded_to_nearest_even() -> None:
     """As torch rounds: what is stored of a relu is the very sum of a weight's column and a bias."""
-    native.load()
+    cpu.load()
     mantissa = torch.arange(128) / 128
     weight = torch.cat([(1 + mantissa) * 2.0**e for e in (-30, 0, 100)]).bfloat16()
     for part in (0.25, 0.5, 0.75):  # of the weight's last bit's value

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import rnnfast
-from rnnfast.backends import native
+from rnnfast.backends import cpu
 from tests.cpu.harness import DTYPES, Case, assert_same, build, gradients_like, run
 from tests.cpu.test_parity import check
 
-pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
+pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
 
 STEPS, BATCH = 70, 61
 CASES = ("rnn_tanh", "lstm", "gru")

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from rnnfast.cells import CELLS
-from tests.cpu.harness import Case, assert_same, build, gradients_like, native, run
+from tests.cpu.harness import Case, assert_same, build, cpu, gradients_like, run
 from tests.cpu.test_parity import check
 from tests.cpu.test_threads import with_threads
 from tests.scans import widened
 
-pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
+pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
 
 UNITS = 200  # 13 groups of 16 columns, of which the last is half full
 GROUP = 16
@@ -28,7 +28,7 @@ def one_step(batch: int, sizes: list[float], state: float) -> tuple[list, list]:
 
 
 def gradients_of(backend: str, arguments: list, d_outputs: list) -> dict[str, Tensor]:
-    native.load()
+    cpu.load()
     return run(backend, arguments, d_outputs)[1]
 
 

@@ -11,16 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from rnnfast.backends.cpu import packing
 from rnnfast.cells import CELLS
 from tests.cpu import test_extended
-from tests.cpu.harness import DTYPES, Case, build, gradients_like, native, run
+from tests.cpu.harness import DTYPES, Case, build, cpu, gradients_like, run
 
-pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
+pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
 
 
 @pytest.fixture(autouse=True)
 def _library() -> None:
-    native.load()
+    cpu.load()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -74,34 +75,34 @@ def test_packed_weights_give_the_same_bits(cell: str, dtype: torch.dtype, ids: b
     for projected in (0, 5) if cell == "lstm" else (0,):
         arguments = build(Case(cell, 2, 6, 5, 9, 37, projected, ids, ragged=True), dtype)
         lanes = [[None if w is None else w[lane].clone() for w in arguments[1:6]] for lane in range(2)]
-        packed = native.packed_weights(lanes, cell, ids)
-        assert native.packed_weights(lanes, cell, ids) is packed
-        got = native.scan_packed(arguments[0], packed, *arguments[6:9], bidirectional=True)
+        packed = packing.packed_weights(lanes, cell, ids)
+        assert packing.packed_weights(lanes, cell, ids) is packed
+        got = packing.scan_packed(arguments[0], packed, *arguments[6:9], bidirectional=True)
         assert all(map(torch.equal, got, torch.ops.rnnfast.scan_cpu(*arguments, False)))
 
         lanes[1][1].mul_(2)  # seen by its version
         arguments[2][1].mul_(2)
-        changed = native.packed_weights(lanes, cell, ids)
+        changed = packing.packed_weights(lanes, cell, ids)
         assert changed is not packed
-        got = native.scan_packed(arguments[0], changed, *arguments[6:9], bidirectional=True)
+        got = packing.scan_packed(arguments[0], changed, *arguments[6:9], bidirectional=True)
         assert all(map(torch.equal, got, torch.ops.rnnfast.scan_cpu(*arguments, False)))
 
-        kept = len(native.packings)
+        kept = len(packing.packings)
         del lanes
-        assert len(native.packings) == kept - 1
+        assert len(packing.packings) == kept - 1
 
 
 def test_weights_that_become_a_transpose_of_their_memory_are_packed_anew() -> None:
     """As by an assignment to `.data`, which changes no version; nor are shape and address others, of a square."""
     w_ih, w_hh = torch.randn(9, 5), torch.randn(9, 9)
     lanes = [[w_ih, w_hh, None, None, None]]
-    native.packed_weights(lanes, "rnn_tanh", False)
+    packing.packed_weights(lanes, "rnn_tanh", False)
     before = w_hh.shape, w_hh.data_ptr(), w_hh._version
     w_hh.data = w_hh.data.t()
     assert (w_hh.shape, w_hh.data_ptr(), w_hh._version) == before
-    packed = native.packed_weights(lanes, "rnn_tanh", False)
+    packed = packing.packed_weights(lanes, "rnn_tanh", False)
     input, h_0 = torch.randn(6, 5), torch.randn(1, 3, 9)
-    output, _, _ = native.scan_packed(input, packed, h_0, None)
+    output, _, _ = packing.scan_packed(input, packed, h_0, None)
     layer = (input, w_ih[None], w_hh.contiguous()[None], None, None, None, h_0, None, None, "rnn_tanh", False)
     assert torch.equal(output, torch.ops.rnnfast.scan_cpu(*layer, False)[0])
 
@@ -111,38 +112,38 @@ def test_lasting_weights_remember_nothing_of_those_that_are_gone() -> None:
     lasting = torch.randn(12, 5)
 
     def count() -> tuple[int, int, int]:
-        return len(native.packings), len(weakref.getweakrefs(lasting)), len(weakref.finalize._registry)
+        return len(packing.packings), len(weakref.getweakrefs(lasting)), len(weakref.finalize._registry)
 
     counts = []
     for _ in range(5):
-        native.packed_weights([[lasting, torch.randn(12, 4), None, None, None]], "gru", False)
+        packing.packed_weights([[lasting, torch.randn(12, 4), None, None, None]], "gru", False)
         counts.append(count())
     assert counts[1:] == counts[:1] * 4
 
 
 def test_forgotten_weights_can_be_swapped() -> None:
     weights, other = [torch.randn(12, 5), torch.randn(12, 4)], torch.randn(12, 5)
-    native.packed_weights([[*weights, None, None, None]], "gru", False)
+    packing.packed_weights([[*weights, None, None, None]], "gru", False)
     with pytest.raises(RuntimeError, match="weakref"):
         torch.utils.swap_tensors(weights[0], other)
-    native.forget()
+    packing.forget()
     expected = other.clone()
     torch.utils.swap_tensors(weights[0], other)
     assert torch.equal(weights[0], expected)
-    packed = native.packed_weights([[*weights, None, None, None]], "gru", False)
+    packed = packing.packed_weights([[*weights, None, None, None]], "gru", False)
     input, h_0 = torch.randn(6, 5), torch.zeros(1, 3, 4)
-    output, _, _ = native.scan_packed(input, packed, h_0, None)
+    output, _, _ = packing.scan_packed(input, packed, h_0, None)
     layer = (input, expected[None], weights[1][None], None, None, None, h_0, None, None, "gru", False)
     assert torch.equal(output, torch.ops.rnnfast.scan_cpu(*layer, False)[0])
 
 
 def test_packed_weights_that_do_not_fit() -> None:
     w_ih, w_hh, *_ = build(Case("gru"), torch.float32)[1:6]
-    packed = native.packed_weights([[w_ih[0], w_hh[0], None, None, None]], "gru", False)
+    packed = packing.packed_weights([[w_ih[0], w_hh[0], None, None, None]], "gru", False)
     with pytest.raises(RuntimeError, match=r"input must be contiguous float32 of shape \(3, 4\)"):
-        native.scan_packed(torch.zeros(3, 5), packed, torch.zeros(1, 3, 8), None)
+        packing.scan_packed(torch.zeros(3, 5), packed, torch.zeros(1, 3, 8), None)
     with pytest.raises(RuntimeError, match="not weights that scan_cpu_pack has packed"):
-        native.scan_packed(torch.zeros(3, 4), torch.zeros(1000, dtype=torch.uint8), torch.zeros(1, 3, 8), None)
+        packing.scan_packed(torch.zeros(3, 4), torch.zeros(1000, dtype=torch.uint8), torch.zeros(1, 3, 8), None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -321,11 +322,12 @@ def test_a_missing_compiler_is_a_reason(tmp_path: object) -> None:
     code = """
 import torch
 import rnnfast.scan
-from rnnfast.backends import native
-native._installed = lambda: None
-print(native.why_not())
+from rnnfast.backends import cpu
+from rnnfast.backends.cpu import build
+build.installed = lambda: None
+print(cpu.why_not())
 try:
-    native.load()
+    cpu.load()
 except RuntimeError as error:
     print(error)
 """
@@ -341,14 +343,15 @@ except RuntimeError as error:
 def test_a_failing_compiler_is_a_reason(tmp_path: object) -> None:
     code = """
 import rnnfast.scan
-from rnnfast.backends import native
-native._installed = lambda: None
-assert native.why_not() is None
+from rnnfast.backends import cpu
+from rnnfast.backends.cpu import build
+build.installed = lambda: None
+assert cpu.why_not() is None
 try:
-    native.load()
+    cpu.load()
 except RuntimeError as error:
     print(error)
-print(native.why_not())
+print(cpu.why_not())
 """
     env = os.environ | {"CXX": "false", "RNNFAST_CACHE": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)

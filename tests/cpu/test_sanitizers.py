@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rnnfast import building
-from rnnfast.backends import native
+from rnnfast.backends.cpu import build
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc/cpu"
@@ -53,7 +53,7 @@ def test_memory_under_sanitizers(sanitizer: str, tmp_path: Path) -> None:
 
 @pytest.mark.skipif("RNNFAST_SANITIZE" not in os.environ, reason="takes minutes; set RNNFAST_SANITIZE=1 to run it")
 def test_kernels_under_address_sanitizer(tmp_path: Path) -> None:
-    objects, (instruction_sets, defines) = [], native._instruction_sets(COMPILER)
+    objects, (instruction_sets, defines) = [], build._instruction_sets(COMPILER)
     for isa, flags in instruction_sets.items():
         objects.append(str(tmp_path / f"{isa}.o"))
         flags = f"-std=c++17 -O1 -g -ffp-contract=off -Wno-psabi -fno-sanitize-recover=all -DRNNFAST_ISA={isa} {flags}"

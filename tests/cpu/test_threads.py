@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from rnnfast.cells import CELLS
-from tests.cpu.harness import DTYPES, Case, assert_same, build, gradients_like, native, run
+from tests.cpu.harness import DTYPES, Case, assert_same, build, cpu, gradients_like, run
 from tests.scans import OUTPUTS
 
-pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
+pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
 
 
 @pytest.fixture(autouse=True)
 def _library() -> None:
-    native.load()
+    cpu.load()
 
 
 def with_threads(count: int, arguments: list, d_outputs: list) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -93,9 +93,9 @@ def test_fewer_threads_than_were_asked_for(active_levels: int) -> None:
     """Where OpenMP gives one (in a parallel region, or as OMP_DYNAMIC has it), a scan split for four is whole."""
     code = f"""
 import ctypes, torch
-from tests.cpu.test_threads import Case, assert_same, build, gradients_like, native, with_threads
+from tests.cpu.test_threads import Case, assert_same, build, cpu, gradients_like, with_threads
 
-native.load()
+cpu.load()
 openmp = {{line.split()[-1] for line in open("/proc/self/maps") if "libgomp" in line or "libomp" in line}}
 for library in openmp:
     ctypes.CDLL(library).omp_set_max_active_levels({active_levels})
@@ -164,8 +164,8 @@ def test_after_fork() -> None:
     code = """
 import os, sys, warnings, torch
 warnings.simplefilter("ignore")
-from tests.cpu.harness import DTYPES, Case, build, gradients_like, native, run
-native.load()
+from tests.cpu.harness import DTYPES, Case, build, cpu, gradients_like, run
+cpu.load()
 torch.set_num_threads(2)
 arguments = build(Case("lstm", 1, 50, 16, 8, 128), torch.float32)
 d_outputs = gradients_like(arguments, torch.float32)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from rnnfast import building
-from rnnfast.backends import native
+from rnnfast.backends.cpu.build import ninja
 from rnnfast.backends.cuda import build, launch
 from rnnfast.tuning import arithmetic
 
@@ -54,8 +54,8 @@ def _compile(ninja: str, ninja_file: str, library: Path) -> None:
 
 def _load(namespace: str, instances: str, ours: tuple[str, ...], flags: str = "") -> ctypes.CDLL:
     """The library with its operators registered for the CPU in the namespace; `ours` are the files of this folder."""
-    compiler, ninja = building.compiler(), native._ninja()
-    if not compiler or ninja is None:
+    compiler, command = building.compiler(), ninja()
+    if not compiler or command is None:
         pytest.skip("no C++ compiler or no ninja")
     files = [path for path in build._files() if path.name != "device.cu"]
     files = [path for path in files if path.suffix != ".cu" or re.fullmatch(instances, path.stem)]
@@ -69,7 +69,7 @@ def _load(namespace: str, instances: str, ours: tuple[str, ...], flags: str = ""
     if not library.exists():
         with building.one_process(library.parent):  # of several that run the tests
             if not library.exists():
-                _compile(ninja, text, library)
+                _compile(command, text, library)
     torch.ops.load_library(str(library))
     functions = ctypes.CDLL(str(library))
     functions.rnnfast_run_fault.restype = ctypes.c_char_p

@@ -87,15 +87,15 @@ def test_where_compiled_code_runs(architecture, capability, runs):
 def test_an_installed_library_is_used_if_it_is_of_these_sources_and_for_these_devices(monkeypatch, tmp_path):
     monkeypatch.setattr(building, "PACKAGE", tmp_path)
     monkeypatch.setattr(build, "_capabilities", lambda: [(9, 0)])
-    assert build._installed() is None
+    assert build.installed() is None
     (tmp_path / "librnnfast_cuda-0123456789ab-80-90a.so").touch()
-    assert build._installed() is None
+    assert build.installed() is None
     installed = tmp_path / build.installed_name(("80", "90a"))
     installed.touch()
-    assert build._installed() == installed
+    assert build.installed() == installed
     assert build.library() == installed
     monkeypatch.setattr(build, "_capabilities", lambda: [(9, 0), (12, 0)])
-    assert build._installed() is None
+    assert build.installed() is None
 
 
 def test_what_is_missing_is_told(monkeypatch, toolkit, tmp_path):

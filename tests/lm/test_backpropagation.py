@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from rnnfast.backends import native
+from rnnfast.backends import cpu
 from rnnfast.lm import RNNLM, RNNLMScratch, generate, train_step, train_steps
 from rnnfast.lm.backpropagation import backpropagate
 
-pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
+pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
 module = importlib.import_module("rnnfast.lm.backpropagation")
 VOCABULARY, N, T, B, UNITS = 28, 5, 12, 4, 24
 CELLS: dict[str, dict[str, Any]] = {"rnn": {}, "rnn_relu": {"num_layers": 2}, "lstm": {"num_layers": 3}, "gru": {}}
@@ -444,7 +444,7 @@ def arguments() -> dict[str, Any]:
     ],
 )
 def test_the_operators_refuse_what_does_not_fit(name: str, value: Any, message: str) -> None:
-    native.load()
+    cpu.load()
     torch.ops.rnnfast.backpropagate_cpu(**arguments())
     with pytest.raises(RuntimeError, match=message):
         torch.ops.rnnfast.backpropagate_cpu(**arguments() | {name: value})

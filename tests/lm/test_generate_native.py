@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from rnnfast import dispatch
-from rnnfast.backends import native
+from rnnfast.backends import cpu
 from rnnfast.errors import UserError
-from rnnfast.lm import RNNLM, RNNLMScratch, generate
+from rnnfast.lm import RNNLM, RNNLMScratch, generate, operators
 from rnnfast.lm.generate import CHUNK, native_parts
 
-if native.why_not() is not None:
-    pytest.skip(f"no cpu backend: {native.why_not()}", allow_module_level=True)
+if cpu.why_not() is not None:
+    pytest.skip(f"no cpu backend: {cpu.why_not()}", allow_module_level=True)
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "rnn": lambda: RNNLM(28, "rnn", 64),
@@ -95,7 +95,7 @@ def test_draws_at_the_edges_of_tokens() -> None:
         parts = native_parts(model)
         assert parts is not None
         uniforms = torch.tensor(draws, dtype=torch.float64)
-        return native.generate(*parts, 1, len(draws), uniforms, **settings)[0].tolist()
+        return operators.generate(*parts, 1, len(draws), uniforms, **settings)[0].tolist()
 
     assert drawn([1e-9, 0.25, 0.26, 0.5, 0.75, 1.0]) == [0, 0, 1, 1, 2, 3]
     assert drawn([2.0]) == [3]  # no draw, and still a token
@@ -117,9 +117,9 @@ def test_lengths_around_a_chunk(length: int) -> None:
 def test_states_and_ids_go_on_from_call_to_call() -> None:
     parts = native_parts(varied("three layers"))
     assert parts is not None
-    whole, *states = native.generate(*parts, 1, 20)
-    first, h, c = native.generate(*parts, 1, 7)
-    rest, h, c = native.generate(*parts._replace(h_0=h, c_0=c), int(first[-1]), 13)
+    whole, *states = operators.generate(*parts, 1, 20)
+    first, h, c = operators.generate(*parts, 1, 7)
+    rest, h, c = operators.generate(*parts._replace(h_0=h, c_0=c), int(first[-1]), 13)
     assert torch.equal(torch.cat([first, rest]), whole)
     assert torch.equal(h, states[0])
     assert torch.equal(c, states[1])
@@ -130,7 +130,7 @@ def test_the_states_are_the_bits_of_the_layers() -> None:
     parts = native_parts(model)
     assert isinstance(model, RNNLM)
     assert parts is not None
-    ids, h, c = native.generate(*parts, 1, 20)
+    ids, h, c = operators.generate(*parts, 1, 20)
     with torch.no_grad():
         _, (h_n, c_n) = model.rnn.eval()(torch.cat([torch.tensor([1]), ids[:-1]]).view(-1, 1))
     assert torch.equal(h, h_n)
@@ -180,7 +180,7 @@ def test_logits_that_are_not_numbers() -> None:
     assert parts is not None
     for draws in (None, torch.ones(5, dtype=torch.float64)):
         with pytest.raises(RuntimeError, match="not finite: there is nothing to draw a token from"):
-            native.generate(*parts, 1, 5, draws)
+            operators.generate(*parts, 1, 5, draws)
     for either in (model, Wrapped(model)):
         for temperature in (0.0, 1.0):
             with pytest.raises(UserError, match="not finite, there is nothing to draw from"):
@@ -201,16 +201,16 @@ def test_parts_that_do_not_fit() -> None:
     assert parts is not None
     h = parts.h_0
     with pytest.raises(RuntimeError, match="outside the vocabulary"):
-        native.generate(*parts, 28, 5)
+        operators.generate(*parts, 28, 5)
     with pytest.raises(RuntimeError, match="does not fit"):
-        native.generate(*parts._replace(c_0=None), 1, 5)
+        operators.generate(*parts._replace(c_0=None), 1, 5)
     with pytest.raises(RuntimeError, match="does not fit"):
-        native.generate(parts.packed[1:], torch.zeros(28, 9), *parts[2:4], h[1:], h[1:], 1, 5)
+        operators.generate(parts.packed[1:], torch.zeros(28, 9), *parts[2:4], h[1:], h[1:], 1, 5)
     with pytest.raises(RuntimeError, match="scan_cpu_pack"):
-        native.generate([torch.zeros(1000, dtype=torch.uint8)], *parts[1:], 1, 5)
+        operators.generate([torch.zeros(1000, dtype=torch.uint8)], *parts[1:], 1, 5)
     with pytest.raises(RuntimeError, match="a draw for each token, must be contiguous float64"):
-        native.generate(*parts, 1, 5, torch.ones(4, dtype=torch.float64))
+        operators.generate(*parts, 1, 5, torch.ones(4, dtype=torch.float64))
     with pytest.raises(RuntimeError, match="top_k must be positive"):
-        native.generate(*parts, 1, 5, torch.ones(5, dtype=torch.float64), top_k=0)
+        operators.generate(*parts, 1, 5, torch.ones(5, dtype=torch.float64), top_k=0)
     with pytest.raises(RuntimeError, match="head_bias must be"):
-        native.generate(parts.packed, parts.embedding, parts.head_weight, torch.zeros(5), h, h, 1, 5)
+        operators.generate(parts.packed, parts.embedding, parts.head_weight, torch.zeros(5), h, h, 1, 5)

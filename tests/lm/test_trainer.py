@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rnnfast.backends import native
+from rnnfast.backends import cpu
 from rnnfast.lm import TrainConfig, load_corpus, train, train_step
 from rnnfast.lm.config import build_model
 from rnnfast.lm.trainer import Trainer, evaluate, learning_rate_factor
@@ -90,7 +90,7 @@ def test_train_step_is_the_chapters(clip: float) -> None:
 
 @pytest.mark.parametrize("stalled", [True, False])
 def test_the_optimizer_takes_one_thread_while_scans_do(stalled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "is_stalled", lambda: stalled)
+    monkeypatch.setattr(cpu, "is_stalled", lambda: stalled)
     threads: list[int] = []
 
     class Failing(torch.optim.SGD):

@@ -8,7 +8,6 @@ setup.py imports this file without the package, so torch is imported only where 
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
 import re
@@ -16,22 +15,22 @@ import runpy
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from rnnfast import building
-from rnnfast.errors import note
 
-_ABI = f"-DTORCH_TARGET_VERSION={building.TARGET_ABI}ULL"
-_NVCC_FLAGS = f"-std=c++17 -O3 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden -DUSE_CUDA {_ABI}"
-_CXX_FLAGS = f"-std=c++17 -O2 -fPIC -fvisibility=hidden -Wall -Wextra {_ABI}"
+_NVCC_FLAGS = (
+    f"-std=c++17 -O3 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden -DUSE_CUDA {building.TARGET_ABI}"
+)
+_CXX_FLAGS = f"-std=c++17 -O2 -fPIC -fvisibility=hidden -Wall -Wextra {building.TARGET_ABI}"
 DEFAULT_ARCHITECTURES = ("80", "90a")
 
 
 def why_not() -> str | None:
     """Returns why there is no library and none can be compiled, or None. Compiles and loads nothing."""
-    return None if _installed() is not None else why_not_compile()
+    return None if installed() is not None else why_not_compile()
 
 
 def why_not_compile() -> str | None:
@@ -54,23 +53,17 @@ def library() -> Path:
     Raises:
         RuntimeError: it cannot be compiled; the message says why, or ends with what nvcc said.
     """
-    installed = _installed()
-    if installed is not None:
-        return installed
+    if (found := installed()) is not None:
+        return found
     reason = why_not_compile()
     if reason is not None:
         raise RuntimeError(reason)
     import torch
 
     targets = device_architectures() or named_architectures() or DEFAULT_ARCHITECTURES
-    stamp = repr((source_hash(), targets, torch.__version__, nvcc(), _nvcc_version())).encode()
-    target = building.cache_folder() / hashlib.sha256(stamp).hexdigest()[:16] / "librnnfast_cuda.so"
-    if not target.exists():
-        with building.one_process(target.parent):
-            if not target.exists():
-                note(f"compiling the CUDA scan into {target.parent} (once)")
-                compile_library(target, targets)
-    return target
+    stamp = (source_hash(), targets, torch.__version__, nvcc(), _nvcc_version())
+    compile_for = partial(compile_library, architectures=targets)
+    return building.compiled_once(stamp, "librnnfast_cuda.so", "the CUDA scan", compile_for)
 
 
 def compile_library(target: Path, architectures: tuple[str, ...]) -> None:
@@ -98,12 +91,7 @@ def installed_name(architectures: tuple[str, ...]) -> str:
 
 def source_hash() -> str:
     """A hash of csrc/cuda, which names the library that belongs to it; "none" without sources."""
-    if _sources() is None:
-        return "none"
-    digest = hashlib.sha256(_NVCC_FLAGS.encode())
-    for path in _files():
-        digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()[:12]
+    return "none" if _sources() is None else building.hash_of(_files(), _NVCC_FLAGS)
 
 
 def named_architectures() -> tuple[str, ...]:
@@ -140,7 +128,7 @@ def nvcc() -> str | None:
     return found or (str(usual) if usual.exists() else None)
 
 
-def _installed() -> Path | None:
+def installed() -> Path | None:
     """The library beside the package, if it is of the sources that are there and runs on every device."""
     for path in sorted(building.PACKAGE.glob("librnnfast_cuda-*.so")):
         _, sources, *architectures = path.stem.split("-")
@@ -168,11 +156,7 @@ def _capabilities() -> list[tuple[int, int]]:
 
 def _commands(architectures: tuple[str, ...], work: Path) -> list[list[str]]:
     """What compiles each file into the folder `work` and, last, links library.so there."""
-    torch = importlib.util.find_spec("torch")
-    assert torch is not None
-    assert torch.origin is not None
-    folder = Path(torch.origin).parent
-    include = ["-isystem", f"{folder}/include", "-isystem", f"{folder}/include/torch/csrc/api/include"]
+    torch = building.torch_folder()
     compilers = {
         ".cu": [nvcc() or "", *_NVCC_FLAGS.split(), *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures)],
         ".cpp": [*building.compiler(), *_CXX_FLAGS.split()],
@@ -181,15 +165,13 @@ def _commands(architectures: tuple[str, ...], work: Path) -> list[list[str]]:
     for path in _files():
         if path.suffix in compilers:
             objects.append(str(work / f"{path.stem}.o"))
-            commands.append([*compilers[path.suffix], *include, "-c", str(path), "-o", objects[-1]])
+            commands.append([*compilers[path.suffix], *building.includes(torch), "-c", str(path), "-o", objects[-1]])
     link = [nvcc() or "", "-shared", "-cudart", "shared", *objects, "-o", str(work / "library.so")]
-    return [*commands, [*link, f"-L{folder}/lib", "-ltorch_cpu", "-ltorch_cuda"]]
+    return [*commands, [*link, f"-L{torch}/lib", "-ltorch_cpu", "-ltorch_cuda"]]
 
 
 def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    if done.returncode:
-        raise RuntimeError("; ".join([f"{command[0]} failed", *building.what_failed(done.stdout + done.stderr)]))
+    building.run(command, command[0])
 
 
 def _nvcc_release() -> str:

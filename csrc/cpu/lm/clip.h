@@ -1,9 +1,9 @@
-// Clipping of gradients by their norm, and gradient descent. The schema is in rnnfast/backends/native.py.
+// Clipping of gradients by their norm, and gradient descent. The schema is in rnnfast/lm/operators.py.
 #pragma once
 
 #include <vector>
 
-#include "tensors.h"
+#include "../tensors.h"
 
 namespace rnnfast {
 

@@ -4,10 +4,10 @@
 #include <cstring>
 
 #include "clip.h"
-#include "kernels.h"
-#include "memory.h"
-#include "tensors.h"
-#include "threads.h"
+#include "../kernels.h"
+#include "../memory.h"
+#include "../tensors.h"
+#include "../threads.h"
 
 namespace rnnfast {
 namespace {

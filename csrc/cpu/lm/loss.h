@@ -1,7 +1,7 @@
-// The operator of cross_entropy.h, on tensors. Its schema is in rnnfast/backends/native.py.
+// The operator of cross_entropy.h, on tensors. Its schema is in rnnfast/lm/operators.py.
 #pragma once
 
-#include "ops.h"
+#include "../ops.h"
 
 namespace rnnfast {
 

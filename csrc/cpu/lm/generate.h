@@ -3,11 +3,11 @@
 
 #include <vector>
 
-#include "ops.h"
+#include "../ops.h"
 
 namespace rnnfast {
 
-// Feeds `token`, picks the next by its logits, feeds that, `length` times. The schema is in rnnfast/backends/native.py,
+// Feeds `token`, picks the next by its logits, feeds that, `length` times. The schema is in rnnfast/lm/operators.py,
 // which documents the arguments; the choice of a token is that of rnnfast/lm/generate.py.
 std::tuple<Tensor, Tensor, Tensor> generate_cpu(std::vector<Tensor> packed, OptionalTensor embedding, Tensor head_weight,
                                                 OptionalTensor head_bias, Tensor h_0, OptionalTensor c_0, int64_t token,

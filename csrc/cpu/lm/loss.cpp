@@ -1,7 +1,7 @@
 #include "loss.h"
 
-#include "kernels.h"
-#include "tensors.h"
+#include "../kernels.h"
+#include "../tensors.h"
 
 namespace rnnfast {
 

@@ -4,8 +4,8 @@
 #include <cmath>
 #include <limits>
 
-#include "kernels.h"
-#include "layer.h"
+#include "../kernels.h"
+#include "../layer.h"
 
 namespace rnnfast::RNNFAST_ISA {
 

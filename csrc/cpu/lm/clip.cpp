@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <cmath>
 
-#include "kernels.h"
-#include "ops.h"
-#include "threads.h"
+#include "../kernels.h"
+#include "../ops.h"
+#include "../threads.h"
 
 namespace rnnfast {
 namespace {

@@ -9,9 +9,9 @@
 #include <functional>
 #include <numeric>
 
-#include "kernels.h"
-#include "tensors.h"
-#include "threads.h"
+#include "../kernels.h"
+#include "../tensors.h"
+#include "../threads.h"
 
 namespace rnnfast {
 namespace {

@@ -1,8 +1,8 @@
 // The linear head of a language model on one hidden state.
 #pragma once
 
-#include "kernels.h"
-#include "layer.h"
+#include "../kernels.h"
+#include "../layer.h"
 
 namespace rnnfast::RNNFAST_ISA {
 

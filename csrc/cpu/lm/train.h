@@ -1,5 +1,5 @@
 // Backpropagation through time for a language model of recurrent layers and a linear head, without a return to Python, nor
-// torch's autograd, between its parts. The schemas are in rnnfast/backends/native.py.
+// torch's autograd, between its parts. The schemas are in rnnfast/lm/operators.py.
 //
 // `parameters` are w_ih, w_hh and the biases of each layer, b_ih and b_hh, or b_ih alone, or none; then the head's weight (V, H)
 // and bias (V). They are float32. States (L, B, H) are float32 or bfloat16, and so are the layers' products. Inputs and targets
@@ -8,7 +8,7 @@
 
 #include <vector>
 
-#include "ops.h"
+#include "../ops.h"
 
 namespace rnnfast {
 

@@ -1,0 +1,126 @@
+"""The cpu backend: the native library of csrc/cpu, loaded, and its C functions.
+
+Nothing is compiled or loaded at import.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from typing import TYPE_CHECKING, Any
+
+from rnnfast import building
+from rnnfast.backends.cpu import build
+from rnnfast.errors import note
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rnnfast.dispatch import Request
+
+# Operators of this backend alone: weights packed once for many calls without gradients, and what is done with them.
+_SCHEMAS = (
+    "scan_cpu_pack(Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, str cell, bool ids) -> Tensor",
+    "scan_extended_cpu_pack(Tensor w_ih, Tensor w_hh, Tensor? w_hr, str cell, bool ids) -> Tensor",
+    "scan_cpu_packed(Tensor input, Tensor packed, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, bool bidirectional)"
+    " -> (Tensor output, Tensor h_n, Tensor c_n)",
+    "weight_samples_cpu(Tensor[] weights, int units, bool whole) -> Tensor",
+    "direct_plan_cpu(Tensor[] packed, Tensor weight_samples) -> Tensor",
+    "direct_layer_cpu(Tensor w_ih, Tensor w_hh, Tensor? w_hr, str cell, bool ids) -> Tensor",
+    "direct_empty_cpu(Tensor like, int[] sizes) -> Tensor",
+)
+_lock = threading.Lock()
+_library: Any = None
+# The C functions of csrc/cpu/direct.h, once the library is loaded. Each takes the bytes of a structure, and returns
+# whether it is done, or the weights are stale, or something else is wrong.
+infer: Any = None
+forward: Any = None
+backward: Any = None
+weight_gradients: Any = None
+pack_backward: Any = None  # returns a number of bytes
+gates_bytes: Any = None  # takes the address of a layer
+DONE, STALE = 0, 1
+is_stalled: Any = None  # takes nothing; whether this thread's scans lately lost more by a team than they gained
+are_as_they_were: Any = None  # of csrc/cpu/weight_samples.h
+_loaded = False
+_failure: str | None = None
+
+
+def _forked() -> None:
+    """A child may have been forked while another thread compiled, and has no such thread."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_forked)
+
+
+def load() -> None:
+    """Loads the native library, compiling it first if need be (about half a minute, once).
+
+    Raises:
+        RuntimeError: there is no library and it cannot be compiled; the message says why.
+    """
+    global _loaded, _failure, _library, are_as_they_were
+    global infer, forward, backward, weight_gradients, pack_backward, gates_bytes, is_stalled
+    if _loaded:
+        return
+    with _lock:
+        if _loaded:
+            return
+        reason = why_not()
+        if reason is not None:
+            raise RuntimeError(reason)
+        import torch
+
+        try:
+            path = build.library()
+            try:
+                torch.ops.load_library(str(path))
+            except OSError as error:
+                raise RuntimeError(f"{error}; if it is damaged, delete that file") from error
+            _library = torch.library.Library("rnnfast", "FRAGMENT")
+            for schema in _SCHEMAS:
+                _library.define(schema)
+            torch.library.register_fake("rnnfast::direct_empty_cpu", _empty, lib=_library)
+            functions = ctypes.CDLL(str(path))
+            names = ("infer", "forward", "backward", "weight_gradients", "pack_backward", "gates_bytes")
+            infer, forward, backward, weight_gradients, pack_backward, gates_bytes = (
+                getattr(functions, f"rnnfast_{name}_cpu") for name in names
+            )
+            for function in (infer, forward, backward, weight_gradients, pack_backward):
+                function.argtypes = [ctypes.c_char_p]
+            pack_backward.restype = ctypes.c_int64
+            gates_bytes.argtypes = [ctypes.c_void_p]
+            is_stalled = functions.rnnfast_is_stalled_cpu
+            are_as_they_were = functions.rnnfast_are_as_they_were
+            are_as_they_were.argtypes = [ctypes.c_void_p]
+        except (OSError, RuntimeError, ValueError) as error:
+            _failure = f"the native library failed to compile or load: {error}"
+            if isinstance(error, OSError) and str(error.filename).startswith(str(building.cache_folder())):
+                _failure += "; set RNNFAST_CACHE to a folder that can be written"
+            # `auto` goes on without it, and slower, as `explain` tells those who ask.
+            note(_failure)
+            raise RuntimeError(_failure) from error
+        _loaded = True
+
+
+def _empty(like: Tensor, sizes: list[int]) -> Tensor:
+    """`direct_empty_cpu` without memory, for torch's compiler, which compiled autograd shows this function."""
+    return like.new_empty(sizes)
+
+
+def why_not() -> str | None:
+    """Returns why the native library is not available and cannot be compiled, or None. Compiles and loads nothing."""
+    return None if _loaded else _failure or build.why_not()
+
+
+def declines(request: Request) -> str | None:
+    """Returns why this backend cannot run a `rnnfast.dispatch.Request`, or None."""
+    import torch
+
+    if request.dtype in (torch.float32, torch.float64, torch.bfloat16):
+        return None
+    return f"it computes in float32, float64 and bfloat16, the weights are {request.dtype}"
