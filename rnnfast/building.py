@@ -18,25 +18,12 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
+from rnnfast import files
 from rnnfast.errors import note
 
 PACKAGE = Path(__file__).resolve().parent
 TARGET_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"  # torch 2.10
 WORK = ".build"  # what the names of folders end with in which something is compiled
-
-
-def cache_folder() -> Path:
-    """Where libraries, measurements and texts are kept: $RNNFAST_CACHE, or rnnfast in the user's cache folder (XDG).
-
-    Raises:
-        RuntimeError: there is no home folder for it.
-    """
-    try:
-        if folder := os.environ.get("RNNFAST_CACHE"):
-            return Path(folder).expanduser()
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rnnfast"
-    except RuntimeError as error:
-        raise RuntimeError(f"{error} Set RNNFAST_CACHE to a folder that can be written") from error
 
 
 @cache
@@ -88,7 +75,7 @@ def hash_of(files: Iterable[Path], *more: object) -> str:
 
 def compiled_once(stamp: object, name: str, what: str, compile_library: Callable[[Path], None]) -> Path:
     """The library in the cache that belongs to a stamp, compiled now if it is not there."""
-    library = cache_folder() / hashlib.sha256(repr(stamp).encode()).hexdigest()[:16] / name
+    library = files.cache_folder() / hashlib.sha256(repr(stamp).encode()).hexdigest()[:16] / name
     if not library.exists():
         with one_process(library.parent):
             if not library.exists():

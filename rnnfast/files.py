@@ -1,14 +1,26 @@
-"""Files that are written whole or not at all, and folders that one process at a time writes."""
+"""Where files are kept, and how they are written: whole or not at all."""
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from rnnfast.errors import UserError, note, reason
+from rnnfast.errors import UserError, reason
+
+
+def cache_folder() -> Path:
+    """Where libraries, measurements and texts are kept: $RNNFAST_CACHE, or rnnfast in the user's cache folder (XDG).
+
+    Raises:
+        RuntimeError: there is no home folder for it.
+    """
+    try:
+        if folder := os.environ.get("RNNFAST_CACHE"):
+            return Path(folder).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rnnfast"
+    except RuntimeError as error:
+        raise RuntimeError(f"{error} Set RNNFAST_CACHE to a folder that can be written") from error
 
 
 def expanded(path: Path | str) -> Path:
@@ -66,63 +78,8 @@ def atomic_write(path: Path, data: bytes) -> None:
 
 
 def _temporary(path: Path) -> tuple[int, str]:
-    """A new file beside `path`, open for writing; `held` knows its name."""
+    """A new file beside `path`, open for writing; lm/run_folder.py knows its name."""
     return tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-
-
-@contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Keep a run's folder to oneself, made if it is missing and removed again if it stays empty.
-
-    Checkpoints that a killed run left half written are removed once the folder is locked, since only its run writes
-    checkpoints into it; where it cannot be locked they stay.
-
-    Raises:
-        UserError: it cannot be made, or is held already.
-    """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {folder}: {reason(error)}; choose another one") from error
-    try:
-        with _locked(folder) as is_locked:
-            for remnant in folder.glob(".checkpoint.safetensors.*.part") if is_locked else ():
-                with suppress(OSError):  # it is in nobody's way
-                    remnant.unlink()
-            yield
-    finally:
-        with suppress(OSError):  # the first that is not empty
-            for path in made:
-                path.rmdir()
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """Whether it is locked, which some systems cannot do."""
-    try:
-        import fcntl
-    except ImportError:  # on Windows
-        yield False
-        return
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"cannot read the folder {folder}: {reason(error)}; choose another one") from error
-    is_locked = False
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released however the process ends
-            is_locked = True
-        except BlockingIOError as error:
-            raise UserError(
-                f"another run is training in {folder}: wait until it has ended, or choose another folder"
-            ) from error
-        except OSError as error:  # some network file systems lock no folders
-            note(f"{folder} cannot be locked ({reason(error)}): start no second run in it")
-        yield is_locked
-    finally:
-        os.close(descriptor)
 
 
 def _umask() -> int:

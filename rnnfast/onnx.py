@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from rnnfast.scan import BACKENDS, STATES
+from rnnfast.scan import BACKEND_NAMES, WITH_STATES
 
 # torch.nn's gates in ONNX's order: i o f g of i f g o, z r n of r z n.
-_GATE_ORDER = {"rnn_tanh": (0,), "rnn_relu": (0,), "lstm": (0, 3, 1, 2), "gru": (1, 0, 2)}
+GATE_ORDER = {"rnn_tanh": (0,), "rnn_relu": (0,), "lstm": (0, 3, 1, 2), "gru": (1, 0, 2)}
 
 
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
@@ -89,8 +89,8 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
 
     ops = torch.ops.rnnfast
     return {
-        **{getattr(ops, f"scan_{backend}").default: scan for backend in BACKENDS},
-        **{getattr(ops, f"scan_{backend}_states").default: states for backend in STATES},
+        **{getattr(ops, f"scan_{backend}").default: scan for backend in BACKEND_NAMES},
+        **{getattr(ops, f"scan_{backend}_states").default: states for backend in WITH_STATES},
         ops.scan_extended_cpu.default: extended,
         ops.cut.default: cut,
     }
@@ -98,7 +98,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
 
 def _reorder(op: Any, weight: Any, cell: str) -> Any:
     """Gates (D, G*H, ...) in ONNX's order."""
-    order = _GATE_ORDER[cell]
+    order = GATE_ORDER[cell]
     hidden = int(weight.shape[1]) // len(order)
     rows = [gate * hidden + unit for gate in order for unit in range(hidden)]
     return op.Gather(weight, op.Constant(value_ints=rows), axis=1) if len(order) > 1 else weight

@@ -20,8 +20,11 @@ from rnnfast.autocast import without_autocast
 from rnnfast.backends import reference, torch_nn
 from rnnfast.cells import CELLS
 
-BACKENDS = ("reference", "cpu", "triton", "cuda", "torch")
-STATES = ("reference", "cpu")  # those with an operator for the states of every step of an LSTM, `scan_<backend>_states`
+BACKEND_NAMES = ("reference", "cpu", "triton", "cuda", "torch")
+WITH_STATES = (
+    "reference",
+    "cpu",
+)  # those with an operator for the states of every step of an LSTM, `scan_<backend>_states`
 
 _LAYER = (
     "Tensor input, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, Tensor h_0, Tensor? c_0, "
@@ -65,7 +68,7 @@ def scan(
     size of an LSTM with projections (Sak et al. 2014) and H elsewhere.
 
     Args:
-        backend: one of `BACKENDS`; it must be loaded (`rnnfast.dispatch` sees to it).
+        backend: one of `BACKEND_NAMES`; it must be loaded (`rnnfast.dispatch` sees to it).
         input: (N, I) floating, or (N,) int64 token ids. Rows are time-major, as in `PackedSequence.data`.
         weights: the lanes' parameters, stacked: each with a leading dimension D.
         h_0, c_0: (D, B, P) and (D, B, H); c_0 is for the LSTM only.
@@ -137,7 +140,7 @@ def lstm_states(
     tensors = (input, *weights, h_0, c_0)
     if forward_ad._current_level >= 0:
         output, cells, _ = _states_definition(*tensors, batch_sizes, "lstm", bidirectional)
-    elif backend in STATES:
+    elif backend in WITH_STATES:
         output, cells, _, _ = call(FORMULAS[f"{backend}_states"], tensors, batch_sizes, "lstm", bidirectional)
     else:
         with torch.no_grad():
@@ -303,7 +306,7 @@ def define(
 
 _SIZES = 9, 8, (1, 2, 3, 4, 5)  # of _LAYER
 FORMULAS: dict[str, derivatives.Formula] = {}
-for _backend in BACKENDS:
+for _backend in BACKEND_NAMES:
     FORMULAS[_backend] = define(
         f"scan_{_backend}",
         (FORWARD_SCHEMA, BACKWARD_SCHEMA),
@@ -313,7 +316,7 @@ for _backend in BACKENDS:
         _definition,
         _SIZES,
     )
-for _backend in STATES:
+for _backend in WITH_STATES:
     FORMULAS[f"{_backend}_states"] = define(
         f"scan_{_backend}_states",
         (FORWARD_SCHEMA.replace("Tensor h_n", "Tensor cells"), BACKWARD_SCHEMA.replace("d_h_n", "d_cells")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import operator
 import re
@@ -187,15 +188,8 @@ class Stack(nn.Module):
 
     def extra_repr(self) -> str:
         parts = [repr(self.cell), str(self.input_size), str(list(self.hidden_sizes))]
-        defaults: dict[str, Any] = {"bias": True, "batch_first": False, "bidirectional": False, "proj_size": 0}
-        defaults |= dict.fromkeys(("input_dropout", "dropout", "recurrent_dropout", "weight_dropout"), 0.0)
-        defaults |= {
-            "zoneout": (0.0, 0.0),
-            "layer_norm": False,
-            "peepholes": False,
-            "connection": None,
-            "backend": dispatch.AUTO,
-        }
+        keywords = [p for p in inspect.signature(Stack).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        defaults = {p.name: p.default for p in keywords if p.name not in ("device", "dtype")} | {"zoneout": (0.0, 0.0)}
         options = {name: getattr(self, name) for name in defaults}
         return ", ".join(parts + [f"{name}={value!r}" for name, value in options.items() if value != defaults[name]])
 

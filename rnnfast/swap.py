@@ -28,7 +28,6 @@ _OURS: dict[type[nn.Module], type[nn.Module]] = {
 }
 _NAMES = {theirs.__name__ for theirs in _OURS}
 _METHODS = "forward", "step", "states", "__prepare_scriptable__"
-_ATTRIBUTES = (*_METHODS, "backend")
 # What of a class takes part in a call: a subclass that changes none of it computes what torch.nn's does.
 _TAKING_PART = (
     "forward",
@@ -235,7 +234,7 @@ def _why_not(module: nn.Module) -> str | None:
         return f"{kind.__name__} has a {changed[0]} of its own; derive it from rnnfast.{base.__name__}"
     if "forward" in vars(module):
         return "its forward was replaced on the object"
-    taken = [name for name in _ATTRIBUTES if name != "forward" and hasattr(module, name)]
+    taken = [name for name in (*_METHODS[1:], "backend") if hasattr(module, name)]
     if taken:
         return f"it has an attribute {taken[0]} of its own, which rnnfast's would hide"
     return None

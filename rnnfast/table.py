@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from rnnfast import building
-from rnnfast.files import atomic_write
+from rnnfast.files import atomic_write, cache_folder
 
 FORMAT = 1
 SHIPPED = Path(__file__).parent / "tables"
@@ -256,7 +256,7 @@ def read(path: Path) -> Table:
 def path_of(wanted: Identity) -> Path:
     """Where the user's own table is kept: a file for each card, driver, torch and state of the sources."""
     stamp = hashlib.sha256(repr((wanted.driver, wanted.torch, sorted(wanted.sources.items()))).encode()).hexdigest()
-    return building.cache_folder() / "tables" / f"{_slug(wanted.card)}-{stamp[:12]}.json"
+    return cache_folder() / "tables" / f"{_slug(wanted.card)}-{stamp[:12]}.json"
 
 
 def identity(device: int) -> Identity:

@@ -120,7 +120,7 @@ ScanParams make_params(const Tensor& h_0, const Tensor& output, const OptionalTe
   return p;
 }
 
-// `team` is what plan() returns.
+// `team` is kernel, blocks, rows and warps, as in `Plan.team` of rnnfast/backends/cuda/launch.py.
 void run(ScanParams& p, const Tensor& h_0, const std::string& cell_name, const std::string& numbers_name, bool backward,
          const Ints& team) {
   const Cell cell = parse_cell(cell_name);

@@ -16,11 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from rnnfast.bench.layers import FORWARD, Contestant, Setup
+from rnnfast.onnx import GATE_ORDER
 
 ONNXRUNTIME, JAX = "onnxruntime", "jax"
-
-# Gate orders as indices into torch's: torch has i f g o and r z n, ONNX has i o f c (c is torch's g) and z r h.
-_ONNX_GATES = {"lstm": (0, 3, 1, 2), "gru": (1, 0, 2)}
 
 
 def missing() -> list[str]:
@@ -60,10 +58,8 @@ def onnx_session(layer: nn.RNNBase, steps: int, batch: int, with_state: bool) ->
 
     def reorder(parameter: Any) -> Any:
         array = parameter.detach().numpy()
-        if cell not in _ONNX_GATES:
-            return array[None]
-        gates = array.reshape(len(_ONNX_GATES[cell]), hidden, *array.shape[1:])
-        return gates[list(_ONNX_GATES[cell])].reshape(1, *array.shape)
+        gates = array.reshape(len(GATE_ORDER[cell]), hidden, *array.shape[1:])
+        return gates[list(GATE_ORDER[cell])].reshape(1, *array.shape)
 
     bias = np.concatenate([reorder(layer.bias_ih_l0), reorder(layer.bias_hh_l0)], axis=1)
     weights = {"W": reorder(layer.weight_ih_l0), "R": reorder(layer.weight_hh_l0), "B": bias}

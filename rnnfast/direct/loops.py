@@ -71,7 +71,7 @@ class Rows:
         self.w_hh: Tensor | None = None
         self.w_ih: Tensor | None = None
         sizes = layer.row_bytes
-        self.memory = torch.ops.rnnfast.direct_empty_cpu.default(layer.kept, [_MOST_ROWS * sum(sizes)])
+        self.memory = cpu.empty(layer.kept, _MOST_ROWS * sum(sizes))
         start = self.memory.data_ptr()
         self.starts = start, start + _MOST_ROWS * sizes[0], start + _MOST_ROWS * (sizes[0] + sizes[1])
         self.sums: list[Tensor] | None = None
@@ -99,7 +99,7 @@ class Rows:
     def _pack(self, sizes: tuple[int, int], w_hh: int, w_ih: int) -> Tensor:
         layer = self.layer
         size = cpu.pack_backward(_pack_call(layer.address, *sizes, w_hh, w_ih, 0))
-        packed: Tensor = torch.ops.rnnfast.direct_empty_cpu.default(layer.kept, [size])
+        packed = cpu.empty(layer.kept, size)
         if size:
             cpu.pack_backward(_pack_call(layer.address, *sizes, w_hh, w_ih, packed.data_ptr()))
         return packed

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 from struct import Struct
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -108,7 +108,7 @@ def empty(like: Tensor, *sizes: int) -> Tensor:
     """The library keeps the memory of a large one from call to call; a small one is not worth the operator."""
     if prod(sizes) * like.itemsize < WORTH_KEEPING:
         return torch.empty(sizes, dtype=like.dtype)
-    return cast("Tensor", torch.ops.rnnfast.direct_empty_cpu.default(like, sizes))
+    return cpu.empty(like, *sizes)
 
 
 def _empty_like(tensor: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rnnfast import building
+from rnnfast import files
 from rnnfast.errors import UserError, note, reason
 from rnnfast.files import atomic_write, expanded
 from rnnfast.lm.config import TrainConfig
@@ -75,7 +75,7 @@ def _cached() -> Path | None:
     if folder := os.environ.get("RNNFAST_CACHE"):
         _named_by("RNNFAST_CACHE", folder)
     try:
-        return building.cache_folder() / "timemachine.txt"
+        return files.cache_folder() / "timemachine.txt"
     except RuntimeError:
         return None
 

@@ -24,12 +24,13 @@ from torch import nn
 from tqdm import tqdm
 
 from rnnfast.errors import UserError, note, reason
-from rnnfast.files import atomic_write, expanded, held
+from rnnfast.files import atomic_write, expanded
 from rnnfast.lm import checkpoint as checkpoints
 from rnnfast.lm.config import TrainConfig, check_backend, flag, pick_device
 from rnnfast.lm.data import load_corpus
 from rnnfast.lm.generate import encode_prefix
 from rnnfast.lm.plot import plot
+from rnnfast.lm.run_folder import held
 from rnnfast.lm.trainer import LOOK_EVERY, Trainer
 from rnnfast.lm.vocab import Vocab
 

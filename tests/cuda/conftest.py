@@ -18,6 +18,7 @@ import torch
 from rnnfast import building
 from rnnfast.backends.cpu.build import ninja
 from rnnfast.backends.cuda import build, launch
+from rnnfast.files import cache_folder
 from rnnfast.tuning import arithmetic
 
 HERE = Path(__file__).parent
@@ -65,7 +66,7 @@ def _load(namespace: str, instances: str, ours: tuple[str, ...], flags: str = ""
     stamp = hashlib.sha256((text + torch.__version__).encode())
     for path in files:
         stamp.update(path.read_bytes())
-    library = building.cache_folder() / f"emulated-{stamp.hexdigest()[:16]}" / "emulated.so"
+    library = cache_folder() / f"emulated-{stamp.hexdigest()[:16]}" / "emulated.so"
     if not library.exists():
         with building.one_process(library.parent):  # of several that run the tests
             if not library.exists():

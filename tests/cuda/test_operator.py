@@ -9,12 +9,10 @@ import torch
 
 from rnnfast.backends import cuda
 from rnnfast.backends.cuda.launch import Plan
-from rnnfast.scan import BACKENDS, Weights, scan
+from rnnfast.scan import Weights, scan
 from tests.scans import random_layer
 
 from .test_scan import use
-
-pytestmark = pytest.mark.skipif("cuda" not in BACKENDS, reason="rnnfast::scan_cuda is not defined in rnnfast/scan.py")
 
 
 @pytest.fixture

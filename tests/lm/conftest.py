@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rnnfast import building
+from rnnfast import files
 from rnnfast.lm import data
 from rnnfast.lm.config import check_backend
 
@@ -21,7 +21,7 @@ def _offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def refuse(url: str, timeout: float) -> None:
         raise urllib.error.URLError("no network in tests")
 
-    monkeypatch.setattr(building, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(files, "cache_folder", lambda: tmp_path / "cache")
     monkeypatch.setattr(data.urllib.request, "urlopen", refuse)
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from rnnfast import building
+from rnnfast import files
 from rnnfast.lm import Batches, UserError, Vocab, data, load_corpus, random_batches, sequential_batches
 
-CACHE_FOLDER = building.cache_folder  # the tests' own is another
+CACHE_FOLDER = files.cache_folder  # the tests' own is another
 needs_time_machine = pytest.mark.skipif(not os.environ.get("RNNFAST_DATA"), reason="RNNFAST_DATA is not set")
 
 
@@ -101,7 +101,7 @@ def test_a_home_that_is_none_in_a_variable_is_an_error(variable: str, monkeypatc
 def test_without_a_home_there_is_no_cache_but_a_text(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(building, "cache_folder", CACHE_FOLDER)
+    monkeypatch.setattr(files, "cache_folder", CACHE_FOLDER)
     monkeypatch.setattr(Path, "home", classmethod(lambda cls: Path("~nosuch").expanduser()))
     for variable in ("RNNFAST_DATA", "RNNFAST_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(variable, raising=False)
@@ -146,7 +146,7 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.delenv("RNNFAST_DATA", raising=False)
-    monkeypatch.setattr(building, "cache_folder", lambda: tmp_path / "file" / "cache")
+    monkeypatch.setattr(files, "cache_folder", lambda: tmp_path / "file" / "cache")
     monkeypatch.setattr(data, "_download", lambda url: b"x")
     monkeypatch.setattr(data, "TIME_MACHINE_SHA1", hashlib.sha1(b"x").hexdigest())
     assert data.time_machine() == "x"
@@ -328,6 +328,6 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", "/xdg")
         patch.delenv("RNNFAST_CACHE", raising=False)
-        assert building.cache_folder() == Path("/xdg/rnnfast")
+        assert files.cache_folder() == Path("/xdg/rnnfast")
         patch.setenv("RNNFAST_CACHE", "/mine")
-        assert building.cache_folder() == Path("/mine")
+        assert files.cache_folder() == Path("/mine")

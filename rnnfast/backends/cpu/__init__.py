@@ -10,13 +10,14 @@ import os
 import threading
 from typing import TYPE_CHECKING, Any
 
-from rnnfast import building
+import torch
+from torch import Tensor
+
+from rnnfast import files
 from rnnfast.backends.cpu import build
 from rnnfast.errors import note
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from rnnfast.dispatch import Request
 
 # Operators of this backend alone: weights packed once for many calls without gradients, and what is done with them.
@@ -73,8 +74,6 @@ def load() -> None:
         reason = why_not()
         if reason is not None:
             raise RuntimeError(reason)
-        import torch
-
         try:
             path = build.library()
             try:
@@ -99,12 +98,18 @@ def load() -> None:
             are_as_they_were.argtypes = [ctypes.c_void_p]
         except (OSError, RuntimeError, ValueError) as error:
             _failure = f"the native library failed to compile or load: {error}"
-            if isinstance(error, OSError) and str(error.filename).startswith(str(building.cache_folder())):
+            if isinstance(error, OSError) and str(error.filename).startswith(str(files.cache_folder())):
                 _failure += "; set RNNFAST_CACHE to a folder that can be written"
             # `auto` goes on without it, and slower, as `explain` tells those who ask.
             note(_failure)
             raise RuntimeError(_failure) from error
         _loaded = True
+
+
+def empty(like: Tensor, *sizes: int) -> Tensor:
+    """A tensor of the dtype of `like` in memory that the library keeps from call to call."""
+    result: Tensor = torch.ops.rnnfast.direct_empty_cpu.default(like, sizes)
+    return result
 
 
 def _empty(like: Tensor, sizes: list[int]) -> Tensor:
@@ -119,8 +124,6 @@ def why_not() -> str | None:
 
 def declines(request: Request) -> str | None:
     """Returns why this backend cannot run a `rnnfast.dispatch.Request`, or None."""
-    import torch
-
     if request.dtype in (torch.float32, torch.float64, torch.bfloat16):
         return None
     return f"it computes in float32, float64 and bfloat16, the weights are {request.dtype}"
