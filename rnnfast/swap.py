@@ -64,6 +64,19 @@ class Method:
     def __code__(self) -> types.CodeType:
         return self._function.__code__  # torch.export names it in its messages
 
+    # A bound method's attributes, for what wraps the function in it and binds that again (Hugging Face Accelerate).
+    @property
+    def __func__(self) -> Callable[..., Any]:
+        return self._function
+
+    @property
+    def __self__(self) -> nn.Module:
+        return self._owner()
+
+    @property
+    def __name__(self) -> str:
+        return self._function.__name__
+
     @property
     def __wrapped__(self) -> Any:
         """Where `inspect` finds the signature."""
@@ -101,6 +114,8 @@ class SwapReport(tuple[Swap, ...]):
     def __repr__(self) -> str:
         rows = [(", ".join(name or "(the model)" for name in swap.names), swap.kind) for swap in self]
         widths = [max((len(row[column]) for row in rows), default=0) for column in range(2)]
+        if not self:
+            return "0 swapped, 0 left: there is no RNN, LSTM, GRU or cell of torch.nn's in it"
         lines = [f"{len(self.swapped)} swapped, {len(self.left)} left"]
         for swap, row in zip(self, rows, strict=True):
             what = "swapped" if swap.left_because is None else f"left: {swap.left_because}"
@@ -143,23 +158,32 @@ def restore(model: nn.Module) -> None:
 
     Raises:
         TypeError: it is no module.
-        RuntimeError: a module has since been given yet another `forward`, as some libraries' hooks do.
+        RuntimeError: a module has since been given yet another `forward`, as by some libraries' hooks: remove these.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"restore takes a torch.nn.Module, got {type(model).__name__}")
     accelerated = [(name, module) for name, module in model.named_modules() if _bound_names(module)]
     for name, module in accelerated:
-        if not isinstance(vars(module).get("forward"), Method):
-            raise RuntimeError(f"'{name}' has had its forward replaced since it was accelerated: undo that first")
+        if not _has_our_forward(module):
+            raise RuntimeError(
+                f"{name or 'the model'} has been given another forward since it was accelerated: "
+                "first remove what replaced it, such as a library's hooks"
+            )
     for _, module in accelerated:
-        for name in (*_bound_names(module), "backend"):
+        for name in {"forward", "backend", *_bound_names(module)}:
             delattr(module, name)
 
 
 def is_ours(module: Any) -> bool:
     """Whether a layer or cell is of a class of rnnfast's, or one of torch.nn's that is accelerated."""
-    ours = isinstance(module, layers.DropIn | cell_modules.DropInCell)
-    return ours or isinstance(vars(module).get("forward"), Method)
+    return isinstance(module, layers.DropIn | cell_modules.DropInCell) or _has_our_forward(module)
+
+
+def _has_our_forward(module: nn.Module) -> bool:
+    forward = vars(module).get("forward")
+    if isinstance(forward, types.MethodType):  # that of a library that took ours apart and put it together again
+        return forward.__func__ is getattr(_OURS.get(_base(type(module))), "forward", None)
+    return isinstance(forward, Method)
 
 
 compiling.let_dynamo_trace(is_ours)
@@ -233,7 +257,7 @@ def _why_not(module: nn.Module) -> str | None:
     if changed:
         return f"{kind.__name__} has a {changed[0]} of its own; derive it from rnnfast.{base.__name__}"
     if "forward" in vars(module):
-        return "its forward was replaced on the object"
+        return "its forward was replaced on the object; accelerate before that, as before a library that sets hooks"
     taken = [name for name in (*_METHODS[1:], "backend") if hasattr(module, name)]
     if taken:
         return f"it has an attribute {taken[0]} of its own, which rnnfast's would hide"

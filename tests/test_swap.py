@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import importlib
 import inspect
 import io
 import pickle
 import pickletools
+import types
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -343,12 +345,39 @@ def test_a_forward_replaced_since_is_not_undone() -> None:
     rnnfast.accelerate(model)
     ours = model.encoder.forward
     model.encoder.forward = lambda *args: ours(*args)  # type: ignore[method-assign]
-    with pytest.raises(RuntimeError, match="'encoder' has had its forward replaced since it was accelerated"):
+    with pytest.raises(RuntimeError, match="encoder has been given another forward since it was accelerated"):
         rnnfast.restore(model)
     assert swapped(model) == [False, True, True, True]
     model.encoder.forward = ours  # type: ignore[method-assign]
     rnnfast.restore(model)
     assert not any(swapped(model))
+
+
+def test_a_forward_taken_apart_and_put_together_again_is_ours() -> None:
+    """As Hugging Face Accelerate does, for mixed precision and to undo it."""
+    layer, input = nn.LSTM(4, 8), torch.randn(5, 2, 4)
+    rnnfast.accelerate(layer)
+    expected, _ = layer(input)
+    function = layer.forward.__func__
+
+    @functools.wraps(function)
+    def wrapped(*args: Any) -> Any:
+        return function(*args)
+
+    layer.forward = types.MethodType(wrapped, layer)  # type: ignore[method-assign]
+    assert torch.equal(layer(input)[0], expected)
+    assert not is_ours(layer)
+    layer.forward = types.MethodType(layer.forward.__wrapped__, layer)  # type: ignore[method-assign]
+    assert is_ours(layer)
+    assert torch.equal(copy.deepcopy(layer)(input)[0], expected)
+    rnnfast.restore(layer)
+    assert type(layer).__dict__.keys().isdisjoint(vars(layer))
+
+
+def test_a_model_without_any_is_told() -> None:
+    assert str(rnnfast.accelerate(nn.Linear(2, 3))) == (
+        "0 swapped, 0 left: there is no RNN, LSTM, GRU or cell of torch.nn's in it"
+    )
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")

@@ -101,12 +101,19 @@ size_t pack(const ForwardArgs& x) {
   return packed.bytes;
 }
 
+RNNFAST_INLINE size_t max_of(size_t a) { return a; }
+template <class... More>
+RNNFAST_INLINE size_t max_of(size_t a, More... more) {
+  const size_t b = max_of(more...);
+  return a > b ? a : b;
+}
+
 // A backward scan, or a part of it, and behind it the tasks of the gradients that are parallel in time, which threads take as they
 // come free, the last of them once the others are done. `locals`: own_bytes for each thread.
-template <class Scan, class Weights, class Task>
-void scan_then_tasks(const Scan& scan, const Weights& weights, const ScanShape& s, const Split& split, bool is_packed, char* locals,
+template <class Scan, class Input, class Task>
+void scan_then_tasks(const Scan& scan, const Input& input, const ScanShape& s, const Split& split, bool is_packed, char* locals,
                      size_t own_bytes, int64_t tasks, Task run) {
-  const int64_t last_tasks = weights.last_tasks();
+  const int64_t last_tasks = input.last_tasks();
   std::atomic<int64_t> next{0}, next_of_last{tasks - last_tasks};
   Barrier all;
   Team team = team_of(split, scan);
@@ -114,7 +121,7 @@ void scan_then_tasks(const Scan& scan, const Weights& weights, const ScanShape& 
     char* mine = locals + own_bytes * thread;
     if (!is_packed) {
       scan.pack(thread, threads);
-      weights.pack(thread, threads);
+      input.pack(thread, threads);
       all.wait(threads);
     }
     Carver scan_memory(mine);
@@ -137,24 +144,33 @@ void backward(const BackwardArgs& x, int available) {
   Backward<S, O> scan(x, split, gradients);
   WeightGradients<S, O> weights(x, gradients, split.threads);
   gradients.cut(weights.parts());
+  InputGradient<S, O> input(x, gradients, split.threads);
   Carver shared(nullptr), own(nullptr);
   gradients.carve(shared);
   scan.carve(shared);
   weights.carve(shared);
+  input.carve(shared);
   scan.carve_local(own);
-  const size_t own_bytes = own.used() > weights.local_bytes() ? own.used() : weights.local_bytes();
+  const size_t own_bytes = max_of(own.used(), weights.local_bytes(), input.local_bytes());
   const Scratch memory(shared.used() + own_bytes * split.threads);
   Carver carver(memory.data());
   gradients.carve(carver);
   scan.carve(carver);
   weights.carve(carver);
+  input.carve(carver);
+  const int64_t of_weights = weights.tasks();
   for (int64_t i = gradients.parts - 1; i >= 0; --i) {
     const Part part = part_of(s, i, gradients.parts);
     if (part.steps() == 0) continue;
     gradients.go_to(part);
-    weights.begin_part();
-    scan_then_tasks(scan, weights, s, split, !gradients.is_first_part(), memory.data() + shared.used(), own_bytes, weights.tasks(),
-                    [&](int64_t task, char* mine) { weights.run(task, mine); });
+    input.begin_part();
+    scan_then_tasks(scan, input, s, split, !gradients.is_first_part(), memory.data() + shared.used(), own_bytes,
+                    of_weights + input.tasks(), [&](int64_t task, char* mine) {
+                      if (task < of_weights)
+                        weights.run(task, mine);
+                      else
+                        input.run(task - of_weights, mine);
+                    });
   }
 }
 
@@ -186,16 +202,16 @@ size_t pack_backward(const BackwardArgs& x, int available) {
   const Split alone{1, 1, 1, 1};
   const Gradients<S, O> gradients(x.shape);
   const Backward<S, O> scan(x, alone, gradients);
-  const WeightGradients<S, O> weights(x, gradients, 1);
-  const int64_t count = x.w_ih ? weights.packed_count() : scan.packed_count(), bytes = count * int64_t(sizeof(O));
+  const InputGradient<S, O> input(x, gradients, 1);
+  const int64_t count = x.w_ih ? input.packed_count() : scan.packed_count(), bytes = count * int64_t(sizeof(O));
   if (!x.packed_hh && !x.packed_ih) {
     // Rows that lie a power of two apart share few sets of the cache: each tile reads a matrix beyond it once more.
-    const bool in_place = x.w_ih ? weights.reads_in_place() : scan.reads_in_place();
+    const bool in_place = x.w_ih ? input.reads_in_place() : scan.reads_in_place();
     return in_place && bytes <= (x.shape.rows > 1 ? near_bytes() : ADDRESSED) ? 0 : size_t(bytes);
   }
   parallel(worth_threads(count < PARALLEL_REGION ? 1 : available, count), [&](int thread, int threads) {
     if (x.w_ih)
-      weights.pack_ih(thread, threads);
+      input.pack_ih(thread, threads);
     else
       scan.pack_hh(thread, threads);
   });
@@ -238,27 +254,30 @@ void extended_backward(const ExtendedBackwardArgs& x, int available) {
   products.d_b_ih = products.d_b_hh = nullptr;
   biases.d_input = biases.d_w_ih = biases.d_w_hh = biases.d_w_hr = nullptr;
   WeightGradients<S, O> weights(products, scan.of_products(), split.threads), shifts(biases, scan.gates, split.threads);
+  InputGradient<S, O> input(products, scan.of_products(), split.threads);
   Carver shared(nullptr), own(nullptr);
   scan.carve(shared);
   weights.carve(shared);
   shifts.carve(shared);
+  input.carve(shared);
   scan.carve_local(own);
-  const int64_t of_tasks = max64(max64(weights.local_bytes(), shifts.local_bytes()), scan.task_bytes());
-  const size_t own_bytes = size_t(max64(own.used(), of_tasks));
+  const size_t own_bytes =
+      max_of(own.used(), weights.local_bytes(), shifts.local_bytes(), input.local_bytes(), scan.task_bytes());
   const Scratch memory(shared.used() + own_bytes * split.threads);
   Carver carver(memory.data());
   scan.carve(carver);
   weights.carve(carver);
   shifts.carve(carver);
-  const int64_t of_shifts = shifts.tasks(), of_others = of_shifts + scan.tasks();
-  scan_then_tasks(scan, weights, s, split, false, memory.data() + shared.used(), own_bytes, of_others + weights.tasks(),
-                  [&](int64_t task, char* mine) {
-                    if (task < of_shifts)
-                      shifts.run(task, mine);
-                    else if (task < of_others)
-                      scan.run(task - of_shifts, mine);
-                    else
-                      weights.run(task - of_others, mine);
+  input.carve(carver);
+  const int64_t of_shifts = shifts.tasks(), of_scan = scan.tasks(), of_weights = weights.tasks();
+  scan_then_tasks(scan, input, s, split, false, memory.data() + shared.used(), own_bytes,
+                  of_shifts + of_scan + of_weights + input.tasks(), [&](int64_t task, char* mine) {
+                    if (task < of_shifts) return shifts.run(task, mine);
+                    task -= of_shifts;
+                    if (task < of_scan) return scan.run(task, mine);
+                    task -= of_scan;
+                    if (task < of_weights) return weights.run(task, mine);
+                    input.run(task - of_weights, mine);
                   });
 }
 

@@ -1,9 +1,9 @@
-// What follows the backward scan and is parallel in time: the gradients of the input, the weights and the biases.
+// What follows the backward scan and is parallel in time: the gradients of the weights and the biases.
 #pragma once
 
 #include <type_traits>
 
-#include "backward.h"
+#include "input_gradient.h"
 #include "pieces.h"
 #include "sums.h"
 
@@ -26,10 +26,6 @@ class WeightGradients {
   static constexpr int64_t PART_BYTES = 4 << 20;  // gradients of the gates that are kept, or those of GROUP_ROWS
   // Rows, and columns of the factors, from which on a product in pieces is worth packing them.
   static constexpr int64_t PIECES_ROWS = 64, PIECES_COLUMNS = 192;
-  static constexpr int64_t INPUT_ROWS = 48;   // rows of d_input in a task, of some of its panels where they are few
-  // Whether the two directions of a layer add to d_input one after the other, as they need not come to a row in the same part; not
-  // where that would round more.
-  static constexpr bool DIRECTIONS_APART = std::is_same_v<S, T>;
   static constexpr int64_t ID_COLUMNS = 64;
 
   const BackwardArgs& x;
@@ -39,11 +35,8 @@ class WeightGradients {
   const int64_t gate_rows;
   const Panels inputs, states, units_;
   const bool both_weights;  // w_ih's gradient is computed beside w_hh's, from the same gradients of the gates
-  const bool unpacked;                  // w_ih is not packed
   const MatrixUnit* const matrix_unit;  // null where it is not used
-  int64_t input_slices;      // tasks of the same rows of d_input
   int64_t block_rows;       // rows of a weight's gradient in a task
-  O* w_ih;               // packed: d_gates_x w_ih
   T *biases, *lost;      // (2, D, bias_stride): the sums of b_hh and b_ih, and what they have rounded off
   T* ids = nullptr;      // (tasks, 2, I, ID_COLUMNS): those of token ids, from one part to the next
   T* totals = nullptr;   // (2 D G*H + D P, sum_columns): the sums of w_hh, w_ih and w_hr, likewise, where the result rounds more
@@ -52,7 +45,7 @@ class WeightGradients {
     int64_t tasks;
     void (WeightGradients::*run)(int64_t task, char* local) const;
   };
-  Kind kinds[7];  // small tasks behind large ones, so that threads end together
+  Kind kinds[5];  // small tasks behind large ones, so that threads end together
 
  public:
   WeightGradients(const BackwardArgs& args, const Gradients<S, O>& gradients, int how_many)
@@ -65,11 +58,7 @@ class WeightGradients {
         states(plain_panels(s.state, V)),
         units_(plain_panels(s.hidden, V)),
         both_weights(x.d_w_hh && x.d_w_ih && !s.ids && d.last == 0),
-        // Where gradients are permuted, the products of each part are to be added up in the same blocks as those of all.
-        unpacked(!x.packed_ih && worth_no_packing<S, O>(gate_rows, s.input, 1, s.rows) && s.rows <= 2 * INPUT_ROWS &&
-                 (!d.permuted || s.hidden % SUM_BLOCK == 0)),
-        matrix_unit(HAS_PIECES && s.rows >= PIECES_ROWS ? rnnfast::matrix_unit() : nullptr),
-        w_ih(static_cast<O*>(x.packed_ih)) {
+        matrix_unit(HAS_PIECES && s.rows >= PIECES_ROWS ? rnnfast::matrix_unit() : nullptr) {
     // Each task packs all that is multiplied with its columns, which takes a good part of the time where these are few. Sums may well
     // be more than a core's cache holds, but not those of the matrix unit, which is faster: they take half of it and leave the rest to
     // the packed rows of one K_BLOCK. Tasks come out equal for each thread: two or more, as no thread is as fast as the other, if
@@ -80,7 +69,6 @@ class WeightGradients {
     const int64_t rounds = max64(ceil_div(gate_rows, threads * most), min64(2, gate_rows / (threads * SMALL)));
     block_rows = round_up(ceil_div(gate_rows, threads * rounds), V);
     const int64_t blocks = ceil_div(gate_rows, block_rows);
-    begin_part();
     kinds[0] = {x.d_w_hh ? s.lanes * blocks : 0, &WeightGradients::w_hh_gradient};
     // The products of a weight's gradient add up those of the bias beside it, even where the weight has no columns.
     const bool of_input = x.d_w_ih || (s.input == 0 && s.cell == Cell::gru && x.d_w_hh && x.d_b_ih);
@@ -90,19 +78,7 @@ class WeightGradients {
     kinds[4] = {x.d_b_ih && !x.d_w_hh ? s.lanes * ceil_div(gate_rows, SUM_COLUMNS) : 0, &WeightGradients::bias_gradient};
   }
 
-  // Once the gradients of the gates are those of another part.
-  void begin_part() {
-    const int64_t blocks = ceil_div(d.directions[0].count(), INPUT_ROWS);
-    input_slices = max64(1, min64(inputs.count(), ceil_div(threads, blocks)));
-    kinds[5] = {x.d_input ? blocks * input_slices : 0, &WeightGradients::input_gradient<0>};
-    const int64_t reversed = DIRECTIONS_APART && s.bidirectional ? ceil_div(d.directions[1].count(), INPUT_ROWS) : 0;
-    kinds[6] = {x.d_input ? reversed * input_slices : 0, &WeightGradients::input_gradient<1>};
-  }
-
-  bool reads_in_place() const { return unpacked; }
-  int64_t packed_count() const { return s.lanes * packed_size<O>(inputs, gate_rows); }
   void carve(Carver& carver) {
-    if (x.d_input && !unpacked && !x.packed_ih) w_ih = carver.take<O>(packed_count());
     biases = carver.take<T>(2 * s.lanes * bias_stride());
     lost = carver.take<T>(2 * s.lanes * bias_stride());
     if (d.parts > 1 && ids_kept()) ids = carver.take<T>(ids_kept());
@@ -113,7 +89,7 @@ class WeightGradients {
   int64_t parts() const {
     const int64_t row_bytes = d.stride * int64_t(sizeof(O));
     const int64_t parts = min64(ceil_div(s.rows, max64(GROUP_ROWS, PART_BYTES / row_bytes)), s.steps);
-    if (parts < 2 || d.is_kept || (x.d_input && s.bidirectional && !DIRECTIONS_APART)) return 1;
+    if (parts < 2 || d.is_kept || (x.d_input && s.bidirectional && !InputGradient<S, O>::DIRECTIONS_APART)) return 1;
     const int64_t saved = s.lanes * (s.rows - s.rows / parts) * row_bytes;
     return saved > (ids_kept() + totals_kept()) * int64_t(sizeof(T)) ? parts : 1;
   }
@@ -123,28 +99,13 @@ class WeightGradients {
     Carver other(nullptr);
     IdBuffers(*this, 0, other);
     other.take<T>(SUM_COLUMNS);
-    other.take<T>(MAX_ROWS * MAX_VECTORS * V);
     return carver.used() > other.used() ? carver.used() : other.used();
   }
-  void pack(int thread, int n) const {
-    if (w_ih && !x.packed_ih) pack_ih(thread, n);
-  }
-  void pack_ih(int thread, int n) const {
-    for (int64_t i = thread; i < s.lanes * inputs.count(); i += n) {
-      const int64_t lane = i / inputs.count(), p = i % inputs.count();
-      pack_rows<O>(
-          w_ih + lane * packed_size<O>(inputs, gate_rows) + panel_offset<O>(inputs, p, gate_rows), inputs.width(p),
-          [&](int64_t k) { return at<S>(x.w_ih, (lane * gate_rows + d.weight_row_x(k)) * s.input); }, gate_rows,
-          p * inputs.vectors * V, s.input);
-    }
-  }
-  // All tasks; and those of them to be done last, once the others are.
   int64_t tasks() const {
     int64_t n = 0;
     for (const Kind& kind : kinds) n += kind.tasks;
     return n;
   }
-  int64_t last_tasks() const { return kinds[6].tasks; }
   void run(int64_t task, char* local) const {
     for (const Kind& kind : kinds) {
       if (task < kind.tasks) return (this->*kind.run)(task, local);
@@ -520,58 +481,6 @@ class WeightGradients {
         store(block + m, load(block + m, count) + load(gates + m, count), count);
       }
     });
-  }
-
-  // Adds over the lanes of a direction in their order, in the accumulators, and to what the other direction has left.
-  template <int DIRECTION>
-  void input_gradient(int64_t task, char* local) const {
-    const auto rows = d.directions[DIRECTION];
-    const int64_t first = rows.first + task / input_slices * INPUT_ROWS, n = min64(INPUT_ROWS, rows.end - first);
-    const bool apart = DIRECTIONS_APART && s.bidirectional;
-    const auto has_other = [&](int64_t row) {
-      return apart && (DIRECTION ? row >= d.directions[0].first : row < d.directions[1].first);
-    };
-    const Slice slice = slice_of(inputs.count(), task % input_slices, input_slices);
-    T* sums = reinterpret_cast<T*>(local);
-    for (int64_t p = slice.first; p < slice.end; ++p) {
-      const int width = inputs.width(p);
-      const int64_t column = p * inputs.vectors * V;
-      for_tiles(n, width, [&](int64_t row, int count, int64_t, int64_t) {
-        row += first;
-        std::memset(sums, 0, sizeof(T) * size_t(count) * width * V);
-        const O* a[MAX_ROWS];
-        const T* start[MAX_ROWS];
-        for (int r = 0; r < count; ++r) start[r] = sums + r * width * V;
-        const auto multiply = [&](int64_t lane, int64_t k, int64_t end, Panel<O> w) {
-          for (int r = 0; r < count; ++r) a[r] = d.gates_x(lane, row + r) + k;
-          tile_function<O>(count, width)(units<O>(end - k), a, w, start, 0, nullptr, sums, width * V, nullptr);
-        };
-        for (int64_t lane = DIRECTION; lane < s.lanes; lane += 1 + apart) {
-          if (!unpacked) {
-            multiply(lane, 0, gate_rows,
-                     w_ih + lane * packed_size<O>(inputs, gate_rows) + panel_offset<O>(inputs, p, gate_rows));
-            continue;
-          }
-          const auto rows_from = [&](int64_t k) {
-            return Panel<O>(at<O>(x.w_ih, (lane * gate_rows + d.weight_row_x(k)) * s.input + column), s.input);
-          };
-          const int64_t jump = d.permuted ? s.hidden : 0;
-          if (jump) multiply(lane, 0, jump, rows_from(0));
-          multiply(lane, jump, gate_rows, rows_from(jump));
-        }
-        for (int r = 0; r < count; ++r) {
-          S* const out = at<S>(x.d_input, (row + r) * s.input + column);
-          const int64_t columns = min64(width * V, s.input - column);
-          if constexpr (DIRECTIONS_APART)
-            if (has_other(row + r)) add_row(sums + r * width * V, out, columns);
-          convert_row(out, sums + r * width * V, columns);
-        }
-      });
-    }
-  }
-
-  static void add_row(T* to, const S* from, int64_t n) {
-    for (int64_t j = 0; j < n; j += V) store(to + j, load(from + j, int(min64(V, n - j))) + load(to + j));
   }
 
   static void store_one(S* to, T value) {
