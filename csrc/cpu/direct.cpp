@@ -97,7 +97,7 @@ Tensor direct_plan_cpu(std::vector<Tensor> packed, Tensor weight_samples) {
   return kept;
 }
 
-Tensor direct_layer_cpu(Tensor w_ih, Tensor w_hh, OptionalTensor w_hr, std::string cell, bool ids) {
+Tensor direct_layer_cpu(Tensor w_ih, Tensor w_hh, OptionalTensor w_hr, Text cell, bool ids) {
   const ScanShape layer = layer_shape(w_ih, w_hh, std::nullopt, std::nullopt, w_hr, cell, ids);
   Tensor kept = torch::stable::new_empty(w_hh, {int64_t(sizeof layer)}, ScalarType::Byte);
   std::memcpy(kept.mutable_data_ptr(), &layer, sizeof layer);

@@ -14,7 +14,7 @@ namespace rnnfast {
 // all of which must outlive it.
 Tensor direct_plan_cpu(std::vector<Tensor> packed, Tensor weight_samples);
 // What calls with gradients need: the ScanShape of one layer.
-Tensor direct_layer_cpu(Tensor w_ih, Tensor w_hh, OptionalTensor w_hr, std::string cell, bool ids);
+Tensor direct_layer_cpu(Tensor w_ih, Tensor w_hh, OptionalTensor w_hr, Text cell, bool ids);
 // A large tensor of the type of `like`, of undefined content.
 Tensor direct_empty_cpu(Tensor like, std::vector<int64_t> sizes);
 

@@ -32,7 +32,7 @@ Extension extension(const ScanShape& s, const OptionalTensor& gain_ih, const Opt
 
 }  // namespace
 
-Tensor scan_extended_cpu_pack(Tensor w_ih, Tensor w_hh, OptionalTensor w_hr, std::string cell, bool ids) {
+Tensor scan_extended_cpu_pack(Tensor w_ih, Tensor w_hh, OptionalTensor w_hr, Text cell, bool ids) {
   ExtendedForwardArgs args{};
   args.scan.shape = layer_shape(w_ih, w_hh, std::nullopt, std::nullopt, w_hr, cell, ids);
   args.scan.w_ih = data(w_ih);
@@ -51,7 +51,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scan_extended_cpu(
     Tensor input, Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr,
     Tensor h_0, OptionalTensor c_0, OptionalTensor gain_ih, OptionalTensor gain_hh, OptionalTensor gain_c,
     OptionalTensor bias_c, OptionalTensor peepholes, OptionalTensor recurrent_mask, OptionalTensor zoneout_h,
-    OptionalTensor zoneout_c, OptionalTensor batch_sizes, double share_h, double share_c, std::string cell,
+    OptionalTensor zoneout_c, OptionalTensor batch_sizes, double share_h, double share_c, Text cell,
     bool bidirectional, bool save_tape, OptionalTensor packed) {
   const Shape s(layer_shape(w_ih, w_hh, b_ih, b_hh, w_hr, cell, is_ids(input)), input, h_0, c_0, batch_sizes, bidirectional);
   const Extension e = extension(s, gain_ih, gain_hh, gain_c, bias_c, peepholes, recurrent_mask, zoneout_h, zoneout_c,
@@ -77,7 +77,7 @@ scan_extended_cpu_backward(
     OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr, Tensor h_0, OptionalTensor c_0,
     OptionalTensor gain_ih, OptionalTensor gain_hh, OptionalTensor gain_c, OptionalTensor bias_c, OptionalTensor peepholes,
     OptionalTensor recurrent_mask, OptionalTensor zoneout_h, OptionalTensor zoneout_c, OptionalTensor batch_sizes,
-    double share_h, double share_c, std::string cell, bool bidirectional, Tensor output, Tensor tape, bool need_input,
+    double share_h, double share_c, Text cell, bool bidirectional, Tensor output, Tensor tape, bool need_input,
     bool need_weights) {
   const Shape s(layer_shape(w_ih, w_hh, b_ih, b_hh, w_hr, cell, is_ids(input)), input, h_0, c_0, batch_sizes, bidirectional);
   const Extension e = extension(s, gain_ih, gain_hh, gain_c, bias_c, peepholes, recurrent_mask, zoneout_h, zoneout_c,

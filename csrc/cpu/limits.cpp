@@ -107,7 +107,7 @@ double weight_limit_cpu(int64_t batch, int64_t depth, int64_t rounds) {
   return giga_a_second([&] { return unit->near_product(as_much); });
 }
 
-double gate_limit_cpu(std::string cell, bool backward, int64_t rounds) {
+double gate_limit_cpu(Text cell, bool backward, int64_t rounds) {
   const Kernels& kernels = choose_kernels(DType::float32);
   const Cell which = parse_cell(cell);
   return 1e9 * giga_a_second([&] { return kernels.near_gates(which, backward, rounds); });

@@ -2,7 +2,8 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
+
+#include "../text.h"
 
 namespace rnnfast {
 
@@ -19,6 +20,6 @@ double weight_limit_cpu(int64_t batch, int64_t depth, int64_t rounds);
 
 // Units a second, in float32, whose gate math is done forward or backward on operands that stay in the first-level cache;
 // `rounds` rounds of a few vectors.
-double gate_limit_cpu(std::string cell, bool backward, int64_t rounds);
+double gate_limit_cpu(Text cell, bool backward, int64_t rounds);
 
 }  // namespace rnnfast

@@ -33,7 +33,7 @@ int available_threads() { return usable_threads(int(torch::stable::get_num_threa
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> scan_cpu(
     Tensor input, Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr, Tensor h_0,
-    OptionalTensor c_0, OptionalTensor batch_sizes, std::string cell, bool bidirectional, bool save_tape) {
+    OptionalTensor c_0, OptionalTensor batch_sizes, Text cell, bool bidirectional, bool save_tape) {
   const Shape s(layer_shape(w_ih, w_hh, b_ih, b_hh, w_hr, cell, is_ids(input)), input, h_0, c_0, batch_sizes, bidirectional);
   const int64_t tape_width = tape_count(s.cell) * s.hidden;
   Tensor output = empty(h_0, {s.rows, s.lanes * s.state}), h_n = empty(h_0, {s.lanes, s.batch, s.state});
@@ -54,7 +54,7 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Ten
 Gradients backward(const OptionalTensor& d_output, const OptionalTensor& d_h_n, const OptionalTensor& d_c_n,
                    const OptionalTensor& d_cells, const Tensor& input, const Tensor& w_ih, const Tensor& w_hh,
                    const OptionalTensor& b_ih, const OptionalTensor& b_hh, const OptionalTensor& w_hr, const Tensor& h_0,
-                   const OptionalTensor& c_0, const OptionalTensor& batch_sizes, const std::string& cell,
+                   const OptionalTensor& c_0, const OptionalTensor& batch_sizes, Text cell,
                    bool bidirectional, const Tensor& output, const Tensor& tape, bool need_input, bool need_weights) {
   const Shape s(layer_shape(w_ih, w_hh, b_ih, b_hh, w_hr, cell, is_ids(input)), input, h_0, c_0, batch_sizes, bidirectional);
   s.require_results(d_output, d_h_n, d_c_n, output, tape, tape_count(s.cell) * s.hidden);
@@ -77,7 +77,7 @@ Gradients backward(const OptionalTensor& d_output, const OptionalTensor& d_h_n, 
 
 Gradients scan_cpu_backward(OptionalTensor d_output, OptionalTensor d_h_n, OptionalTensor d_c_n, Tensor input,
                             Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr,
-                            Tensor h_0, OptionalTensor c_0, OptionalTensor batch_sizes, std::string cell,
+                            Tensor h_0, OptionalTensor c_0, OptionalTensor batch_sizes, Text cell,
                             bool bidirectional, Tensor output, Tensor tape, bool need_input, bool need_weights) {
   return backward(d_output, d_h_n, d_c_n, std::nullopt, input, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, batch_sizes, cell,
                   bidirectional, output, tape, need_input, need_weights);
@@ -86,14 +86,14 @@ Gradients scan_cpu_backward(OptionalTensor d_output, OptionalTensor d_h_n, Optio
 Gradients scan_cpu_states_backward(OptionalTensor d_output, OptionalTensor d_cells, OptionalTensor d_c_n, Tensor input,
                                    Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh,
                                    OptionalTensor w_hr, Tensor h_0, OptionalTensor c_0, OptionalTensor batch_sizes,
-                                   std::string cell, bool bidirectional, Tensor output, Tensor tape, bool need_input,
+                                   Text cell, bool bidirectional, Tensor output, Tensor tape, bool need_input,
                                    bool need_weights) {
   return backward(d_output, std::nullopt, d_c_n, d_cells, input, w_ih, w_hh, b_ih, b_hh, w_hr, h_0, c_0, batch_sizes,
                   cell, bidirectional, output, tape, need_input, need_weights);
 }
 
 Tensor scan_cpu_pack(Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr,
-                     std::string cell, bool ids) {
+                     Text cell, bool ids) {
   PackedHeader header{layer_shape(w_ih, w_hh, b_ih, b_hh, w_hr, cell, ids), 0, PackedHeader::MAGIC};
   ForwardArgs args{header.layer, nullptr,    data(w_ih), data(w_hh), data(b_ih), data(b_hh), data(w_hr),
                    nullptr,      nullptr,    nullptr,    nullptr,    nullptr,    nullptr,    nullptr};

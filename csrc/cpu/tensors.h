@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "../scan.h"
+#include "../text.h"
 #include "memory.h"
 
 namespace rnnfast {
@@ -40,14 +41,6 @@ inline Tensor empty_if(bool needed, const Tensor& like, const Sizes& sizes) { re
 inline const void* data(const Tensor& tensor) { return tensor.const_data_ptr(); }
 inline const void* data(const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
 inline void* out(const Tensor& tensor) { return tensor.numel() ? tensor.mutable_data_ptr() : nullptr; }
-
-inline Cell parse_cell(const std::string& name) {
-  if (name == "rnn_tanh") return Cell::rnn_tanh;
-  if (name == "rnn_relu") return Cell::rnn_relu;
-  if (name == "lstm") return Cell::lstm;
-  check(name == "gru", "unknown cell ", name);
-  return Cell::gru;
-}
 
 inline DType parse_dtype(const Tensor& tensor) {
   const ScalarType type = tensor.scalar_type();
@@ -79,7 +72,7 @@ inline void require(const char* name, const OptionalTensor& tensor, ScalarType t
 
 // The sizes of the layer alone, whose weights fit each other; the other sizes are 0.
 inline ScanShape layer_shape(const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
-                             const OptionalTensor& w_hr, const std::string& cell, bool ids) {
+                             const OptionalTensor& w_hr, Text cell, bool ids) {
   ScanShape s{};
   s.cell = parse_cell(cell);
   s.dtype = parse_dtype(w_hh);

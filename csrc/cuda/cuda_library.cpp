@@ -10,6 +10,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "../text.h"
 #include "device.h"
 #include "launch.h"
 #include "plan.h"
@@ -37,15 +38,8 @@ int checked_int(int64_t value, const char* what) {
   return static_cast<int>(value);
 }
 
-Cell parse_cell(const std::string& name) {
-  if (name == "rnn_tanh") return Cell::rnn_tanh;
-  if (name == "rnn_relu") return Cell::rnn_relu;
-  if (name == "lstm") return Cell::lstm;
-  STD_TORCH_CHECK(name == "gru", "unknown cell ", name);
-  return Cell::gru;
-}
-
-Numbers parse_numbers(const std::string& name) {
+Numbers parse_numbers(Text text) {
+  const std::string name = take(text);
   if (name == "float32") return Numbers::float32;
   if (name == "tf32") return Numbers::tf32;
   if (name == "bfloat16") return Numbers::bfloat16;
@@ -61,8 +55,7 @@ DeviceLimits parse_limits(const Ints& limits) {
   return d;
 }
 
-Problem parse_problem(const std::string& cell, int64_t hidden, int64_t batch, int64_t lanes, const std::string& numbers,
-                      bool backward) {
+Problem parse_problem(Text cell, int64_t hidden, int64_t batch, int64_t lanes, Text numbers, bool backward) {
   return {parse_cell(cell), checked_int(hidden, "hidden units"), checked_int(batch, "rows"), checked_int(lanes, "lanes"),
           parse_numbers(numbers), backward};
 }
@@ -73,7 +66,7 @@ Ints limits(int64_t device) {
 }
 
 // Of each plan, best first: kernel, blocks, rows, warps, bytes of shared memory, nanoseconds.
-Ints plans(std::string cell, int64_t hidden, int64_t batch, int64_t lanes, std::string numbers, bool backward, Ints device) {
+Ints plans(Text cell, int64_t hidden, int64_t batch, int64_t lanes, Text numbers, bool backward, Ints device) {
   Ints all;
   for (const Plan& p : make_plans(parse_problem(cell, hidden, batch, lanes, numbers, backward), parse_limits(device)))
     all.insert(all.end(), {static_cast<int>(p.kernel), p.blocks, p.rows, p.warps, p.shared_bytes,
@@ -81,8 +74,7 @@ Ints plans(std::string cell, int64_t hidden, int64_t batch, int64_t lanes, std::
   return all;
 }
 
-std::string check(std::string cell, int64_t hidden, int64_t batch, int64_t lanes, std::string numbers, bool backward,
-                  Ints device, Ints team) {
+std::string check(Text cell, int64_t hidden, int64_t batch, int64_t lanes, Text numbers, bool backward, Ints device, Ints team) {
   std::string why_not;
   check_layout(parse_problem(cell, hidden, batch, lanes, numbers, backward), parse_limits(device),
                static_cast<Kernel>(team.at(0)), static_cast<int>(team.at(1)), static_cast<int>(team.at(2)),
@@ -104,7 +96,7 @@ void run_over(Numbers numbers, Cell cell, bool backward, const LaunchShape& shap
   STD_TORCH_CHECK(false, "there is no float64 cluster scan");
 }
 
-ScanParams make_params(const Tensor& h_0, const Tensor& output, const OptionalTensor& offsets, const std::string& cell,
+ScanParams make_params(const Tensor& h_0, const Tensor& output, const OptionalTensor& offsets, Cell cell,
                        bool bidirectional, int64_t steps) {
   ScanParams p{};
   p.lanes = checked_int(h_0.size(0), "lanes");
@@ -115,15 +107,13 @@ ScanParams make_params(const Tensor& h_0, const Tensor& output, const OptionalTe
   p.rows = checked_int(output.size(0), "rows");
   p.steps = checked_int(steps, "steps");
   p.bidirectional = bidirectional;
-  p.relu = cell == "rnn_relu";
+  p.relu = cell == Cell::rnn_relu;
   p.offsets = static_cast<const int64_t*>(in(offsets));
   return p;
 }
 
 // `team` is kernel, blocks, rows and warps, as in `Plan.team` of rnnfast/backends/cuda/launch.py.
-void run(ScanParams& p, const Tensor& h_0, const std::string& cell_name, const std::string& numbers_name, bool backward,
-         const Ints& team) {
-  const Cell cell = parse_cell(cell_name);
+void run(ScanParams& p, const Tensor& h_0, Cell cell, Text numbers_name, bool backward, const Ints& team) {
   const Numbers numbers = parse_numbers(numbers_name);
   const auto kernel = static_cast<Kernel>(team.at(0));
   p.layout = make_layout(gate_count(cell), p.hidden, numbers,
@@ -151,9 +141,7 @@ void run(ScanParams& p, const Tensor& h_0, const std::string& cell_name, const s
     run_over<GridExchange>(numbers, cell, backward, shape, p, stream);
 }
 
-void run_one_step(const StepParams& s, const Tensor& h_0, const std::string& cell_name, const std::string& numbers,
-                  bool backward) {
-  const Cell cell = parse_cell(cell_name);
+void run_one_step(const StepParams& s, const Tensor& h_0, Cell cell, Text numbers, bool backward) {
   const int64_t states = int64_t{s.scan.batch} * s.scan.hidden;
   STD_TORCH_CHECK(s.scan.lanes <= kMaxGridYz, "the cuda backend takes at most ", kMaxGridYz, " lanes");
   const LaunchShape shape{checked_int((states + kStepThreads - 1) / kStepThreads, "blocks"), 1, s.scan.lanes, kStepThreads, 1,
@@ -171,7 +159,7 @@ void run_one_step(const StepParams& s, const Tensor& h_0, const std::string& cel
 ScanParams forward_params(const Tensor& gx, const OptionalTensor& ids, const OptionalTensor& b_hh, const Tensor& h_0,
                           const OptionalTensor& c_0, const OptionalTensor& offsets, const Tensor& output,
                           const OptionalTensor& h_n, const OptionalTensor& c_n, const OptionalTensor& tape,
-                          const std::string& cell, bool bidirectional, int64_t steps) {
+                          Cell cell, bool bidirectional, int64_t steps) {
   ScanParams p = make_params(h_0, output, offsets, cell, bidirectional, steps);
   p.gx = in(gx);
   p.gx_rows = checked_int(gx.size(0), "rows or token ids");
@@ -190,7 +178,7 @@ ScanParams backward_params(const OptionalTensor& d_output, const OptionalTensor&
                            const Tensor& h_0, const OptionalTensor& c_0, const OptionalTensor& offsets,
                            const Tensor& output, const OptionalTensor& tape, const Tensor& d_gx,
                            const OptionalTensor& d_g_last, const OptionalTensor& d_h_0, const OptionalTensor& d_c_0,
-                           const std::string& cell, bool bidirectional, int64_t steps) {
+                           Cell cell, bool bidirectional, int64_t steps) {
   ScanParams p = make_params(h_0, output, offsets, cell, bidirectional, steps);
   p.d_output = in(d_output);
   p.d_h_n = in(d_h_n);
@@ -208,7 +196,8 @@ ScanParams backward_params(const OptionalTensor& d_output, const OptionalTensor&
 
 void scan_forward(Tensor gx, OptionalTensor ids, Tensor w_hh, OptionalTensor b_hh, Tensor h_0, OptionalTensor c_0,
                   OptionalTensor offsets, Tensor output, Tensor h_n, OptionalTensor c_n, OptionalTensor tape,
-                  std::string cell, std::string numbers, bool bidirectional, int64_t steps, Ints team) {
+                  Text cell_name, Text numbers, bool bidirectional, int64_t steps, Ints team) {
+  const Cell cell = parse_cell(cell_name);
   ScanParams p = forward_params(gx, ids, b_hh, h_0, c_0, offsets, output, h_n, c_n, tape, cell, bidirectional, steps);
   p.w_hh = in(w_hh);
   run(p, h_0, cell, numbers, false, team);
@@ -216,8 +205,9 @@ void scan_forward(Tensor gx, OptionalTensor ids, Tensor w_hh, OptionalTensor b_h
 
 void scan_backward(OptionalTensor d_output, OptionalTensor d_h_n, OptionalTensor d_c_n, Tensor w_hh_transposed, Tensor h_0,
                    OptionalTensor c_0, OptionalTensor offsets, Tensor output, OptionalTensor tape, Tensor d_gx,
-                   OptionalTensor d_g_last, Tensor d_h_0, OptionalTensor d_c_0, std::string cell, std::string numbers,
+                   OptionalTensor d_g_last, Tensor d_h_0, OptionalTensor d_c_0, Text cell_name, Text numbers,
                    bool bidirectional, int64_t steps, Ints team) {
+  const Cell cell = parse_cell(cell_name);
   ScanParams p = backward_params(d_output, d_h_n, d_c_n, h_0, c_0, offsets, output, tape, d_gx, d_g_last, d_h_0, d_c_0,
                                  cell, bidirectional, steps);
   p.w_hh = in(w_hh_transposed);
@@ -225,17 +215,19 @@ void scan_backward(OptionalTensor d_output, OptionalTensor d_h_n, OptionalTensor
 }
 
 void step_forward(Tensor gx, OptionalTensor ids, OptionalTensor b_hh, Tensor h_0, OptionalTensor c_0, OptionalTensor offsets,
-                  Tensor output, OptionalTensor tape, std::string cell, std::string numbers, bool bidirectional,
+                  Tensor output, OptionalTensor tape, Text cell_name, Text numbers, bool bidirectional,
                   int64_t steps, int64_t step, Tensor product, Tensor h_state, OptionalTensor c_state, Tensor operand) {
+  const Cell cell = parse_cell(cell_name);
   const ScanParams p = forward_params(gx, ids, b_hh, h_0, c_0, offsets, output, std::nullopt, std::nullopt, tape, cell,
                                       bidirectional, steps);
   run_one_step({p, static_cast<int>(step), in(product), out(h_state), out(c_state), out(operand)}, h_0, cell, numbers, false);
 }
 
 void step_backward(OptionalTensor d_output, Tensor h_0, OptionalTensor c_0, OptionalTensor offsets, Tensor output,
-                   OptionalTensor tape, Tensor d_gx, OptionalTensor d_g_last, std::string cell, std::string numbers,
+                   OptionalTensor tape, Tensor d_gx, OptionalTensor d_g_last, Text cell_name, Text numbers,
                    bool bidirectional, int64_t steps, int64_t step, OptionalTensor product, Tensor h_state,
                    OptionalTensor c_state, Tensor operand) {
+  const Cell cell = parse_cell(cell_name);
   const ScanParams p = backward_params(d_output, std::nullopt, std::nullopt, h_0, c_0, offsets, output, tape, d_gx,
                                        d_g_last, std::nullopt, std::nullopt, cell, bidirectional, steps);
   run_one_step({p, static_cast<int>(step), in(product), out(h_state), out(c_state), out(operand)}, h_0, cell, numbers, true);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import io
 import subprocess
 import sys
@@ -237,3 +238,41 @@ torch.held = tapes  # lives until the interpreter ends
 threading.Thread(target=tapes.pop).start()
 """
     assert run_alone(code) == []
+
+
+@linux
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc's mallinfo2")
+def test_operators_lose_no_memory() -> None:
+    """Thousands of calls: torch's own conversion of their strings loses 32 bytes in each, before torch 2.14."""
+    code = """
+class Statistics(ctypes.Structure):
+    _fields_ = [(str(at), ctypes.c_size_t) for at in range(10)]
+
+mallinfo = ctypes.CDLL(None).mallinfo2
+mallinfo.restype = Statistics
+torch.set_num_threads(1)
+from rnnfast.backends import cpu
+cpu.load()
+ops = torch.ops.rnnfast
+w_ih, w_hh, bias = torch.randn(1, 16, 3), torch.randn(1, 16, 4), torch.randn(1, 16)
+input, h_0 = torch.randn(6, 3), torch.randn(1, 2, 4)
+
+def call():
+    layer = (input, w_ih, w_hh, bias, bias, None, h_0, h_0, None, "lstm", False)
+    output, h_n, c_n, tape = ops.scan_cpu(*layer, True)
+    ops.scan_cpu_backward(output, h_n, c_n, *layer, output, tape, True, True)
+    packed = ops.scan_cpu_pack(w_ih, w_hh, bias, bias, None, "lstm", False)
+    ops.scan_cpu_packed(input, packed, h_0, h_0, None, False)
+    samples = ops.weight_samples_cpu([w_ih[0], w_hh[0]], 4, False)
+    ops.direct_plan_cpu([packed], samples)
+    ops.direct_layer_cpu(w_ih, w_hh, None, "lstm", False)
+
+for _ in range(100):
+    call()
+before = getattr(mallinfo(), "7")  # bytes in use
+for _ in range(3000):
+    call()
+print(max(0, getattr(mallinfo(), "7") - before))
+"""
+    (lost,) = run_alone(code)
+    assert lost < 3000 * 8

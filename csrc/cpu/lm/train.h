@@ -15,13 +15,13 @@ namespace rnnfast {
 // The mean cross entropy of one batch (T, B), and its gradients, which are left in `gradients`: (loss, h_n, c_n).
 std::tuple<Tensor, Tensor, Tensor> backpropagate_cpu(Tensor inputs, Tensor targets, std::vector<Tensor> parameters,
                                                      std::vector<Tensor> gradients, Tensor h_0, OptionalTensor c_0,
-                                                     std::string cell);
+                                                     Text cell);
 
 // Steps of truncated backpropagation through time for batches (N, T, B), with gradients clipped to a norm, if it is not infinite,
 // and gradient descent. A step goes on from the state behind the one before if it `carries`, else from h_0 and c_0. Adds the
 // losses to `loss_sum`, float64: (h_n, c_n).
 std::tuple<Tensor, Tensor> train_cpu(Tensor inputs, Tensor targets, std::vector<Tensor> parameters, Tensor h_0,
-                                     OptionalTensor c_0, Tensor loss_sum, std::string cell, bool carries,
+                                     OptionalTensor c_0, Tensor loss_sum, Text cell, bool carries,
                                      double learning_rate, double max_norm);
 
 }  // namespace rnnfast

@@ -78,12 +78,12 @@ def _pack(
     samples = weight_samples(tensors, units) if is_kept else None
     packed: Tensor
     with torch.no_grad():
-        stacked = [None if column[0] is None else torch.stack(column) for column in zip(*lanes, strict=True)]
+        weights = [None if column[0] is None else _stack(column) for column in zip(*lanes, strict=True)]
         if extended:
-            w_ih, w_hh, _, _, w_hr = stacked
+            w_ih, w_hh, _, _, w_hr = weights
             packed = torch.ops.rnnfast.scan_extended_cpu_pack(w_ih, w_hh, w_hr, cell, ids)
         else:
-            packed = torch.ops.rnnfast.scan_cpu_pack(*stacked, cell, ids)
+            packed = torch.ops.rnnfast.scan_cpu_pack(*weights, cell, ids)
     if samples is None:
         return packed
     for tensor in tensors:
@@ -92,6 +92,11 @@ def _pack(
         _kept[id(tensor)].keys.add(key)
     packings[key] = _Packed(stamp, samples, packed, [tensor.detach() for tensor in tensors])
     return packed
+
+
+def _stack(weights: Sequence[Tensor]) -> Tensor:
+    """The weights of all lanes; those of one are not copied."""
+    return weights[0].contiguous().unsqueeze(0) if len(weights) == 1 else torch.stack(weights)
 
 
 @cache

@@ -191,8 +191,8 @@ def _sources() -> Path | None:
 
 
 def _files() -> list[Path]:
-    """Everything that is compiled, cells.h first."""
+    """Everything that is compiled, what the CPU scan shares first."""
     sources = _sources()
     assert sources is not None
     found = [path for path in sources.rglob("*") if path.suffix in (".h", ".cuh", ".cu", ".cpp")]
-    return [sources.parent / "cells.h", *sorted(found)]
+    return [sources.parent / "cells.h", sources.parent / "text.h", *sorted(found)]
