@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from rnnfast import direct
 from rnnfast.inputs import map_state
 from rnnfast.layers import DropIn
 from rnnfast.stack import Stack
-from rnnfast.swap import is_ours
+from rnnfast.swap import hides_state, is_ours
 
 
 class Stream:
@@ -27,34 +27,36 @@ class Stream:
     states carry the graph of all calls so far: see `detach`.
 
     A model is called as it is and needs no change. In its first call each recurrent layer starts from the state that
-    the model gives it, or from zeros; in later calls, from where it stopped. The rest of the model must treat each time
-    step on its own, as linear layers, embeddings and layer norms do; a convolution over time does not. Cells are left
-    alone, because the model keeps their states itself.
+    the model gives it, or from zeros; in later calls, from where it stopped. A layer that runs several times in a call,
+    given no state, has a state for each of its runs, in their order. The rest of the model must treat each time step on
+    its own, as linear layers, embeddings and layer norms do; a convolution over time does not. Cells are left alone,
+    because the model keeps their states itself.
 
     Args:
         module: an `rnnfast.RNN`, `LSTM`, `GRU` or `Stack`; or a model with recurrent layers in it, ours or torch.nn's.
+        stateless: names of layers of the model, or of modules that contain them, which begin anew in every call, and
+            may be bidirectional: those that do not walk through time, but for instance through the frequencies of a
+            frame.
 
     Raises:
-        RuntimeError: a layer is bidirectional, so its first output needs the last input.
-        ValueError: there is no recurrent layer.
+        RuntimeError: a layer is bidirectional, so its first output needs the last input; or it is quantized or compiled
+            by torch.jit, so its state cannot be seen.
+        ValueError: there is no recurrent layer, or no module of a name in `stateless`.
         TypeError: the module is itself a torch.nn layer, which has no step.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, stateless: Sequence[str] = ()) -> None:
         if isinstance(module, nn.RNNBase) and not is_ours(module):
             name = type(module).__name__
             raise TypeError(f"a torch.nn {name} has no step: make it an rnnfast.{name}, or rnnfast.accelerate it")
         self.module = module
         self._is_alone = isinstance(module, nn.RNNBase | Stack)
-        self._layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.RNNBase | Stack)}
+        self._layers = {name: _Followed(name, layer) for name, layer in _layers_with_state(module, stateless)}
         if not self._layers:
-            raise ValueError(f"{type(module).__name__} has no RNN, LSTM or GRU in it, so no state to keep")
-        for name, layer in self._layers.items():
-            if layer.bidirectional:
-                which = f"layer '{name}'" if name else f"this {type(layer).__name__}"
-                raise RuntimeError(
-                    f"{which} is bidirectional: it reads the whole sequence at once, so it has no stream"
-                )
+            raise ValueError(
+                f"{type(module).__name__} has no RNN, LSTM or GRU in it whose state could be kept; those of cells, and "
+                "of recurrences written by hand, are the model's own"
+            )
         self._states: dict[str, Any] = {}
         self._started_from: dict[str, Any] = {}
         self._steps: direct.Steps | None = None  # of a layer: where there are any, they have the state
@@ -70,78 +72,33 @@ class Stream:
             For a layer or a stack, the output of the step (B, P) or of the chunk; for a model, what it returns.
 
         Raises:
-            RuntimeError: a layer of the model ran twice in one call, left no state (as `LSTM.states` does), or runs
-                under activation checkpointing with gradients; or none ran where it could be seen; and what the module
-                raises. The states are then those before the call.
+            RuntimeError: a layer of the model ran again in the same call with a state that the model gave it, or more
+                or less often than before, left no state (as `LSTM.states` does), or runs under activation checkpointing
+                with gradients; or none ran where it could be seen; and what the module raises. The states are then
+                those before the call.
         """
-        if self._is_alone:
-            if self._steps is not None and len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
-                output = self._steps(args[0])
-                if output is not None:
-                    return output
-            return self._feed(*args, **kwargs)
-        handles, ran, thread = [], set(), threading.get_ident()
-        # Taken over once the whole model has run: after an error the same steps can be fed again.
-        states: dict[str, Any] = {}
-        started_from: dict[str, Any] = {}
-        is_training = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        if not self._is_alone:
+            return self._call_model(*args, **kwargs)
+        if self._steps is not None and len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
+            output = self._steps(args[0])
+            if output is not None:
+                return output
+        return self._feed(*args, **kwargs)
 
-        def is_another_call() -> bool:
-            """A thread that calls the same model meets the hooks of this call, too. (No compiler knows of threads.)"""
-            return not torch.compiler.is_compiling() and threading.get_ident() != thread
-
-        def enter(name: str) -> Any:
-            # A call that meets this hook while its own call takes it off calls it without the keyword arguments.
-            def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
-                if kwargs is None or is_another_call():
-                    return None
-                if is_training and not torch.compiler.is_compiling() and _is_checkpointed():
-                    raise RuntimeError(
-                        f"layer '{name}' runs under activation checkpointing, which runs it once more in the backward "
-                        "pass, without this stream's state: leave the recurrent layers of a stream out of checkpoints"
-                    )
-                if name in ran:
-                    raise RuntimeError(f"layer '{name}' ran twice in one call: a stream cannot tell its states apart")
-                ran.add(name)
-                given = args[1] if len(args) > 1 else kwargs.get("hx")
-                if name not in self._states or name not in self._started_from:  # such a state was set
-                    started_from[name] = given
-                if name in self._states:
-                    _check_batch(layer, args[0] if args else kwargs.get("input"), self._states[name])
-                return args[:1], kwargs | {"hx": self._states.get(name, given)}
-
-            return hook
-
-        def leave(name: str) -> Any:
-            def hook(layer: nn.Module, args: tuple[Any, ...], result: Any) -> None:
-                if not is_another_call():
-                    states[name] = result[1]
-
-            return hook
-
+    def _call_model(self, *args: Any, **kwargs: Any) -> Any:
+        call = _Call(self._states, self._started_from)
         try:
-            for name, layer in self._layers.items():
-                handles += [
-                    layer.register_forward_pre_hook(enter(name), with_kwargs=True),
-                    layer.register_forward_hook(leave(name)),
-                ]
+            for layer in self._layers.values():
+                layer.follow(call)
             result = self.module(*args, **kwargs)
-            if not ran:
-                raise RuntimeError(
-                    "no recurrent layer was seen to run, so no state was kept. A model that was compiled and called "
-                    "before hides its layers: stream the one that is not compiled, or call torch._dynamo.reset() first"
-                )
-            if ran > states.keys():
-                raise RuntimeError(
-                    f"layer '{min(ran - states.keys())}' left no state: a stream follows calls and `step`, not "
-                    "`states`, nor a call that raises"
-                )
-            self._states.update(states)
-            self._started_from.update(started_from)
-            return result
         finally:
-            for handle in handles:
-                handle.remove()
+            for layer in self._layers.values():
+                layer.leave()
+        # Taken over once the whole model has run: after an error the same steps can be fed again.
+        call.check()
+        self._states.update(call.after)
+        self._started_from.update(call.started_from)
+        return result
 
     def _feed(self, *args: Any, **kwargs: Any) -> Tensor:
         if len(args) != 1 or kwargs:
@@ -180,7 +137,8 @@ class Stream:
         """The state after the last call, which can be saved and set again.
 
         For a layer h (L, B, P), or (h, c) for an LSTM; for a stack one for each layer; None before the first call. For
-        a model a dict of such states by the layers' names.
+        a model a dict of such states by the layers' names; that of another run in the same call has "[1]", "[2]" and so
+        on behind the name.
         """
         self._end_steps()
         return self._states.get("") if self._is_alone else dict(self._states)
@@ -191,7 +149,7 @@ class Stream:
             state = {} if state is None else {"": state}
         if not isinstance(state, dict):
             raise TypeError(f"the state of a model is a dict by its layers' names, got {type(state).__name__}")
-        unknown = set(state) - set(self._layers)
+        unknown = {key for key in state if key.partition("[")[0] not in self._layers}
         if unknown:
             raise ValueError(f"the model has no recurrent layer {', '.join(sorted(unknown))}")
         self._states, self._steps = dict(state), None
@@ -221,10 +179,126 @@ class Stream:
         self._states = {name: map_state(state, lambda part: part.detach()) for name, state in self._states.items()}
 
 
+class _Call:
+    """A call of a stream's model: the states before it, and those that its layers have left so far."""
+
+    def __init__(self, before: dict[str, Any], started_before: dict[str, Any]) -> None:
+        self.before, self.started_before = before, started_before
+        self.after: dict[str, Any] = {}
+        self.started_from: dict[str, Any] = {}
+        self.runs: dict[str, int] = {}  # of each layer
+        self.thread = threading.get_ident()
+        self.is_training = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+    def is_ours(self) -> bool:
+        """A thread that calls the same model meets the hooks of this call, too. (No compiler knows of threads.)"""
+        return torch.compiler.is_compiling() or threading.get_ident() == self.thread
+
+    def check(self) -> None:
+        """Raises RuntimeError if not every layer that ran has left a state, as often as before."""
+        if not self.runs:
+            raise RuntimeError(
+                "no recurrent layer was seen to run, so no state was kept. A model that was compiled and called "
+                "before hides its layers: stream the one that is not compiled, or call torch._dynamo.reset() first"
+            )
+        for name, runs in self.runs.items():
+            if any(_key(name, run) not in self.after for run in range(runs)):
+                raise RuntimeError(
+                    f"layer '{name}' left no state: a stream follows calls and `step`, not `states`, nor a call that "
+                    "raises"
+                )
+            if name in self.before and (_key(name, runs) in self.before or _key(name, runs - 1) not in self.before):
+                raise RuntimeError(
+                    f"layer '{name}' ran {runs} times in this call, but not in those before: a stream cannot tell its "
+                    "states apart"
+                )
+
+
+def _key(name: str, run: int) -> str:
+    """The key in the states of the run of that number in a call."""
+    return f"{name}[{run}]" if run else name
+
+
+class _Followed:
+    """A layer of a streamed model, and the hooks that give it the stream's state, and take the next one from it."""
+
+    def __init__(self, name: str, layer: nn.Module) -> None:
+        self.name, self.layer = name, layer
+        self.call: Any = None  # the one under way
+        self.handles: list[Any] = []
+
+    def follow(self, call: _Call) -> None:
+        self.call = call
+        self.handles = [
+            self.layer.register_forward_pre_hook(self.before, with_kwargs=True),
+            self.layer.register_forward_hook(self.after),
+        ]
+
+    def leave(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.call, self.handles = None, []
+
+    # A call that meets this hook while its own call takes it off calls it without the keyword arguments.
+    def before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+        call, name = self.call, self.name
+        if kwargs is None or call is None or not call.is_ours():
+            return None
+        if call.is_training and not torch.compiler.is_compiling() and _is_checkpointed():
+            raise RuntimeError(
+                f"layer '{name}' runs under activation checkpointing, which runs it once more in the backward "
+                "pass, without this stream's state: leave the recurrent layers of a stream out of checkpoints"
+            )
+        run, given = call.runs.get(name, 0), args[1] if len(args) > 1 else kwargs.get("hx")
+        if run and given is not None:
+            raise RuntimeError(
+                f"layer '{name}' ran again in one call, with a state that the model gave it: a stream cannot tell its "
+                "states apart"
+            )
+        call.runs[name], key = run + 1, _key(name, run)
+        if key not in call.before or key not in call.started_before:  # such a state was set
+            call.started_from[key] = given
+        if key in call.before:
+            _check_batch(layer, args[0] if args else kwargs.get("input"), call.before[key])
+        return args[:1], kwargs | {"hx": call.before.get(key, given)}
+
+    def after(self, layer: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+        call = self.call
+        if call is not None and call.is_ours():
+            call.after[_key(self.name, call.runs[self.name] - 1)] = result[1]
+
+
+def _layers_with_state(module: nn.Module, stateless: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:
+    """The recurrent layers of a model by their names, but for those in modules of the names in `stateless`."""
+    if isinstance(stateless, str):
+        raise TypeError(f"stateless is a list of names, got {stateless!r}")
+    modules = dict(module.named_modules())
+    unknown = [name for name in stateless if name not in modules]
+    if unknown:
+        raise ValueError(f"stateless: the model has no module {', '.join(map(repr, unknown))}")
+    for name, layer in modules.items():
+        if any(f"{name}.".startswith(f"{other}.") for other in stateless):
+            continue
+        if hides_state(layer):
+            raise RuntimeError(
+                f"layer '{name}' is quantized or compiled by torch.jit, so its state cannot be seen: stream the model "
+                "that it was made from, or name it in stateless if it is to begin anew in every call"
+            )
+        if not isinstance(layer, nn.RNNBase | Stack):
+            continue
+        if layer.bidirectional:
+            which = f"layer '{name}'" if name else f"this {type(layer).__name__}"
+            raise RuntimeError(
+                f"{which} is bidirectional: it reads the whole sequence at once, so it has no stream. If it walks "
+                "through something else than time, name it in stateless"
+            )
+        yield name, layer
+
+
 def _is_checkpointed() -> bool:
     """Whether torch.utils.checkpoint, in either of its ways, is between the stream and the layer."""
     frame = sys._getframe()
-    while frame.f_back is not None and frame.f_code is not Stream.__call__.__code__:
+    while frame.f_back is not None and frame.f_code is not Stream._call_model.__code__:
         frame = frame.f_back
         if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
             return True

@@ -232,6 +232,12 @@ def _recurrent_modules(model: nn.Module) -> list[tuple[tuple[str, ...], nn.Modul
     return [(tuple(names), module) for module, names in found.items()]
 
 
+def hides_state(module: nn.Module) -> bool:
+    """Whether it is a layer, compiled by torch.jit or quantized, that no hook sees the states of."""
+    kind = module.original_name if isinstance(module, torch.jit.ScriptModule) else type(module).__name__
+    return (_is_compiled(module) or _is_quantized(module)) and not kind.endswith("Cell")
+
+
 def _is_compiled(module: nn.Module) -> bool:
     return isinstance(module, torch.jit.ScriptModule) and getattr(module, "original_name", None) in _NAMES
 

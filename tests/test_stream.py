@@ -305,18 +305,117 @@ def test_errors_are_clear() -> None:
     with pytest.raises(ValueError, match="no recurrent layer nothing"):
         rnnfast.Stream(Tagger()).state = {"nothing": torch.zeros(1, 1, 1)}
 
-    class Twice(nn.Module):
+    class ByItself(nn.Module):
+        """It carries the state from step to step itself."""
+
         def __init__(self) -> None:
             super().__init__()
             self.rnn = rnnfast.GRU(4, 4)
 
         def forward(self, input: Tensor) -> Any:
-            return self.rnn(self.rnn(input)[0])
+            state = None
+            for row in input:
+                _, state = self.rnn(row[None], state)
+            return state
 
-    model = Twice()
-    with pytest.raises(RuntimeError, match="layer 'rnn' ran twice in one call"):
-        rnnfast.Stream(model)(torch.randn(2, 3, 4))
+    model = ByItself()
+    stream = rnnfast.Stream(model)
+    stream(torch.randn(1, 3, 4))
+    before = stream.state["rnn"].clone()
+    with pytest.raises(RuntimeError, match="layer 'rnn' ran again in one call, with a state that the model gave it"):
+        stream(torch.randn(2, 3, 4))
+    assert torch.equal(stream.state["rnn"], before)
     assert not model.rnn._forward_hooks
+
+
+class Twice(nn.Module):
+    """One layer for two channels, and then once more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = rnnfast.LSTM(4, 4)
+
+    def forward(self, input: Tensor, times: int = 3) -> Tensor:
+        left, right = input.unbind(-1)
+        outputs = [self.rnn(left)[0], self.rnn(right)[0]]
+        for _ in range(times - 2):
+            outputs.append(self.rnn(outputs[-2] + outputs[-1])[0])
+        return torch.stack(outputs)
+
+
+def test_a_layer_that_runs_several_times_in_a_call() -> None:
+    model, input = Twice(), torch.randn(STEPS, BATCH, 4, 2)
+    stream = rnnfast.Stream(model)
+    with torch.no_grad():
+        outputs = [stream(piece) for piece in input.split([1, 4, 1, 6])]
+        assert torch.equal(torch.cat(outputs, 1), model(input))
+        assert stream.state.keys() == {"rnn", "rnn[1]", "rnn[2]"}
+        kept = stream.state
+        with pytest.raises(RuntimeError, match="layer 'rnn' ran 2 times in this call, but not in those before"):
+            stream(input[:1], times=2)
+        with pytest.raises(RuntimeError, match="layer 'rnn' ran 4 times in this call, but not in those before"):
+            stream(input[:1], times=4)
+        other = rnnfast.Stream(model)
+        other.state = kept
+        assert torch.equal(other(input), stream(input))
+        stream.reset([1])
+        whole = model(input[:, 1:2])
+        assert torch.equal(stream(input)[:, :, 1:2], whole)
+        stream.reset()
+        assert torch.equal(stream(input[:1], times=2), model(input[:1], times=2))
+
+
+class DualPath(nn.Module):
+    """A frame's frequencies, both ways, and then time, for each frequency: the form of many denoisers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.across = nn.ModuleDict({"rnn": rnnfast.GRU(4, 3, bidirectional=True), "out": nn.Linear(6, 4)})
+        self.along = rnnfast.GRU(4, 4)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        steps, batch, frequencies, _ = frames.shape
+        across, _ = self.across["rnn"](frames.flatten(0, 1).transpose(0, 1))
+        frames = self.across["out"](across).transpose(0, 1).unflatten(0, (steps, batch))
+        along, _ = self.along(frames.flatten(1, 2))
+        result: Tensor = along.unflatten(1, (batch, frequencies))
+        return result
+
+
+def test_layers_that_do_not_walk_through_time() -> None:
+    model, frames = DualPath(), torch.randn(STEPS, BATCH, 5, 4)
+    with pytest.raises(RuntimeError, match=r"layer 'across\.rnn' is bidirectional.* name it in stateless"):
+        rnnfast.Stream(model)
+    for name in ("across", "across.rnn"):
+        stream = rnnfast.Stream(model, stateless=[name])
+        with torch.no_grad():
+            outputs = torch.cat([stream(piece) for piece in frames.split([1, 4, 1, 6])])
+            torch.testing.assert_close(outputs, model(frames))
+        assert stream.state.keys() == {"along"}
+    with pytest.raises(ValueError, match="the model has no module 'acro'"):
+        rnnfast.Stream(model, stateless=["acro"])
+    with pytest.raises(TypeError, match="stateless is a list of names, got 'across'"):
+        rnnfast.Stream(model, stateless="across")
+    with pytest.raises(ValueError, match="has no RNN, LSTM or GRU in it whose state could be kept"):
+        rnnfast.Stream(model, stateless=["across", "along"])
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's of its older tools
+@pytest.mark.parametrize("kind", ["script", "trace", "quantized"])
+def test_a_layer_whose_state_cannot_be_seen_is_refused(kind: str) -> None:
+    inner = nn.Sequential(nn.GRU(4, 4)).eval()
+    if kind == "script":
+        hidden: nn.Module = torch.jit.script(inner)
+    elif kind == "trace":
+        hidden = torch.jit.trace(inner, torch.randn(STEPS, BATCH, 4))
+    else:
+        hidden = torch.ao.quantization.quantize_dynamic(inner, {nn.GRU}, dtype=torch.qint8)
+    model = nn.ModuleDict({"hidden": hidden, "seen": nn.GRU(4, 4)})
+    with pytest.raises(RuntimeError, match=r"layer 'hidden\.0' is quantized or compiled by torch\.jit"):
+        rnnfast.Stream(model)
+    assert rnnfast.Stream(model, stateless=["hidden"])._layers.keys() == {"seen"}
+    cells = torch.jit.script(nn.Sequential(nn.LSTMCell(4, 4)))
+    assert rnnfast.Stream(nn.ModuleDict({"cells": cells, "seen": nn.GRU(4, 4)}))._layers.keys() == {"seen"}
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

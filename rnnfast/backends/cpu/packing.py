@@ -96,7 +96,7 @@ def _pack(
 
 def _stack(weights: Sequence[Tensor]) -> Tensor:
     """The weights of all lanes; those of one are not copied."""
-    return weights[0].contiguous().unsqueeze(0) if len(weights) == 1 else torch.stack(weights)
+    return weights[0].contiguous().unsqueeze(0) if len(weights) == 1 else torch.stack([*weights])
 
 
 @cache
