@@ -19,6 +19,7 @@ from torch.types import Device
 from rnnfast import direct, dispatch, functional, inputs, sequences
 from rnnfast.autocast import autocast_dtype
 from rnnfast.inputs import map_state
+from rnnfast.scan import is_jit_traced
 from rnnfast.sequences import Segments
 
 Sequences = TypeVar("Sequences", Tensor, PackedSequence)
@@ -466,7 +467,9 @@ def _check_state_dims(layer: Any, hx: Any, batched: bool, input_dims: int) -> No
 
 
 def _batch(data: Tensor, batch_sizes: Tensor | None) -> Any:
-    return data.shape[1] if batch_sizes is None else batch_sizes[0].item()
+    if batch_sizes is None:
+        return data.shape[1]
+    return batch_sizes[0] if is_jit_traced() else batch_sizes[0].item()  # a number would be a constant of that graph
 
 
 def _autocast(

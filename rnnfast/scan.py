@@ -106,8 +106,12 @@ def contiguous(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 def may_need_gradient(tensors: Sequence[Tensor | None]) -> bool:
     """Whether a backward may follow: always in torch.jit.trace, which compares its trace with one without gradients."""
-    is_scripted = not torch.compiler.is_compiling() and _C._get_tracing_state() is not None
-    return derivatives.needs_gradient(tensors) or is_scripted
+    return derivatives.needs_gradient(tensors) or is_jit_traced()
+
+
+def is_jit_traced() -> bool:
+    """torch.jit.trace looks at what runs now. (A compiler cannot ask, and need not.)"""
+    return not torch.compiler.is_compiling() and _C._get_tracing_state() is not None
 
 
 def is_traced() -> bool:

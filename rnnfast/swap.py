@@ -223,6 +223,11 @@ def _base(kind: type) -> Any:
     return next((base for base in kind.__mro__ if base in _OURS), None)
 
 
+def _name_of(kind: type) -> str:
+    """With its module, as libraries have classes of torch.nn's names."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
 def _recurrent_modules(model: nn.Module) -> list[tuple[tuple[str, ...], nn.Module]]:
     """Every recurrent module once, with all its names."""
     found: dict[nn.Module, list[str]] = {}
@@ -258,10 +263,10 @@ def _why_not(module: nn.Module) -> str | None:
         return "it is rnnfast's already"
     base = _base(kind)
     if base is None:
-        return f"{kind.__name__} is no layer or cell that rnnfast has"
+        return f"{_name_of(kind)} is none of torch.nn's layers and cells, nor derived from one"
     changed = [name for name in _TAKING_PART if getattr(kind, name, None) is not getattr(base, name, None)]
     if changed:
-        return f"{kind.__name__} has a {changed[0]} of its own; derive it from rnnfast.{base.__name__}"
+        return f"{_name_of(kind)} has a {changed[0]} of its own; derive it from rnnfast.{base.__name__}"
     if "forward" in vars(module):
         return "its forward was replaced on the object; accelerate before that, as before a library that sets hooks"
     taken = [name for name in (*_METHODS[1:], "backend") if hasattr(module, name)]

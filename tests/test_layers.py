@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from torch.nn.utils.rnn import pack_sequence
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rnnfast
@@ -252,6 +252,25 @@ def test_a_trace_can_be_trained(build: Any, direct: bool, tmp_path: Path) -> Non
     assert torch.equal(results[0][0], results[1][0])
     for ours, of_trace in zip(*gradients, strict=True):
         assert torch.equal(ours, of_trace)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_a_trace_with_packed_sequences_serves_any_batch(name: str) -> None:
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = getattr(rnnfast, name)(3, 4, num_layers=2, bidirectional=True)
+
+        def forward(self, padded: Tensor, lengths: Tensor) -> tuple[Tensor, Any]:
+            output, state = self.layer(pack_padded_sequence(padded, lengths, enforce_sorted=False))
+            return pad_packed_sequence(output)[0], state
+
+    model = Encoder().eval()
+    traced = torch.jit.trace(model, (torch.randn(5, 3, 3), torch.tensor([5, 2, 3])))
+    for padded, lengths in ((torch.randn(7, 4, 3), [2, 7, 1, 4]), (torch.randn(2, 1, 3), [2])):
+        given = padded, torch.tensor(lengths)
+        torch.testing.assert_close(traced(*given), model(*given), rtol=0, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning")

@@ -141,7 +141,7 @@ def test_a_second_build_ships_nothing_of_the_first(tmp_path: Path) -> None:
     ask = [sys.executable, "-c", "from rnnfast.backends.cpu import build; print(build.installed())"]
     environment = os.environ | {"PYTHONPATH": str(installed)}
     found = subprocess.run(ask, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
-    assert found.split() == [str(path) for path in (installed / "rnnfast").glob("*.so")]
+    assert found.split() == [str(path) for path in (installed / "rnnfast").glob("librnnfast-*.so")]
 
 
 def test_the_core_imports_torch_alone() -> None:

@@ -10,6 +10,8 @@ import inspect
 import io
 import pickle
 import pickletools
+import subprocess
+import sys
 import types
 import weakref
 from collections.abc import Callable, Iterator
@@ -307,7 +309,7 @@ def replaced() -> nn.Module:
             for name in ("check_input", "check_hidden_size", "permute_hidden", "_update_flat_weights")
         ],
         (lambda: OwnStep(4, 8), "it has an attribute step of its own, which rnnfast's would hide"),
-        (OwnKind, "OwnKind is no layer or cell that rnnfast has"),
+        (OwnKind, "tests.test_swap.OwnKind is none of torch.nn's layers and cells, nor derived from one"),
         (replaced, "its forward was replaced on the object"),
         (lambda: rnnfast.LSTM(4, 8), "it is rnnfast's already"),
         (lambda: torch.ao.nn.quantized.dynamic.LSTM(4, 8), "it is quantized"),
@@ -372,6 +374,28 @@ def test_a_forward_taken_apart_and_put_together_again_is_ours() -> None:
     assert torch.equal(copy.deepcopy(layer)(input)[0], expected)
     rnnfast.restore(layer)
     assert type(layer).__dict__.keys().isdisjoint(vars(layer))
+
+
+def test_a_library_may_be_given_our_classes() -> None:
+    """As docs/modules.md says: one that derives its own from them, and one that makes its model itself."""
+    code = """
+import torch, rnnfast
+Original = torch.nn.GRU
+torch.nn.RNN, torch.nn.LSTM, torch.nn.GRU = rnnfast.RNN, rnnfast.LSTM, rnnfast.GRU
+
+class Own(torch.nn.GRU):
+    def forward(self, x, lengths=None):
+        return super().forward(x)
+
+layer, input = Own(3, 4, num_layers=2), torch.randn(5, 2, 3)
+theirs = Original(3, 4, num_layers=2)
+theirs.load_state_dict(layer.state_dict())
+torch.testing.assert_close(layer(input), theirs(input))
+assert isinstance(layer, Original) and isinstance(layer, rnnfast.GRU)
+assert rnnfast.accelerate(theirs).swapped
+assert rnnfast.explain(theirs, input).backend == rnnfast.explain(layer, input).backend
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_model_without_any_is_told() -> None:
