@@ -1,6 +1,6 @@
 """How torch.vmap maps the scan over M members: as one scan over all of them.
 
-Where the members share their weights, they are more rows of one scan: the index of the member goes behind that of the
+Where the members share their weights, they are more rows of one scan: the index of the member goes after that of the
 row, so that the rows of a step stay together and lengths stay sorted. Where each has weights of its own, they are lanes
 of one scan. Lanes share their input; so an input of each member's own is multiplied by its w_ih beforehand, and the
 scan is handed the products as a table in which the token ids 0, 1, 2... look up one column a row. Each lane then reads
@@ -14,7 +14,7 @@ results; the sum and the first of a member's batch_sizes tell how many are used.
 run one after the other.
 
 Members M, lanes D, rows N, rows of the first step B, inputs I, gates times hidden units GH, size of the state P: as in
-`rnnfast.scan`. The arguments of the rules are those of `torch.library.register_vmap` behind the operator.
+`rnnfast.scan`. The arguments of the rules are the operator, then those of `torch.library.register_vmap`.
 """
 
 from __future__ import annotations

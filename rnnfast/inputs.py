@@ -1,4 +1,4 @@
-"""The forms in which layers and stacks are given a sequence: checked, made the one that is computed with, and back."""
+"""The forms in which layers and stacks take a sequence: checks them, and converts them to time-major rows and back."""
 
 from __future__ import annotations
 

@@ -213,7 +213,7 @@ def _traced_plan(
 
 
 class _MappedSegments(Segments):
-    """Plans of one size: the last rows and segments of some are not used, and have the place behind the batch."""
+    """Plans of one size: the last rows and segments of some are not used, and have the place after the batch."""
 
     def gather(self, input: Tensor) -> Tensor:
         rows = input.flatten(0, 1)
@@ -267,7 +267,7 @@ def is_known(batch_sizes: Tensor) -> bool:
 def _padded_plan(
     lengths: Tensor, reset: Tensor | None, steps: int, batch: int, device: torch.device
 ) -> tuple[Tensor, ...]:
-    """The operator: `_plan` with padding behind it, and (3,) int64 on the CPU, how much of it is used."""
+    """The operator: `_plan` with padding after it, and (3,) int64 on the CPU, how much of it is used."""
     rows, batch_sizes, columns, sources, ends = _plan(lengths, reset, steps, batch, device)
     counts = torch.tensor([len(rows), len(batch_sizes), len(columns)], device="cpu")
     most, places = batch if reset is None else steps * batch, steps * batch

@@ -138,7 +138,7 @@ class Stream:
 
         For a layer h (L, B, P), or (h, c) for an LSTM; for a stack one for each layer; None before the first call. For
         a model a dict of such states by the layers' names; that of another run in the same call has "[1]", "[2]" and so
-        on behind the name.
+        on after the name.
         """
         self._end_steps()
         return self._states.get("") if self._is_alone else dict(self._states)

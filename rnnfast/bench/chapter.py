@@ -84,7 +84,7 @@ def train_epoch(
 
 
 def predict(model: ChapterModel, prefix: list[int], length: int) -> list[int]:
-    """The prefix and the `length` likeliest characters behind it, one call of the model a character."""
+    """The prefix and the `length` likeliest characters after it, one call of the model a character."""
     state, ids = model.begin_state(batch_size=1), [prefix[0]]
 
     def last() -> Tensor:

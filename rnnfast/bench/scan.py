@@ -82,14 +82,14 @@ def measure_scan(case: ScanCase, seconds: float, backend: str = "auto") -> Row:
         raise UserError(f"the scan of backend '{backend}' cannot be timed: {error}") from error
     truth = torch.ops.rnnfast.scan_reference.default(*arguments, True)
     rows = torch.randn(truth[0].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    behind = (rows, None, None, *arguments, truth[0], truth[3], False, False)
+    backward_arguments = (rows, None, None, *arguments, truth[0], truth[3], False, False)
 
     def run() -> Any:
-        return forward(*arguments, True) if case.direction == "forward" else backward(*behind)
+        return forward(*arguments, True) if case.direction == "forward" else backward(*backward_arguments)
 
     names: tuple[str, ...] = FORWARD_RESULTS
     if case.direction != "forward":
-        names, truth = BACKWARD_RESULTS, torch.ops.rnnfast.scan_reference_backward.default(*behind)
+        names, truth = BACKWARD_RESULTS, torch.ops.rnnfast.scan_reference_backward.default(*backward_arguments)
     with torch.no_grad():
         results = (dict(zip(names, tensors, strict=True)) for tensors in (run(), truth))
         check_same(backend, next(results), next(results), TOLERANCE[dtype], case.label)

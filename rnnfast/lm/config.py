@@ -38,7 +38,7 @@ class TrainConfig:
     cell: Literal["rnn", "rnn_relu", "lstm", "gru"] = option("rnn", "recurrent cell")
     hidden_size: int = option(512, "hidden units per layer")
     num_layers: int = option(1, "layers")
-    dropout: float = option(0.0, "dropout behind the embedding, between layers and in front of the head")
+    dropout: float = option(0.0, "dropout after the embedding, between layers and before the head")
     embedding_size: int | None = option(None, "width of an embedding; none: token ids go straight into the layer")
     tie_weights: bool = option(False, "the head's weight is the embedding's")
     bidirectional: bool = option(False, "read both ways; such a model cannot generate")

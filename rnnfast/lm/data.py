@@ -314,7 +314,7 @@ class Batches:
 
 
 def check_length(num_tokens: int, batch_size: int, num_steps: int) -> None:
-    """Refuse a text that has no whole batch behind the largest offset."""
+    """Refuse a text that has no whole batch after the largest offset."""
     needed = batch_size * num_steps + num_steps + 1
     if num_tokens < needed:
         raise UserError(

@@ -86,7 +86,7 @@ def _generate(model: nn.Module, prefix: list[int], length: int, drawing: Drawing
 
 @torch.no_grad()
 def _step(model: nn.Module, modules: list[nn.Module], inputs: Tensor, state: State) -> tuple[Tensor, State]:
-    """The logits (V,) behind the last of `inputs` (T, 1), and the state.
+    """The logits (V,) after the last of `inputs` (T, 1), and the state.
 
     In evaluation mode, for this call only: between two tokens the model is its owner's, who may train it. `modules` are
     all of the model's: to ask each is quicker than to put the whole model into a mode, which takes longer than a step.
@@ -143,7 +143,7 @@ def _native(
     for token in prefix:
         if not 0 <= token < vocabulary:
             raise IndexError(f"token ids must be in [0, {vocabulary}), got {token}")
-    token, parts = prefix[-1], _behind(parts, prefix[:-1])
+    token, parts = prefix[-1], _after(parts, prefix[:-1])
     temperature, top_k, top_p = drawing
     top_k = None if top_k is None else min(top_k, vocabulary)  # the operator takes 64 bits
     for start in range(0, length, CHUNK):
@@ -161,8 +161,8 @@ def _native(
         token = chunk[-1]
 
 
-def _behind(parts: NativeParts, ids: list[int]) -> NativeParts:
-    """With the states behind these tokens, through all of which a layer walks before the next one does."""
+def _after(parts: NativeParts, ids: list[int]) -> NativeParts:
+    """With the states after these tokens, through all of which a layer walks before the next one does."""
     from rnnfast.backends.cpu import packing
 
     if not ids:
@@ -253,7 +253,7 @@ def _check(
 
 
 def render(ids: Iterator[int], vocab: Vocab, tokens: str = "char") -> Iterator[str]:
-    """The text of generated ids, piece by piece, to be written behind the prefix."""
+    """The text of generated ids, piece by piece, to be written after the prefix."""
     for index in ids:
         token = vocab.to_tokens(index)
         yield f" {token}" if tokens == "word" else token

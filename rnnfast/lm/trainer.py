@@ -77,11 +77,11 @@ def train_steps(
         inputs, targets: token ids (N, T, B), int64.
         state: goes into the first step, detached; None for a fresh one.
         loss_sum: a float64 scalar, to which each step's loss is added.
-        carries: the state behind a step goes into the next one; else each begins with `state`.
+        carries: the state after a step goes into the next one; else each begins with `state`.
         clip, precision: as in `train_step`.
 
     Returns:
-        The state behind the last step. `.grad` of the parameters is the last step's gradient, or None.
+        The state after the last step. `.grad` of the parameters is the last step's gradient, or None.
     """
     found = descend(model, optimizer, inputs, targets, state, loss_sum, clip, precision, carries)
     if found is not None:
@@ -208,7 +208,7 @@ class Trainer:
         """Train to the end of the epoch in progress.
 
         Args:
-            after_steps: is called behind some steps, with their number and that of the epoch's.
+            after_steps: is called after some steps, with their number and that of the epoch's.
 
         Returns:
             The epoch's record for the log.
@@ -240,7 +240,7 @@ class Trainer:
         return record
 
     def _steps_at_once(self) -> int:
-        """So many that a signal need not wait long for them, and none beyond the step behind which the loss is read."""
+        """As many as a signal can wait for, and none beyond the step after which the loss is read."""
         if self.scheduler is not None:
             return 1
         return max(1, min(LOOK_EVERY - self.step % LOOK_EVERY, int(SECONDS_AT_ONCE / self.pace)))
