@@ -111,7 +111,7 @@ def run_tune(deadline: float, save: Save) -> Report:
             return {"failure": "no table was made", "said": said}
         made = table.read(path)
         wins, calls = made.wins("cuda")
-        wrong = {f"{p.cell} {p.numbers} {p.hidden} {p.batch}": p.failures for p in made.points if p.failures}
+        wrong = {f"{p.cell} {p.compute_type} {p.hidden} {p.batch}": p.failures for p in made.points if p.failures}
         summary = f"fastest in {wins} of {calls} calls at {len(made.points)} points"
         content = json.loads(path.read_text())
         return {"passed": not wrong, "summary": summary, "wrong": wrong, "table": content, "said": said}
@@ -130,7 +130,7 @@ def run_tune(deadline: float, save: Save) -> Report:
 def _leave_out_next_point(identity: table.Identity, path: Path) -> None:
     """The point that tuning did not get past, as one where nothing is right."""
     points = table.read(path).points if path.exists() else []
-    done = {(p.cell, p.numbers, p.hidden, p.batch) for p in points}
+    done = {(p.cell, p.compute_type, p.hidden, p.batch) for p in points}
     stuck = next((key for key in tuning.grid() if key not in done), None)
     if stuck is not None:
         points.append(Point(*stuck, failures={"cuda": "it did not end"}))

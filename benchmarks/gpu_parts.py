@@ -19,7 +19,7 @@ from rnnfast import dispatch, table, tuning
 from rnnfast.backends import cuda
 from rnnfast.backends.cuda import launch
 from rnnfast.backends.cuda.launch import Plan
-from rnnfast.tuning import LAYERS, NUMBERS, arithmetic, seconds_in_turns
+from rnnfast.tuning import COMPUTE_TYPES, LAYERS, arithmetic, seconds_in_turns
 
 Report = dict[str, Any]
 Task = tuple[Report, Callable[[], Report]]
@@ -39,13 +39,13 @@ CUDNN_LAYERS = {  # one for each algorithm; the input has 128 features
 }
 
 
-def cudnn_algorithm(cell: str, hidden: int, batch: int, numbers: str, inputs: int, training: bool) -> str:
+def cudnn_algorithm(cell: str, hidden: int, batch: int, compute_type: str, inputs: int, training: bool) -> str:
     """The algorithm that PyTorch picks for one unpacked layer (aten/src/ATen/native/cudnn/RNN.cpp, get_algo)."""
     small = (384 if cell == "rnn_tanh" else 192) if not training else (256 if cell == "rnn_tanh" else 128)
     if hidden <= small:
         return "PERSIST_STATIC_SMALL_H"
     fits = hidden <= 1024 and hidden % 128 == 0 and inputs % 128 == 0 and batch % 8 == 0 and batch <= 128
-    if numbers == "float16" and cell != "gru" and fits and (cell != "rnn_tanh" or batch < 96 or hidden < 896):
+    if compute_type == "float16" and cell != "gru" and fits and (cell != "rnn_tanh" or batch < 96 or hidden < 896):
         return "PERSIST_STATIC"
     return "STANDARD"
 
@@ -53,42 +53,45 @@ def cudnn_algorithm(cell: str, hidden: int, batch: int, numbers: str, inputs: in
 def goals() -> list[Task]:
     """The step times that were set as goals, of the scan alone, products apart; after the layer was found right."""
 
-    def measure(cell: str, numbers: str, goal: float) -> Report:
-        with arithmetic(numbers):
-            h_0 = torch.empty(1, 32, 512, device=DEVICE, dtype=NUMBERS[numbers])
+    def measure(cell: str, compute_type: str, goal: float) -> Report:
+        with arithmetic(compute_type):
+            h_0 = torch.empty(1, 32, 512, device=DEVICE, dtype=COMPUTE_TYPES[compute_type])
             plans = {way: launch.plan(h_0, cell, way == "backward")._asdict() for way in ("forward", "backward")}
-            ours, theirs = _layers(cell, 512, 128, numbers, "cuda")
-            row = {"plans": plans, **_found_right(ours, tuning.Parity(theirs, 32, numbers))}
+            ours, theirs = _layers(cell, 512, 128, compute_type, "cuda")
+            row = {"plans": plans, **_found_right(ours, tuning.Parity(theirs, 32, compute_type))}
         if not row["right"]:
             return row
         measured, goals = (
-            _scan_step_us(cell, 512, 32, numbers, None),
+            _scan_step_us(cell, 512, 32, compute_type, None),
             {"forward": goal, "backward": BACKWARD_GOAL * goal},
         )
         of_goal = {way: measured[way] / goals[way] for way in goals}
         return {**row, "us_a_step": measured, "goals": goals, "of_goal": of_goal}
 
     return [
-        ({"cell": cell, "numbers": numbers}, partial(measure, cell, numbers, goal))
-        for (cell, numbers), goal in GOALS.items()
+        ({"cell": cell, "compute_type": compute_type}, partial(measure, cell, compute_type, goal))
+        for (cell, compute_type), goal in GOALS.items()
     ]
 
 
 def calibration() -> list[Task]:
     """Microseconds a step of a layer so small that the exchange is all it does, and cuDNN's a step."""
 
-    def exchange(cell: str, plan: Plan, numbers: str) -> Report:
+    def exchange(cell: str, plan: Plan, compute_type: str) -> Report:
         # Eight units a block on plain arithmetic, sixteen on tensor cores: the least a block can own.
-        hidden = plan.blocks * (8 if numbers == "float32" else 16)
-        check = partial(torch.ops.rnnfast_cuda.check, cell, hidden, 8, 1, numbers)
+        hidden = plan.blocks * (8 if compute_type == "float32" else 16)
+        check = partial(torch.ops.rnnfast_cuda.check, cell, hidden, 8, 1, compute_type)
         refusal = check(False, limits(), plan.team) or check(True, limits(), plan.team)
-        return {"not_run": refusal} if refusal else {"us": _scan_step_us(cell, hidden, 8, numbers, plan)}
+        return {"not_run": refusal} if refusal else {"us": _scan_step_us(cell, hidden, 8, compute_type, plan)}
 
     def cudnn(algorithm: str) -> Report:
-        cell, hidden, numbers = CUDNN_LAYERS[algorithm]
-        with arithmetic(numbers):
-            layer = getattr(nn, LAYERS[cell])(128, hidden).to(DEVICE, NUMBERS[numbers])
-            return {"us": _layer_step_us(layer, 32, NUMBERS[numbers]), "layer": f"{cell} {hidden} {numbers}, B=32"}
+        cell, hidden, compute_type = CUDNN_LAYERS[algorithm]
+        with arithmetic(compute_type):
+            layer = getattr(nn, LAYERS[cell])(128, hidden).to(DEVICE, COMPUTE_TYPES[compute_type])
+            return {
+                "us": _layer_step_us(layer, 32, COMPUTE_TYPES[compute_type]),
+                "layer": f"{cell} {hidden} {compute_type}, B=32",
+            }
 
     clusters = [Plan("cluster", blocks, 8, 16) for blocks in (16, 8, 4, 2)]
     others = [Plan("block", 1, 8, 16), *(Plan("grid", blocks, 8, 16) for blocks in (128, 64, 16, 2))]
@@ -97,8 +100,11 @@ def calibration() -> list[Task]:
     return [
         *(({"of": f"cuDNN {algorithm}"}, partial(cudnn, algorithm)) for algorithm in CUDNN_LAYERS),
         *(
-            ({"of": f"{cell} on a {plan.kernel} of {plan.blocks}, {numbers}"}, partial(exchange, cell, plan, numbers))
-            for (cell, plan), numbers in itertools.product(teams, ("float32", "bfloat16"))
+            (
+                {"of": f"{cell} on a {plan.kernel} of {plan.blocks}, {compute_type}"},
+                partial(exchange, cell, plan, compute_type),
+            )
+            for (cell, plan), compute_type in itertools.product(teams, ("float32", "bfloat16"))
         ),
     ]
 
@@ -122,24 +128,26 @@ def pipeline() -> list[Task]:
 def grid(backend: str) -> list[Task]:
     """Whole layers on a backend beside cuDNN, after they were found right."""
     shapes = [(32, 35), (32, 1024), (1, 128), (128, 128)]
-    sizes = itertools.product(shapes, (512, 256, 128, 1024, 64, 32, 2048), LAYERS, NUMBERS)
+    sizes = itertools.product(shapes, (512, 256, 128, 1024, 64, 32, 2048), LAYERS, COMPUTE_TYPES)
     return [
         (
-            {"cell": cell, "hidden": hidden, "batch": batch, "steps": steps, "numbers": numbers},
-            partial(compare, backend, cell, hidden, batch, steps, numbers),
+            {"cell": cell, "hidden": hidden, "batch": batch, "steps": steps, "compute_type": compute_type},
+            partial(compare, backend, cell, hidden, batch, steps, compute_type),
         )
-        for (batch, steps), hidden, cell, numbers in sizes
+        for (batch, steps), hidden, cell, compute_type in sizes
     ]
 
 
-def compare(backend: str, cell: str, hidden: int, batch: int, steps: int, numbers: str, inputs: int = 128) -> Report:
+def compare(
+    backend: str, cell: str, hidden: int, batch: int, steps: int, compute_type: str, inputs: int = 128
+) -> Report:
     """Parity with torch.nn in float64 first; then the time of the whole call, in turns with torch.nn."""
-    with arithmetic(numbers):
-        dtype = NUMBERS[numbers]
-        ours, theirs = _layers(cell, hidden, inputs, numbers, backend)
+    with arithmetic(compute_type):
+        dtype = COMPUTE_TYPES[compute_type]
+        ours, theirs = _layers(cell, hidden, inputs, compute_type, backend)
         row: Report = {
             "kernel": _kernel(backend, cell, hidden, batch, dtype),
-            **_found_right(ours, tuning.Parity(theirs, batch, numbers)),
+            **_found_right(ours, tuning.Parity(theirs, batch, compute_type)),
         }
         if not row["right"]:
             return row
@@ -157,7 +165,7 @@ def compare(backend: str, cell: str, hidden: int, batch: int, steps: int, number
         for way, call in (("forward", forward), ("both", both)):
             times = seconds_in_turns({"rnnfast": partial(call, ours), "nn": partial(call, theirs)}, 0.08)
             ratio = times["nn"]["median"] / times["rnnfast"]["median"]
-            algorithm = cudnn_algorithm(cell, hidden, batch, numbers, inputs, training=way == "both")
+            algorithm = cudnn_algorithm(cell, hidden, batch, compute_type, inputs, training=way == "both")
             row[way] = {**times, "ratio": ratio, "cudnn": algorithm}
             if backend == "cuda":
                 row[way]["of_goal"] = ratio / RATIO_GOALS[algorithm]
@@ -173,11 +181,11 @@ def small_layers(kernel: str) -> None:
     if kernel == "cluster" and torch.cuda.get_device_capability() < (9, 0):
         return
     plan = Plan(kernel, {"block": 1, "cluster": 2, "grid": 2, "steps": 0}[kernel], 16, 16)
-    for numbers in NUMBERS:
-        with arithmetic(numbers), launch.use_plans(plan, plan):
+    for compute_type in COMPUTE_TYPES:
+        with arithmetic(compute_type), launch.use_plans(plan, plan):
             # A cluster's backward gathers for an RNN and scatters for an LSTM.
             for cell, ragged in (("rnn_tanh", False), ("lstm", False), ("gru", True)):
-                layer = _scan_arguments(cell, 24, 19, 7, NUMBERS[numbers], ragged)
+                layer = _scan_arguments(cell, 24, 19, 7, COMPUTE_TYPES[compute_type], ragged)
                 output, _, _, tape = _forward(layer)
                 _backward(output, layer, output, tape, True)
     torch.cuda.synchronize()
@@ -188,10 +196,10 @@ def limits() -> list[int]:
     return list(torch.ops.rnnfast_cuda.limits(torch.cuda.current_device()))
 
 
-def _layers(cell: str, hidden: int, inputs: int, numbers: str, backend: str) -> tuple[nn.RNNBase, nn.RNNBase]:
+def _layers(cell: str, hidden: int, inputs: int, compute_type: str, backend: str) -> tuple[nn.RNNBase, nn.RNNBase]:
     """Ours on the backend, and torch.nn's with the same weights."""
     torch.manual_seed(0)
-    name, dtype = LAYERS[cell], NUMBERS[numbers]
+    name, dtype = LAYERS[cell], COMPUTE_TYPES[compute_type]
     theirs = getattr(nn, name)(inputs, hidden).to(DEVICE, dtype)
     ours = getattr(rnnfast, name)(inputs, hidden, backend=backend).to(DEVICE, dtype)
     ours.load_state_dict(theirs.state_dict())
@@ -211,7 +219,7 @@ def _kernel(backend: str, cell: str, hidden: int, batch: int, dtype: torch.dtype
         return launch.plan(torch.empty(1, batch, hidden, device=DEVICE, dtype=dtype), cell, backward=False).kernel
     from rnnfast.backends.triton.plan import kernel_on
 
-    return kernel_on(torch.device(DEVICE), cell, hidden, batch, 1, table.numbers_of(dtype))
+    return kernel_on(torch.device(DEVICE), cell, hidden, batch, 1, table.compute_type_of(dtype))
 
 
 class _Model(nn.Module):
@@ -271,17 +279,17 @@ def _replayed_s(work: Callable[[], None]) -> float:
     return seconds_in_turns({"replay": graph.replay}, 0.3)["replay"]["median"]
 
 
-def _scan_step_us(cell: str, hidden: int, batch: int, numbers: str, plan: Plan | None) -> dict[str, float]:
+def _scan_step_us(cell: str, hidden: int, batch: int, compute_type: str, plan: Plan | None) -> dict[str, float]:
     """Microseconds a step of the scan operators alone."""
 
     def work(steps: int) -> Work:
-        layer = _scan_arguments(cell, hidden, batch, steps, NUMBERS[numbers])
+        layer = _scan_arguments(cell, hidden, batch, steps, COMPUTE_TYPES[compute_type])
         layer[0] = torch.randint(1, (steps * batch,), device=DEVICE)  # ids: no input product
         output, _, _, tape = _forward(layer)
         backward = partial(_backward, torch.ones_like(output), layer, output, tape, False)
         return {"forward": partial(_forward, layer), "backward": backward}
 
-    with arithmetic(numbers), launch.use_plans(plan, plan):
+    with arithmetic(compute_type), launch.use_plans(plan, plan):
         return _slope_us(work)
 
 

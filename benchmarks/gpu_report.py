@@ -60,7 +60,7 @@ def _calibration(row: Report) -> str:
 def _goal(row: Report) -> str:
     us, goals = row["us_a_step"], row["goals"]
     figures = ", ".join(f"{way} {us[way]:.2f} us (goal {goals[way]:.2f})" for way in us)
-    return f"{row['cell']} 512 B=32 {row['numbers']}: {figures}"
+    return f"{row['cell']} 512 B=32 {row['compute_type']}: {figures}"
 
 
 def _pipeline(row: Report) -> str:
@@ -70,7 +70,7 @@ def _pipeline(row: Report) -> str:
 
 
 def _layer(row: Report) -> str:
-    shape = f"{row['cell']:8} H={row['hidden']:<4} B={row['batch']:<3} T={row['steps']:<4} {row['numbers']:8}"
+    shape = f"{row['cell']:8} H={row['hidden']:<4} B={row['batch']:<3} T={row['steps']:<4} {row['compute_type']:8}"
     ratios = [
         f"{way} {row[way]['ratio']:6.2f}x of cuDNN{' (below its goal)' if row[way].get('of_goal', 1) < 1 else ''}"
         for way in ("forward", "both")

@@ -30,7 +30,7 @@ KERNELS = ("block", "cluster", "grid", "steps")  # of the CUDA scan, in the orde
 STEPS = (1, 16, 128)
 
 
-def numbers_of(dtype: torch.dtype, settings: Any = torch.backends.cuda.matmul) -> str:
+def compute_type_of(dtype: torch.dtype, settings: Any = torch.backends.cuda.matmul) -> str:
     """What a scan of this dtype computes in: the dtype's name, or tf32 where torch's GEMMs, or cuDNN, may use that."""
     # It follows `allow_tf32`, too, which itself raises once a program has set the precision in the newer way.
     if dtype is torch.float32 and settings.fp32_precision == "tf32":
@@ -42,8 +42,8 @@ class Regime(NamedTuple):
     """What the speed of a layer's call depends on."""
 
     cell: str
-    numbers: str  # how our scan computes: float32, tf32, bfloat16, float16 or float64
-    torch_numbers: str  # how torch.nn would
+    compute_type: str  # how our scan computes: float32, tf32, bfloat16, float16 or float64
+    torch_compute_type: str  # how torch.nn would
     hidden: int
     rows: int  # of the batch, times the directions
     steps: int
@@ -52,8 +52,8 @@ class Regime(NamedTuple):
     @classmethod
     def of(cls, cell: str, dtype: torch.dtype, hidden: int, rows: int, steps: int, training: bool) -> Regime:
         """The regime under torch's present settings of TF32: that of its products is ours, cuDNN has its own."""
-        torch_numbers = numbers_of(dtype, torch.backends.cudnn.rnn)
-        return cls(cell, numbers_of(dtype), torch_numbers, hidden, rows, steps, training)
+        torch_compute_type = compute_type_of(dtype, torch.backends.cudnn.rnn)
+        return cls(cell, compute_type_of(dtype), torch_compute_type, hidden, rows, steps, training)
 
     @property
     def call(self) -> str | None:
@@ -78,7 +78,7 @@ class Point:
     """
 
     cell: str
-    numbers: str
+    compute_type: str
     hidden: int
     batch: int
     teams: dict[str, list[Any]] = field(default_factory=dict)
@@ -108,11 +108,11 @@ class Table:
 
     def __post_init__(self) -> None:
         for point in sorted(self.points, key=lambda p: (p.hidden, p.batch)):
-            self._by_kind.setdefault((point.cell, point.numbers), []).append(point)
+            self._by_kind.setdefault((point.cell, point.compute_type), []).append(point)
 
-    def nearest(self, cell: str, numbers: str, hidden: int, rows: int) -> Point | None:
+    def nearest(self, cell: str, compute_type: str, hidden: int, rows: int) -> Point | None:
         """The smallest measured point that is at or above both sizes."""
-        kind = ("rnn_tanh" if cell == "rnn_relu" else cell, numbers)
+        kind = ("rnn_tanh" if cell == "rnn_relu" else cell, compute_type)
         for point in self._by_kind.get(kind, ()):
             if point.hidden >= hidden and point.batch >= rows:
                 return point
@@ -123,8 +123,8 @@ class Table:
 
         Without Triton's where that would take another kernel on this CUDA device than the one measured at the point.
         """
-        cell, numbers, torch_numbers, hidden, rows, *_ = regime
-        ours, theirs = (self.nearest(cell, kind, hidden, rows) for kind in (numbers, torch_numbers))
+        cell, compute_type, torch_compute_type, hidden, rows, *_ = regime
+        ours, theirs = (self.nearest(cell, kind, hidden, rows) for kind in (compute_type, torch_compute_type))
         call = regime.call
         if ours is None or theirs is None or call is None:
             return ()
@@ -133,7 +133,7 @@ class Table:
         if beside is None:
             return ()
         times["torch"] = beside
-        if "triton" in times and device >= 0 and _kernels(cell, numbers, hidden, rows, device) != [ours.kernel]:
+        if "triton" in times and device >= 0 and _kernels(cell, compute_type, hidden, rows, device) != [ours.kernel]:
             del times["triton"]
         return tuple(sorted(times, key=lambda name: times[name]))
 
@@ -189,12 +189,12 @@ def _read_once(device: int) -> None:
 _read_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _kernels(cell: str, numbers: str, hidden: int, rows: int, device: int) -> list[str]:
+def _kernels(cell: str, compute_type: str, hidden: int, rows: int, device: int) -> list[str]:
     """Those that the Triton scan may take for so many rows: in one direction or in two."""
     from rnnfast.backends.triton.plan import kernel_on
 
     card, splits = torch.device("cuda", device), [(rows // lanes, lanes) for lanes in (1, 2) if rows % lanes == 0]
-    return sorted({kernel_on(card, cell, hidden, *split, numbers) for split in splits})
+    return sorted({kernel_on(card, cell, hidden, *split, compute_type) for split in splits})
 
 
 _kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -23,7 +23,7 @@ from rnnfast import dispatch, table
 from rnnfast.table import Point, Table
 
 LAYERS = {"rnn_tanh": "RNN", "lstm": "LSTM", "gru": "GRU"}  # relu goes by tanh: they are one kernel
-NUMBERS = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+COMPUTE_TYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Most telling first, for a run that is cut short.
 HIDDEN = (512, 256, 128, 1024, 64)
 BATCHES = (32, 1, 128, 8, 512)
@@ -42,10 +42,10 @@ HALF_FORWARD = 0.005  # half types' forward error must be below this besides
 WORST_TIMES_NN = 6.0
 
 
-def allowed_error(numbers: str, of_nn: float, forward: bool) -> float:
+def allowed_error(compute_type: str, of_nn: float, forward: bool) -> float:
     """The error, relative as RMS, up to which a result counts as right where torch.nn's own is `of_nn`."""
-    allowed = TIMES_NN[numbers] * max(of_nn, ROUNDING.get(numbers, 0.0))
-    return min(allowed, HALF_FORWARD) if forward and numbers not in ROUNDING else allowed
+    allowed = TIMES_NN[compute_type] * max(of_nn, ROUNDING.get(compute_type, 0.0))
+    return min(allowed, HALF_FORWARD) if forward and compute_type not in ROUNDING else allowed
 
 
 def tune(
@@ -80,7 +80,7 @@ def tune(
     points: dict[Key, Point] = {}
     if path.exists() and not anew:
         try:
-            points = {(p.cell, p.numbers, p.hidden, p.batch): p for p in table.read(path).points}
+            points = {(p.cell, p.compute_type, p.hidden, p.batch): p for p in table.read(path).points}
         except (OSError, ValueError) as error:
             report(f"{path} is made anew: {error}")
     made = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
@@ -129,10 +129,10 @@ def measure(point: Point, backends: Sequence[str], device: torch.device) -> None
         RuntimeError: a kernel has broken the device; `failures` tells which, if it was found while checking.
     """
     torch.manual_seed(0)
-    dtype, name = NUMBERS[point.numbers], LAYERS[point.cell]
-    with arithmetic(point.numbers):
+    dtype, name = COMPUTE_TYPES[point.compute_type], LAYERS[point.cell]
+    with arithmetic(point.compute_type):
         nn_layer = getattr(nn, name)(point.hidden, point.hidden, device=device, dtype=dtype)
-        parity = Parity(nn_layer, point.batch, point.numbers)
+        parity = Parity(nn_layer, point.batch, point.compute_type)
         right: dict[str, nn.Module] = {"torch": nn_layer}
         for backend in backends:
             layer = _ours(name, point.hidden, backend, nn_layer)
@@ -147,7 +147,7 @@ def measure(point: Point, backends: Sequence[str], device: torch.device) -> None
                 else:
                     from rnnfast.backends.triton.plan import kernel_on
 
-                    point.kernel = kernel_on(device, point.cell, point.hidden, point.batch, 1, point.numbers)
+                    point.kernel = kernel_on(device, point.cell, point.hidden, point.batch, 1, point.compute_type)
                     parity.check_all(layer)
                 right[backend] = layer
             except Wrong as error:
@@ -181,10 +181,10 @@ class Wrong(Exception):
 class Parity:
     """Holds a layer against torch.nn in float64 on one input, its errors beside those of torch.nn in the same dtype."""
 
-    def __init__(self, nn_layer: nn.RNNBase, batch: int, numbers: str) -> None:
+    def __init__(self, nn_layer: nn.RNNBase, batch: int, compute_type: str) -> None:
         weight = nn_layer.weight_hh_l0
         assert isinstance(weight, Tensor)
-        self.numbers = numbers
+        self.compute_type = compute_type
         self.input = torch.randn(PARITY_STEPS, batch, nn_layer.input_size, device=weight.device, dtype=weight.dtype)
         self.truth = results(copy.deepcopy(nn_layer).double(), self.input.double())
         self.of_nn = self.errors(nn_layer)
@@ -202,10 +202,10 @@ class Parity:
         errors = self.errors(layer, gradients)
         for name, (error, worst) in errors.items():
             of_nn, worst_of_nn = self.of_nn[name]
-            allowed = allowed_error(self.numbers, of_nn, forward=not name.startswith("d_"))
+            allowed = allowed_error(self.compute_type, of_nn, forward=not name.startswith("d_"))
             if not error <= allowed:
                 raise Wrong(f"{name} is off by {error:.1e}, allowed are {allowed:.1e}")
-            allowed = WORST_TIMES_NN * max(worst_of_nn, ROUNDING.get(self.numbers, 0.0))
+            allowed = WORST_TIMES_NN * max(worst_of_nn, ROUNDING.get(self.compute_type, 0.0))
             if not worst <= allowed:
                 raise Wrong(f"an element of {name} is off by {worst:.1e}, allowed are {allowed:.1e}")
         return {name: error for name, (error, _) in errors.items()}
@@ -261,7 +261,7 @@ def seconds_in_turns(work: dict[str, Callable[[], object]], budget: float) -> di
 
 
 @contextmanager
-def arithmetic(numbers: str) -> Iterator[None]:
+def arithmetic(compute_type: str) -> Iterator[None]:
     """Allows TF32, in torch's products and cuDNN, for "tf32" alone."""
     cudnn: Any = torch.backends.cudnn
     matmul = torch.backends.cuda.matmul
@@ -274,7 +274,7 @@ def arithmetic(numbers: str) -> Iterator[None]:
             setting.fp32_precision = precision
 
     before = [setting.fp32_precision for setting in settings]
-    allow(["tf32" if numbers == "tf32" else "ieee"] * 3)
+    allow(["tf32" if compute_type == "tf32" else "ieee"] * 3)
     try:
         yield
     finally:
@@ -282,8 +282,8 @@ def arithmetic(numbers: str) -> Iterator[None]:
 
 
 def grid() -> Iterator[tuple[str, str, int, int]]:
-    for batch, hidden, numbers, cell in itertools.product(BATCHES, HIDDEN, NUMBERS, LAYERS):
-        yield cell, numbers, hidden, batch
+    for batch, hidden, compute_type, cell in itertools.product(BATCHES, HIDDEN, COMPUTE_TYPES, LAYERS):
+        yield cell, compute_type, hidden, batch
 
 
 def _calls() -> Iterator[str]:
@@ -413,7 +413,7 @@ def _available(backends: Sequence[str] | None) -> list[str]:
 
 
 def _name(point: Point) -> str:
-    return f"{point.cell:8} {point.numbers:8} H={point.hidden:<4} B={point.batch:<3}"
+    return f"{point.cell:8} {point.compute_type:8} H={point.hidden:<4} B={point.batch:<3}"
 
 
 def _summary(point: Point) -> str:

@@ -15,17 +15,17 @@ import rnnfast
 from rnnfast import dispatch, table
 from rnnfast.backends.triton import plan
 from rnnfast.dispatch import Request, Size
-from rnnfast.table import Identity, Point, Regime, Table, numbers_of
+from rnnfast.table import Identity, Point, Regime, Table, compute_type_of
 from rnnfast.tuning import arithmetic
 
 CARD = Identity("NVIDIA H200", "580.65", "2.11.0+cu130", {"cuda": "abc", "triton": "def"})
 
 
-def point(numbers: str, hidden: int, batch: int, **times: dict[str, float]) -> Point:
+def point(compute_type: str, hidden: int, batch: int, **times: dict[str, float]) -> Point:
     """A point of the LSTM, where each call took each backend so many microseconds."""
     calls = {name.replace("_", " "): values for name, values in times.items()}
-    kernel = plan.plan("lstm", hidden, batch, 1, numbers, plan.H100).kernel
-    return Point("lstm", numbers, hidden, batch, {"forward": ["cluster", 16, 8, 16]}, calls, kernel=kernel)
+    kernel = plan.plan("lstm", hidden, batch, 1, compute_type, plan.H100).kernel
+    return Point("lstm", compute_type, hidden, batch, {"forward": ["cluster", 16, 8, 16]}, calls, kernel=kernel)
 
 
 POINTS = [
@@ -156,8 +156,8 @@ def test_each_of_torchs_settings_of_tf32_counts_for_its_own_part(newer: bool) ->
             else:
                 matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = ours, theirs
             regime = Regime.of("lstm", torch.float32, 8, 1, 1, False)
-            assert regime.numbers == numbers_of(torch.float32) == ("tf32" if ours else "float32")
-            assert regime.torch_numbers == ("tf32" if theirs else "float32")
+            assert regime.compute_type == compute_type_of(torch.float32) == ("tf32" if ours else "float32")
+            assert regime.torch_compute_type == ("tf32" if theirs else "float32")
             assert Regime.of("lstm", torch.bfloat16, 8, 1, 1, False)[1:3] == ("bfloat16", "bfloat16")
             assert newer is (_asked_in_the_older_way() == "refused")
     finally:

@@ -38,14 +38,14 @@ int checked_int(int64_t value, const char* what) {
   return static_cast<int>(value);
 }
 
-Numbers parse_numbers(Text text) {
+ComputeType parse_compute_type(Text text) {
   const std::string name = take(text);
-  if (name == "float32") return Numbers::float32;
-  if (name == "tf32") return Numbers::tf32;
-  if (name == "bfloat16") return Numbers::bfloat16;
-  if (name == "float16") return Numbers::float16;
+  if (name == "float32") return ComputeType::float32;
+  if (name == "tf32") return ComputeType::tf32;
+  if (name == "bfloat16") return ComputeType::bfloat16;
+  if (name == "float16") return ComputeType::float16;
   STD_TORCH_CHECK(name == "float64", "the cuda backend does not compute in ", name);
-  return Numbers::float64;
+  return ComputeType::float64;
 }
 
 DeviceLimits parse_limits(const Ints& limits) {
@@ -55,9 +55,9 @@ DeviceLimits parse_limits(const Ints& limits) {
   return d;
 }
 
-Problem parse_problem(Text cell, int64_t hidden, int64_t batch, int64_t lanes, Text numbers, bool backward) {
+Problem parse_problem(Text cell, int64_t hidden, int64_t batch, int64_t lanes, Text compute_type, bool backward) {
   return {parse_cell(cell), checked_int(hidden, "hidden units"), checked_int(batch, "rows"), checked_int(lanes, "lanes"),
-          parse_numbers(numbers), backward};
+          parse_compute_type(compute_type), backward};
 }
 
 Ints limits(int64_t device) {
@@ -66,30 +66,31 @@ Ints limits(int64_t device) {
 }
 
 // Of each plan, best first: kernel, blocks, rows, warps, bytes of shared memory, nanoseconds.
-Ints plans(Text cell, int64_t hidden, int64_t batch, int64_t lanes, Text numbers, bool backward, Ints device) {
+Ints plans(Text cell, int64_t hidden, int64_t batch, int64_t lanes, Text compute_type, bool backward, Ints device) {
   Ints all;
-  for (const Plan& p : make_plans(parse_problem(cell, hidden, batch, lanes, numbers, backward), parse_limits(device)))
+  for (const Plan& p : make_plans(parse_problem(cell, hidden, batch, lanes, compute_type, backward), parse_limits(device)))
     all.insert(all.end(), {static_cast<int>(p.kernel), p.blocks, p.rows, p.warps, p.shared_bytes,
                            static_cast<int64_t>(p.microseconds * 1000)});
   return all;
 }
 
-std::string check(Text cell, int64_t hidden, int64_t batch, int64_t lanes, Text numbers, bool backward, Ints device, Ints team) {
+std::string check(Text cell, int64_t hidden, int64_t batch, int64_t lanes, Text compute_type, bool backward, Ints device,
+                  Ints team) {
   std::string why_not;
-  check_layout(parse_problem(cell, hidden, batch, lanes, numbers, backward), parse_limits(device),
+  check_layout(parse_problem(cell, hidden, batch, lanes, compute_type, backward), parse_limits(device),
                static_cast<Kernel>(team.at(0)), static_cast<int>(team.at(1)), static_cast<int>(team.at(2)),
                static_cast<int>(team.at(3)), why_not);
   return why_not;
 }
 
 template <template <class> class X>
-void run_over(Numbers numbers, Cell cell, bool backward, const LaunchShape& shape, const ScanParams& p, void* stream) {
-  switch (numbers) {
-    case Numbers::float32: return run_scan<Float32, X>(cell, backward, shape, p, stream);
-    case Numbers::tf32: return run_scan<Tf32, X>(cell, backward, shape, p, stream);
-    case Numbers::bfloat16: return run_scan<BFloat16, X>(cell, backward, shape, p, stream);
-    case Numbers::float16: return run_scan<Float16, X>(cell, backward, shape, p, stream);
-    case Numbers::float64: break;
+void run_over(ComputeType compute_type, Cell cell, bool backward, const LaunchShape& shape, const ScanParams& p, void* stream) {
+  switch (compute_type) {
+    case ComputeType::float32: return run_scan<Float32, X>(cell, backward, shape, p, stream);
+    case ComputeType::tf32: return run_scan<Tf32, X>(cell, backward, shape, p, stream);
+    case ComputeType::bfloat16: return run_scan<BFloat16, X>(cell, backward, shape, p, stream);
+    case ComputeType::float16: return run_scan<Float16, X>(cell, backward, shape, p, stream);
+    case ComputeType::float64: break;
   }
   if constexpr (!std::is_same_v<X<double>, ClusterExchange<double>>)
     return run_scan<Float64, X>(cell, backward, shape, p, stream);
@@ -113,46 +114,47 @@ ScanParams make_params(const Tensor& h_0, const Tensor& output, const OptionalTe
 }
 
 // `team` is kernel, blocks, rows and warps, as in `Plan.team` of rnnfast/backends/cuda/launch.py.
-void run(ScanParams& p, const Tensor& h_0, Cell cell, Text numbers_name, bool backward, const Ints& team) {
-  const Numbers numbers = parse_numbers(numbers_name);
+void run(ScanParams& p, const Tensor& h_0, Cell cell, Text compute_type_name, bool backward, const Ints& team) {
+  const ComputeType compute_type = parse_compute_type(compute_type_name);
   const auto kernel = static_cast<Kernel>(team.at(0));
-  p.layout = make_layout(gate_count(cell), p.hidden, numbers,
-                         pass_of(kernel, {cell, p.hidden, p.batch, p.lanes, numbers, backward}), static_cast<int>(team.at(1)),
+  const Pass pass = pass_of(kernel, {cell, p.hidden, p.batch, p.lanes, compute_type, backward});
+  p.layout = make_layout(gate_count(cell), p.hidden, compute_type, pass, static_cast<int>(team.at(1)),
                          static_cast<int>(team.at(2)), static_cast<int>(team.at(3)));
   const Layout& l = p.layout;
-  if (const char* reason = flaw(l, numbers)) STD_TORCH_CHECK(false, "no scan can be run so: ", reason);
+  if (const char* reason = flaw(l, compute_type)) STD_TORCH_CHECK(false, "no scan can be run so: ", reason);
   const int lane_teams = ceil_div(p.batch, l.rows);
   const LaunchShape shape{l.blocks, lane_teams, p.lanes, l.warps * 32, kernel == Kernel::cluster ? l.blocks : 1,
                           kernel == Kernel::grid, l.shared_bytes};
   Tensor exchange = h_0, flags = h_0;  // replaced where they are needed
   if (kernel == Kernel::grid) {
     const int64_t teams = int64_t{lane_teams} * p.lanes;
-    exchange = torch::stable::new_empty(h_0, {2 * teams * l.rows * l.blocks * l.slice * operand_bytes(numbers)}, ScalarType::Byte);
+    const int64_t bytes = 2 * teams * l.rows * l.blocks * l.slice * operand_bytes(compute_type);
+    exchange = torch::stable::new_empty(h_0, {bytes}, ScalarType::Byte);
     flags = torch::stable::new_zeros(h_0, {teams * l.blocks}, ScalarType::Int);
     p.exchange = out(exchange);
     p.flags = static_cast<uint32_t*>(out(flags));
   }
   void* stream = current_stream(h_0.get_device_index());
   if (kernel == Kernel::block)
-    run_over<BlockExchange>(numbers, cell, backward, shape, p, stream);
+    run_over<BlockExchange>(compute_type, cell, backward, shape, p, stream);
   else if (kernel == Kernel::cluster)
-    run_over<ClusterExchange>(numbers, cell, backward, shape, p, stream);
+    run_over<ClusterExchange>(compute_type, cell, backward, shape, p, stream);
   else
-    run_over<GridExchange>(numbers, cell, backward, shape, p, stream);
+    run_over<GridExchange>(compute_type, cell, backward, shape, p, stream);
 }
 
-void run_one_step(const StepParams& s, const Tensor& h_0, Cell cell, Text numbers, bool backward) {
+void run_one_step(const StepParams& s, const Tensor& h_0, Cell cell, Text compute_type, bool backward) {
   const int64_t states = int64_t{s.scan.batch} * s.scan.hidden;
   STD_TORCH_CHECK(s.scan.lanes <= kMaxGridYz, "the cuda backend takes at most ", kMaxGridYz, " lanes");
   const LaunchShape shape{checked_int((states + kStepThreads - 1) / kStepThreads, "blocks"), 1, s.scan.lanes, kStepThreads, 1,
                           false, 0};
   void* stream = current_stream(h_0.get_device_index());
-  switch (parse_numbers(numbers)) {
-    case Numbers::float32:
-    case Numbers::tf32: return run_step<Float32>(cell, backward, shape, s, stream);
-    case Numbers::float64: return run_step<Float64>(cell, backward, shape, s, stream);
-    case Numbers::bfloat16: return run_step<BFloat16>(cell, backward, shape, s, stream);
-    case Numbers::float16: return run_step<Float16>(cell, backward, shape, s, stream);
+  switch (parse_compute_type(compute_type)) {
+    case ComputeType::float32:
+    case ComputeType::tf32: return run_step<Float32>(cell, backward, shape, s, stream);
+    case ComputeType::float64: return run_step<Float64>(cell, backward, shape, s, stream);
+    case ComputeType::bfloat16: return run_step<BFloat16>(cell, backward, shape, s, stream);
+    case ComputeType::float16: return run_step<Float16>(cell, backward, shape, s, stream);
   }
 }
 
@@ -196,41 +198,41 @@ ScanParams backward_params(const OptionalTensor& d_output, const OptionalTensor&
 
 void scan_forward(Tensor gx, OptionalTensor ids, Tensor w_hh, OptionalTensor b_hh, Tensor h_0, OptionalTensor c_0,
                   OptionalTensor offsets, Tensor output, Tensor h_n, OptionalTensor c_n, OptionalTensor tape,
-                  Text cell_name, Text numbers, bool bidirectional, int64_t steps, Ints team) {
+                  Text cell_name, Text compute_type, bool bidirectional, int64_t steps, Ints team) {
   const Cell cell = parse_cell(cell_name);
   ScanParams p = forward_params(gx, ids, b_hh, h_0, c_0, offsets, output, h_n, c_n, tape, cell, bidirectional, steps);
   p.w_hh = in(w_hh);
-  run(p, h_0, cell, numbers, false, team);
+  run(p, h_0, cell, compute_type, false, team);
 }
 
 void scan_backward(OptionalTensor d_output, OptionalTensor d_h_n, OptionalTensor d_c_n, Tensor w_hh_transposed, Tensor h_0,
                    OptionalTensor c_0, OptionalTensor offsets, Tensor output, OptionalTensor tape, Tensor d_gx,
-                   OptionalTensor d_g_last, Tensor d_h_0, OptionalTensor d_c_0, Text cell_name, Text numbers,
+                   OptionalTensor d_g_last, Tensor d_h_0, OptionalTensor d_c_0, Text cell_name, Text compute_type,
                    bool bidirectional, int64_t steps, Ints team) {
   const Cell cell = parse_cell(cell_name);
   ScanParams p = backward_params(d_output, d_h_n, d_c_n, h_0, c_0, offsets, output, tape, d_gx, d_g_last, d_h_0, d_c_0,
                                  cell, bidirectional, steps);
   p.w_hh = in(w_hh_transposed);
-  run(p, h_0, cell, numbers, true, team);
+  run(p, h_0, cell, compute_type, true, team);
 }
 
 void step_forward(Tensor gx, OptionalTensor ids, OptionalTensor b_hh, Tensor h_0, OptionalTensor c_0, OptionalTensor offsets,
-                  Tensor output, OptionalTensor tape, Text cell_name, Text numbers, bool bidirectional,
+                  Tensor output, OptionalTensor tape, Text cell_name, Text compute_type, bool bidirectional,
                   int64_t steps, int64_t step, Tensor product, Tensor h_state, OptionalTensor c_state, Tensor operand) {
   const Cell cell = parse_cell(cell_name);
   const ScanParams p = forward_params(gx, ids, b_hh, h_0, c_0, offsets, output, std::nullopt, std::nullopt, tape, cell,
                                       bidirectional, steps);
-  run_one_step({p, static_cast<int>(step), in(product), out(h_state), out(c_state), out(operand)}, h_0, cell, numbers, false);
+  run_one_step({p, static_cast<int>(step), in(product), out(h_state), out(c_state), out(operand)}, h_0, cell, compute_type, false);
 }
 
 void step_backward(OptionalTensor d_output, Tensor h_0, OptionalTensor c_0, OptionalTensor offsets, Tensor output,
-                   OptionalTensor tape, Tensor d_gx, OptionalTensor d_g_last, Text cell_name, Text numbers,
+                   OptionalTensor tape, Tensor d_gx, OptionalTensor d_g_last, Text cell_name, Text compute_type,
                    bool bidirectional, int64_t steps, int64_t step, OptionalTensor product, Tensor h_state,
                    OptionalTensor c_state, Tensor operand) {
   const Cell cell = parse_cell(cell_name);
   const ScanParams p = backward_params(d_output, std::nullopt, std::nullopt, h_0, c_0, offsets, output, tape, d_gx,
                                        d_g_last, std::nullopt, std::nullopt, cell, bidirectional, steps);
-  run_one_step({p, static_cast<int>(step), in(product), out(h_state), out(c_state), out(operand)}, h_0, cell, numbers, true);
+  run_one_step({p, static_cast<int>(step), in(product), out(h_state), out(c_state), out(operand)}, h_0, cell, compute_type, true);
 }
 
 }  // namespace
@@ -238,23 +240,23 @@ void step_backward(OptionalTensor d_output, Tensor h_0, OptionalTensor c_0, Opti
 
 STABLE_TORCH_LIBRARY(RNNFAST_CUDA_NAMESPACE, m) {
   m.def("limits(int device) -> int[]");
-  m.def("plans(str cell, int hidden, int batch, int lanes, str numbers, bool backward, int[] limits) -> int[]");
-  m.def("check(str cell, int hidden, int batch, int lanes, str numbers, bool backward, int[] limits, int[] team) -> str");
+  m.def("plans(str cell, int hidden, int batch, int lanes, str compute_type, bool backward, int[] limits) -> int[]");
+  m.def("check(str cell, int hidden, int batch, int lanes, str compute_type, bool backward, int[] limits, int[] team) -> str");
   m.def(
       "scan_forward(Tensor gx, Tensor? ids, Tensor w_hh, Tensor? b_hh, Tensor h_0, Tensor? c_0, Tensor? offsets, "
-      "Tensor(a!) output, Tensor(b!) h_n, Tensor(c!)? c_n, Tensor(d!)? tape, str cell, str numbers, bool bidirectional, "
+      "Tensor(a!) output, Tensor(b!) h_n, Tensor(c!)? c_n, Tensor(d!)? tape, str cell, str compute_type, bool bidirectional, "
       "int steps, int[] team) -> ()");
   m.def(
       "scan_backward(Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, Tensor w_hh_transposed, Tensor h_0, Tensor? c_0, "
       "Tensor? offsets, Tensor output, Tensor? tape, Tensor(a!) d_gx, Tensor(b!)? d_g_last, Tensor(c!) d_h_0, "
-      "Tensor(d!)? d_c_0, str cell, str numbers, bool bidirectional, int steps, int[] team) -> ()");
+      "Tensor(d!)? d_c_0, str cell, str compute_type, bool bidirectional, int steps, int[] team) -> ()");
   m.def(
       "step_forward(Tensor gx, Tensor? ids, Tensor? b_hh, Tensor h_0, Tensor? c_0, Tensor? offsets, Tensor(a!) output, "
-      "Tensor(b!)? tape, str cell, str numbers, bool bidirectional, int steps, int step, Tensor product, "
+      "Tensor(b!)? tape, str cell, str compute_type, bool bidirectional, int steps, int step, Tensor product, "
       "Tensor(c!) h_state, Tensor(d!)? c_state, Tensor(e!) operand) -> ()");
   m.def(
       "step_backward(Tensor? d_output, Tensor h_0, Tensor? c_0, Tensor? offsets, Tensor output, Tensor? tape, "
-      "Tensor(a!) d_gx, Tensor(b!)? d_g_last, str cell, str numbers, bool bidirectional, int steps, int step, "
+      "Tensor(a!) d_gx, Tensor(b!)? d_g_last, str cell, str compute_type, bool bidirectional, int steps, int step, "
       "Tensor? product, Tensor(c!) h_state, Tensor(d!)? c_state, Tensor(e!) operand) -> ()");
 }
 

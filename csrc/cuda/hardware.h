@@ -55,7 +55,7 @@ RNNFAST_DEVICE V shuffle_xor(V value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
-// ---- numbers --------------------------------------------------------------------------------------------------------
+// ---- numbers -------------------------------------------------------------------------------------------------------------
 
 RNNFAST_DEVICE float widen(float x) { return x; }
 RNNFAST_DEVICE double widen(double x) { return x; }

@@ -16,7 +16,7 @@
 
 namespace rnnfast::cuda {
 
-enum class Numbers { float32, tf32, bfloat16, float16, float64 };
+enum class ComputeType { float32, tf32, bfloat16, float16, float64 };
 enum class Exchange { block, cluster, grid };
 
 // What the operand is, and what a block multiplies it with.
@@ -27,10 +27,12 @@ enum class Pass {
                      // are sent to the units' owners, each of which adds up those of all blocks
 };
 
-constexpr bool tensor_cores(Numbers n) { return n == Numbers::tf32 || n == Numbers::bfloat16 || n == Numbers::float16; }
-constexpr int sum_bytes(Numbers n) { return n == Numbers::float64 ? 8 : 4; }
-constexpr int operand_bytes(Numbers n) {
-  return n == Numbers::float64 ? 8 : n == Numbers::bfloat16 || n == Numbers::float16 ? 2 : 4;
+constexpr bool tensor_cores(ComputeType n) {
+  return n == ComputeType::tf32 || n == ComputeType::bfloat16 || n == ComputeType::float16;
+}
+constexpr int sum_bytes(ComputeType n) { return n == ComputeType::float64 ? 8 : 4; }
+constexpr int operand_bytes(ComputeType n) {
+  return n == ComputeType::float64 ? 8 : n == ComputeType::bfloat16 || n == ComputeType::float16 ? 2 : 4;
 }
 
 // The backward of a cluster exchanges what is fewer bytes for each row and unit: gate gradients, or a sum. On plain
@@ -74,15 +76,15 @@ struct Layout {
 inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 inline int round_up(int a, int b) { return ceil_div(a, b) * b; }
 
-inline Layout make_layout(int gates, int hidden, Numbers numbers, Pass pass, int blocks, int rows, int warps) {
-  const bool mma = tensor_cores(numbers);
+inline Layout make_layout(int gates, int hidden, ComputeType compute_type, Pass pass, int blocks, int rows, int warps) {
+  const bool mma = tensor_cores(compute_type);
   Layout l{};
   l.blocks = blocks;
   l.rows = rows;
   l.warps = warps;
   l.units = round_up(ceil_div(hidden, blocks), group_columns(mma));
   l.slice = (pass == Pass::forward ? 1 : gates) * l.units;
-  const int chunk = chunk_bytes(mma) / operand_bytes(numbers);
+  const int chunk = chunk_bytes(mma) / operand_bytes(compute_type);
   l.depth = round_up((pass == Pass::backward_scatter ? 1 : blocks) * l.slice, chunk);
   l.chunks = l.depth / chunk;
   l.columns = (pass == Pass::forward ? gates : pass == Pass::backward_gather ? 1 : blocks) * l.units;
@@ -93,30 +95,30 @@ inline Layout make_layout(int gates, int hidden, Numbers numbers, Pass pass, int
   l.chunks_per_warp = ceil_div(l.chunks, l.splits);
   l.apart = l.splits * chunk_bytes(mma);
   // Eight lanes, over two rows, then read 128 bytes that lie in different banks.
-  l.stride = round_up(l.depth * operand_bytes(numbers), 128) + 64;
-  l.slots = std::max(0, l.groups_per_warp * l.chunks_per_warp - register_chunks(mma, sum_bytes(numbers)));
+  l.stride = round_up(l.depth * operand_bytes(compute_type), 128) + 64;
+  l.slots = std::max(0, l.groups_per_warp * l.chunks_per_warp - register_chunks(mma, sum_bytes(compute_type)));
   l.sums_at = warps * l.slots * chunk_words(mma) * 128;
   // A warp stores the sums of eight columns and four pairs of rows at a time, or of four rows and eight columns: these then lie
   // in different banks.
   l.sum_stride = mma ? l.columns + 4 : l.columns + (40 - l.columns % 32) % 32;
   // Sums that come from peers have two buffers: a peer may be a step ahead.
   const int row_sums = pass == Pass::backward_scatter ? 2 * l.columns : l.sum_stride;
-  const int sums = l.splits * rows * row_sums * sum_bytes(numbers);
+  const int sums = l.splits * rows * row_sums * sum_bytes(compute_type);
   l.operand_at = l.sums_at + round_up(sums, 128);
   l.barrier_at = l.operand_at + 2 * rows * l.stride;
   l.rows_at_once = rows / std::max(1, ceil_div(rows * l.units, warps * 32));
   l.per_unit = 1.0f / l.units;
   l.per_split = 1.0f / l.splits;
-  l.pieces = blocks * l.slice * operand_bytes(numbers) / 16;
+  l.pieces = blocks * l.slice * operand_bytes(compute_type) / 16;
   l.per_piece = 1.0f / l.pieces;
   l.bias_at = l.barrier_at + 16;
-  l.shared_bytes = l.bias_at + (pass == Pass::forward ? l.columns * sum_bytes(numbers) : 0);
+  l.shared_bytes = l.bias_at + (pass == Pass::forward ? l.columns * sum_bytes(compute_type) : 0);
   return l;
 }
 
 // Why no device can run a team laid out so; null if it is sound.
-inline const char* flaw(const Layout& l, Numbers numbers) {
-  const bool mma = tensor_cores(numbers);
+inline const char* flaw(const Layout& l, ComputeType compute_type) {
+  const bool mma = tensor_cores(compute_type);
   if (l.blocks < 1 || l.rows < 1 || l.warps < 1 || l.warps > kMaxWarps) return "a team has blocks, rows and up to 16 warps";
   if (mma && l.rows % kMmaRows) return "tensor cores take rows by eight";
   if (l.rows * l.units > pairs_per_thread(mma) * l.warps * 32) return "there are too many states for the threads of a block";

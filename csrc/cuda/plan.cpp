@@ -15,11 +15,11 @@ constexpr double kSharedBytes = 128;      // a cycle from shared memory
 constexpr double kStepLaunches = 5.0;     // two kernels of a captured graph
 
 // Multiply-adds a cycle and multiprocessor that a product of this kind sustains.
-double multiply_adds(Numbers n, int capability) {
+double multiply_adds(ComputeType n, int capability) {
   switch (n) {
-    case Numbers::float32: return 80;
-    case Numbers::float64: return capability == 80 || capability == 90 ? 32 : 1.5;
-    case Numbers::tf32: return capability >= 90 ? 500 : 300;
+    case ComputeType::float32: return 80;
+    case ComputeType::float64: return capability == 80 || capability == 90 ? 32 : 1.5;
+    case ComputeType::tf32: return capability >= 90 ? 500 : 300;
     default: return capability >= 90 ? 1000 : 600;
   }
 }
@@ -31,14 +31,14 @@ int clusters_at_once(const DeviceLimits& d, int blocks) {
 }
 
 double step_time(const Problem& p, const DeviceLimits& d, Kernel kernel, const Layout& l) {
-  const bool mma = tensor_cores(p.numbers);
-  const double arithmetic = 1.0 * l.rows * l.columns * l.depth / multiply_adds(p.numbers, d.capability);
+  const bool mma = tensor_cores(p.compute_type);
+  const double arithmetic = 1.0 * l.rows * l.columns * l.depth / multiply_adds(p.compute_type, d.capability);
   const int row_tiles = mma ? l.rows / kMmaRows : l.rows / 4 + l.rows % 4;
   const double weights_read = 1.0 * l.warps * l.slots * chunk_words(mma) * 128 * row_tiles;
-  const double operand_read = 1.0 * l.groups * l.rows * l.depth * operand_bytes(p.numbers);
+  const double operand_read = 1.0 * l.groups * l.rows * l.depth * operand_bytes(p.compute_type);
   const double product = std::max(arithmetic, (weights_read + operand_read) / kSharedBytes) / kClock;
-  const double sums_bytes = 1.0 * l.splits * l.rows * l.columns * sum_bytes(p.numbers);
-  const double operand = 1.0 * l.rows * l.depth * operand_bytes(p.numbers);
+  const double sums_bytes = 1.0 * l.splits * l.rows * l.columns * sum_bytes(p.compute_type);
+  const double operand = 1.0 * l.rows * l.depth * operand_bytes(p.compute_type);
   const double exchanged = kernel == Kernel::block                          ? 0
                            : pass_of(kernel, p) == Pass::backward_scatter ? sums_bytes
                                                                           : operand;
@@ -51,8 +51,8 @@ double step_time(const Problem& p, const DeviceLimits& d, Kernel kernel, const L
 
 double steps_time(const Problem& p, const DeviceLimits& d) {
   const double work = 1.0 * p.lanes * p.batch * gate_count(p.cell) * p.hidden * p.hidden;
-  const double read = 1.0 * p.lanes * gate_count(p.cell) * p.hidden * p.hidden * operand_bytes(p.numbers);
-  return kStepLaunches + std::max(work / (1.5 * multiply_adds(p.numbers, d.capability)), read / kExchangeBytes) /
+  const double read = 1.0 * p.lanes * gate_count(p.cell) * p.hidden * p.hidden * operand_bytes(p.compute_type);
+  return kStepLaunches + std::max(work / (1.5 * multiply_adds(p.compute_type, d.capability)), read / kExchangeBytes) /
                              d.multiprocessors / kClock;
 }
 
@@ -64,16 +64,16 @@ Layout check_layout(const Problem& p, const DeviceLimits& d, Kernel kernel, int 
     why_not = "a team has a block, a row and a warp at least";
     return {};
   }
-  const Layout l = make_layout(gate_count(p.cell), p.hidden, p.numbers, pass_of(kernel, p), blocks, rows, warps);
+  const Layout l = make_layout(gate_count(p.cell), p.hidden, p.compute_type, pass_of(kernel, p), blocks, rows, warps);
   const int64_t all_blocks = blocks * all_teams(p, rows);
   why_not.clear();
-  if (const char* reason = flaw(l, p.numbers))
+  if (const char* reason = flaw(l, p.compute_type))
     why_not = reason;
   else if (std::max(teams(p, rows), p.lanes) > kMaxGridYz)
     why_not = "a launch has at most " + std::to_string(kMaxGridYz) + " lanes and teams of a lane";
   else if (kernel == Kernel::block && blocks != 1)
     why_not = "a block scan's team is one block";
-  else if (kernel == Kernel::cluster && p.numbers == Numbers::float64)
+  else if (kernel == Kernel::cluster && p.compute_type == ComputeType::float64)
     why_not = "there is no float64 cluster scan";
   else if (kernel == Kernel::cluster && d.capability < 90)
     why_not = "clusters need compute capability 9.0 or later";
@@ -102,7 +102,7 @@ std::vector<Plan> make_plans(const Problem& p, const DeviceLimits& d) {
       }
     plans.push_back(plan);
   };
-  const bool mma = tensor_cores(p.numbers);
+  const bool mma = tensor_cores(p.compute_type);
   for (int rows = mma ? kMmaRows : 1; rows <= 128; rows = mma || rows >= 8 ? 2 * rows : rows + 1) {
     consider(Kernel::block, 1, rows);
     for (int blocks = 2; blocks <= 16; blocks *= 2) consider(Kernel::cluster, blocks, rows);

@@ -18,7 +18,7 @@ struct DeviceLimits {
 struct Problem {
   Cell cell;
   int hidden, batch, lanes;
-  Numbers numbers;
+  ComputeType compute_type;
   bool backward;
 };
 
@@ -28,8 +28,8 @@ enum class Kernel { block, cluster, grid, steps };
 inline Pass pass_of(Kernel kernel, const Problem& p) {
   const Exchange exchange =
       kernel == Kernel::block ? Exchange::block : kernel == Kernel::cluster ? Exchange::cluster : Exchange::grid;
-  return pass_of(exchange, gate_count(p.cell), operand_bytes(p.numbers), sum_bytes(p.numbers), tensor_cores(p.numbers),
-                 p.backward);
+  return pass_of(exchange, gate_count(p.cell), operand_bytes(p.compute_type), sum_bytes(p.compute_type),
+                 tensor_cores(p.compute_type), p.backward);
 }
 
 struct Plan {

@@ -19,7 +19,7 @@ CIRCUMSTANCES = {"card": "NVIDIA H200", "driver": "580.65", "torch": "2.11.0", "
 
 
 @pytest.mark.parametrize(
-    ("cell", "hidden", "batch", "numbers", "training", "algorithm"),
+    ("cell", "hidden", "batch", "compute_type", "training", "algorithm"),
     [
         ("rnn_tanh", 384, 32, "float32", False, "PERSIST_STATIC_SMALL_H"),
         ("rnn_tanh", 384, 32, "float32", True, "STANDARD"),
@@ -34,9 +34,9 @@ CIRCUMSTANCES = {"card": "NVIDIA H200", "driver": "580.65", "torch": "2.11.0", "
     ],
 )
 def test_which_algorithm_cudnn_uses(
-    cell: str, hidden: int, batch: int, numbers: str, training: bool, algorithm: str
+    cell: str, hidden: int, batch: int, compute_type: str, training: bool, algorithm: str
 ) -> None:
-    assert gpu_parts.cudnn_algorithm(cell, hidden, batch, numbers, 128, training) == algorithm
+    assert gpu_parts.cudnn_algorithm(cell, hidden, batch, compute_type, 128, training) == algorithm
 
 
 def test_the_command_of_a_machine_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -148,7 +148,10 @@ def test_tuning_goes_on_behind_a_point_that_hangs(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(gpu, "_run", lambda *_, **__: subprocess.CompletedProcess([], next(statuses), "a line\n", ""))
     report = gpu.run_tune(time.perf_counter() + 60, lambda result: None)
     first, second = list(gpu.tuning.grid())[:2]
-    assert [(p["cell"], p["numbers"], p["hidden"], p["batch"]) for p in report["table"]["points"]] == [first, second]
+    assert [(p["cell"], p["compute_type"], p["hidden"], p["batch"]) for p in report["table"]["points"]] == [
+        first,
+        second,
+    ]
     assert report["passed"] is False
     assert set(next(iter(report["wrong"].values())).values()) == {"it did not end"}
 
@@ -357,7 +360,7 @@ def test_parts_that_are_run_later_cost_nothing_of_those_before(monkeypatch: pyte
 
 def test_the_table_tells_what_missed_its_goal() -> None:
     times = {"ratio": 3.0, "cudnn": "STANDARD", "of_goal": 0.75}
-    grid = {"cell": "lstm", "hidden": 512, "batch": 32, "steps": 35, "numbers": "float32", "right": True}
+    grid = {"cell": "lstm", "hidden": 512, "batch": 32, "steps": 35, "compute_type": "float32", "right": True}
     report = {
         **CIRCUMSTANCES,
         "build": {"seconds": 40.0},
@@ -372,12 +375,12 @@ def test_the_table_tells_what_missed_its_goal() -> None:
         "goals": [
             {
                 "cell": "lstm",
-                "numbers": "tf32",
+                "compute_type": "tf32",
                 "right": True,
                 "us_a_step": {"forward": 0.9, "backward": 2.0},
                 "goals": {"forward": 1.0, "backward": 1.6},
             },
-            {"cell": "lstm", "numbers": "float32", "failure": "it took more than 20 s"},
+            {"cell": "lstm", "compute_type": "float32", "failure": "it took more than 20 s"},
         ],
         "pipeline": [
             {

@@ -93,13 +93,13 @@ def _parse(report: str) -> list[Kernel]:
 
 def _readable(mangled: str) -> str:
     """Such as "BFloat16 lstm backward", from template arguments as the ABI spells them."""
-    numbers, kind, backward = (
+    compute_type, kind, backward = (
         re.search(pattern, mangled) for pattern in (r"_kernelINS0_\d+(\w+?)ELNS", r"4KindE(\d)", r"Lb([01])E")
     )
-    assert numbers is not None
+    assert compute_type is not None
     assert kind is not None
     assert backward is not None
-    return f"{numbers[1]} {KINDS[int(kind[1])]} {'backward' if backward[1] == '1' else 'forward'}"
+    return f"{compute_type[1]} {KINDS[int(kind[1])]} {'backward' if backward[1] == '1' else 'forward'}"
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def _nn_module(cell: str, weights: list[Any], bidirectional: bool) -> nn.RNNBase
     )
 
 
-def check_against_truth(forward: Any, backward: Any, layer: list[Any], numbers: str) -> None:
+def check_against_truth(forward: Any, backward: Any, layer: list[Any], compute_type: str) -> None:
     """Runs both directions, and holds every result against the reference in float64, its error beside torch.nn's.
 
     Each backward reads the other's tape as well as its own.
@@ -100,7 +100,7 @@ def check_against_truth(forward: Any, backward: Any, layer: list[Any], numbers: 
     d_outputs = random_gradients(ours)
     nn_outputs, nn_gradients = torch_nn(layer, d_outputs)
     # torch.nn shows no tape: its measure is the reference's in the same dtype.
-    _assert_near("", OUTPUTS, ours, truth, [*nn_outputs, theirs[3]], truth, numbers, True)
+    _assert_near("", OUTPUTS, ours, truth, [*nn_outputs, theirs[3]], truth, compute_type, True)
 
     def true_gradients(output: Tensor) -> tuple[Tensor, ...]:
         # The slope of relu is a step: a sum that rounding takes across zero would count as an error of backward. So
@@ -115,21 +115,21 @@ def check_against_truth(forward: Any, backward: Any, layer: list[Any], numbers: 
         ("the reference after ours: ", ours, reference.backward),
     ):
         gradients = used(*d_outputs, *layer, run[0], run[3], True, True)
-        _assert_near(way, GRADIENTS, gradients, true_gradients(run[0]), nn_gradients, nn_truth, numbers, False)
+        _assert_near(way, GRADIENTS, gradients, true_gradients(run[0]), nn_gradients, nn_truth, compute_type, False)
 
 
 def _assert_near(
-    way: str, names: tuple[str, ...], ours: Any, truth: Any, nn_s: Any, nn_truth: Any, numbers: str, fwd: bool
+    way: str, names: tuple[str, ...], ours: Any, truth: Any, nn_s: Any, nn_truth: Any, compute_type: str, fwd: bool
 ) -> None:
     for name, a, t, nn_a, nn_t in zip(names, ours, truth, nn_s, nn_truth, strict=True):
         assert a.shape == t.shape, f"{way}{name}: {tuple(a.shape)} where {tuple(t.shape)} is right"
         if not t.numel():
             continue
         error = _relative_rms(a, t)
-        if numbers in BOUNDS:
-            allowed = BOUNDS[numbers][0 if fwd else 1]
+        if compute_type in BOUNDS:
+            allowed = BOUNDS[compute_type][0 if fwd else 1]
         else:
-            allowed = allowed_error(numbers, _relative_rms(nn_a, nn_t), fwd)
+            allowed = allowed_error(compute_type, _relative_rms(nn_a, nn_t), fwd)
         assert error <= allowed, f"{way}{name}: relative RMS error {error:.1e}, above {allowed:.1e}"
 
 

@@ -52,7 +52,7 @@ def test_the_watchdog_says_what_is_missing(emulated, kernel, message):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_what_the_sanitizer_watches_can_be_run(schedule, monkeypatch, kernel):
     monkeypatch.setattr(gpu_parts, "DEVICE", "cpu")
-    monkeypatch.setattr(gpu_parts, "NUMBERS", {"float32": torch.float32, "bfloat16": torch.bfloat16})
+    monkeypatch.setattr(gpu_parts, "COMPUTE_TYPES", {"float32": torch.float32, "bfloat16": torch.bfloat16})
     monkeypatch.setattr(gpu_parts.cuda, "load", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)

@@ -41,28 +41,31 @@ def _library() -> None:
     torch.ops.load_library(str(build.library()))
 
 
-def _layer(numbers: str, cell: str = "lstm", **shape: Any) -> list[Any]:
-    torch.backends.cuda.matmul.allow_tf32 = numbers == "tf32"
-    return random_layer(cell, dtype=DTYPES[numbers], device="cuda", **shape)
+def _layer(compute_type: str, cell: str = "lstm", **shape: Any) -> list[Any]:
+    torch.backends.cuda.matmul.allow_tf32 = compute_type == "tf32"
+    return random_layer(cell, dtype=DTYPES[compute_type], device="cuda", **shape)
 
 
-@pytest.mark.parametrize("numbers", DTYPES)
+@pytest.mark.parametrize("compute_type", DTYPES)
 @pytest.mark.parametrize("plan", TEAMS, ids=lambda p: f"{p.kernel}-{p.blocks}")
-def test_every_team(monkeypatch, plan, numbers):
-    problem = ("gru", 100, 20, 2, numbers)
+def test_every_team(monkeypatch, plan, compute_type):
+    problem = ("gru", 100, 20, 2, compute_type)
     for backward in (False, True) if plan.kernel != "steps" else ():
         refusal = torch.ops.rnnfast_cuda.check(*problem, backward, launch._limits(0), plan.team)
         if refusal:
             pytest.skip(refusal)
     monkeypatch.setattr(launch, "plan", lambda *_, **__: plan)
     check_against_truth(
-        launch.forward, launch.backward, _layer(numbers, "gru", hidden=100, batch=20, steps=9, lanes=2), numbers
+        launch.forward,
+        launch.backward,
+        _layer(compute_type, "gru", hidden=100, batch=20, steps=9, lanes=2),
+        compute_type,
     )
 
 
-@pytest.mark.parametrize("numbers", DTYPES)
-def test_runs_give_the_same_bits_on_two_streams(numbers):
-    layer = _layer(numbers, hidden=256, batch=16, steps=64)
+@pytest.mark.parametrize("compute_type", DTYPES)
+def test_runs_give_the_same_bits_on_two_streams(compute_type):
+    layer = _layer(compute_type, hidden=256, batch=16, steps=64)
     expected = launch.forward(*layer, True)
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in range(2)]
@@ -128,11 +131,11 @@ def test_it_runs_on_the_device_of_its_tensors(hidden):
         assert torch.equal(a.cpu(), b.cpu())
 
 
-@pytest.mark.parametrize("numbers", tuning.NUMBERS)
+@pytest.mark.parametrize("compute_type", tuning.COMPUTE_TYPES)
 @pytest.mark.parametrize("cell", tuning.LAYERS)
-def test_tuning_finds_it_right(cell, numbers):
+def test_tuning_finds_it_right(cell, compute_type):
     cuda.load()
-    point = Point(cell, numbers, 256, 8)
+    point = Point(cell, compute_type, 256, 8)
     tuning.measure(point, ["cuda"], torch.device("cuda"))
     assert point.failures == {}
     assert point.teams.keys() == {"forward", "backward"}
@@ -173,8 +176,8 @@ def test_layers_and_the_backend_table():
     assert "cuda" in {status.name for status in rnnfast.backends() if status.available}
 
 
-@pytest.mark.parametrize("numbers", DTYPES)
+@pytest.mark.parametrize("compute_type", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("cell", CELLS)
-def test_as_planned(cell, shape, numbers):
-    check_against_truth(launch.forward, launch.backward, _layer(numbers, cell, **SHAPES[shape]), numbers)
+def test_as_planned(cell, shape, compute_type):
+    check_against_truth(launch.forward, launch.backward, _layer(compute_type, cell, **SHAPES[shape]), compute_type)

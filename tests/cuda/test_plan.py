@@ -29,8 +29,8 @@ BATCH = (1, 7, 32, 100, 512)
 def plan(emulated):
     ops = getattr(torch.ops, EMULATED)
 
-    def make(card: str, cell: str, hidden: int, batch: int, numbers: str, backward: bool = False) -> Plan:
-        problem = (cell, hidden, batch, 1, numbers, backward, CARDS[card])
+    def make(card: str, cell: str, hidden: int, batch: int, compute_type: str, backward: bool = False) -> Plan:
+        problem = (cell, hidden, batch, 1, compute_type, backward, CARDS[card])
         plans = _parse(ops.plans(*problem))
         for made in plans:
             assert made.kernel == "steps" or ops.check(*problem, made.team) == ""
@@ -43,13 +43,13 @@ def plan(emulated):
 
 @pytest.mark.parametrize("card", CARDS)
 def test_what_is_planned_can_run(plan, card):
-    for cell, hidden, batch, numbers, backward in itertools.product(CELLS, HIDDEN, BATCH, DTYPES, (False, True)):
-        made = plan(card, cell, hidden, batch, numbers, backward)
+    for cell, hidden, batch, compute_type, backward in itertools.product(CELLS, HIDDEN, BATCH, DTYPES, (False, True)):
+        made = plan(card, cell, hidden, batch, compute_type, backward)
         capability, multiprocessors, shared_bytes, *_ = CARDS[card]
         assert made.shared_bytes <= shared_bytes
         if made.kernel == "cluster":
             assert capability >= 90
-            assert numbers != "float64"
+            assert compute_type != "float64"
             assert made.blocks in (2, 4, 8, 16)
         elif made.kernel == "grid":
             assert made.blocks * -(-batch // made.rows) <= multiprocessors
@@ -64,7 +64,7 @@ def test_small_layers_stay_in_a_block(plan):
 
 @pytest.mark.parametrize("card", ["H200", "H100 PCIe"])
 @pytest.mark.parametrize(
-    ("cell", "numbers", "backward"),
+    ("cell", "compute_type", "backward"),
     [
         ("lstm", "bfloat16", False),
         ("lstm", "bfloat16", True),
@@ -75,9 +75,9 @@ def test_small_layers_stay_in_a_block(plan):
         ("rnn_tanh", "float32", True),
     ],
 )
-def test_the_goals_sizes_run_in_clusters_on_hopper(plan, card, cell, numbers, backward):
+def test_the_goals_sizes_run_in_clusters_on_hopper(plan, card, cell, compute_type, backward):
     """Hidden size 512 and 32 rows."""
-    assert plan(card, cell, 512, 32, numbers, backward).kernel == "cluster"
+    assert plan(card, cell, 512, 32, compute_type, backward).kernel == "cluster"
 
 
 def test_sums_take_less_room_than_the_operand_of_all_units(emulated):
@@ -100,8 +100,8 @@ def test_what_no_chip_holds_goes_step_by_step(plan):
 
 
 def test_a_plan_for_fewer_rows_is_never_modelled_slower(plan):
-    for card, cell, numbers in itertools.product(CARDS, CELLS, DTYPES):
-        times = [plan(card, cell, 512, batch, numbers).nanoseconds for batch in (1, 8, 32, 128)]
+    for card, cell, compute_type in itertools.product(CARDS, CELLS, DTYPES):
+        times = [plan(card, cell, 512, batch, compute_type).nanoseconds for batch in (1, 8, 32, 128)]
         assert times == sorted(times)
 
 
@@ -114,7 +114,7 @@ def test_more_blocks_than_an_int_counts_are_not_taken_for_few(emulated, batch, l
 
 
 @pytest.mark.parametrize(
-    ("card", "numbers", "team", "why"),
+    ("card", "compute_type", "team", "why"),
     [
         ("A100", "float32", Plan("cluster", 4, 4, 16), "compute capability 9.0"),
         ("H200", "float64", Plan("cluster", 4, 2, 16), "no float64 cluster"),
@@ -126,6 +126,6 @@ def test_more_blocks_than_an_int_counts_are_not_taken_for_few(emulated, batch, l
         ("H200", "float32", Plan("block", 1, 8, 0), "a block, a row and a warp at least"),
     ],
 )
-def test_a_refusal_says_why(emulated, card, numbers, team, why):
-    refusal = getattr(torch.ops, EMULATED).check("lstm", 256, 32, 1, numbers, False, CARDS[card], team.team)
+def test_a_refusal_says_why(emulated, card, compute_type, team, why):
+    refusal = getattr(torch.ops, EMULATED).check("lstm", 256, 32, 1, compute_type, False, CARDS[card], team.team)
     assert why in refusal

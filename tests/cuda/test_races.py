@@ -20,15 +20,15 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("numbers", ["float32", "bfloat16"])
+@pytest.mark.parametrize("compute_type", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kernel", ["block", "cluster", "grid"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_a_scan_has_no_race(watched, monkeypatch, cell, kernel, numbers, shape):
+def test_a_scan_has_no_race(watched, monkeypatch, cell, kernel, compute_type, shape):
     use_operators(monkeypatch, WATCHED)
-    use(monkeypatch, TEAMS[kernel][numbers == "bfloat16"], numbers)
-    layer = random_layer(cell, **SHAPES[shape], dtype=DTYPES[numbers])
+    use(monkeypatch, TEAMS[kernel][compute_type == "bfloat16"], compute_type)
+    layer = random_layer(cell, **SHAPES[shape], dtype=DTYPES[compute_type])
     # One schedule each: what is ordered hardly depends on it.
-    watched.rnnfast_set_schedule(len(cell + kernel + numbers + shape))
+    watched.rnnfast_set_schedule(len(cell + kernel + compute_type + shape))
     watched.rnnfast_checked_accesses()
     outputs = launch.forward(*layer, True)
     assert watched.rnnfast_checked_accesses() > 0

@@ -28,24 +28,24 @@ SHAPES = {
 }
 
 
-def use(monkeypatch: pytest.MonkeyPatch, plan: Plan, numbers: str) -> None:
+def use(monkeypatch: pytest.MonkeyPatch, plan: Plan, compute_type: str) -> None:
     monkeypatch.setattr(launch, "plan", lambda *_, **__: plan)
-    torch.backends.cuda.matmul.allow_tf32 = numbers == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = compute_type == "tf32"
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("kernel", "numbers"), CASES, ids=lambda value: value)
+@pytest.mark.parametrize(("kernel", "compute_type"), CASES, ids=lambda value: value)
 @pytest.mark.parametrize("cell", CELLS)
-def test_matches_the_reference(schedule, monkeypatch, cell, kernel, numbers, shape):
-    plan = TEAMS[kernel][numbers in ("tf32", "bfloat16", "float16")]
-    use(monkeypatch, plan, numbers)
-    layer = random_layer(cell, **SHAPES[shape], dtype=DTYPES[numbers])
+def test_matches_the_reference(schedule, monkeypatch, cell, kernel, compute_type, shape):
+    plan = TEAMS[kernel][compute_type in ("tf32", "bfloat16", "float16")]
+    use(monkeypatch, plan, compute_type)
+    layer = random_layer(cell, **SHAPES[shape], dtype=DTYPES[compute_type])
     schedule(len(shape))
-    check_against_truth(launch.forward, launch.backward, layer, numbers)
+    check_against_truth(launch.forward, launch.backward, layer, compute_type)
 
 
 @pytest.mark.parametrize(
-    ("cell", "numbers", "hidden", "batch", "plan"),
+    ("cell", "compute_type", "hidden", "batch", "plan"),
     [
         ("rnn_tanh", "float32", 200, 1, Plan("block", 1, 1, 7)),  # 25 column groups; a fourth chunk
         ("rnn_relu", "float32", 65, 9, Plan("cluster", 2, 9, 13)),  # a split depth; row tiles of 4, 4 and 1
@@ -64,24 +64,26 @@ def test_matches_the_reference(schedule, monkeypatch, cell, kernel, numbers, sha
         ("gru", "bfloat16", 33, 9, Plan("cluster", 4, 16, 4)),  # all groups in registers; a last block with one unit
     ],
 )  # fmt: skip
-def test_tile_edges(schedule, monkeypatch, cell, numbers, hidden, batch, plan):
+def test_tile_edges(schedule, monkeypatch, cell, compute_type, hidden, batch, plan):
     """Sizes at which work crosses from one tile, chunk, group, warp or block to the next."""
-    use(monkeypatch, plan, numbers)
-    layer = random_layer(cell, hidden, batch, 2, DTYPES[numbers])
-    check_against_truth(launch.forward, launch.backward, layer, numbers)
+    use(monkeypatch, plan, compute_type)
+    layer = random_layer(cell, hidden, batch, 2, DTYPES[compute_type])
+    check_against_truth(launch.forward, launch.backward, layer, compute_type)
 
 
-@pytest.mark.parametrize("numbers", ["tf32", "bfloat16"])
-def test_relu_where_rounding_takes_sums_across_zero(schedule, monkeypatch, numbers):
-    use(monkeypatch, Plan("block", 1, 8, 16), numbers)
-    check_against_truth(launch.forward, launch.backward, random_layer("rnn_relu", 64, 8, 20, DTYPES[numbers]), numbers)
+@pytest.mark.parametrize("compute_type", ["tf32", "bfloat16"])
+def test_relu_where_rounding_takes_sums_across_zero(schedule, monkeypatch, compute_type):
+    use(monkeypatch, Plan("block", 1, 8, 16), compute_type)
+    check_against_truth(
+        launch.forward, launch.backward, random_layer("rnn_relu", 64, 8, 20, DTYPES[compute_type]), compute_type
+    )
 
 
-@pytest.mark.parametrize("numbers", ["float32", "bfloat16"])
+@pytest.mark.parametrize("compute_type", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kernel", ["block", "cluster", "grid"])
-def test_every_schedule_gives_the_same_bits(schedule, monkeypatch, kernel, numbers):
-    use(monkeypatch, TEAMS[kernel][numbers == "bfloat16"], numbers)
-    layer = random_layer("lstm", 20, 4, 5, DTYPES[numbers], lanes=2, ragged=True)
+def test_every_schedule_gives_the_same_bits(schedule, monkeypatch, kernel, compute_type):
+    use(monkeypatch, TEAMS[kernel][compute_type == "bfloat16"], compute_type)
+    layer = random_layer("lstm", 20, 4, 5, DTYPES[compute_type], lanes=2, ragged=True)
     runs = []
     for seed in range(6):
         schedule(seed)
@@ -92,11 +94,11 @@ def test_every_schedule_gives_the_same_bits(schedule, monkeypatch, kernel, numbe
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
 
 
-@pytest.mark.parametrize("numbers", ["float32", "tf32", "float64"])
-def test_a_row_does_not_depend_on_its_batch(schedule, monkeypatch, numbers):
-    plan = Plan("block", 1, 8, 16) if numbers == "tf32" else Plan("block", 1, 5, 6)
-    use(monkeypatch, plan, numbers)
-    dtype = DTYPES[numbers]
+@pytest.mark.parametrize("compute_type", ["float32", "tf32", "float64"])
+def test_a_row_does_not_depend_on_its_batch(schedule, monkeypatch, compute_type):
+    plan = Plan("block", 1, 8, 16) if compute_type == "tf32" else Plan("block", 1, 5, 6)
+    use(monkeypatch, plan, compute_type)
+    dtype = DTYPES[compute_type]
     layer = random_layer("gru", 20, 5, 3, dtype, token_ids=True)  # ids: torch's GEMM would depend on the batch
     output, h_n, _, _ = launch.forward(*layer, False)
     alone = list(layer)
@@ -106,10 +108,10 @@ def test_a_row_does_not_depend_on_its_batch(schedule, monkeypatch, numbers):
     assert torch.equal(h_n_alone, h_n[:, 4:])
 
 
-@pytest.mark.parametrize("numbers", ["float32", "bfloat16"])
-def test_nan_stays_in_its_row(schedule, monkeypatch, numbers):
-    use(monkeypatch, TEAMS["cluster"][numbers == "bfloat16"], numbers)
-    layer = random_layer("lstm", 20, 4, 3, DTYPES[numbers])
+@pytest.mark.parametrize("compute_type", ["float32", "bfloat16"])
+def test_nan_stays_in_its_row(schedule, monkeypatch, compute_type):
+    use(monkeypatch, TEAMS["cluster"][compute_type == "bfloat16"], compute_type)
+    layer = random_layer("lstm", 20, 4, 3, DTYPES[compute_type])
     clean, *_ = launch.forward(*layer, False)
     layer[6] = layer[6].clone()
     layer[6][0, 1] = torch.nan

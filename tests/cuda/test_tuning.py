@@ -48,7 +48,7 @@ def clock(schedule: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Ite
     monkeypatch.setattr(tuning, "_synchronize", lambda device: None)
     monkeypatch.setattr(tuning, "HIDDEN", (16,))
     monkeypatch.setattr(tuning, "BATCHES", (3,))
-    monkeypatch.setattr(tuning, "NUMBERS", {"float32": torch.float32, "bfloat16": torch.bfloat16})
+    monkeypatch.setattr(tuning, "COMPUTE_TYPES", {"float32": torch.float32, "bfloat16": torch.bfloat16})
     monkeypatch.setattr(launch, "plans", lambda h_0, cell, backward: TEAMS)
     monkeypatch.setattr(dispatch, "_loaded", set())
     faked = dispatch.BACKENDS["cuda"]._replace(devices=("cpu",), why_not=lambda: None, load=lambda: None)
@@ -69,8 +69,8 @@ def tune(**options: Any) -> tuple[table.Table, list[str]]:
 
 def test_the_fastest_right_team_of_each_direction_is_kept(clock: Clock) -> None:
     made, said = tune()
-    assert [(p.cell, p.numbers) for p in made.points] == [
-        (cell, numbers) for numbers in ("float32", "bfloat16") for cell in ("rnn_tanh", "lstm", "gru")
+    assert [(p.cell, p.compute_type) for p in made.points] == [
+        (cell, compute_type) for compute_type in ("float32", "bfloat16") for cell in ("rnn_tanh", "lstm", "gru")
     ]
     for point in made.points:
         assert point.failures == {}
@@ -314,7 +314,7 @@ def test_the_command(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("numbers", "of_nn", "forward", "allowed"),
+    ("compute_type", "of_nn", "forward", "allowed"),
     [
         ("float32", 1e-6, True, 2e-6),
         ("float32", 0.0, False, 2.0**-22),
@@ -325,5 +325,5 @@ def test_the_command(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
         ("float16", 0.0, False, 0.0),
     ],
 )
-def test_the_error_allowed(numbers: str, of_nn: float, forward: bool, allowed: float) -> None:
-    assert tuning.allowed_error(numbers, of_nn, forward) == pytest.approx(allowed)
+def test_the_error_allowed(compute_type: str, of_nn: float, forward: bool, allowed: float) -> None:
+    assert tuning.allowed_error(compute_type, of_nn, forward) == pytest.approx(allowed)

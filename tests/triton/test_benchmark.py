@@ -18,12 +18,12 @@ def compare(device: torch.device, monkeypatch):
         return {"rnnfast": {"median": 1.0}, "nn": {"median": 2.0}}
 
     monkeypatch.setattr(gpu_parts, "seconds_in_turns", timed)
-    return lambda cell, numbers: gpu_parts.compare("triton", cell, 8, 2, 2, numbers, inputs=3)
+    return lambda cell, compute_type: gpu_parts.compare("triton", cell, 8, 2, 2, compute_type, inputs=3)
 
 
-@pytest.mark.parametrize(("cell", "numbers"), [("lstm", "float32"), ("gru", "bfloat16")])
-def test_a_right_layer_is_timed(compare, cell, numbers):
-    row = compare(cell, numbers)
+@pytest.mark.parametrize(("cell", "compute_type"), [("lstm", "float32"), ("gru", "bfloat16")])
+def test_a_right_layer_is_timed(compare, cell, compute_type):
+    row = compare(cell, compute_type)
     assert (row["kernel"], row["right"]) == ("registers", True)
     assert [row[way]["ratio"] for way in ("forward", "both")] == [2.0, 2.0]
 

@@ -6,13 +6,13 @@ import torch
 from rnnfast.backends.triton import launch, plan
 from rnnfast.backends.triton.plan import H100, Card, candidates
 from rnnfast.cells import CELLS
-from rnnfast.table import numbers_of
+from rnnfast.table import compute_type_of
 
-NUMBERS = ("float32", "tf32", "bfloat16", "float16")
+COMPUTE_TYPES = ("float32", "tf32", "bfloat16", "float16")
 
 
 @pytest.mark.parametrize(
-    ("cell", "hidden", "batch", "lanes", "numbers", "kernel"),
+    ("cell", "hidden", "batch", "lanes", "compute_type", "kernel"),
     [
         ("lstm", 64, 512, 2, "float32", "registers"),
         ("lstm", 128, 512, 2, "bfloat16", "shared"),
@@ -29,17 +29,17 @@ NUMBERS = ("float32", "tf32", "bfloat16", "float16")
         ("rnn_tanh", 40_000, 1, 1, "float32", "gates"),  # W_hh past 32-bit addresses
     ],
 )
-def test_kernel_for(cell, hidden, batch, lanes, numbers, kernel):
-    assert plan.plan(cell, hidden, batch, lanes, numbers, H100).kernel == kernel
+def test_kernel_for(cell, hidden, batch, lanes, compute_type, kernel):
+    assert plan.plan(cell, hidden, batch, lanes, compute_type, H100).kernel == kernel
 
 
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("numbers", NUMBERS)
-def test_candidates(cell, numbers):
+@pytest.mark.parametrize("compute_type", COMPUTE_TYPES)
+def test_candidates(cell, compute_type):
     """The gates' kernel runs every size, and each kernel is listed once."""
     for hidden in (1, 17, 64, 130, 512, 3000, 50_000):
         for batch in (0, 1, 32, 100_000):
-            kernels = [how.kernel for how in candidates(cell, hidden, batch, 2, numbers, H100)]
+            kernels = [how.kernel for how in candidates(cell, hidden, batch, 2, compute_type, H100)]
             assert "gates" in kernels
             assert len(set(kernels)) == len(kernels)
 
@@ -61,17 +61,17 @@ def test_more_lanes_than_a_launch_has_blocks_are_refused():
 def test_a_card_with_little_shared_memory(cell):
     """It gets the kernels that need little: consumer cards have 99 KB, which the large tiles exceed."""
     for hidden in (128, 256, 512):
-        for numbers in NUMBERS:
-            able = candidates(cell, hidden, 32, 1, numbers, Card(99 * 1024, 24))
+        for compute_type in COMPUTE_TYPES:
+            able = candidates(cell, hidden, 32, 1, compute_type, Card(99 * 1024, 24))
             assert not {how.kernel for how in able} & {"shared", "resident"}
 
 
-def test_numbers():
-    assert numbers_of(torch.float32) == "float32"
-    assert numbers_of(torch.bfloat16) == "bfloat16"
+def test_compute_types():
+    assert compute_type_of(torch.float32) == "float32"
+    assert compute_type_of(torch.bfloat16) == "bfloat16"
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
-        assert numbers_of(torch.float32) == "tf32"
-        assert numbers_of(torch.float16) == "float16"
+        assert compute_type_of(torch.float32) == "tf32"
+        assert compute_type_of(torch.float16) == "float16"
     finally:
         torch.backends.cuda.matmul.allow_tf32 = False

@@ -13,7 +13,7 @@ from torch import Tensor
 from rnnfast import table
 from rnnfast.backends import gpu_scan, products
 from rnnfast.backends.gpu_scan import ScanShape
-from rnnfast.table import KERNELS, numbers_of
+from rnnfast.table import KERNELS, compute_type_of
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -69,7 +69,7 @@ _used: list[Plan | None] = [None, None]  # forward, backward
 
 def _problem(h_0: Tensor, cell: str, backward: bool) -> tuple[Any, ...]:
     lanes, batch, hidden = h_0.shape
-    return cell, hidden, batch, lanes, numbers_of(h_0.dtype), backward, _device(h_0)
+    return cell, hidden, batch, lanes, compute_type_of(h_0.dtype), backward, _device(h_0)
 
 
 def _device(h_0: Tensor) -> int:
@@ -88,13 +88,13 @@ def _plan(
     hidden: int,
     batch: int,
     lanes: int,
-    numbers: str,
+    compute_type: str,
     backward: bool,
     device: int,
     measured: table.Table | None,
 ) -> Plan:
-    problem = (cell, hidden, batch, lanes, numbers, backward, _limits(device))
-    point = None if measured is None else measured.nearest(cell, numbers, hidden, batch * lanes)
+    problem = (cell, hidden, batch, lanes, compute_type, backward, _limits(device))
+    point = None if measured is None else measured.nearest(cell, compute_type, hidden, batch * lanes)
     team = None if point is None else point.teams.get("backward" if backward else "forward")
     if team is not None:
         made = Plan(*team)
@@ -128,7 +128,7 @@ def _forward(
     c_n: Tensor | None,
 ) -> None:
     how = plan(h_0, cell, backward=False)
-    common = (cell, numbers_of(h_0.dtype), bool(shape.bidirectional), shape.steps)
+    common = (cell, compute_type_of(h_0.dtype), bool(shape.bidirectional), shape.steps)
     if how.kernel != "steps":
         states = (h_0, c_0, shape.offsets, output, h_n, c_n, tape)
         _ops().scan_forward(gx, ids, w_hh, b_hh, *states, *common, how.team)
@@ -161,7 +161,7 @@ def _backward(
     d_c_0: Tensor | None,
 ) -> None:
     how = plan(h_0, cell, backward=True)
-    common = (cell, numbers_of(h_0.dtype), bool(shape.bidirectional), shape.steps)
+    common = (cell, compute_type_of(h_0.dtype), bool(shape.bidirectional), shape.steps)
     inputs: tuple[Any, ...]  # of an operator, as they come
     if how.kernel != "steps":
         inputs = (d_output, d_h_n, d_c_n, w_hh.mT.contiguous(), h_0, c_0, shape.offsets, output, tape)

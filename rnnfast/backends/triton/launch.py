@@ -13,7 +13,7 @@ from rnnfast.backends import gpu_scan
 from rnnfast.backends.gpu_scan import ScanShape
 from rnnfast.backends.triton import block, cells, loop, step
 from rnnfast.backends.triton.plan import DTYPES, MOST_BLOCKS, Plan, card, plan, programs
-from rnnfast.table import numbers_of
+from rnnfast.table import compute_type_of
 
 
 def _plan(cell: str, h_0: Tensor) -> Plan:
@@ -23,7 +23,7 @@ def _plan(cell: str, h_0: Tensor) -> Plan:
             f"the triton backend runs at most {MOST_BLOCKS:,} layers at once, each direction counted, not {lanes:,}: "
             'use smaller chunks (torch.vmap\'s chunk_size) or backend="torch"'
         )
-    return plan(cell, hidden, batch, lanes, numbers_of(h_0.dtype), card(h_0.device))
+    return plan(cell, hidden, batch, lanes, compute_type_of(h_0.dtype), card(h_0.device))
 
 
 def scan_forward(
@@ -105,7 +105,7 @@ def _weights(w_hh: Tensor, how: Plan) -> Tensor:
     w_hh = w_hh.unflatten(1, (-1, hidden))
     if more:
         w_hh = torch.nn.functional.pad(w_hh, (0, more, 0, more))
-    is_tf32 = how.kernel in ("resident", "step") and numbers_of(w_hh.dtype) == "tf32"
+    is_tf32 = how.kernel in ("resident", "step") and compute_type_of(w_hh.dtype) == "tf32"
     return _rounded_to_tf32(w_hh) if is_tf32 else w_hh
 
 
@@ -117,12 +117,12 @@ def _rounded_to_tf32(w: Tensor) -> Tensor:
 
 def _constants(cell: str, dtype: torch.dtype, how: Plan) -> dict[str, Any]:
     constants = {
-        "PRECISION": "tf32" if numbers_of(dtype) == "tf32" else "ieee",
+        "PRECISION": "tf32" if compute_type_of(dtype) == "tf32" else "ieee",
         "num_stages": how.stages,
         **how.constants(cell),
     }
     if how.kernel in ("resident", "step"):
-        constants["FMA"] = numbers_of(dtype) == "float32"
+        constants["FMA"] = compute_type_of(dtype) == "float32"
     return constants
 
 

@@ -93,27 +93,27 @@ MOST_BLOCKS = 65_535  # of a launch along y or z
 GATES = Plan("gates", rows=4, units=128, warps=4)
 
 
-def plan(cell: str, hidden: int, batch: int, lanes: int, numbers: str, card: Card) -> Plan:
+def plan(cell: str, hidden: int, batch: int, lanes: int, compute_type: str, card: Card) -> Plan:
     """Returns the kernel and tiles for a layer: the first candidate."""
-    return candidates(cell, hidden, batch, lanes, numbers, card)[0]
+    return candidates(cell, hidden, batch, lanes, compute_type, card)[0]
 
 
-def kernel_on(device: torch.device, cell: str, hidden: int, batch: int, lanes: int, numbers: str) -> str:
+def kernel_on(device: torch.device, cell: str, hidden: int, batch: int, lanes: int, compute_type: str) -> str:
     """Returns the name of the kernel that runs a layer on a device."""
-    return plan(cell, hidden, batch, lanes, numbers, card(device)).kernel
+    return plan(cell, hidden, batch, lanes, compute_type, card(device)).kernel
 
 
 @cache
-def candidates(cell: str, hidden: int, batch: int, lanes: int, numbers: str, card: Card) -> tuple[Plan, ...]:
+def candidates(cell: str, hidden: int, batch: int, lanes: int, compute_type: str, card: Card) -> tuple[Plan, ...]:
     """Returns every plan that can run a layer, likely the fastest first.
 
-    numbers: "float32", "tf32", "bfloat16" or "float16", what products are computed in.
+    compute_type: "float32", "tf32", "bfloat16" or "float16", what products are computed in.
 
     The block scan comes first where it can be: nothing leaves the program. Then the step scan where all its programs
     fit the card at once, so that one launch runs all steps. Beyond that it would be launched for each step and read
     W_hh once for each 16 batch rows, and torch's GEMM comes first.
     """
-    half = numbers in ("bfloat16", "float16")
+    half = compute_type in ("bfloat16", "float16")
     ample = card.shared_bytes >= AMPLE_SHARED_BYTES
     units = max(16, _power_of_two(hidden))
     block = []
@@ -123,7 +123,7 @@ def candidates(cell: str, hidden: int, batch: int, lanes: int, numbers: str, car
     if ample and half and units in IN_SHARED_MEMORY[cell] and hidden % 16 == 0:
         block.append(Plan("shared", rows=16, units=units, warps=IN_SHARED_MEMORY[cell][units]))
     step = []
-    if ample and units <= RESIDENT[cell] and numbers != "tf32":
+    if ample and units <= RESIDENT[cell] and compute_type != "tf32":
         # Tensor cores give a tile of 32 units work for 4 warps, whose registers hold no odd H's addresses besides.
         warps = 4 if half and hidden % 16 == 0 else 8
         step.append(Plan("resident", rows=16, units=32 if half else 16, warps=warps, depth=units))
@@ -131,9 +131,9 @@ def candidates(cell: str, hidden: int, batch: int, lanes: int, numbers: str, car
         Plan(
             "step",
             rows=16,
-            units=16 if numbers == "float32" else 32,
+            units=16 if compute_type == "float32" else 32,
             warps=4,
-            depth=32 if numbers == "tf32" else 64,
+            depth=32 if compute_type == "tf32" else 64,
             stages=2,
         )
     )
