@@ -17,10 +17,10 @@ using Text = StringHandle;
 inline std::string take(Text text) {
   size_t length = 0;
   const char* characters = nullptr;
-  torch_string_length(text, &length);
-  torch_string_c_str(text, &characters);
-  const std::string taken(characters, length);
+  const bool is_read = torch_string_length(text, &length) == 0 && torch_string_c_str(text, &characters) == 0;
+  const std::string taken(is_read ? characters : "", is_read ? length : 0);
   torch_delete_string(text);
+  if (!is_read) throw std::runtime_error("torch does not give an operator its string");
   return taken;
 }
 

@@ -209,7 +209,7 @@ class RNNModel(nn.Module):
         """Zeros: a tensor (layers * directions, batch_size, hidden), for an LSTM a pair of them."""
         layers = self.num_directions * self.rnn.num_layers
         state = torch.zeros(layers, batch_size, self.num_hiddens, device=device)
-        return (state, state.clone()) if isinstance(self.rnn, nn.LSTM) else state
+        return (state, state.clone()) if self.rnn.mode == "LSTM" else state
 
 
 Net = RNNModel | RNNModelScratch | Any

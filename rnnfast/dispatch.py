@@ -377,7 +377,7 @@ def explain(layer: Any, input: Tensor | PackedSequence) -> Choice:
         request = Request(cell, weight.device.type, dtype, token_ids, layer.proj_size > 0, size=size)
     choice = choose(request, layer.backend)
     elsewhere = _elsewhere(choice, request)
-    if isinstance(layer, torch.nn.LSTM):
+    if getattr(layer, "mode", None) == "LSTM":
         elsewhere += _states_elsewhere(choice, request)
     return choice._replace(elsewhere=elsewhere)
 

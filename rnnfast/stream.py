@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -51,7 +52,7 @@ class Stream:
             raise TypeError(f"a torch.nn {name} has no step: make it an rnnfast.{name}, or rnnfast.accelerate it")
         self.module = module
         self._is_alone = isinstance(module, nn.RNNBase | Stack)
-        self._layers = {name: _Followed(name, layer) for name, layer in _layers_with_state(module, stateless)}
+        self._layers = dict(_layers_with_state(module, stateless))
         if not self._layers:
             raise ValueError(
                 f"{type(module).__name__} has no RNN, LSTM or GRU in it whose state could be kept; those of cells, and "
@@ -86,14 +87,15 @@ class Stream:
         return self._feed(*args, **kwargs)
 
     def _call_model(self, *args: Any, **kwargs: Any) -> Any:
-        call = _Call(self._states, self._started_from)
+        call = _Call(dict(self._states), dict(self._started_from))
+        followed = [_Followed(name, layer, call) for name, layer in self._layers.items()]
         try:
-            for layer in self._layers.values():
-                layer.follow(call)
+            for each in followed:
+                each.follow()
             result = self.module(*args, **kwargs)
         finally:
-            for layer in self._layers.values():
-                layer.leave()
+            for each in followed:
+                each.leave()
         # Taken over once the whole model has run: after an error the same steps can be fed again.
         call.check()
         self._states.update(call.after)
@@ -149,16 +151,17 @@ class Stream:
             state = {} if state is None else {"": state}
         if not isinstance(state, dict):
             raise TypeError(f"the state of a model is a dict by its layers' names, got {type(state).__name__}")
-        unknown = {key for key in state if key.partition("[")[0] not in self._layers}
+        unknown = {key for key in state if key not in self._layers and _name_of(key) not in self._layers}
         if unknown:
             raise ValueError(f"the model has no recurrent layer {', '.join(sorted(unknown))}")
-        self._states, self._steps = dict(state), None
+        self._states, self._started_from, self._steps = dict(state), {}, None
 
     def reset(self, rows: Tensor | Sequence[int] | None = None) -> None:
         """Starts over: all sequences, or those in some rows of the batch.
 
         Args:
-            rows: indices into the batch, or a (B,) bool mask. None: all, and the next call may have another B.
+            rows: indices into the batch of the layers, or a (B,) bool mask: where a model makes a batch of B F rows of
+                F frequencies, those of all F. None: all, and the next call may have another B.
 
         Raises:
             IndexError: an index outside the batch, or a mask of another size.
@@ -168,10 +171,12 @@ class Stream:
             self._states.clear()
             self._started_from.clear()
             return
+        states = {}
         for name, state in self._states.items():
             start = self._started_from.get(name)
             start = map_state(state, lambda part: part.new_zeros(()).expand_as(part)) if start is None else start
-            self._states[name] = map_state(state, lambda part, begin: _with_rows(part, rows, begin), start)
+            states[name] = map_state(state, lambda part, begin: _with_rows(part, rows, begin), start)
+        self._states = states
 
     def detach(self) -> None:
         """Cuts the graph at the states, as truncated backpropagation through time does between chunks."""
@@ -208,9 +213,10 @@ class _Call:
                     "raises"
                 )
             if name in self.before and (_key(name, runs) in self.before or _key(name, runs - 1) not in self.before):
+                kept = sum(_name_of(key) == name or key == name for key in self.before)
                 raise RuntimeError(
-                    f"layer '{name}' ran {runs} times in this call, but not in those before: a stream cannot tell its "
-                    "states apart"
+                    f"layer '{name}' ran {runs} times in this call, and there are states of {kept} runs: a stream "
+                    "cannot tell which is whose"
                 )
 
 
@@ -219,16 +225,20 @@ def _key(name: str, run: int) -> str:
     return f"{name}[{run}]" if run else name
 
 
-class _Followed:
-    """A layer of a streamed model, and the hooks that give it the stream's state, and take the next one from it."""
+def _name_of(key: str) -> str | None:
+    """The layer of which it is the key of a run but the first, or None."""
+    match = re.fullmatch(r"(.*)\[[1-9]\d*\]", key, re.DOTALL)
+    return None if match is None else match[1]
 
-    def __init__(self, name: str, layer: nn.Module) -> None:
-        self.name, self.layer = name, layer
-        self.call: Any = None  # the one under way
+
+class _Followed:
+    """A layer in a call of a streamed model: hooks that give it the stream's state, and take the next one from it."""
+
+    def __init__(self, name: str, layer: nn.Module, call: _Call) -> None:
+        self.name, self.layer, self.call = name, layer, call
         self.handles: list[Any] = []
 
-    def follow(self, call: _Call) -> None:
-        self.call = call
+    def follow(self) -> None:
         self.handles = [
             self.layer.register_forward_pre_hook(self.before, with_kwargs=True),
             self.layer.register_forward_hook(self.after),
@@ -237,12 +247,11 @@ class _Followed:
     def leave(self) -> None:
         for handle in self.handles:
             handle.remove()
-        self.call, self.handles = None, []
 
     # A call that meets this hook while its own call takes it off calls it without the keyword arguments.
     def before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
         call, name = self.call, self.name
-        if kwargs is None or call is None or not call.is_ours():
+        if kwargs is None or not call.is_ours():
             return None
         if call.is_training and not torch.compiler.is_compiling() and _is_checkpointed():
             raise RuntimeError(
@@ -263,29 +272,31 @@ class _Followed:
         return args[:1], kwargs | {"hx": call.before.get(key, given)}
 
     def after(self, layer: nn.Module, args: tuple[Any, ...], result: Any) -> None:
-        call = self.call
-        if call is not None and call.is_ours():
-            call.after[_key(self.name, call.runs[self.name] - 1)] = result[1]
+        if self.call.is_ours():
+            self.call.after[_key(self.name, self.call.runs[self.name] - 1)] = result[1]
 
 
 def _layers_with_state(module: nn.Module, stateless: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:
     """The recurrent layers of a model by their names, but for those in modules of the names in `stateless`."""
-    if isinstance(stateless, str):
+    if isinstance(stateless, str) or not isinstance(stateless, Sequence):
         raise TypeError(f"stateless is a list of names, got {stateless!r}")
-    modules = dict(module.named_modules())
+    modules = dict(module.named_modules(remove_duplicate=False))
     unknown = [name for name in stateless if name not in modules]
     if unknown:
         raise ValueError(f"stateless: the model has no module {', '.join(map(repr, unknown))}")
-    for name, layer in modules.items():
-        if any(f"{name}.".startswith(f"{other}.") for other in stateless):
+    left = {id(each) for name in stateless for each in modules[name].modules()}
+    for name, layer in module.named_modules():
+        if id(layer) in left:
             continue
         if hides_state(layer):
             raise RuntimeError(
-                f"layer '{name}' is quantized or compiled by torch.jit, so its state cannot be seen: stream the model "
-                "that it was made from, or name it in stateless if it is to begin anew in every call"
+                f"'{name}' is quantized, compiled by torch.jit or exported, so the state of what runs in it cannot be "
+                "seen: stream the model that it was made from, or name it in stateless if it begins anew in every call"
             )
         if not isinstance(layer, nn.RNNBase | Stack):
             continue
+        if _name_of(name) in modules:
+            raise ValueError(f"the name of layer '{name}' is that of a run of '{_name_of(name)}': give it another")
         if layer.bidirectional:
             which = f"layer '{name}'" if name else f"this {type(layer).__name__}"
             raise RuntimeError(

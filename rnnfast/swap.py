@@ -8,6 +8,8 @@ parameters, and giving it another class would lose the type.
 
 from __future__ import annotations
 
+import inspect
+import re
 import types
 import weakref
 from collections.abc import Callable
@@ -27,6 +29,8 @@ _OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.GRUCell: cell_modules.GRUCell,
 }
 _NAMES = {theirs.__name__ for theirs in _OURS}
+_RECURRENT_NODE = r"(aten|quantized)::(quantized_)?(lstm|gru|rnn_tanh|rnn_relu)(_dynamic)?\(|rnnfast::scan_"
+_RECURRENT_OPERATOR = r"aten\.(lstm|gru|rnn_tanh|rnn_relu)\.|rnnfast\.scan_"
 _METHODS = "forward", "step", "states", "__prepare_scriptable__"
 # What of a class takes part in a call: a subclass that changes none of it computes what torch.nn's does.
 _TAKING_PART = (
@@ -71,7 +75,10 @@ class Method:
 
     @property
     def __self__(self) -> nn.Module:
-        return self._owner()
+        try:
+            return self._owner()
+        except ReferenceError as error:
+            raise AttributeError(str(error)) from error
 
     @property
     def __name__(self) -> str:
@@ -80,7 +87,7 @@ class Method:
     @property
     def __wrapped__(self) -> Any:
         """Where `inspect` finds the signature."""
-        return types.MethodType(self._function, self._owner())
+        return types.MethodType(self._function, self.__self__)
 
     def _owner(self) -> nn.Module:
         module = self._module()
@@ -164,7 +171,7 @@ def restore(model: nn.Module) -> None:
         raise TypeError(f"restore takes a torch.nn.Module, got {type(model).__name__}")
     accelerated = [(name, module) for name, module in model.named_modules() if _bound_names(module)]
     for name, module in accelerated:
-        if not _has_our_forward(module):
+        if not _has_our_forward(module) and not _has_torchs_forward(module):
             raise RuntimeError(
                 f"{name or 'the model'} has been given another forward since it was accelerated: "
                 "first remove what replaced it, such as a library's hooks"
@@ -186,7 +193,21 @@ def _has_our_forward(module: nn.Module) -> bool:
     return isinstance(forward, Method)
 
 
-compiling.let_dynamo_trace(is_ours)
+def _has_torchs_forward(module: nn.Module) -> bool:
+    """As a method of the object, which is what a pickle makes of one that a library has put together again."""
+    forward = vars(module).get("forward")
+    return isinstance(forward, types.MethodType) and forward.__func__ is getattr(_base(type(module)), "forward", None)
+
+
+def _runs_ours(module: Any) -> bool:
+    """Whether it is ours, or its forward wraps ours."""
+    if is_ours(module):
+        return True
+    function = getattr(vars(module).get("forward"), "__func__", None)
+    return function is not None and inspect.unwrap(function) is getattr(_OURS.get(_base(type(module))), "forward", None)
+
+
+compiling.let_dynamo_trace(_runs_ours)
 compiling.let_fx_keep_whole(is_ours)
 
 
@@ -209,8 +230,8 @@ def method_of(module: nn.Module, name: str) -> Method:
 def _replicate(module: nn.Module) -> nn.Module:
     """DataParallel's copy: it has the attributes of the module that it was made from, methods bound to that too."""
     replica: nn.Module = type(module)._replicate_for_data_parallel(module)
-    for name in _bound_names(module):
-        setattr(replica, name, Method(vars(module)[name]._function, replica))
+    for name in {"forward", *_bound_names(module)}:
+        setattr(replica, name, Method(vars(module)[name].__func__, replica))
     return replica
 
 
@@ -238,9 +259,15 @@ def _recurrent_modules(model: nn.Module) -> list[tuple[tuple[str, ...], nn.Modul
 
 
 def hides_state(module: nn.Module) -> bool:
-    """Whether it is a layer, compiled by torch.jit or quantized, that no hook sees the states of."""
-    kind = module.original_name if isinstance(module, torch.jit.ScriptModule) else type(module).__name__
-    return (_is_compiled(module) or _is_quantized(module)) and not kind.endswith("Cell")
+    """Whether a recurrent layer runs in it whose states no hook sees: quantized, compiled by torch.jit, or exported."""
+    if isinstance(module, torch.jit.ScriptModule):
+        try:
+            return re.search(_RECURRENT_NODE, str(module.inlined_graph)) is not None
+        except RuntimeError:  # it has no forward
+            return False
+    if isinstance(module, torch.fx.GraphModule):
+        return any(re.match(_RECURRENT_OPERATOR, str(node.target)) for node in module.graph.nodes)
+    return _is_quantized(module) and not type(module).__name__.endswith("Cell")
 
 
 def _is_compiled(module: nn.Module) -> bool:
@@ -267,9 +294,9 @@ def _why_not(module: nn.Module) -> str | None:
     changed = [name for name in _TAKING_PART if getattr(kind, name, None) is not getattr(base, name, None)]
     if changed:
         return f"{_name_of(kind)} has a {changed[0]} of its own; derive it from rnnfast.{base.__name__}"
-    if "forward" in vars(module):
+    if "forward" in vars(module) and not (_bound_names(module) and _has_torchs_forward(module)):
         return "its forward was replaced on the object; accelerate before that, as before a library that sets hooks"
-    taken = [name for name in (*_METHODS[1:], "backend") if hasattr(module, name)]
+    taken = [name for name in (*_METHODS[1:], "backend") if hasattr(module, name) and not _bound_names(module)]
     if taken:
         return f"it has an attribute {taken[0]} of its own, which rnnfast's would hide"
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -351,9 +352,9 @@ def test_a_layer_that_runs_several_times_in_a_call() -> None:
         assert torch.equal(torch.cat(outputs, 1), model(input))
         assert stream.state.keys() == {"rnn", "rnn[1]", "rnn[2]"}
         kept = stream.state
-        with pytest.raises(RuntimeError, match="layer 'rnn' ran 2 times in this call, but not in those before"):
+        with pytest.raises(RuntimeError, match="layer 'rnn' ran 2 times in this call, and there are states of 3 runs"):
             stream(input[:1], times=2)
-        with pytest.raises(RuntimeError, match="layer 'rnn' ran 4 times in this call, but not in those before"):
+        with pytest.raises(RuntimeError, match="layer 'rnn' ran 4 times in this call, and there are states of 3 runs"):
             stream(input[:1], times=4)
         other = rnnfast.Stream(model)
         other.state = kept
@@ -363,6 +364,77 @@ def test_a_layer_that_runs_several_times_in_a_call() -> None:
         assert torch.equal(stream(input)[:, :, 1:2], whole)
         stream.reset()
         assert torch.equal(stream(input[:1], times=2), model(input[:1], times=2))
+
+
+def test_names_that_look_like_runs() -> None:
+    model = nn.ModuleDict({"a[0]": rnnfast.GRU(3, 4)})
+    model.forward = lambda x: model["a[0]"](x)[0]  # type: ignore[method-assign]
+    stream, input = rnnfast.Stream(model), torch.randn(STEPS, BATCH, 3)
+    with torch.no_grad():
+        first = stream(input[:5])
+        stream.state = stream.state
+        assert torch.equal(torch.cat([first, stream(input[5:])]), model(input))
+    for key in ("a[0][x]", "a[0][0]", "b[1]"):
+        with pytest.raises(ValueError, match="no recurrent layer"):
+            stream.state = {key: torch.zeros(1, BATCH, 4)}
+    with pytest.raises(ValueError, match=r"the name of layer 'r\[1\]' is that of a run of 'r'"):
+        rnnfast.Stream(nn.ModuleDict({"r": rnnfast.GRU(3, 4), "r[1]": rnnfast.GRU(3, 4)}))
+
+
+def test_rows_are_reset_in_all_layers_or_in_none() -> None:
+    class Narrower(Twice):
+        def forward(self, input: Tensor, times: int = 2) -> Tensor:
+            return self.rnn(input[..., 0])[0].sum() + self.rnn(input[:, :1, :, 1])[0].sum()
+
+    stream = rnnfast.Stream(Narrower())
+    with torch.no_grad():
+        stream(torch.randn(STEPS, BATCH, 4, 2))
+        before = stream.state
+        with pytest.raises(IndexError, match="rows are indices below 1"):
+            stream.reset([2])
+    assert all(torch.equal(a, b) for key in before for a, b in zip(stream.state[key], before[key], strict=True))
+
+
+class Halves(nn.Module):
+    """Two layers, and what comes between them in a call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = rnnfast.GRU(4, 4), rnnfast.GRU(4, 4)
+        self.between: Any = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        output, _ = self.first(input)
+        if self.between is not None:
+            between, self.between = self.between, None
+            thread = threading.Thread(target=between)
+            thread.start()
+            thread.join()
+        result: Tensor = self.second(output)[0]
+        return result
+
+
+@pytest.mark.parametrize("shares", [False, True])
+def test_another_call_meanwhile(shares: bool) -> None:
+    """Of a copy of the stream, or of the stream itself, in another thread."""
+    model, input = Halves(), torch.randn(STEPS, BATCH, 4)
+    stream = rnnfast.Stream(model)
+    with torch.no_grad():
+        outputs = [stream(input[:5])]
+        other = stream if shares else copy.copy(stream)
+        kept = stream.state
+
+        def between() -> None:
+            with torch.no_grad():
+                other(torch.ones(2, BATCH, 4))
+
+        model.between = between
+        outputs.append(stream(input[5:]))
+        assert torch.equal(torch.cat(outputs), model(input))
+        assert not model.first._forward_hooks
+        assert not model.first._forward_pre_hooks
+        stream.state = kept
+        assert torch.equal(stream(input[5:]), outputs[1])
 
 
 class DualPath(nn.Module):
@@ -396,22 +468,34 @@ def test_layers_that_do_not_walk_through_time() -> None:
         rnnfast.Stream(model, stateless=["acro"])
     with pytest.raises(TypeError, match="stateless is a list of names, got 'across'"):
         rnnfast.Stream(model, stateless="across")
+    with pytest.raises(TypeError, match="stateless is a list of names, got None"):
+        rnnfast.Stream(model, stateless=None)  # type: ignore[arg-type]
+    model.again = model.across["rnn"]  # a second name of a layer, which is first met under the other
+    assert rnnfast.Stream(model, stateless=["again"])._layers.keys() == {"along"}
+    with pytest.raises(ValueError, match="has no RNN, LSTM or GRU in it whose state could be kept"):
+        rnnfast.Stream(model, stateless=[""])
     with pytest.raises(ValueError, match="has no RNN, LSTM or GRU in it whose state could be kept"):
         rnnfast.Stream(model, stateless=["across", "along"])
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's of its older tools
-@pytest.mark.parametrize("kind", ["script", "trace", "quantized"])
+@pytest.mark.parametrize("kind", ["script", "trace", "frozen", "stack", "exported", "quantized"])
 def test_a_layer_whose_state_cannot_be_seen_is_refused(kind: str) -> None:
     inner = nn.Sequential(nn.GRU(4, 4)).eval()
     if kind == "script":
         hidden: nn.Module = torch.jit.script(inner)
+    elif kind == "frozen":
+        hidden = torch.jit.freeze(torch.jit.script(inner))
+    elif kind == "stack":
+        hidden = torch.jit.trace(rnnfast.Stack("gru", 4, [4]).eval(), torch.randn(STEPS, BATCH, 4))
+    elif kind == "exported":
+        hidden = torch.export.export(rnnfast.GRU(4, 4), (torch.randn(STEPS, BATCH, 4),)).module()
     elif kind == "trace":
         hidden = torch.jit.trace(inner, torch.randn(STEPS, BATCH, 4))
     else:
         hidden = torch.ao.quantization.quantize_dynamic(inner, {nn.GRU}, dtype=torch.qint8)
     model = nn.ModuleDict({"hidden": hidden, "seen": nn.GRU(4, 4)})
-    with pytest.raises(RuntimeError, match=r"layer 'hidden\.0' is quantized or compiled by torch\.jit"):
+    with pytest.raises(RuntimeError, match=r"'hidden(\.0)?' is quantized, compiled by torch\.jit or exported"):
         rnnfast.Stream(model)
     assert rnnfast.Stream(model, stateless=["hidden"])._layers.keys() == {"seen"}
     cells = torch.jit.script(nn.Sequential(nn.LSTMCell(4, 4)))

@@ -56,8 +56,11 @@ DeviceLimits parse_limits(const Ints& limits) {
 }
 
 Problem parse_problem(Text cell, int64_t hidden, int64_t batch, int64_t lanes, Text compute_type, bool backward) {
-  return {parse_cell(cell), checked_int(hidden, "hidden units"), checked_int(batch, "rows"), checked_int(lanes, "lanes"),
-          parse_compute_type(compute_type), backward};
+  Problem p{parse_cell(cell), 0, 0, 0, parse_compute_type(compute_type), backward};
+  p.hidden = checked_int(hidden, "hidden units");
+  p.batch = checked_int(batch, "rows");
+  p.lanes = checked_int(lanes, "lanes");
+  return p;
 }
 
 Ints limits(int64_t device) {
@@ -114,8 +117,7 @@ ScanParams make_params(const Tensor& h_0, const Tensor& output, const OptionalTe
 }
 
 // `team` is kernel, blocks, rows and warps, as in `Plan.team` of rnnfast/backends/cuda/launch.py.
-void run(ScanParams& p, const Tensor& h_0, Cell cell, Text compute_type_name, bool backward, const Ints& team) {
-  const ComputeType compute_type = parse_compute_type(compute_type_name);
+void run(ScanParams& p, const Tensor& h_0, Cell cell, ComputeType compute_type, bool backward, const Ints& team) {
   const auto kernel = static_cast<Kernel>(team.at(0));
   const Pass pass = pass_of(kernel, {cell, p.hidden, p.batch, p.lanes, compute_type, backward});
   p.layout = make_layout(gate_count(cell), p.hidden, compute_type, pass, static_cast<int>(team.at(1)),
@@ -143,13 +145,13 @@ void run(ScanParams& p, const Tensor& h_0, Cell cell, Text compute_type_name, bo
     run_over<GridExchange>(compute_type, cell, backward, shape, p, stream);
 }
 
-void run_one_step(const StepParams& s, const Tensor& h_0, Cell cell, Text compute_type, bool backward) {
+void run_one_step(const StepParams& s, const Tensor& h_0, Cell cell, ComputeType compute_type, bool backward) {
   const int64_t states = int64_t{s.scan.batch} * s.scan.hidden;
   STD_TORCH_CHECK(s.scan.lanes <= kMaxGridYz, "the cuda backend takes at most ", kMaxGridYz, " lanes");
   const LaunchShape shape{checked_int((states + kStepThreads - 1) / kStepThreads, "blocks"), 1, s.scan.lanes, kStepThreads, 1,
                           false, 0};
   void* stream = current_stream(h_0.get_device_index());
-  switch (parse_compute_type(compute_type)) {
+  switch (compute_type) {
     case ComputeType::float32:
     case ComputeType::tf32: return run_step<Float32>(cell, backward, shape, s, stream);
     case ComputeType::float64: return run_step<Float64>(cell, backward, shape, s, stream);
@@ -198,8 +200,9 @@ ScanParams backward_params(const OptionalTensor& d_output, const OptionalTensor&
 
 void scan_forward(Tensor gx, OptionalTensor ids, Tensor w_hh, OptionalTensor b_hh, Tensor h_0, OptionalTensor c_0,
                   OptionalTensor offsets, Tensor output, Tensor h_n, OptionalTensor c_n, OptionalTensor tape,
-                  Text cell_name, Text compute_type, bool bidirectional, int64_t steps, Ints team) {
+                  Text cell_name, Text compute_type_name, bool bidirectional, int64_t steps, Ints team) {
   const Cell cell = parse_cell(cell_name);
+  const ComputeType compute_type = parse_compute_type(compute_type_name);
   ScanParams p = forward_params(gx, ids, b_hh, h_0, c_0, offsets, output, h_n, c_n, tape, cell, bidirectional, steps);
   p.w_hh = in(w_hh);
   run(p, h_0, cell, compute_type, false, team);
@@ -207,9 +210,10 @@ void scan_forward(Tensor gx, OptionalTensor ids, Tensor w_hh, OptionalTensor b_h
 
 void scan_backward(OptionalTensor d_output, OptionalTensor d_h_n, OptionalTensor d_c_n, Tensor w_hh_transposed, Tensor h_0,
                    OptionalTensor c_0, OptionalTensor offsets, Tensor output, OptionalTensor tape, Tensor d_gx,
-                   OptionalTensor d_g_last, Tensor d_h_0, OptionalTensor d_c_0, Text cell_name, Text compute_type,
+                   OptionalTensor d_g_last, Tensor d_h_0, OptionalTensor d_c_0, Text cell_name, Text compute_type_name,
                    bool bidirectional, int64_t steps, Ints team) {
   const Cell cell = parse_cell(cell_name);
+  const ComputeType compute_type = parse_compute_type(compute_type_name);
   ScanParams p = backward_params(d_output, d_h_n, d_c_n, h_0, c_0, offsets, output, tape, d_gx, d_g_last, d_h_0, d_c_0,
                                  cell, bidirectional, steps);
   p.w_hh = in(w_hh_transposed);
@@ -217,19 +221,21 @@ void scan_backward(OptionalTensor d_output, OptionalTensor d_h_n, OptionalTensor
 }
 
 void step_forward(Tensor gx, OptionalTensor ids, OptionalTensor b_hh, Tensor h_0, OptionalTensor c_0, OptionalTensor offsets,
-                  Tensor output, OptionalTensor tape, Text cell_name, Text compute_type, bool bidirectional,
+                  Tensor output, OptionalTensor tape, Text cell_name, Text compute_type_name, bool bidirectional,
                   int64_t steps, int64_t step, Tensor product, Tensor h_state, OptionalTensor c_state, Tensor operand) {
   const Cell cell = parse_cell(cell_name);
+  const ComputeType compute_type = parse_compute_type(compute_type_name);
   const ScanParams p = forward_params(gx, ids, b_hh, h_0, c_0, offsets, output, std::nullopt, std::nullopt, tape, cell,
                                       bidirectional, steps);
   run_one_step({p, static_cast<int>(step), in(product), out(h_state), out(c_state), out(operand)}, h_0, cell, compute_type, false);
 }
 
 void step_backward(OptionalTensor d_output, Tensor h_0, OptionalTensor c_0, OptionalTensor offsets, Tensor output,
-                   OptionalTensor tape, Tensor d_gx, OptionalTensor d_g_last, Text cell_name, Text compute_type,
+                   OptionalTensor tape, Tensor d_gx, OptionalTensor d_g_last, Text cell_name, Text compute_type_name,
                    bool bidirectional, int64_t steps, int64_t step, OptionalTensor product, Tensor h_state,
                    OptionalTensor c_state, Tensor operand) {
   const Cell cell = parse_cell(cell_name);
+  const ComputeType compute_type = parse_compute_type(compute_type_name);
   const ScanParams p = backward_params(d_output, std::nullopt, std::nullopt, h_0, c_0, offsets, output, tape, d_gx,
                                        d_g_last, std::nullopt, std::nullopt, cell, bidirectional, steps);
   run_one_step({p, static_cast<int>(step), in(product), out(h_state), out(c_state), out(operand)}, h_0, cell, compute_type, true);

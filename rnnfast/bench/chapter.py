@@ -31,7 +31,7 @@ class ChapterModel(nn.Module):
     def begin_state(self, batch_size: int) -> Any:
         """Zeros."""
         size = (self.rnn.num_layers, batch_size, self.rnn.hidden_size)
-        return (torch.zeros(size), torch.zeros(size)) if isinstance(self.rnn, nn.LSTM) else torch.zeros(size)
+        return (torch.zeros(size), torch.zeros(size)) if self.rnn.mode == "LSTM" else torch.zeros(size)
 
 
 def batches(ids: Tensor, batch_size: int, num_steps: int, offset: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -184,7 +184,7 @@ def pick(
 ) -> Tensor:
     """Choose a token by its logits (V,); draws happen on the CPU, so that a seed means the same on every device.
 
-    A draw inverts the cumulative distribution at one uniform number, in float64. `csrc/cpu/generate.cpp` does the same
+    A draw inverts the cumulative distribution at one uniform number, in float64. `csrc/cpu/lm` does the same
     operations in the same order.
 
     Raises:

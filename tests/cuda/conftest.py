@@ -31,7 +31,7 @@ def _ninja_file(compiler: str, namespace: str, flags: str, sources: list[Path]) 
     folder = Path(torch.__file__).parent
     common = (
         "-std=c++17 -O1 -g0 -fPIC -Wall -Wextra -Wno-unknown-pragmas -Wno-clobbered "
-        f"-DTORCH_TARGET_VERSION=0x020a000000000000ULL -DRNNFAST_CUDA_NAMESPACE={namespace} -DRNNFAST_CUDA_KEY=CPU "
+        f"{building.TARGET_ABI} -DRNNFAST_CUDA_NAMESPACE={namespace} -DRNNFAST_CUDA_KEY=CPU "
         f"-isystem {folder}/include -isystem {folder}/include/torch/csrc/api/include -I{build._sources()}"
     )
     lines = ["rule compile", f"  command = {compiler} {common} $flags -x c++ -c $in -o $out"]

@@ -62,7 +62,7 @@ void copy_all(const std::vector<Copy>& copies, void (*copy)(float*, void*, int64
 // gradients and all that comes behind the layers are float32.
 class Model {
  public:
-  Model(const std::vector<Tensor>& parameters, const Tensor& h_0, const OptionalTensor& c_0, Text cell,
+  Model(const std::vector<Tensor>& parameters, const Tensor& h_0, const OptionalTensor& c_0, Cell cell,
         int64_t steps, int64_t batch)
       : tensors_(parameters) {
     check(h_0.dim() == 3 && h_0.numel() > 0, "h_0 must be of (layers, batch, hidden), and not be empty");
@@ -75,7 +75,7 @@ class Model {
     shape_.batch = batch;
     shape_.rows = steps * batch;
     shape_.hidden = shape_.state = h_0.size(2);
-    shape_.cell = parse_cell(cell);
+    shape_.cell = cell;
     shape_.dtype = parse_dtype(h_0);
     check(shape_.dtype != DType::float64, "a model is trained in float32, or in bfloat16 but for its parameters");
     is_half_ = shape_.dtype == DType::bfloat16;
@@ -240,7 +240,8 @@ State state_before(const Tensor& h_0, const OptionalTensor& c_0) {
 
 std::tuple<Tensor, Tensor, Tensor> backpropagate_cpu(Tensor inputs, Tensor targets, std::vector<Tensor> parameters,
                                                      std::vector<Tensor> gradients, Tensor h_0, OptionalTensor c_0,
-                                                     Text cell) {
+                                                     Text cell_name) {
+  const Cell cell = parse_cell(cell_name);
   check(inputs.dim() == 2 && inputs.numel() > 0, "inputs must be of (T, B), and not be empty");
   const int64_t steps = inputs.size(0), batch = inputs.size(1);
   require("inputs", inputs, ScalarType::Long, {steps, batch});
@@ -264,8 +265,9 @@ std::tuple<Tensor, Tensor, Tensor> backpropagate_cpu(Tensor inputs, Tensor targe
 }
 
 std::tuple<Tensor, Tensor> train_cpu(Tensor inputs, Tensor targets, std::vector<Tensor> parameters, Tensor h_0,
-                                     OptionalTensor c_0, Tensor loss_sum, Text cell, bool carries,
+                                     OptionalTensor c_0, Tensor loss_sum, Text cell_name, bool carries,
                                      double learning_rate, double max_norm) {
+  const Cell cell = parse_cell(cell_name);
   check(inputs.dim() == 3 && inputs.numel() > 0, "inputs must be of (N, T, B), and not be empty");
   const int64_t count = inputs.size(0), steps = inputs.size(1), batch = inputs.size(2);
   require("inputs", inputs, ScalarType::Long, {count, steps, batch});
