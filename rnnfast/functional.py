@@ -6,7 +6,9 @@ of a PackedSequence.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from rnnfast.backends import torch_nn
 from rnnfast.cells import CELLS
 from rnnfast.derivatives import needs_gradient
 from rnnfast.inputs import checked_pair
-from rnnfast.scan import Weights, is_traced, is_transformed, lstm_states, scan_layer, stack_lanes
+from rnnfast.scan import Weights, is_jit_traced, is_traced, is_transformed, lstm_states, scan_layer, stack_lanes
 from rnnfast.sequences import is_known
 
 __all__ = ["Weights", "gru", "lane_weights", "lstm", "rnn", "states", "step"]
@@ -277,6 +279,21 @@ def _run_layers(
     return rows, torch.cat(h_n), torch.cat(c_n)
 
 
+def _quiet_in_jit_trace(check: Callable[..., None]) -> Callable[..., None]:
+    """torch.jit.trace warns of every size that is compared, though none comes to be part of its graph."""
+
+    @functools.wraps(check)
+    def run(*arguments: Any) -> None:
+        if not is_jit_traced():
+            return check(*arguments)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
+            return check(*arguments)
+
+    return run
+
+
+@_quiet_in_jit_trace
 def check(
     cell: str,
     input: Tensor,

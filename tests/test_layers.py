@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -271,6 +272,14 @@ def test_a_trace_with_packed_sequences_serves_any_batch(name: str) -> None:
     for padded, lengths in ((torch.randn(7, 4, 3), [2, 7, 1, 4]), (torch.randn(2, 1, 3), [2])):
         given = padded, torch.tensor(lengths)
         torch.testing.assert_close(traced(*given), model(*given), rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_trace_warns_of_no_check_of_ours() -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", torch.jit.TracerWarning)
+        torch.jit.trace(rnnfast.LSTM(3, 4, num_layers=2, bidirectional=True), torch.randn(5, 2, 3))
+    assert not [each for each in caught if "rnnfast" in each.filename]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
