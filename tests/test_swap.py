@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import copy
-import functools
 import gc
 import importlib
 import inspect
 import io
 import pickle
 import pickletools
-import subprocess
-import sys
-import types
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -355,50 +351,6 @@ def test_a_forward_replaced_since_is_not_undone() -> None:
     assert not any(swapped(model))
 
 
-def test_a_forward_taken_apart_and_put_together_again_is_ours() -> None:
-    """As Hugging Face Accelerate does, for mixed precision and to undo it."""
-    layer, input = nn.LSTM(4, 8), torch.randn(5, 2, 4)
-    rnnfast.accelerate(layer)
-    expected, _ = layer(input)
-    function = layer.forward.__func__
-
-    @functools.wraps(function)
-    def wrapped(*args: Any) -> Any:
-        return function(*args)
-
-    layer.forward = types.MethodType(wrapped, layer)  # type: ignore[method-assign]
-    assert torch.equal(layer(input)[0], expected)
-    assert not is_ours(layer)
-    layer.forward = types.MethodType(layer.forward.__wrapped__, layer)  # type: ignore[method-assign]
-    assert is_ours(layer)
-    assert torch.equal(copy.deepcopy(layer)(input)[0], expected)
-    replica = layer._replicate_for_data_parallel()
-    assert replica.forward.__self__ is replica
-    # A pickle finds such a method by its name in an object that has none of ours yet.
-    for undo in (rnnfast.restore, rnnfast.accelerate):
-        loaded = pickle.loads(pickle.dumps(layer))
-        assert torch.equal(loaded(input)[0], nn.LSTM.forward(loaded, input)[0])
-        undo(loaded)
-        assert is_ours(loaded) == (undo is rnnfast.accelerate)
-    rnnfast.restore(layer)
-    assert type(layer).__dict__.keys().isdisjoint(vars(layer))
-
-
-def test_a_wrapped_forward_compiles() -> None:
-    layer, input = nn.GRU(4, 8), torch.randn(5, 2, 4)
-    rnnfast.accelerate(layer)
-    expected, _ = layer(input)
-    function = layer.forward.__func__
-
-    @functools.wraps(function)
-    def wrapped(*args: Any) -> Any:
-        return function(*args)
-
-    layer.forward = types.MethodType(wrapped, layer)  # type: ignore[method-assign]
-    compiled = torch.compile(layer, backend="eager", fullgraph=True)
-    assert torch.equal(compiled(input)[0], expected)
-
-
 def test_the_module_of_a_method_may_be_gone() -> None:
     layer = nn.GRU(4, 8)
     rnnfast.accelerate(layer)
@@ -407,36 +359,6 @@ def test_the_module_of_a_method_may_be_gone() -> None:
     assert not hasattr(forward, "__self__")
     with pytest.raises(ReferenceError, match="keep the module itself"):
         forward(torch.randn(5, 2, 4))
-
-
-def test_a_library_may_be_given_our_classes() -> None:
-    """As docs/modules.md says: one that derives its own from them, and one that makes its model itself."""
-    code = """
-import torch, rnnfast
-Original, Lstm = torch.nn.GRU, torch.nn.LSTM
-torch.nn.RNN, torch.nn.LSTM, torch.nn.GRU = rnnfast.RNN, rnnfast.LSTM, rnnfast.GRU
-
-class Own(torch.nn.GRU):
-    def forward(self, x, lengths=None):
-        return super().forward(x)
-
-layer, input = Own(3, 4, num_layers=2), torch.randn(5, 2, 3)
-theirs = Original(3, 4, num_layers=2)
-theirs.load_state_dict(layer.state_dict())
-torch.testing.assert_close(layer(input), theirs(input))
-assert isinstance(layer, Original) and isinstance(layer, rnnfast.GRU)
-assert rnnfast.accelerate(theirs).swapped
-assert str(rnnfast.explain(theirs, input)) == str(rnnfast.explain(layer, input))
-lstm = Lstm(28, 4)
-rnnfast.accelerate(lstm)
-lstm.backend = "torch"
-assert "states() with gradients" in str(rnnfast.explain(lstm, torch.randn(5, 2, 28)))
-lstm.backend = "auto"
-from rnnfast import d2l
-model = d2l.RNNModel(lstm, 28)
-model(torch.zeros(2, 5, dtype=torch.int64), model.begin_state(torch.device("cpu"), 2))
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_model_without_any_is_told() -> None:
