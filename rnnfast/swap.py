@@ -230,8 +230,9 @@ def method_of(module: nn.Module, name: str) -> Method:
 def _replicate(module: nn.Module) -> nn.Module:
     """DataParallel's copy: it has the attributes of the module that it was made from, methods bound to that too."""
     replica: nn.Module = type(module)._replicate_for_data_parallel(module)
-    for name in {"forward", *_bound_names(module)}:
-        setattr(replica, name, Method(vars(module)[name].__func__, replica))
+    for name, value in vars(module).items():
+        if isinstance(value, Method | types.MethodType) and value.__self__ is module:
+            setattr(replica, name, type(value)(value.__func__, replica))
     return replica
 
 

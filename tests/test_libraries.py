@@ -40,6 +40,9 @@ def test_a_forward_taken_apart_and_put_together_again_is_ours() -> None:
     assert torch.equal(copy.deepcopy(layer)(input)[0], expected)
     replica = layer._replicate_for_data_parallel()
     assert replica.forward.__self__ is replica
+    assert replica.step.__self__ is replica
+    replica.forward = lambda *args: None
+    assert replica._replicate_for_data_parallel().forward is replica.forward
     # A pickle finds such a method by its name in an object that has none of ours yet.
     for undo in (rnnfast.restore, rnnfast.accelerate):
         loaded = pickle.loads(pickle.dumps(layer))
