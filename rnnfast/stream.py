@@ -40,10 +40,11 @@ class Stream:
             frame.
 
     Raises:
-        RuntimeError: a layer is bidirectional, so its first output needs the last input; or it is quantized or compiled
-            by torch.jit, so its state cannot be seen.
-        ValueError: there is no recurrent layer, or no module of a name in `stateless`.
-        TypeError: the module is itself a torch.nn layer, which has no step.
+        RuntimeError: a layer is bidirectional, so its first output needs the last input; or it is in a module that is
+            quantized, compiled by torch.jit or exported, so its state cannot be seen.
+        ValueError: there is no recurrent layer, or no module of a name in `stateless`; or a layer has a name such as
+            "a[1]" beside a module "a".
+        TypeError: the module is itself a torch.nn layer, which has no step; or `stateless` is no list.
     """
 
     def __init__(self, module: nn.Module, stateless: Sequence[str] = ()) -> None:

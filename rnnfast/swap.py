@@ -186,25 +186,30 @@ def is_ours(module: Any) -> bool:
     return isinstance(module, layers.DropIn | cell_modules.DropInCell) or _has_our_forward(module)
 
 
+def _set_forward(module: nn.Module) -> Any:
+    """The function of a method that is set on the object as its forward, by us or by a library; None if none is."""
+    return getattr(vars(module).get("forward"), "__func__", None)
+
+
+def _our_forward(module: nn.Module) -> Any:
+    return _OURS.get(_base(type(module)), nn.Module).forward
+
+
 def _has_our_forward(module: nn.Module) -> bool:
-    forward = vars(module).get("forward")
-    if isinstance(forward, types.MethodType):  # that of a library that took ours apart and put it together again
-        return forward.__func__ is getattr(_OURS.get(_base(type(module))), "forward", None)
-    return isinstance(forward, Method)
+    return _set_forward(module) is _our_forward(module)
 
 
 def _has_torchs_forward(module: nn.Module) -> bool:
     """As a method of the object, which is what a pickle makes of one that a library has put together again."""
-    forward = vars(module).get("forward")
-    return isinstance(forward, types.MethodType) and forward.__func__ is getattr(_base(type(module)), "forward", None)
+    return _set_forward(module) is (_base(type(module)) or nn.Module).forward
 
 
 def _runs_ours(module: Any) -> bool:
     """Whether it is ours, or its forward wraps ours."""
     if is_ours(module):
         return True
-    function = getattr(vars(module).get("forward"), "__func__", None)
-    return function is not None and inspect.unwrap(function) is getattr(_OURS.get(_base(type(module))), "forward", None)
+    function = _set_forward(module)
+    return function is not None and inspect.unwrap(function) is _our_forward(module)
 
 
 compiling.let_dynamo_trace(_runs_ours)
