@@ -1,6 +1,7 @@
 """Shared by all tests: which scan backends this machine can run, and the settings of the property-based tests."""
 
 import importlib.util
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,9 @@ if importlib.util.find_spec("hypothesis") is not None:  # the tests that need a 
 
     settings.register_profile("rnnfast", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
     settings.load_profile("rnnfast")
+
+# So that tests with more threads than this machine has processors use them all. Read when the library is first used.
+os.environ.setdefault("RNNFAST_CPU_PROCESSORS", "64")
 
 WHY_NOT = {status.name: status.note for status in rnnfast.backends() if not status.available}
 SCAN_BACKENDS = [

@@ -62,7 +62,7 @@ class Forward {
     if (s.has_projection) unprojected = carver.take<O>(states * hidden_stride);
     if (split.together() && !table) gates_x_ = carver.take<T>(2 * s.lanes * chunk_rows() * columns);
   }
-  int64_t pieces() const { return s.lanes * packed.gates.count() * row_groups(s, split, packed.gates); }
+  int64_t pieces() const { return s.lanes * packed.gates.count() * dealt_groups(s, split, packed.gates); }
 
   Local carve_local(Carver& carver) const {
     Local local;
@@ -78,13 +78,13 @@ class Forward {
   void run_item(Item item, Local local, Team& team) const {
     const bool together = split.together();
     if (together && !table) make_gates_x(item, local, 0);
-    // Nobody goes on before states are copied, nor, where panels are dealt, before all of their input products are made.
-    if (copies_states() || split.dealt) {
+    // Nobody goes on before states are copied, nor, where rows of a panel come from others, before their input products are made.
+    if (copies_states() || split.dealt || split.groups > 1) {
       if (local.member == 0 && item.done == 0) init_states(item);
       team.barrier.wait(local.members);
     }
-    Walk<O> walk(packed.w_hh, packed.gates, s.state, item, s.steps, local.member, local.members, INT64_MAX, team.deal.get(),
-                 row_groups(s, split, packed.gates), 0, near_of_state(local));
+    Walk<O> walk(packed.w_hh, packed.gates, s.state, item, s.steps, seat(local), INT64_MAX, team.deal.get(), 0,
+                 near_of_state(local));
     int64_t in_chunk = 0;
     for (int64_t step = item.done; step < s.steps; ++step) {
       if (team.share(item, step)) in_chunk = 0;  // the input products of fewer rows lie elsewhere
@@ -102,6 +102,7 @@ class Forward {
   }
 
  private:
+  Seat seat(const Local& local) const { return seat_of(s, split, packed.gates, local.member, local.members); }
   // Bytes of w_hh that stay near a member from step to step, beside its w_ih where both are more than that.
   int64_t near_of_state(const Local& local) const {
     const int64_t of_input = s.ids ? 0 : packed.ih_size() * int64_t(sizeof(O)) / local.members;
@@ -157,7 +158,7 @@ class Forward {
       }
   }
 
-  // The input product and bias of the chunk that begins with this step, for this member's panels.
+  // The input product and bias of the chunk that begins with this step, for this member's panels and its share of the rows.
   void make_gates_x(const Item& item, const Local& local, int64_t step) const {
     for (int64_t lane = item.lane; lane < item.lane_end; ++lane)
       make_gates_x(item, local, lane, step, min64(step + chunk_steps, s.steps));
@@ -165,12 +166,17 @@ class Forward {
   void make_gates_x(const Item& item, const Local& local, int64_t lane, int64_t step, int64_t end) const {
     T* out = gates_x(item, local, lane, step);
     const T* bias = packed.bias + lane * columns;
+    const Seat by_rows = split.dealt ? Seat{local.member, local.members, 0, 1} : seat(local);
+    const Slice own = by_rows.groups == 1 ? Slice{0, INT64_MAX}
+                                          : slice_of(chunk_row(item, lane, step, end), by_rows.group, by_rows.groups);
+    const Slice slice = slice_of(packed.gates.count(), by_rows.member, by_rows.members);
     int64_t rows = 0;
     for (int64_t i = step; i < end; ++i) {
       const int64_t t = s.time(lane, i), n = alive(s, item, t), row = s.offset_at(t) + item.first;
       for (int64_t r = 0; r < n; ++r, ++rows) {
+        if (rows < own.first || rows >= own.end) continue;
         if (s.ids) {
-          gather(out + rows * columns, lane, *at<int64_t>(x.input, row + r), local);
+          gather(out + rows * columns, lane, *at<int64_t>(x.input, row + r), slice);
           continue;
         }
         const S* from = at<S>(x.input, (row + r) * s.input);
@@ -185,8 +191,8 @@ class Forward {
       }
     }
     if (s.ids) return;
+    rows = min64(rows, own.end) - own.first;
     const Panels& panels = packed.gates;
-    const Slice slice = slice_of(panels.count(), local.member, local.members);
     const O* const w_ih = packed.w_ih + lane * packed.ih_size();
     const bool far = is_far(local) && s.lanes * packed.ih_size() * int64_t(sizeof(O)) > weights_fetched.beyond_bytes;
     for (int64_t p = slice.first; p < slice.end; ++p) {
@@ -194,6 +200,7 @@ class Forward {
       const int64_t column = p * panels.vectors * V;
       const int width = panels.width(p);
       for_tiles(rows, width, [&](int64_t row, int count, int64_t tile, int64_t tiles) {
+        row += own.first;
         Ahead::Stream next;
         if (far && tiles > weights_fetched.beyond_tiles && p + 1 < slice.end)
           next = share_of_panel<O>(w_ih + panel_offset<O>(panels, p + 1, s.input), panels.width(p + 1), s.input, tile, tiles);
@@ -204,10 +211,9 @@ class Forward {
     }
   }
 
-  void gather(T* out, int64_t lane, int64_t id, const Local& local) const {
+  void gather(T* out, int64_t lane, int64_t id, const Slice& slice) const {
     const Panels& panels = packed.gates;
     const int64_t gate_rows = s.gates() * s.hidden;
-    const Slice slice = slice_of(panels.count(), local.member, local.members);
     for (int64_t p = slice.first; p < slice.end; ++p)
       for (int c = 0; c < panels.width(p); ++c) {
         const int64_t column = (p * panels.vectors + c) * V;

@@ -53,7 +53,8 @@ template <class S, class O>
 void forward(const ForwardArgs& x, int available) {
   const ScanShape& s = x.shape;
   const PackedLayer<S, O> sizes(s, nullptr, x.packed);
-  const Split split = split_work(s, sizes.gates.total_vectors * units<O>(s.state), sizes.gates.count(), available);
+  const Split split = split_work(s, sizes.gates.total_vectors * units<O>(s.state), sizes.gates.count(), available,
+                                 s.batch / LEAST_GROUP);
   const Scratch packed_memory(x.packed ? 0 : sizes.bytes);
   const PackedLayer<S, O> packed(s, x.packed ? static_cast<char*>(x.packed) : packed_memory.data(), x.packed);
   Forward<S, O> scan(x, packed, split);
@@ -108,15 +109,36 @@ RNNFAST_INLINE size_t max_of(size_t a, More... more) {
   return a > b ? a : b;
 }
 
-// A backward scan, or a part of it, and behind it the tasks of the gradients that are parallel in time, which threads take as they
-// come free, the last of them once the others are done. `locals`: own_bytes for each thread.
+// Cycles that the products behind a backward scan take one thread.
+template <class O>
+int64_t cycles_of_gradients(const BackwardArgs& x) {
+  const ScanShape& s = x.shape;
+  const int64_t of_input = s.ids ? 0 : (x.d_w_ih ? s.input : 0) + (x.d_input ? s.input : 0);
+  return s.rows * s.gates() * s.hidden * (of_input + (x.d_w_hh ? s.state : 0)) / (2 * LANES<O>);
+}
+
+// The threads for them behind a scan: they can be shared by more than walk through time.
+template <class O>
+int threads_of_gradients(const BackwardArgs& x, const Split& split, int available) {
+  const int64_t cycles = cycles_of_gradients<O>(x);
+  return cycles / split.threads - cycles / available > region_cycles() ? available : split.threads;
+}
+
+// A backward scan, or a part of it, and behind it the tasks of the gradients that are parallel in time, which so many threads take as
+// they come free, the last of them once the others are done. `locals`: own_bytes for each thread.
 template <class Scan, class Input, class Task>
 void scan_then_tasks(const Scan& scan, const Input& input, const ScanShape& s, const Split& split, bool is_packed, char* locals,
-                     size_t own_bytes, int64_t tasks, Task run) {
+                     size_t own_bytes, int task_threads, int64_t tasks, Task run) {
   const int64_t last_tasks = input.last_tasks();
   std::atomic<int64_t> next{0}, next_of_last{tasks - last_tasks};
   Barrier all;
   Team team = team_of(split, scan);
+  const auto run_tasks = [&](int threads, char* mine) {
+    for (int64_t task; (task = next.fetch_add(1)) < tasks - last_tasks;) run(task, mine);
+    if (last_tasks == 0) return;
+    all.wait(threads);
+    for (int64_t task; (task = next_of_last.fetch_add(1)) < tasks;) run(task, mine);
+  };
   parallel(split.threads, [&](int thread, int threads) {
     char* mine = locals + own_bytes * thread;
     if (!is_packed) {
@@ -127,24 +149,26 @@ void scan_then_tasks(const Scan& scan, const Input& input, const ScanShape& s, c
     Carver scan_memory(mine);
     auto local = scan.carve_local(scan_memory);
     run_items(scan, s, split, local, thread, threads, team);
+    if (task_threads != split.threads) return;
     all.wait(threads);
-    for (int64_t task; (task = next.fetch_add(1)) < tasks - last_tasks;) run(task, mine);
-    if (last_tasks == 0) return;
-    all.wait(threads);
-    for (int64_t task; (task = next_of_last.fetch_add(1)) < tasks;) run(task, mine);
+    run_tasks(threads, mine);
   });
+  if (task_threads == split.threads) return;
+  parallel(task_threads, [&](int thread, int threads) { run_tasks(threads, locals + own_bytes * thread); });
 }
 
 template <class S, class O>
 void backward(const BackwardArgs& x, int available) {
   const ScanShape& s = x.shape;
   const Panels panels = plain_panels(s.state, LANES<O>);
-  const Split split = split_work(s, panels.total_vectors * units<O>(s.gates() * s.hidden), panels.count(), available);
+  const Split split = split_work(s, panels.total_vectors * units<O>(s.gates() * s.hidden), panels.count(), available,
+                                 s.batch / LEAST_GROUP);
   Gradients<S, O> gradients(s, false, x.gates);
   Backward<S, O> scan(x, split, gradients);
-  WeightGradients<S, O> weights(x, gradients, split.threads);
+  const int task_threads = threads_of_gradients<O>(x, split, available);
+  WeightGradients<S, O> weights(x, gradients, task_threads);
   gradients.cut(weights.parts());
-  InputGradient<S, O> input(x, gradients, split.threads);
+  InputGradient<S, O> input(x, gradients, task_threads);
   Carver shared(nullptr), own(nullptr);
   gradients.carve(shared);
   scan.carve(shared);
@@ -152,7 +176,7 @@ void backward(const BackwardArgs& x, int available) {
   input.carve(shared);
   scan.carve_local(own);
   const size_t own_bytes = max_of(own.used(), weights.local_bytes(), input.local_bytes());
-  const Scratch memory(shared.used() + own_bytes * split.threads);
+  const Scratch memory(shared.used() + own_bytes * size_t(task_threads));
   Carver carver(memory.data());
   gradients.carve(carver);
   scan.carve(carver);
@@ -165,7 +189,7 @@ void backward(const BackwardArgs& x, int available) {
     gradients.go_to(part);
     input.begin_part();
     scan_then_tasks(scan, input, s, split, !gradients.is_first_part(), memory.data() + shared.used(), own_bytes,
-                    of_weights + input.tasks(), [&](int64_t task, char* mine) {
+                    task_threads, of_weights + input.tasks(), [&](int64_t task, char* mine) {
                       if (task < of_weights)
                         weights.run(task, mine);
                       else
@@ -177,10 +201,8 @@ void backward(const BackwardArgs& x, int available) {
 // The gradients of weights and biases, from those of the gates of rows that are one step, with states before it in h_0.
 template <class S, class O>
 void weight_gradients(const BackwardArgs& x, int available) {
-  const ScanShape& s = x.shape;
-  const int64_t cycles = s.rows * s.gates() * s.hidden * ((s.ids ? 0 : s.input) + s.state) / (2 * LANES<O>);
-  const int threads = cycles < 2 * PARALLEL_REGION ? 1 : worth_threads(available, cycles);
-  const Gradients<S, O> gradients(s, false, x.gates);
+  const int threads = worth_threads(available, cycles_of_gradients<O>(x));
+  const Gradients<S, O> gradients(x.shape, false, x.gates);
   WeightGradients<S, O> weights(x, gradients, threads);
   Carver shared(nullptr);
   weights.carve(shared);
@@ -209,7 +231,7 @@ size_t pack_backward(const BackwardArgs& x, int available) {
     const bool in_place = x.w_ih ? input.reads_in_place() : scan.reads_in_place();
     return in_place && bytes <= (x.shape.rows > 1 ? near_bytes() : ADDRESSED) ? 0 : size_t(bytes);
   }
-  parallel(worth_threads(count < PARALLEL_REGION ? 1 : available, count), [&](int thread, int threads) {
+  parallel(worth_threads(available, 2 * count), [&](int thread, int threads) {
     if (x.w_ih)
       input.pack_ih(thread, threads);
     else
@@ -253,8 +275,9 @@ void extended_backward(const ExtendedBackwardArgs& x, int available) {
   BackwardArgs products = x.scan, biases = x.scan;
   products.d_b_ih = products.d_b_hh = nullptr;
   biases.d_input = biases.d_w_ih = biases.d_w_hh = biases.d_w_hr = nullptr;
-  WeightGradients<S, O> weights(products, scan.of_products(), split.threads), shifts(biases, scan.gates, split.threads);
-  InputGradient<S, O> input(products, scan.of_products(), split.threads);
+  const int task_threads = threads_of_gradients<O>(products, split, available);
+  WeightGradients<S, O> weights(products, scan.of_products(), task_threads), shifts(biases, scan.gates, task_threads);
+  InputGradient<S, O> input(products, scan.of_products(), task_threads);
   Carver shared(nullptr), own(nullptr);
   scan.carve(shared);
   weights.carve(shared);
@@ -263,14 +286,14 @@ void extended_backward(const ExtendedBackwardArgs& x, int available) {
   scan.carve_local(own);
   const size_t own_bytes =
       max_of(own.used(), weights.local_bytes(), shifts.local_bytes(), input.local_bytes(), scan.task_bytes());
-  const Scratch memory(shared.used() + own_bytes * split.threads);
+  const Scratch memory(shared.used() + own_bytes * size_t(task_threads));
   Carver carver(memory.data());
   scan.carve(carver);
   weights.carve(carver);
   shifts.carve(carver);
   input.carve(carver);
   const int64_t of_shifts = shifts.tasks(), of_scan = scan.tasks(), of_weights = weights.tasks();
-  scan_then_tasks(scan, input, s, split, false, memory.data() + shared.used(), own_bytes,
+  scan_then_tasks(scan, input, s, split, false, memory.data() + shared.used(), own_bytes, task_threads,
                   of_shifts + of_scan + of_weights + input.tasks(), [&](int64_t task, char* mine) {
                     if (task < of_shifts) return shifts.run(task, mine);
                     task -= of_shifts;

@@ -151,52 +151,77 @@ struct PackedLayer {
 // ---- the split of work ---------------------------------------------------------------------------------------------
 
 // Either every thread walks time alone with some lanes and rows (members == 1, no barrier), or all walk together, each
-// computing some panels of every row (one item, a barrier a step).
+// computing some panels of every row (one item, a barrier a step), or of a group of them.
 struct Split {
   bool together() const { return members > 1; }
   int threads, members;
   int64_t items_per_lane, items;  // items_per_lane 0: one item of all lanes
   bool dealt = false;             // whether the pieces of a step are dealt, or members have equal shares of them
+  int64_t groups = 1;             // of a step's rows, where there are more members than panels
 };
 
-constexpr int64_t PARALLEL_REGION = 15000;  // cycles that it takes to begin and end one
+constexpr int64_t LEAST_GROUP = 8;  // rows of the batch for a member that shares panels: a tile
 
 // Costs are in cycles of one core. A tile of one row is bound by reading its weights, not by their products; weights that are
 // not near cost more, and those that are far from every core are best read by one of them each.
-RNNFAST_INLINE Split split_work(const ScanShape& s, int64_t weight_vectors, int64_t step_panels, int available) {
-  constexpr int64_t BARRIER = 2000, FAR_AWAY = 4;
-  const int64_t parallel_region = PARALLEL_REGION + (available == 1 ? 0 : stall_cycles());
+RNNFAST_INLINE Split split_work(const ScanShape& s, int64_t weight_vectors, int64_t step_panels, int available,
+                                int64_t most_groups = 1) {
+  constexpr int64_t FAR_AWAY = 4;
   const auto step = [&](int64_t rows, int64_t vectors, int64_t lanes) {
     const int64_t bytes = vectors * lanes * VECTOR_BYTES;
     const bool near = bytes <= near_bytes(), far = bytes > FAR_AWAY * near_bytes();
     return lanes * vectors * (max64(rows, near ? 2 : 12) + (near ? 0 : far ? 24 : 4));
   };
-  const int64_t lanes_each = ceil_div(s.lanes, available);
-  const int64_t parts = s.lanes % available == 0 ? 1 : available;
-  const int64_t rows_each = ceil_div(s.batch, parts);
-  const int64_t alone = s.steps * step(s.batch, weight_vectors, s.lanes);
-  const int64_t by_rows = s.steps * (parts == 1 ? step(s.batch, weight_vectors, lanes_each)
-                                                : step(rows_each, weight_vectors, s.lanes)) + parallel_region;
-  // Threads that wait for each other every step go at the pace of the slower, unless a step is long enough to be dealt.
-  constexpr int64_t WORTH_DEALING = 100000;
-  const int64_t share = step(s.batch, ceil_div(weight_vectors * ceil_div(step_panels, available), step_panels), s.lanes);
-  const bool dealt = share >= WORTH_DEALING;
-  const int64_t by_panels = s.steps * ((dealt ? share / 20 * 21 : share / 4 * 5) + BARRIER) + parallel_region;
   constexpr int64_t ITEM_ROWS = 64;  // keeps an item's states near
-  const auto items = [&](int64_t n_parts) {
-    return n_parts * max64(1, ceil_div(ceil_div(s.batch, n_parts), ITEM_ROWS));
+  const auto items = [&](int64_t parts) {
+    return parts * max64(1, ceil_div(ceil_div(s.batch, parts), ITEM_ROWS));
   };
-  if (available == 1 || (alone <= by_rows && alone <= by_panels)) return {1, 1, items(1), s.lanes * items(1)};
-  if (by_rows <= by_panels) return {available, 1, items(parts), s.lanes * items(parts)};
-  return {available, available, 0, 1, dealt};
+  Split best{1, 1, items(1), s.lanes * items(1)};
+  int64_t least = s.steps * step(s.batch, weight_vectors, s.lanes);
+  if (available == 1) return best;
+  const int64_t region = region_cycles();
+  for (int n = 2; n <= available && least > region; n = more_threads(n, available)) {
+    const int64_t parts = s.lanes % n == 0 ? 1 : n;
+    const int64_t by_rows = region + s.steps * (parts == 1 ? step(s.batch, weight_vectors, s.lanes / n)
+                                                           : step(ceil_div(s.batch, parts), weight_vectors, s.lanes));
+    if (by_rows < least) {
+      least = by_rows;
+      best = {n, 1, items(parts), s.lanes * items(parts)};
+    }
+    // Threads that wait for each other every step go at the pace of the slower, unless a step is long enough to be dealt.
+    constexpr int64_t WORTH_DEALING = 100000;
+    const int64_t groups = max64(1, min64(n / step_panels, most_groups));
+    const int members = groups > 1 ? int(groups * step_panels) : n;
+    const int64_t share = step(ceil_div(s.batch, groups),
+                               ceil_div(weight_vectors * ceil_div(step_panels, members / groups), step_panels), s.lanes);
+    const bool dealt = share >= WORTH_DEALING;
+    const int64_t by_panels = region + s.steps * ((dealt ? share / 20 * 21 : share / 4 * 5) + barrier_cycles(members));
+    if (by_panels < least) {
+      least = by_panels;
+      best = {members, members, 0, 1, dealt, dealt ? 1 : groups};
+    }
+  }
+  return best;
 }
 
 // Groups of rows that a panel of a step is dealt in: there must be enough pieces for a team to share them evenly.
-RNNFAST_INLINE int64_t row_groups(const ScanShape& s, const Split& split, const Panels& panels) {
+RNNFAST_INLINE int64_t dealt_groups(const ScanShape& s, const Split& split, const Panels& panels) {
   constexpr int64_t PIECES = 8;  // of a member
-  if (!split.dealt) return 1;
   const int64_t wanted = ceil_div(PIECES * split.members, s.lanes * panels.count()), most = s.batch / (2 * MAX_ROWS);
   return max64(1, min64(wanted, most));
+}
+
+// A member's part of a step: panels, which it shares out with members of the same rows, and one group of the rows, unless both are
+// dealt.
+struct Seat {
+  int member, members;
+  int64_t group, groups;
+};
+RNNFAST_INLINE Seat seat_of(const ScanShape& s, const Split& split, const Panels& panels, int member, int members) {
+  if (split.dealt) return {member, members, 0, dealt_groups(s, split, panels)};
+  if (split.groups == 1 || members != split.members) return {member, members, 0, 1};  // there may be fewer than were planned
+  const int of_group = members / int(split.groups);
+  return {member % of_group, of_group, member / of_group, split.groups};
 }
 
 template <class Scan>
@@ -237,18 +262,18 @@ struct Piece {
 template <class O>
 class Walk {
  public:
-  Walk(const O* weights, const Panels& of, int64_t depth, const Item& item, int64_t steps, int member, int members,
-       int64_t block = INT64_MAX, Deal* deal = nullptr, int64_t groups = 1, int64_t row_stride = 0,
-       int64_t near = near_bytes())
+  Walk(const O* weights, const Panels& of, int64_t depth, const Item& item, int64_t steps, const Seat& seat,
+       int64_t block = INT64_MAX, Deal* deal = nullptr, int64_t row_stride = 0, int64_t near = near_bytes())
       : base_(weights),
         row_stride_(row_stride),
         panels_(of),
         k_(depth),
         lane_(item.lane),
         lanes_(item.lane_end - item.lane),
-        first_(slice_of(of.count(), member, members).first),
-        count_(slice_of(of.count(), member, members).end - first_),
-        groups_(groups),
+        first_(slice_of(of.count(), seat.member, seat.members).first),
+        count_(slice_of(of.count(), seat.member, seat.members).end - first_),
+        group_(seat.group),
+        groups_(seat.groups),
         block_(max64(1, min64(block, units<O>(depth)))),
         blocks_(ceil_div(units<O>(depth), block_)),
         near_(lanes_ * packed_size<O>(of, depth) * int64_t(sizeof(O)) <= weights_fetched.beyond_bytes
@@ -256,7 +281,7 @@ class Walk {
                   : near / (max64(1, of.vectors) * block_ * VECTOR_BYTES)),
         walked_(steps_walked()),
         deal_(deal),
-        member_(member) {
+        member_(seat.member) {
     steps_walked() += steps;
   }
   // The pieces of each lane that a member has where nothing is dealt.
@@ -273,6 +298,7 @@ class Walk {
   void alone() {
     first_ = 0;
     count_ = panels_.count();
+    if (!deal_) group_ = 0, groups_ = 1;
   }
 
   void begin(int64_t step) {
@@ -312,7 +338,8 @@ class Walk {
   Ahead::Stream ahead(const Piece& piece, int64_t block, int64_t tile, int64_t tiles) const {
     const bool last = block + 1 == blocks_;
     if (tiles <= weights_fetched.beyond_tiles || row_stride_) return {};
-    if (piece.before / groups_ * blocks_ + block + 1 < near_ || (last && is_last())) return {};
+    const int64_t panels_before = deal_ ? piece.before / groups_ : piece.before;
+    if (panels_before * blocks_ + block + 1 < near_ || (last && is_last())) return {};
     const Piece after = last ? following() : piece;
     const int64_t lane = after.lane, p = after.panel;
     if (last && lane == piece.lane && p == piece.panel) return {};
@@ -324,7 +351,7 @@ class Walk {
   // Whether no piece is known to follow those that have been taken.
   bool is_last() const { return deal_ ? to_number_ < 0 : taken_ == count_ * lanes_; }
   Piece following() const {
-    if (!deal_) return {lane_ + to_lane_, first_ + to_panel_, 0, taken_};
+    if (!deal_) return {lane_ + to_lane_, first_ + to_panel_, group_, taken_};
     const int64_t panel = to_number_ / groups_;
     return {lane_ + panel / panels_.count(), panel % panels_.count(), to_number_ % groups_, taken_};
   }
@@ -332,7 +359,8 @@ class Walk {
   const O* base_;
   int64_t row_stride_;  // of weights that are not packed
   const Panels& panels_;
-  int64_t k_, lane_, lanes_, first_, count_, groups_;
+  int64_t k_, lane_, lanes_, first_, count_;
+  int64_t group_, groups_;  // of rows: the member's own, where pieces are not dealt
   int64_t block_, blocks_;  // units of k in a block, and blocks
   int64_t near_;    // blocks that stay near
   int64_t walked_;  // steps this thread walked before

@@ -7,6 +7,8 @@
 #include <chrono>
 #include <ctime>
 
+#include "processors.h"
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -30,7 +32,7 @@ void pause_cpu() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
 #elif defined(__aarch64__)
-  asm volatile("yield");
+  asm volatile("isb" ::: "memory");  // takes about as long as the other's; "yield" takes no time
 #endif
 }
 
@@ -49,6 +51,15 @@ void wake_all(std::atomic<uint32_t>& word) {
 #endif
 }
 
+// The threads of a region in which so many work. libgomp ends those that a smaller team leaves out, and starts new ones for the next
+// team, torch's perhaps, which takes longer than most regions: so its teams are always of all, as torch's are.
+int team_of(int threads) {
+#if defined(__clang__)
+  return threads;
+#else
+  return std::max(threads, omp_get_max_threads());
+#endif
+}
 
 // That the calling thread has had a core.
 int64_t own_nanoseconds() {
@@ -61,20 +72,32 @@ thread_local Stalls stalls;
 
 }  // namespace
 
-int usable_threads(int wanted) { return forked.load() ? 1 : wanted; }
+int usable_threads(int pool) { return forked.load() ? 1 : std::min(pool, processors()); }
 
 void run_parallel(int threads, void (*body)(void*, int, int), void* context) {
   if (threads <= 1) return body(context, 0, 1);
   const int64_t begin = nanoseconds();
   int64_t worked = 0;
-#pragma omp parallel num_threads(threads) reduction(+ : worked)
+#pragma omp parallel num_threads(team_of(threads)) reduction(+ : worked)
   {
-    const int64_t before = own_nanoseconds();
-    body(context, omp_get_thread_num(), omp_get_num_threads());
-    worked += own_nanoseconds() - before;
+    if (const int thread = omp_get_thread_num(); thread < threads) {
+      const int64_t before = own_nanoseconds();
+      body(context, thread, std::min(threads, omp_get_num_threads()));
+      worked += own_nanoseconds() - before;
+    }
   }
   const int64_t end = nanoseconds();
   stalls.add(end, threads, end - begin, worked);
+}
+
+int64_t region_cycles() {
+  constexpr int64_t REGION = 15000, A_THREAD = 400, WITHOUT_PROCESSOR = 30000;
+  const int team = team_of(2), waiting = std::max(0, team - processors());
+  return REGION + A_THREAD * (team - 2) + WITHOUT_PROCESSOR * waiting + stall_cycles();
+}
+
+int worth_threads(int wanted, int64_t cycles) {
+  return wanted > 1 && cycles / 2 < region_cycles() ? 1 : wanted;  // two threads save half
 }
 
 int64_t stall_cycles() {
@@ -109,10 +132,6 @@ void Stalls::add(int64_t now, int threads, int64_t elapsed, int64_t worked) {
 }
 
 int64_t Stalls::a_region(int64_t now) const { return now < until_ ? a_region_ : 0; }
-
-int worth_threads(int wanted, int64_t cycles) {
-  return wanted > 1 && cycles / 2 < stall_cycles() ? 1 : wanted;  // two threads save half
-}
 
 void Barrier::wait(int members) {
   wait(members, [] {});

@@ -8,19 +8,29 @@
 
 namespace rnnfast {
 
-// How many threads a call may use of `wanted`: 1 in a forked child, where the parent's are gone.
-int usable_threads(int wanted);
+// How many threads of a pool of so many a call may use: no more than there are processors, and 1 in a forked child, where the
+// parent's are gone.
+int usable_threads(int pool);
 
 // Runs body(context, thread, threads) on at most `threads` threads of OpenMP's: of the pool that torch uses where both have GCC's
 // libgomp; clang's libomp keeps a second one.
 void run_parallel(int threads, void (*body)(void* context, int thread, int threads), void* context);
 
+// Costs, in cycles of one core. Measured with two threads; what more of them cost is what others found with as many.
+// A parallel region, beginning and end, and what it loses where other programs have the cores.
+int64_t region_cycles();
+// A barrier.
+constexpr int64_t barrier_cycles(int threads) { return 2000 + 300 * (threads - 2); }
+
+// `wanted` threads for a region that takes one so many cycles, or one if beginning it takes longer than sharing them saves.
+int worth_threads(int wanted, int64_t cycles);
+
+// The number of threads to consider after so many, of `most`.
+constexpr int more_threads(int threads, int most) { return threads < most && 2 * threads > most ? most : 2 * threads; }
+
 // Cycles that a parallel region of the caller's loses, as it seems: where another program has the core of one of its threads, all
 // wait for that, and a call of microseconds takes milliseconds. 0 where there are cores to spare.
 int64_t stall_cycles();
-
-// `wanted` threads for a region of so many cycles, or one if it would lose more than sharing them saves.
-int worth_threads(int wanted, int64_t cycles);
 
 // Whether a team that has worked for so many nanoseconds, of all its threads, in those elapsed was hardly quicker than one thread.
 bool is_stalled(int64_t worked, int64_t elapsed);

@@ -22,7 +22,7 @@ needs_compiler = pytest.mark.skipif(not building.compiler() or build.ninja() is 
 @needs_compiler
 def test_a_folder_of_any_name(tmp_path: Path) -> None:
     sources, work = tmp_path / "a $b: c's", tmp_path / "work"
-    for name in ("scan.h", "cells.h", "cpu/threads.h", "cpu/threads.cpp"):
+    for name in ("scan.h", "cells.h", "cpu/processors.h", "cpu/threads.h", "cpu/threads.cpp"):
         (sources / name).parent.mkdir(parents=True, exist_ok=True)
         found = building.sources()
         assert found is not None

@@ -13,6 +13,7 @@ from rnnfast.backends.cpu import build
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc/cpu"
+THREADS = (CSRC / "threads.cpp", CSRC / "processors.cpp")
 COMPILER = building.compiler()
 
 pytestmark = pytest.mark.skipif(not COMPILER, reason="no C++ compiler was found")
@@ -37,13 +38,14 @@ def run_program(program: Path, **environment: str) -> None:
 
 
 def test_barrier_under_thread_sanitizer(tmp_path: Path) -> None:
-    sources = [str(file) for file in (HERE / "barrier.cpp", CSRC / "threads.cpp", CSRC / "sharing.cpp")]
+    sources = [str(file) for file in (HERE / "barrier.cpp", *THREADS, CSRC / "sharing.cpp")]
     program = compile_program(tmp_path, "thread", *sources)
     run_program(program, TSAN_OPTIONS="halt_on_error=1")
 
 
 def test_stalled_threads_are_noticed_for_a_while(tmp_path: Path) -> None:
-    run_program(compile_program(tmp_path, "address,undefined", str(HERE / "stalls.cpp"), str(CSRC / "threads.cpp")))
+    sources = [str(file) for file in (HERE / "stalls.cpp", *THREADS)]
+    run_program(compile_program(tmp_path, "address,undefined", *sources))
 
 
 @pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
@@ -62,7 +64,7 @@ def test_kernels_under_address_sanitizer(tmp_path: Path) -> None:
         subprocess.run(command, check=True)
     sources = [
         str(HERE / "sanitize.cpp"),
-        *(str(CSRC / f"{name}.cpp") for name in ("threads", "sharing", "memory", "choose")),
+        *(str(CSRC / f"{name}.cpp") for name in ("threads", "processors", "sharing", "memory", "choose")),
         *objects,
     ]
     program = compile_program(tmp_path, "address,undefined", *sources, defines=defines)

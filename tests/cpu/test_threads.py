@@ -72,6 +72,24 @@ def test_dealt_pieces_agree_bitwise_with_one_thread(cell: str, shape: tuple[int,
         disturbing.join()
 
 
+@pytest.mark.parametrize("ragged", [False, True], ids=["padded", "ragged"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("shape", [(1, 9, 33, 40, 256), (2, 7, 40, 40, 130), (1, 8, 32, 9, 260)], ids=str)
+def test_groups_of_rows_agree_bitwise_with_one_thread(
+    shape: tuple[int, ...], cell: str, dtype: torch.dtype, ragged: bool
+) -> None:
+    """More threads than a step has panels: some share a panel's rows."""
+    for ids in (False, True):
+        arguments = build(Case(cell, *shape, ids=ids, ragged=ragged), dtype)
+        d_outputs = gradients_like(arguments, dtype)
+        outputs, gradients = with_threads(1, arguments, d_outputs)
+        for threads in (8, 13, 16):
+            again, again_gradients = with_threads(threads, arguments, d_outputs)
+            assert_same(again, outputs)
+            assert_same(again_gradients, gradients)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 def test_rows_taken_over_in_the_middle_agree_bitwise_with_one_thread(cell: str, dtype: torch.dtype) -> None:

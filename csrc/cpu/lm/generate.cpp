@@ -140,7 +140,13 @@ std::tuple<Tensor, Tensor, Tensor> generate_cpu(std::vector<Tensor> packed, Opti
   const auto threads_now = [&] {
     // Fewer are read by one core before several have met, behind each layer and the head.
     constexpr int64_t WORTH_IT = 512 << 10, BYTES_A_CYCLE = 24;
-    return weight_bytes > WORTH_IT ? worth_threads(threads, TOKENS * weight_bytes / BYTES_A_CYCLE) : 1;
+    if (weight_bytes <= WORTH_IT) return 1;
+    const int64_t cycles = weight_bytes / BYTES_A_CYCLE;
+    const auto token = [&](int n) { return cycles / n + (depth + 1) * barrier_cycles(n); };
+    int best = 2;
+    for (int n = 2; n < threads;)
+      if (n = more_threads(n, threads); token(n) < token(best)) best = n;
+    return worth_threads(std::min(best, threads), TOKENS * cycles);
   };
 
   struct Loop {
