@@ -89,8 +89,9 @@ Choice choose() {
     if (choice.available) return choice;
     if (wanted) throw std::runtime_error(std::string("RNNFAST_CPU_ISA=") + wanted + ": this processor does not have it");
   }
-  throw std::runtime_error(std::string("RNNFAST_CPU_ISA=") + wanted +
-                           ": not an instruction set of this build; choose generic, avx2, avx512, avx512_bf16 or amx");
+  std::string names;
+  for (const Choice& choice : choices) names += (names.empty() ? "" : ", ") + std::string(choice.name);
+  throw std::runtime_error(std::string("RNNFAST_CPU_ISA=") + wanted + ": not an instruction set of this build; choose " + names);
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 
 #include "../scan.h"
 #include "memory.h"
+#include "processors.h"
 #include "sharing.h"
 #include "threads.h"
 #include "tile.h"

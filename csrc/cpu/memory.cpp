@@ -134,6 +134,9 @@ Block take_block(size_t bytes, bool briefly) {
   return block;
 }
 
+Scratch::Scratch(size_t bytes) : block_(take_block(bytes, true)) {}
+Scratch::~Scratch() { give_back(block_); }
+
 void give_back(Block block) {
   const Clock::time_point now = Clock::now();
   Unwanted unwanted;

@@ -33,8 +33,8 @@ void give_back(Block block);
 // A block for the length of a call.
 class Scratch {
  public:
-  explicit Scratch(size_t bytes) : block_(take_block(bytes, true)) {}
-  ~Scratch() { give_back(block_); }
+  explicit Scratch(size_t bytes);
+  ~Scratch();
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   char* data() const { return block_.data; }

@@ -5,8 +5,14 @@
 #include <algorithm>
 #include <cstdlib>
 #include <fstream>
+#include <string>
 
-#include "threads.h"
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <unistd.h>
+#endif
 
 namespace rnnfast {
 namespace {
@@ -25,7 +31,7 @@ double quota_of_group(const std::string& folder) {
 
 }  // namespace
 
-double processor_quota(const std::string& groups, const std::string& root) {
+double processor_quota(const char* groups, const char* root) {
   double least = 0;
   std::ifstream lines(groups);
   for (std::string line; std::getline(lines, line);) {  // number:controllers:path, without controllers in version 2
@@ -37,7 +43,7 @@ double processor_quota(const std::string& groups, const std::string& root) {
     // In a container its own group may be the root of what it sees, whatever the path says.
     for (std::string path = line.substr(second + 1);; path.resize(path.rfind('/'))) {
       if (path == "/") path.clear();
-      const double quota = quota_of_group(root + (second_version ? "" : "/cpu") + path);
+      const double quota = quota_of_group(std::string(root) + (second_version ? "" : "/cpu") + path);
       if (quota > 0 && (least == 0 || quota < least)) least = quota;
       if (path.find('/') == std::string::npos) break;
     }
@@ -54,5 +60,50 @@ int processors() {
   }();
   return number;
 }
+
+int64_t listed_cache(const char* folder) {
+  const auto file = [&](const char* name) { return std::ifstream(std::string(folder) + name); };
+  int64_t size = 0;
+  char unit = 0;
+  file("/size") >> size >> unit;
+  if (unit == 'K') size <<= 10;
+  if (unit == 'M') size <<= 20;
+  int64_t cores = 0;  // that share it, listed as in 0-3,8
+  std::ifstream shared = file("/shared_cpu_list");
+  for (int64_t first = 0; shared >> first; shared.ignore(1, ',')) {
+    int64_t last = first;
+    if (shared.peek() == '-') shared.ignore(1) >> last;
+    cores += last - first + 1;
+  }
+  return size / std::max<int64_t>(1, cores);
+}
+
+int64_t near_bytes() {
+  static const int64_t near = [] {
+    int64_t second_level = 0;
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    second_level = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+    // The C library of ARM does not know.
+    if (second_level <= 0) second_level = listed_cache("/sys/devices/system/cpu/cpu0/cache/index2");
+    constexpr int64_t USUAL = int64_t(1) << 20;
+    return (second_level > 0 ? second_level : USUAL) / 4 * 3;
+  }();
+  return near;
+}
+
+// From Zen 5 on AMD's processors see weights coming from the third-level cache: fetching them takes time then, and more of it where
+// few tiles share it. (Beyond 12 MB, of that cache's 32, some of them come from memory.)
+const WeightsFetched weights_fetched = []() -> WeightsFetched {
+#if defined(__x86_64__)
+  constexpr unsigned ZEN_5 = 26;
+  unsigned version = 0, unused = 0;
+  __builtin_cpu_init();
+  if (__builtin_cpu_is("amd") && __get_cpuid(1, &version, &unused, &unused, &unused) &&
+      (version >> 8 & 15) + (version >> 20 & 255) >= ZEN_5)  // the family, and what extends it
+    return {12 << 20, 3};
+#endif
+  return {0, 1};
+}();
 
 }  // namespace rnnfast

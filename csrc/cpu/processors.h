@@ -1,15 +1,28 @@
-// How many processors there are for the threads of a process.
+// What there is to run on: how many processors, and what their caches hold. Nothing inline: one copy serves all instruction sets.
 #pragma once
 
-#include <string>
+#include <cstdint>
 
 namespace rnnfast {
 
-// Those that it may run on and, rounded up, no more than its control groups' quota: a container on a large machine has few, though
-// torch sees them all. RNNFAST_CPU_PROCESSORS overrides it. Found out once.
+// Those that the process may run on and, rounded up, no more than its control groups' quota: a container on a large machine has few,
+// though torch sees them all. RNNFAST_CPU_PROCESSORS overrides it. Found out once.
 int processors();
 
 // The least quota of control groups, as /proc/self/cgroup lists them, and of those around them, or 0 where none has one.
-double processor_quota(const std::string& groups, const std::string& root);
+double processor_quota(const char* groups, const char* root);
+
+// Bytes of weights that stay in a core's second-level cache from step to step, beside all else that passes through it.
+int64_t near_bytes();
+
+// Which of the weights that do not stay near tiles fetch: those of a scan with more than so many bytes of them, for more than so
+// many tiles.
+struct WeightsFetched {
+  int64_t beyond_bytes, beyond_tiles;
+};
+extern const WeightsFetched weights_fetched;
+
+// Bytes of the second-level cache that a core has, of what is listed in such a folder of sysfs, or 0 where nothing is.
+int64_t listed_cache(const char* folder);
 
 }  // namespace rnnfast

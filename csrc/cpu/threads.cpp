@@ -9,10 +9,6 @@
 
 #include "processors.h"
 
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
-
 #if defined(__linux__)
 #include <linux/futex.h>
 #include <sys/syscall.h>
@@ -165,30 +161,6 @@ int64_t& steps_walked() {
   static thread_local int64_t steps = 0;
   return steps;
 }
-
-int64_t near_bytes() {
-#if defined(_SC_LEVEL2_CACHE_SIZE)
-  static const long second_level = sysconf(_SC_LEVEL2_CACHE_SIZE);
-#else
-  constexpr long second_level = 0;
-#endif
-  constexpr int64_t USUAL = int64_t(1) << 20;
-  return (second_level > 0 ? second_level : USUAL) / 4 * 3;
-}
-
-// From Zen 5 on AMD's processors see weights coming from the third-level cache: fetching them takes time then, and more of it where
-// few tiles share it. (Beyond 12 MB, of that cache's 32, some of them come from memory.)
-const WeightsFetched weights_fetched = []() -> WeightsFetched {
-#if defined(__x86_64__)
-  constexpr unsigned ZEN_5 = 26;
-  unsigned version = 0, unused = 0;
-  __builtin_cpu_init();
-  if (__builtin_cpu_is("amd") && __get_cpuid(1, &version, &unused, &unused, &unused) &&
-      (version >> 8 & 15) + (version >> 20 & 255) >= ZEN_5)  // the family, and what extends it
-    return {12 << 20, 3};
-#endif
-  return {0, 1};
-}();
 
 }  // namespace rnnfast
 

@@ -83,16 +83,6 @@ class Barrier {
 // Steps that the calling thread has walked in all its scans.
 int64_t& steps_walked();
 
-// Bytes of weights that stay in a core's second-level cache from step to step, beside all else that passes through it.
-int64_t near_bytes();
-
-// Which of the weights that do not stay near tiles fetch: those of a scan with more than so many bytes of them, for more than so
-// many tiles.
-struct WeightsFetched {
-  int64_t beyond_bytes, beyond_tiles;
-};
-extern const WeightsFetched weights_fetched;
-
 }  // namespace rnnfast
 
 // For Python: whether the caller's regions lose anything now.

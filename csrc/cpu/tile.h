@@ -192,6 +192,7 @@ RNNFAST_INLINE void multiply(int64_t k_units, const O* const (&row)[R], const O*
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
+      in_order();
       const typename P::Unit ak = P::broadcast(row[r] + at * P::depth);
 #pragma GCC unroll 4
       for (int c = 0; c < NV; ++c) sum[r][c] = P::add(sum[r][c], ak, wk[c]);

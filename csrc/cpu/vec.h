@@ -28,7 +28,11 @@ constexpr int VECTOR_BYTES = 32;
 constexpr bool MANY_REGISTERS = false;
 #else
 constexpr int VECTOR_BYTES = 16;
+#if defined(__aarch64__)
+constexpr bool MANY_REGISTERS = true;
+#else
 constexpr bool MANY_REGISTERS = false;
+#endif
 #endif
 
 using F32 = float __attribute__((vector_size(VECTOR_BYTES)));
@@ -100,6 +104,13 @@ RNNFAST_INLINE void in_register([[maybe_unused]] V& x) {
 #endif
 }
 
+// Keeps GCC from reading early what comes behind, into registers that are needed for something else.
+RNNFAST_INLINE void in_order() {
+#if defined(__aarch64__) && !defined(__clang__)
+  asm volatile("" : : : "memory");
+#endif
+}
+
 // c - a b, rounded as `fma` is.
 #if defined(__AVX512F__)
 RNNFAST_INLINE F32 fnma(F32 a, F32 b, F32 c) { return (F32)_mm512_fnmadd_ps((__m512)a, (__m512)b, (__m512)c); }
@@ -120,6 +131,8 @@ RNNFAST_INLINE F64 fnma(F64 a, F64 b, F64 c) { return c - a * b; }
 RNNFAST_INLINE F32 at_least(float low, F32 x) { return (F32)_mm512_max_ps((__m512)splat(low), (__m512)x); }
 #elif defined(__AVX2__)
 RNNFAST_INLINE F32 at_least(float low, F32 x) { return (F32)_mm256_max_ps((__m256)splat(low), (__m256)x); }
+#elif defined(__aarch64__)
+RNNFAST_INLINE F32 at_least(float low, F32 x) { return (F32)vmaxq_f32((float32x4_t)splat(low), (float32x4_t)x); }
 #else
 RNNFAST_INLINE F32 at_least(float low, F32 x) { return x < splat(low) ? splat(low) : x; }
 #endif

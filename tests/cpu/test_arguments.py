@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import rnnfast
+import rnnfast.lm.operators
 from rnnfast.backends import cpu
 from tests.cpu.harness import Case, build, gradients_like
 

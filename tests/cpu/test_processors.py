@@ -84,6 +84,25 @@ def test_no_quota_where_there_are_no_control_groups(processors: Path, tmp_path: 
     assert float(output_of(processors, tmp_path / "missing", tmp_path)) == 0
 
 
+@pytest.mark.parametrize(
+    ("size", "shared", "bytes_of_a_core"),
+    [
+        ("2048K", "0", 2 << 20),
+        ("1M", "0-3", 1 << 18),
+        ("1024K", "0-1,4-5,9", (1 << 20) // 5),
+        ("512K", None, 1 << 19),
+        (None, "0", 0),
+    ],
+)
+def test_the_cache_of_a_core(
+    processors: Path, tmp_path: Path, size: str | None, shared: str | None, bytes_of_a_core: int
+) -> None:
+    for name, text in (("size", size), ("shared_cpu_list", shared)):
+        if text is not None:
+            (tmp_path / name).write_text(text + "\n")
+    assert int(output_of(processors, tmp_path)) == bytes_of_a_core
+
+
 class Split(NamedTuple):
     threads: int
     kind: str
