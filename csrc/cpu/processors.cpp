@@ -3,8 +3,10 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <climits>
 #include <cstdlib>
 #include <fstream>
+#include <stdexcept>
 #include <string>
 
 #if defined(__x86_64__)
@@ -53,8 +55,13 @@ double processor_quota(const char* groups, const char* root) {
 
 int processors() {
   static const int number = [] {
-    const char* const told = std::getenv("RNNFAST_CPU_PROCESSORS");
-    if (const int n = told ? std::atoi(told) : 0; n > 0) return n;
+    if (const char* const told = std::getenv("RNNFAST_CPU_PROCESSORS"); told && *told) {
+      char* end = nullptr;
+      const long n = std::strtol(told, &end, 10);
+      if (*end || n < 1 || n > INT_MAX)
+        throw std::runtime_error(std::string("RNNFAST_CPU_PROCESSORS=") + told + ": give a number of processors, 1 or more");
+      return int(n);
+    }
     const double quota = processor_quota("/proc/self/cgroup", "/sys/fs/cgroup");
     return std::max(1, quota > 0 ? std::min(omp_get_num_procs(), int(quota + 0.999)) : omp_get_num_procs());
   }();

@@ -6,7 +6,8 @@
 namespace rnnfast {
 
 // Those that the process may run on and, rounded up, no more than its control groups' quota: a container on a large machine has few,
-// though torch sees them all. RNNFAST_CPU_PROCESSORS overrides it. Found out once.
+// though torch sees them all. RNNFAST_CPU_PROCESSORS overrides it. Found out once. Throws
+// std::runtime_error where that is no such number.
 int processors();
 
 // The least quota of control groups, as /proc/self/cgroup lists them, and of those around them, or 0 where none has one.

@@ -27,8 +27,8 @@ def compile_program(folder: Path, source: str, *others: str) -> Path:
     return program
 
 
-def output_of(program: Path, *arguments: object, processors: int = 0) -> str:
-    environment = os.environ | {"RNNFAST_CPU_PROCESSORS": str(processors)}
+def output_of(program: Path, *arguments: object, processors: int | None = None) -> str:
+    environment = os.environ | {"RNNFAST_CPU_PROCESSORS": "" if processors is None else str(processors)}
     done = subprocess.run([program, *map(str, arguments)], env=environment, capture_output=True, text=True, check=True)
     return done.stdout
 
@@ -153,6 +153,16 @@ def test_threads_without_processors_are_left_out(split: Path) -> None:
     assert few["lstm 64 8 forward"].threads == 2
     assert many["lstm 64 8 forward"].threads == 1
     assert many["lstm 1024 128 forward"].threads == 2
+
+
+@pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
+@pytest.mark.parametrize("number", ["many", "0", "-2", "2.5", "2 "])
+def test_no_number_of_processors(number: str) -> None:
+    code = "import torch, rnnfast; rnnfast.GRU(2, 3, backend='cpu')(torch.randn(4, 2))"
+    environment = os.environ | {"RNNFAST_CPU_PROCESSORS": number}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert f"RNNFAST_CPU_PROCESSORS={number}: give a number of processors, 1 or more" in done.stderr
 
 
 @pytest.mark.skipif(cpu.why_not() is not None or sys.platform != "linux", reason="counts threads in /proc")
