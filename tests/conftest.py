@@ -18,7 +18,7 @@ if importlib.util.find_spec("hypothesis") is not None:  # the tests that need a 
     settings.load_profile("rnnfast")
 
 # So that tests with more threads than this machine has processors use them all. Read when the library is first used.
-os.environ.setdefault("RNNFAST_CPU_PROCESSORS", "64")
+os.environ.setdefault("RNNFAST_CPU_PROCESSORS", "128")
 
 WHY_NOT = {status.name: status.note for status in rnnfast.backends() if not status.available}
 SCAN_BACKENDS = [

@@ -105,11 +105,11 @@ class Forward {
   Seat seat(const Local& local) const { return seat_of(s, split, packed.gates, local.member, local.members); }
   // Bytes of w_hh that stay near a member from step to step, beside its w_ih where both are more than that.
   int64_t near_of_state(const Local& local) const {
-    const int64_t of_input = s.ids ? 0 : packed.ih_size() * int64_t(sizeof(O)) / local.members;
+    const int64_t of_input = s.ids ? 0 : packed.ih_size() * int64_t(sizeof(O)) / seat(local).members;
     return is_far(local) ? max64(0, near_bytes() - of_input) : near_bytes();
   }
   bool is_far(const Local& local) const {
-    return !s.ids && (packed.ih_size() + packed.hh_size()) * int64_t(sizeof(O)) / local.members > near_bytes();
+    return !s.ids && (packed.ih_size() + packed.hh_size()) * int64_t(sizeof(O)) / seat(local).members > near_bytes();
   }
   int64_t chunk_rows() const { return chunk_steps * item_rows(s, split); }
   // Rows of the chunk that begins with step `first`, which come before those of this step.

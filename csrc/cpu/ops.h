@@ -14,7 +14,7 @@ namespace rnnfast {
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// How many threads a call may use: torch.get_num_threads(), and 1 in a forked child.
+// How many threads a call may use: torch.get_num_threads(), but no more than there are processors, and 1 in a forked child.
 int available_threads();
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> scan_cpu(

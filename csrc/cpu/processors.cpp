@@ -31,6 +31,23 @@ double quota_of_group(const std::string& folder) {
   return quota > 0 && period > 0 ? quota / period : 0;
 }
 
+// By RNNFAST_CPU_PROCESSORS, or 0.
+int processors_told() {
+  const char* const told = std::getenv("RNNFAST_CPU_PROCESSORS");
+  if (!told || !*told) return 0;
+  char* end = nullptr;
+  const long n = std::strtol(told, &end, 10);
+  if (*end || n < 1 || n > INT_MAX)
+    throw std::runtime_error(std::string("RNNFAST_CPU_PROCESSORS=") + told + ": give a number of processors, 1 or more");
+  return int(n);
+}
+
+// Those that the calling thread, and the threads that it starts, are bound to.
+int bound_to() {
+  static thread_local const int number = std::max(1, omp_get_num_procs());
+  return number;
+}
+
 }  // namespace
 
 double processor_quota(const char* groups, const char* root) {
@@ -54,19 +71,13 @@ double processor_quota(const char* groups, const char* root) {
 }
 
 int processors() {
-  static const int number = [] {
-    if (const char* const told = std::getenv("RNNFAST_CPU_PROCESSORS"); told && *told) {
-      char* end = nullptr;
-      const long n = std::strtol(told, &end, 10);
-      if (*end || n < 1 || n > INT_MAX)
-        throw std::runtime_error(std::string("RNNFAST_CPU_PROCESSORS=") + told + ": give a number of processors, 1 or more");
-      return int(n);
-    }
-    const double quota = processor_quota("/proc/self/cgroup", "/sys/fs/cgroup");
-    return std::max(1, quota > 0 ? std::min(omp_get_num_procs(), int(quota + 0.999)) : omp_get_num_procs());
-  }();
-  return number;
+  static const int told = processors_told();
+  static const double quota = processor_quota("/proc/self/cgroup", "/sys/fs/cgroup");
+  if (told) return told;
+  return quota > 0 ? std::max(1, int(std::min<double>(bound_to(), quota + 0.999))) : bound_to();
 }
+
+bool has_quota() { return processors() < bound_to(); }
 
 int64_t listed_cache(const char* folder) {
   const auto file = [&](const char* name) { return std::ifstream(std::string(folder) + name); };

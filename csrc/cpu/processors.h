@@ -5,10 +5,12 @@
 
 namespace rnnfast {
 
-// Those that the process may run on and, rounded up, no more than its control groups' quota: a container on a large machine has few,
-// though torch sees them all. RNNFAST_CPU_PROCESSORS overrides it. Found out once. Throws
-// std::runtime_error where that is no such number.
+// Those that the calling thread is bound to and, rounded up, no more than its control groups' quota: a container on a large machine
+// has few, though torch sees them all. RNNFAST_CPU_PROCESSORS overrides it; where that is no such number, throws std::runtime_error.
 int processors();
+
+// Whether those are fewer than it is bound to: OpenMP knows nothing of that, and its idle threads spin.
+bool has_quota();
 
 // The least quota of control groups, as /proc/self/cgroup lists them, and of those around them, or 0 where none has one.
 double processor_quota(const char* groups, const char* root);

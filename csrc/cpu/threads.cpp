@@ -47,14 +47,17 @@ void wake_all(std::atomic<uint32_t>& word) {
 #endif
 }
 
+thread_local int pool_size = 1;  // as torch says
+
 // The threads of a region in which so many work. libgomp ends those that a smaller team leaves out, and starts new ones for the next
-// team, torch's perhaps, which takes longer than most regions: so its teams are always of all, as torch's are.
+// team, torch's perhaps, which takes longer than most regions: so its teams are of all, as torch's are, where it is torch's libgomp.
+// But within a quota more threads than processors would use it up, spinning.
 int team_of(int threads) {
-#if defined(__clang__)
-  return threads;
-#else
-  return std::max(threads, omp_get_max_threads());
+#if !defined(__clang__)
+  const bool crowded = pool_size > processors() && has_quota();
+  if (!crowded && pool_size == omp_get_max_threads()) return std::max(threads, pool_size);
 #endif
+  return threads;
 }
 
 // That the calling thread has had a core.
@@ -68,7 +71,10 @@ thread_local Stalls stalls;
 
 }  // namespace
 
-int usable_threads(int pool) { return forked.load() ? 1 : std::min(pool, processors()); }
+int usable_threads(int pool) {
+  pool_size = pool;
+  return forked.load() ? 1 : std::min(pool, processors());
+}
 
 void run_parallel(int threads, void (*body)(void*, int, int), void* context) {
   if (threads <= 1) return body(context, 0, 1);
@@ -88,7 +94,7 @@ void run_parallel(int threads, void (*body)(void*, int, int), void* context) {
 
 int64_t region_cycles() {
   constexpr int64_t REGION = 15000, A_THREAD = 400, WITHOUT_PROCESSOR = 30000;
-  const int team = team_of(2), waiting = std::max(0, team - processors());
+  const int team = std::max(2, pool_size), waiting = std::max(0, team - processors());
   return REGION + A_THREAD * (team - 2) + WITHOUT_PROCESSOR * waiting + stall_cycles();
 }
 

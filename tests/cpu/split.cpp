@@ -15,7 +15,7 @@ int main(int, char** arguments) {
   const char* const names[] = {"rnn", "relu", "lstm", "gru"};
   for (const Cell cell : {Cell::rnn_tanh, Cell::lstm, Cell::gru})
     for (const int64_t hidden : {16, 64, 256, 512, 1024})
-      for (const int64_t batch : {1, 8, 32, 128})
+      for (const int64_t batch : {1, 8, 16, 32, 128})
         for (const bool backward : {false, true}) {
           ScanShape s{};
           s.cell = cell;

@@ -12,6 +12,8 @@ import pytest
 
 from rnnfast import building
 from rnnfast.backends import cpu
+from rnnfast.backends.cpu import build
+from tests.cpu.test_threads import GROUPED, GROUPED_THREADS
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc/cpu"
@@ -19,9 +21,9 @@ CSRC = HERE.parent.parent / "csrc/cpu"
 pytestmark = pytest.mark.skipif(not building.compiler(), reason="no C++ compiler was found")
 
 
-def compile_program(folder: Path, source: str, *others: str) -> Path:
+def compile_program(folder: Path, source: str, *others: str, isa: str = "generic") -> Path:
     program = folder / source
-    flags = "-std=c++17 -O1 -fopenmp -Wno-psabi -DRNNFAST_ISA=generic"
+    flags = f"-std=c++17 -O1 -fopenmp -Wno-psabi -DRNNFAST_ISA={isa} {build._INSTRUCTION_SETS[isa]}"
     sources = [str(HERE / f"{source}.cpp"), *(str(CSRC / f"{name}.cpp") for name in ("processors", *others))]
     subprocess.run([*building.compiler(), *flags.split(), *sources, "-o", str(program)], check=True)
     return program
@@ -110,9 +112,16 @@ class Split(NamedTuple):
     panels: int
 
 
+def isa_of_this_machine() -> str:
+    """The one whose vectors the library uses here."""
+    flags = Path("/proc/cpuinfo").read_text().split()
+    return "avx512" if "avx512vl" in flags else "avx2" if "avx2" in flags else "generic"
+
+
 @pytest.fixture(scope="module")
 def split(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compile_program(tmp_path_factory.mktemp("program"), "split", "threads", "sharing", "memory")
+    others = ("threads", "sharing", "memory")
+    return compile_program(tmp_path_factory.mktemp("program"), "split", *others, isa=isa_of_this_machine())
 
 
 def splits(program: Path, threads: int, processors: int) -> dict[str, Split]:
@@ -133,6 +142,14 @@ def test_threads_have_something_to_do(split: Path, threads: int) -> None:
         assert how.kind != "panels" or how.threads <= how.panels * how.groups, call
         assert how.groups == 1 or (how.kind == "panels" and how.threads == how.panels * how.groups), call
         assert how.groups <= max(1, batch // 8), call
+
+
+def test_rows_of_a_panel_are_shared(split: Path) -> None:
+    """The calls that tests/cpu/test_threads.py compares have groups of rows here, forward and backward."""
+    found = splits(split, GROUPED_THREADS, 128)
+    for cell, *_, batch, _, hidden in GROUPED:
+        for direction in ("forward", "backward"):
+            assert found[f"{cell.partition('_')[0]} {hidden} {batch} {direction}"].groups > 1
 
 
 def test_more_threads_for_larger_calls(split: Path) -> None:

@@ -90,6 +90,27 @@ def test_groups_of_rows_agree_bitwise_with_one_thread(
             assert_same(again_gradients, gradients)
 
 
+GROUPED = [  # cell, lanes, steps, batch, inputs, units: with so many threads, groups of rows both ways, whatever the cache
+    ("lstm", 1, 35, 16, 40, 512),
+    ("gru", 1, 35, 32, 40, 512),
+    ("rnn_tanh", 1, 35, 16, 40, 1024),
+]
+GROUPED_THREADS = 128
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["padded", "ragged"])
+@pytest.mark.parametrize("ids", [0, 40, 5000], ids=["vectors", "ids", "many ids"])
+@pytest.mark.parametrize("case", GROUPED, ids=str)
+def test_groups_of_rows_both_ways_agree_bitwise_with_one_thread(case: tuple, ids: int, ragged: bool) -> None:
+    cell, lanes, steps, batch, inputs, hidden = case
+    arguments = build(Case(cell, lanes, steps, batch, ids or inputs, hidden, ids=ids > 0, ragged=ragged), torch.float32)
+    d_outputs = gradients_like(arguments, torch.float32)
+    outputs, gradients = with_threads(1, arguments, d_outputs)
+    again, again_gradients = with_threads(GROUPED_THREADS, arguments, d_outputs)
+    assert_same(again, outputs)
+    assert_same(again_gradients, gradients)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 def test_rows_taken_over_in_the_middle_agree_bitwise_with_one_thread(cell: str, dtype: torch.dtype) -> None:
