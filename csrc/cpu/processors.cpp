@@ -42,6 +42,9 @@ int processors_told() {
   return int(n);
 }
 
+// When the library was loaded: what OpenMP, too, goes by.
+const int counted = omp_get_num_procs();
+
 // Those that the calling thread, and the threads that it starts, are bound to.
 int bound_to() {
   static thread_local const int number = std::max(1, omp_get_num_procs());
@@ -77,7 +80,7 @@ int processors() {
   return quota > 0 ? std::max(1, int(std::min<double>(bound_to(), quota + 0.999))) : bound_to();
 }
 
-bool has_quota() { return processors() < bound_to(); }
+bool is_confined() { return processors() < counted; }
 
 int64_t listed_cache(const char* folder) {
   const auto file = [&](const char* name) { return std::ifstream(std::string(folder) + name); };

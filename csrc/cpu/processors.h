@@ -9,8 +9,8 @@ namespace rnnfast {
 // has few, though torch sees them all. RNNFAST_CPU_PROCESSORS overrides it; where that is no such number, throws std::runtime_error.
 int processors();
 
-// Whether those are fewer than it is bound to: OpenMP knows nothing of that, and its idle threads spin.
-bool has_quota();
+// Whether those are fewer than OpenMP knows of, so that its idle threads spin though others need the processors.
+bool is_confined();
 
 // The least quota of control groups, as /proc/self/cgroup lists them, and of those around them, or 0 where none has one.
 double processor_quota(const char* groups, const char* root);

@@ -51,10 +51,10 @@ thread_local int pool_size = 1;  // as torch says
 
 // The threads of a region in which so many work. libgomp ends those that a smaller team leaves out, and starts new ones for the next
 // team, torch's perhaps, which takes longer than most regions: so its teams are of all, as torch's are, where it is torch's libgomp.
-// But within a quota more threads than processors would use it up, spinning.
+// But where a quota or the caller's binding leaves fewer processors than threads, those that spin would use them up.
 int team_of(int threads) {
 #if !defined(__clang__)
-  const bool crowded = pool_size > processors() && has_quota();
+  const bool crowded = pool_size > processors() && is_confined();
   if (!crowded && pool_size == omp_get_max_threads()) return std::max(threads, pool_size);
 #endif
   return threads;
