@@ -90,7 +90,7 @@ def test_groups_of_rows_agree_bitwise_with_one_thread(
             assert_same(again_gradients, gradients)
 
 
-GROUPED = [  # cell, lanes, steps, batch, inputs, units: with so many threads, groups of rows both ways, whatever the cache
+GROUPED = [  # cell, lanes, steps, batch, inputs, units: with so many threads, groups of rows both ways
     ("lstm", 1, 35, 16, 40, 512),
     ("gru", 1, 35, 32, 40, 512),
     ("rnn_tanh", 1, 35, 16, 40, 1024),
