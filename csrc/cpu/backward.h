@@ -97,7 +97,7 @@ class Backward {
     if (local.member == 0 && item.done == 0 && d.is_first_part()) init_carries(item);
     team.barrier.wait(local.members);
     Walk<O> walk(unpacked ? at<O>(x.w_hh, 0) : w_hh, states, gate_rows, item, d.part.steps() + d.is_last_part(),
-                 seat_of(s, split, states, local.member, local.members), BLOCK, team.deal.get(), unpacked ? s.state : 0);
+                 seat_of(split, local.member, local.members), BLOCK, team.deal.get(), split.groups, unpacked ? s.state : 0);
     const int64_t last_step = d.part.end_step - 1;
     for (int64_t step = last_step - item.done; step >= d.part.step; --step) {
       team.share(item, last_step - step);
@@ -110,7 +110,7 @@ class Backward {
     if (x.d_h_0) initial_gradients(item, local, walk);
     if (local.member == 0 && d.is_last_part()) finish_carries(item);
   }
-  int64_t pieces() const { return s.lanes * states.count() * dealt_groups(s, split, states); }
+  int64_t pieces() const { return s.lanes * states.count() * split.groups; }
 
  private:
   struct Place {

@@ -213,9 +213,9 @@ class ExtendedForward {
   void run_item(Item item, Local local, Team& team) const {
     if (local.member == 0 && item.done == 0) init_states(item);
     team.barrier.wait(local.members);
-    Walk<O> walk(w_hh, panels, s.state, item, s.steps, {local.member, local.members, 0, 1}, INT64_MAX, team.deal.get());
-    Walk<O> input_walk(w_ih, panels, s.input, item, 0, {local.member, local.members, 0, 1});
-    Walk<O> projection_walk(w_hr, projection, s.hidden, item, 0, {local.member, local.members, 0, 1});
+    Walk<O> walk(w_hh, panels, s.state, item, s.steps, {local.member, local.members}, INT64_MAX, team.deal.get());
+    Walk<O> input_walk(w_ih, panels, s.input, item, 0, {local.member, local.members});
+    Walk<O> projection_walk(w_hr, projection, s.hidden, item, 0, {local.member, local.members});
     for (int64_t step = item.done; step < s.steps; ++step) {
       if (step % chunk_steps() == 0) team.share(item, step);
       if (step % chunk_steps() == 0 && !has_table) multiply_inputs(item, local, input_walk, step);

@@ -109,8 +109,8 @@ class ExtendedBackward {
   void run_item(Item item, Local local, Team& team) const {
     if (local.member == 0 && item.done == 0) init_carries(item);
     team.barrier.wait(local.members);
-    Walk<O> walk(w_hh, states, gate_rows, item, s.steps + 1, {local.member, local.members, 0, 1}, INT64_MAX, team.deal.get());
-    Walk<O> projection_walk(w_hr, units_, s.state, item, 0, {local.member, local.members, 0, 1});
+    Walk<O> walk(w_hh, states, gate_rows, item, s.steps + 1, {local.member, local.members}, INT64_MAX, team.deal.get());
+    Walk<O> projection_walk(w_hr, units_, s.state, item, 0, {local.member, local.members});
     for (int64_t step = s.steps - 1 - item.done; step >= 0; --step) {
       team.share(item, s.steps - 1 - step);
       // Of the rows of a step, those come first that have a step after it.

@@ -62,7 +62,7 @@ class Forward {
     if (s.has_projection) unprojected = carver.take<O>(states * hidden_stride);
     if (split.together() && !table) gates_x_ = carver.take<T>(2 * s.lanes * chunk_rows() * columns);
   }
-  int64_t pieces() const { return s.lanes * packed.gates.count() * dealt_groups(s, split, packed.gates); }
+  int64_t pieces() const { return s.lanes * packed.gates.count() * split.groups; }
 
   Local carve_local(Carver& carver) const {
     Local local;
@@ -79,11 +79,11 @@ class Forward {
     const bool together = split.together();
     if (together && !table) make_gates_x(item, local, 0);
     // Nobody goes on before states are copied, nor, where rows of a panel come from others, before their input products are made.
-    if (copies_states() || split.dealt || split.groups > 1) {
+    if (copies_states() || split.groups > 1 || split.dealt) {
       if (local.member == 0 && item.done == 0) init_states(item);
       team.barrier.wait(local.members);
     }
-    Walk<O> walk(packed.w_hh, packed.gates, s.state, item, s.steps, seat(local), INT64_MAX, team.deal.get(), 0,
+    Walk<O> walk(packed.w_hh, packed.gates, s.state, item, s.steps, seat(local), INT64_MAX, team.deal.get(), split.groups, 0,
                  near_of_state(local));
     int64_t in_chunk = 0;
     for (int64_t step = item.done; step < s.steps; ++step) {
@@ -102,7 +102,7 @@ class Forward {
   }
 
  private:
-  Seat seat(const Local& local) const { return seat_of(s, split, packed.gates, local.member, local.members); }
+  Seat seat(const Local& local) const { return seat_of(split, local.member, local.members); }
   // Bytes of w_hh that stay near a member from step to step, beside its w_ih where both are more than that.
   int64_t near_of_state(const Local& local) const {
     const int64_t of_input = s.ids ? 0 : packed.ih_size() * int64_t(sizeof(O)) / seat(local).members;
@@ -166,10 +166,9 @@ class Forward {
   void make_gates_x(const Item& item, const Local& local, int64_t lane, int64_t step, int64_t end) const {
     T* out = gates_x(item, local, lane, step);
     const T* bias = packed.bias + lane * columns;
-    const Seat by_rows = split.dealt ? Seat{local.member, local.members, 0, 1} : seat(local);
-    const Slice own = by_rows.groups == 1 ? Slice{0, INT64_MAX}
-                                          : slice_of(chunk_row(item, lane, step, end), by_rows.group, by_rows.groups);
-    const Slice slice = slice_of(packed.gates.count(), by_rows.member, by_rows.members);
+    const Seat at_ = seat(local);
+    const Slice own = at_.groups == 1 ? Slice{0, INT64_MAX} : slice_of(chunk_row(item, lane, step, end), at_.group, at_.groups);
+    const Slice slice = slice_of(packed.gates.count(), at_.member, at_.members);
     int64_t rows = 0;
     for (int64_t i = step; i < end; ++i) {
       const int64_t t = s.time(lane, i), n = alive(s, item, t), row = s.offset_at(t) + item.first;

@@ -158,7 +158,7 @@ struct Split {
   int threads, members;
   int64_t items_per_lane, items;  // items_per_lane 0: one item of all lanes
   bool dealt = false;             // whether the pieces of a step are dealt, or members have equal shares of them
-  int64_t groups = 1;             // of a step's rows, where there are more members than panels
+  int64_t groups = 1;             // of a step's rows, where panels alone are too few pieces
 };
 
 constexpr int64_t LEAST_GROUP = 8;  // rows of the batch for a member that shares panels: a tile
@@ -176,6 +176,11 @@ RNNFAST_INLINE Split split_work(const ScanShape& s, int64_t weight_vectors, int6
   constexpr int64_t ITEM_ROWS = 64;  // keeps an item's states near
   const auto items = [&](int64_t parts) {
     return parts * max64(1, ceil_div(ceil_div(s.batch, parts), ITEM_ROWS));
+  };
+  const auto dealt_groups = [&](int members) {  // enough pieces for a team to share them evenly
+    constexpr int64_t PIECES = 8;  // of a member
+    const int64_t wanted = ceil_div(PIECES * members, s.lanes * step_panels);
+    return max64(1, min64(wanted, min64(most_groups, s.batch / (2 * MAX_ROWS))));
   };
   Split best{1, 1, items(1), s.lanes * items(1)};
   int64_t least = s.steps * step(s.batch, weight_vectors, s.lanes);
@@ -199,28 +204,21 @@ RNNFAST_INLINE Split split_work(const ScanShape& s, int64_t weight_vectors, int6
     const int64_t by_panels = region + s.steps * ((dealt ? share / 20 * 21 : share / 4 * 5) + barrier_cycles(members));
     if (by_panels < least) {
       least = by_panels;
-      best = {members, members, 0, 1, dealt, dealt ? 1 : groups};
+      best = {members, members, 0, 1, dealt, dealt ? dealt_groups(members) : groups};
     }
   }
   return best;
 }
 
-// Groups of rows that a panel of a step is dealt in: there must be enough pieces for a team to share them evenly.
-RNNFAST_INLINE int64_t dealt_groups(const ScanShape& s, const Split& split, const Panels& panels) {
-  constexpr int64_t PIECES = 8;  // of a member
-  const int64_t wanted = ceil_div(PIECES * split.members, s.lanes * panels.count()), most = s.batch / (2 * MAX_ROWS);
-  return max64(1, min64(wanted, most));
-}
-
-// A member's part of a step: panels, which it shares out with members of the same rows, and one group of the rows, unless both are
-// dealt.
+// A member's part of a step, unless its pieces are dealt: panels, which it shares out with the members of the same rows, and a group
+// of rows.
 struct Seat {
   int member, members;
-  int64_t group, groups;
+  int64_t group = 0, groups = 1;
 };
-RNNFAST_INLINE Seat seat_of(const ScanShape& s, const Split& split, const Panels& panels, int member, int members) {
-  if (split.dealt) return {member, members, 0, dealt_groups(s, split, panels)};
-  if (split.groups == 1 || members != split.members) return {member, members, 0, 1};  // there may be fewer than were planned
+RNNFAST_INLINE Seat seat_of(const Split& split, int member, int members) {
+  // There may be fewer members than were planned.
+  if (split.dealt || split.groups == 1 || members != split.members) return {member, members};
   const int of_group = members / int(split.groups);
   return {member % of_group, of_group, member / of_group, split.groups};
 }
@@ -264,7 +262,8 @@ template <class O>
 class Walk {
  public:
   Walk(const O* weights, const Panels& of, int64_t depth, const Item& item, int64_t steps, const Seat& seat,
-       int64_t block = INT64_MAX, Deal* deal = nullptr, int64_t row_stride = 0, int64_t near = near_bytes())
+       int64_t block = INT64_MAX, Deal* deal = nullptr, int64_t dealt_groups = 1, int64_t row_stride = 0,
+       int64_t near = near_bytes())
       : base_(weights),
         row_stride_(row_stride),
         panels_(of),
@@ -274,7 +273,7 @@ class Walk {
         first_(slice_of(of.count(), seat.member, seat.members).first),
         count_(slice_of(of.count(), seat.member, seat.members).end - first_),
         group_(seat.group),
-        groups_(seat.groups),
+        groups_(deal ? dealt_groups : seat.groups),
         block_(max64(1, min64(block, units<O>(depth)))),
         blocks_(ceil_div(units<O>(depth), block_)),
         near_(lanes_ * packed_size<O>(of, depth) * int64_t(sizeof(O)) <= weights_fetched.beyond_bytes

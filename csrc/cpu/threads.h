@@ -9,7 +9,7 @@
 namespace rnnfast {
 
 // How many threads of a pool of so many, torch's, a call of this thread may use: no more than there are processors, and 1 in a forked
-// child, where the parent's are gone.
+// child, where the parent's are gone. Keeps that number for what is below.
 int usable_threads(int pool);
 
 // Runs body(context, thread, threads) on at most `threads` threads of OpenMP's: of the pool that torch uses where both have GCC's

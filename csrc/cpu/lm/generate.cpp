@@ -143,10 +143,10 @@ std::tuple<Tensor, Tensor, Tensor> generate_cpu(std::vector<Tensor> packed, Opti
     if (weight_bytes <= WORTH_IT) return 1;
     const int64_t cycles = weight_bytes / BYTES_A_CYCLE;
     const auto token = [&](int n) { return cycles / n + (depth + 1) * barrier_cycles(n); };
-    int best = 2;
-    for (int n = 2; n < threads;)
-      if (n = more_threads(n, threads); token(n) < token(best)) best = n;
-    return worth_threads(std::min(best, threads), TOKENS * cycles);
+    int best = std::min(2, threads);
+    for (int n = 2; n <= threads; n = more_threads(n, threads))
+      if (token(n) < token(best)) best = n;
+    return worth_threads(best, TOKENS * cycles);
   };
 
   struct Loop {
