@@ -73,7 +73,7 @@ thread_local Stalls stalls;
 
 int usable_threads(int pool) {
   pool_size = pool;
-  return forked.load() ? 1 : std::min(pool, processors());
+  return pool <= 1 || forked.load() ? 1 : std::min(pool, processors());
 }
 
 void run_parallel(int threads, void (*body)(void*, int, int), void* context) {
