@@ -2,7 +2,8 @@
 // too few, and then moves sums about or keeps them in memory. Included by tile.h.
 //
 // For each unit of k up to three vectors of w are read, and then, row by row, the row's number is put in every lane and
-// multiplied with each of them; a fourth vector is read for every row. That leaves 12 registers for sums.
+// multiplied with each of them; a fourth vector is read for every row. That leaves 12 registers for sums, which they do not leave
+// while something is fetched between two blocks of k: that takes no vectors.
 #pragma once
 
 namespace rnnfast::RNNFAST_ISA {
@@ -21,43 +22,81 @@ namespace rnnfast::RNNFAST_ISA {
 #define RNNFAST_ROWS_7(NV, ROW, MACRO) RNNFAST_ROWS_6(NV, ROW, MACRO) ROW(NV, 6, MACRO)
 #define RNNFAST_ROWS_8(NV, ROW, MACRO) RNNFAST_ROWS_7(NV, ROW, MACRO) ROW(NV, 7, MACRO)
 #define RNNFAST_EACH(NV, r, MACRO) RNNFAST_VECTORS_##NV(r, MACRO)
+#define RNNFAST_EACH_ROW(NV, r, MACRO) MACRO(r)
 
-// What a sum needs in C++, and its instructions; S ends the names of those, "s" or "d".
-#define RNNFAST_DECLARE(r, c) Vec<T> s##r##c;
+// What a sum is in C++.
+#define RNNFAST_DECLARE(r, c) Vec<T> s##r##c{};
 #define RNNFAST_TAKE(r, c) sum[r][c] = s##r##c;
-#define RNNFAST_SUM(r, c) [s##r##c] "=&x"(s##r##c),
-#define RNNFAST_BEGIN(r, c) "vmovups 32*(" #r "*%c[vectors]+" #c ")(%[start]), %[s" #r #c "]\n"
-#define RNNFAST_MULTIPLY(r, c) RNNFAST_MULTIPLY_##c(r)
-#define RNNFAST_MULTIPLY_0(r) "vfmadd231p" S " %[w0], %[a], %[s" #r "0]\n"
-#define RNNFAST_MULTIPLY_1(r) "vfmadd231p" S " %[w1], %[a], %[s" #r "1]\n"
-#define RNNFAST_MULTIPLY_2(r) "vfmadd231p" S " %[w2], %[a], %[s" #r "2]\n"
-#define RNNFAST_MULTIPLY_3(r) "vfmadd231p" S " 96(%[w]), %[a], %[s" #r "3]\n"
-#define RNNFAST_MULTIPLY_ROW(NV, r, MACRO) \
-  "vbroadcasts" S " (%[row" #r "],%[k]), %[a]\n" RNNFAST_VECTORS_##NV(r, MACRO)
-#define RNNFAST_ROW(NV, r, MACRO) [row##r] "r"(row[r] + k_units),
-#define RNNFAST_READ_1 "vmovups (%[w]), %[w0]\n"
-#define RNNFAST_READ_2 RNNFAST_READ_1 "vmovups 32(%[w]), %[w1]\n"
-#define RNNFAST_READ_3 RNNFAST_READ_2 "vmovups 64(%[w]), %[w2]\n"
-#define RNNFAST_READ_4 RNNFAST_READ_3
-#define RNNFAST_KEPT_1 [w0] "=&x"(w0),
-#define RNNFAST_KEPT_2 RNNFAST_KEPT_1[w1] "=&x"(w1),
-#define RNNFAST_KEPT_3 RNNFAST_KEPT_2[w2] "=&x"(w2),
-#define RNNFAST_KEPT_4 RNNFAST_KEPT_3
+#define RNNFAST_SUM(r, c) [s##r##c] "+x"(s##r##c),
 
-#define RNNFAST_TILE(ROWS, NV)                                                                                       \
-  if constexpr (R == ROWS && VECTORS == NV) {                                                                        \
-    RNNFAST_ROWS_##ROWS(NV, RNNFAST_EACH, RNNFAST_DECLARE)                                                           \
-    asm volatile(RNNFAST_ROWS_##ROWS(NV, RNNFAST_EACH, RNNFAST_BEGIN)                                                \
-                 "1:\n" RNNFAST_READ_##NV RNNFAST_ROWS_##ROWS(NV, RNNFAST_MULTIPLY_ROW, RNNFAST_MULTIPLY)            \
-                 "add %[stride], %[w]\n"                                                                             \
-                 "add %[size], %[k]\n"                                                                               \
-                 "jne 1b\n"                                                                                          \
-                 : RNNFAST_ROWS_##ROWS(NV, RNNFAST_EACH, RNNFAST_SUM) RNNFAST_KEPT_##NV[a] "=&x"(a), [w] "+&r"(w),   \
-                   [k] "+&r"(k)                                                                                      \
-                 : RNNFAST_ROWS_##ROWS(NV, RNNFAST_ROW, )[stride] "r"(w_stride * int64_t(sizeof(T))),                \
-                   [start] "r"(start), [size] "i"(sizeof(T)), [vectors] "i"(VECTORS)                                 \
-                 : "memory");                                                                                        \
-    RNNFAST_ROWS_##ROWS(NV, RNNFAST_EACH, RNNFAST_TAKE)                                                              \
+// Pointers to rows, in registers of the asm's own: it can have 30 operands, and a sum counts as two.
+#define RNNFAST_ROW_0 "%%r8"
+#define RNNFAST_ROW_1 "%%r9"
+#define RNNFAST_ROW_2 "%%r10"
+#define RNNFAST_ROW_3 "%%r11"
+#define RNNFAST_ROW_4 "%%r12"
+#define RNNFAST_ROW_5 "%%r13"
+#define RNNFAST_ROW_6 "%%r14"
+#define RNNFAST_ROW_7 "%%r15"
+#define RNNFAST_CLOBBER_1 "r8"
+#define RNNFAST_CLOBBER_2 RNNFAST_CLOBBER_1, "r9"
+#define RNNFAST_CLOBBER_3 RNNFAST_CLOBBER_2, "r10"
+#define RNNFAST_CLOBBER_4 RNNFAST_CLOBBER_3, "r11"
+#define RNNFAST_CLOBBER_5 RNNFAST_CLOBBER_4, "r12"
+#define RNNFAST_CLOBBER_6 RNNFAST_CLOBBER_5, "r13"
+#define RNNFAST_CLOBBER_7 RNNFAST_CLOBBER_6, "r14"
+#define RNNFAST_CLOBBER_8 RNNFAST_CLOBBER_7, "r15"
+#define RNNFAST_LOAD_ROW(r) "mov 16+8*" #r "(%[tile]), " RNNFAST_ROW_##r "\n"
+
+// The instructions of a unit of k, the first of two or the second, whose vectors of w are `at`. S ends the names of those that take
+// numbers, "s" or "d", of SIZE bytes.
+
+#define RNNFAST_READ_1(at) "vmovups (" at "), %%ymm12\n"
+#define RNNFAST_READ_2(at) RNNFAST_READ_1(at) "vmovups 32(" at "), %%ymm13\n"
+#define RNNFAST_READ_3(at) RNNFAST_READ_2(at) "vmovups 64(" at "), %%ymm14\n"
+#define RNNFAST_READ_4(at) RNNFAST_READ_3(at)
+#define RNNFAST_MULTIPLY_0(r, at) "vfmadd231p" S " %%ymm12, %%ymm15, %[s" #r "0]\n"
+#define RNNFAST_MULTIPLY_1(r, at) "vfmadd231p" S " %%ymm13, %%ymm15, %[s" #r "1]\n"
+#define RNNFAST_MULTIPLY_2(r, at) "vfmadd231p" S " %%ymm14, %%ymm15, %[s" #r "2]\n"
+#define RNNFAST_MULTIPLY_3(r, at) "vfmadd231p" S " 96(" at "), %%ymm15, %[s" #r "3]\n"
+#define RNNFAST_FIRST(r, c) RNNFAST_MULTIPLY_##c(r, "%[w]")
+#define RNNFAST_SECOND(r, c) RNNFAST_MULTIPLY_##c(r, "%[w],%%rax")
+#define RNNFAST_FIRST_ROW(NV, r, MACRO) \
+  "vbroadcasts" S " (" RNNFAST_ROW_##r ",%[k]), %%ymm15\n" RNNFAST_VECTORS_##NV(r, MACRO)
+#define RNNFAST_SECOND_ROW(NV, r, MACRO) \
+  "vbroadcasts" S " " SIZE "(" RNNFAST_ROW_##r ",%[k]), %%ymm15\n" RNNFAST_VECTORS_##NV(r, MACRO)
+#define RNNFAST_FIRST_UNIT(ROWS, NV) RNNFAST_READ_##NV("%[w]") RNNFAST_ROWS_##ROWS(NV, RNNFAST_FIRST_ROW, RNNFAST_FIRST)
+#define RNNFAST_SECOND_UNIT(ROWS, NV) RNNFAST_READ_##NV("%[w],%%rax") RNNFAST_ROWS_##ROWS(NV, RNNFAST_SECOND_ROW, RNNFAST_SECOND)
+
+// Two units at a time, as everywhere; an odd one is the first.
+#define RNNFAST_TILE(ROWS, NV)                                                                                           \
+  if constexpr (R == ROWS && VECTORS == NV) {                                                                            \
+    RNNFAST_ROWS_##ROWS(NV, RNNFAST_EACH, RNNFAST_DECLARE)                                                               \
+    do {                                                                                                                 \
+      if (ahead) ahead->fetch();                                                                                         \
+      tile.end = min64(k + block, end);                                                                                  \
+      asm volatile(RNNFAST_ROWS_##ROWS(NV, RNNFAST_EACH_ROW, RNNFAST_LOAD_ROW)                                           \
+                   "mov (%[tile]), %%rdx\n"                                                                              \
+                   "sub %[k], %%rdx\n"                                                                                   \
+                   "test $" SIZE ", %%rdx\n"                                                                             \
+                   "mov (%[tile]), %%rdx\n"                                                                              \
+                   "mov 8(%[tile]), %%rax\n"                                                                             \
+                   "je 1f\n" RNNFAST_FIRST_UNIT(ROWS, NV)                                                                \
+                   "add %%rax, %[w]\n"                                                                                   \
+                   "add $" SIZE ", %[k]\n"                                                                               \
+                   "cmp %%rdx, %[k]\n"                                                                                   \
+                   "je 2f\n"                                                                                             \
+                   "1:\n" RNNFAST_FIRST_UNIT(ROWS, NV) RNNFAST_SECOND_UNIT(ROWS, NV)                                     \
+                   "lea (%[w],%%rax,2), %[w]\n"                                                                          \
+                   "add $2*" SIZE ", %[k]\n"                                                                             \
+                   "cmp %%rdx, %[k]\n"                                                                                   \
+                   "jne 1b\n"                                                                                            \
+                   "2:\n"                                                                                                \
+                   : RNNFAST_ROWS_##ROWS(NV, RNNFAST_EACH, RNNFAST_SUM)[w] "+r"(w), [k] "+r"(k)                          \
+                   : [tile] "r"(&tile)                                                                                   \
+                   : "memory", "cc", "rax", "rdx", RNNFAST_CLOBBER_##ROWS, "xmm12", "xmm13", "xmm14", "xmm15");          \
+    } while (k < end);                                                                                                   \
+    RNNFAST_ROWS_##ROWS(NV, RNNFAST_EACH, RNNFAST_TAKE)                                                                  \
   }
 #define RNNFAST_EVERY_TILE                                                                       \
   RNNFAST_TILE(1, 1) RNNFAST_TILE(2, 1) RNNFAST_TILE(3, 1) RNNFAST_TILE(4, 1) RNNFAST_TILE(5, 1) \
@@ -66,44 +105,32 @@ namespace rnnfast::RNNFAST_ISA {
   RNNFAST_TILE(2, 3) RNNFAST_TILE(3, 3) RNNFAST_TILE(4, 3) RNNFAST_TILE(1, 4) RNNFAST_TILE(2, 4) \
   RNNFAST_TILE(3, 4)
 
-// sum[r] = start[r] + row[r][0..k_units) w, for at least one unit. `start` has its rows one behind the other.
+// sum[r] += row[r][0..k_units) w, from zeros.
 template <int R, int VECTORS, class T>
-RNNFAST_INLINE void multiply_units(int64_t k_units, const T* const (&row)[R], const T* w, int64_t w_stride, const T* start,
-                                   Vec<T> (&sum)[R][VECTORS]) {
+RNNFAST_INLINE void multiply(int64_t k_units, const T* const (&row)[R], const T* w, int64_t w_stride, Ahead* ahead,
+                             Vec<T> (&sum)[R][VECTORS]) {
   static_assert(R <= max_rows(VECTORS), "there is such a tile");
-  int64_t k = -k_units * int64_t(sizeof(T));  // bytes
-  [[maybe_unused]] Vec<T> a, w0, w1, w2;
+  if (k_units == 0) return;
+  struct {
+    int64_t end, stride;  // bytes
+    const T* row[R];
+  } tile;
+  tile.stride = w_stride * int64_t(sizeof(T));
+  for (int r = 0; r < R; ++r) tile.row[r] = row[r];
+  const int64_t end = k_units * int64_t(sizeof(T)), block = ahead ? ahead->block * int64_t(sizeof(T)) : end;
+  int64_t k = 0;
   if constexpr (sizeof(T) == 4) {
 #define S "s"
+#define SIZE "4"
     RNNFAST_EVERY_TILE
 #undef S
+#undef SIZE
   } else {
 #define S "d"
+#define SIZE "8"
     RNNFAST_EVERY_TILE
 #undef S
-  }
-}
-
-// sum[r] += row[r][0..k_units) w, from zeros.
-template <int R, int NV, class T>
-RNNFAST_INLINE void multiply(int64_t k_units, const T* const (&row)[R], const T* w, int64_t w_stride, Ahead* ahead,
-                             Vec<T> (&sum)[R][NV]) {
-  constexpr int V = Lanes<T>::count;
-  alignas(64) static constexpr T zeros[R * NV * V] = {};
-  if (k_units == 0) return;
-  if (!ahead) return multiply_units(k_units, row, w, w_stride, zeros, sum);
-  alignas(64) T so_far[R * NV * V] = {};
-  const T* from[R];
-  for (int64_t k = 0; k < k_units; k += ahead->block) {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) from[r] = row[r] + k;
-    ahead->fetch();
-    multiply_units(min64(ahead->block, k_units - k), from, w + k * w_stride, w_stride, so_far, sum);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-      for (int c = 0; c < NV; ++c) store(so_far + (r * NV + c) * V, sum[r][c]);
-    }
+#undef SIZE
   }
 }
 

@@ -143,6 +143,7 @@ class Backward {
   void state_gradients(const Item& item, const Local& local, Walk<O>& walk, int64_t step) const {
     int64_t lane = -1;
     RowsAhead ahead;
+    bool by_step = false;
     walk.begin(step);
     for (Piece piece; walk.take(piece);) {
       const int64_t t = s.time(piece.lane, step), rows = alive(s, item, t);
@@ -153,9 +154,10 @@ class Backward {
         lane = piece.lane;
         for (int64_t r = 0; r < followed; ++r)
           operands(local, walk, followed, r, d.gates_h(lane, s.offset_at(after) + item.first + r));
-        if (local.members == 1) ahead = of_next_step(item, walk, lane, step);
+        by_step = local.members == 1 && lasts(walk, rows);
+        if (by_step) ahead = of_next_step(item, walk, lane, step);
       }
-      if (local.members > 1) ahead = of_next_piece(item, walk, piece, step);
+      if (!by_step) ahead = of_next_piece(item, walk, piece, step);
       state_gradient(item, local, walk, piece, t, rows, followed, ahead);
     }
   }
@@ -193,11 +195,14 @@ class Backward {
     });
   }
 
-  // As in the forward scan.
-  bool fetches(int64_t rows) const {
-    const int64_t of_row = tape_count(s.cell) * s.hidden + (x.d_output ? s.state : 0) + (s.cell != Cell::lstm ? s.state : 0);
-    return rows >= FETCHED_ROWS && s.steps * rows * (of_row * int64_t(sizeof(S)) + d.stride * int64_t(sizeof(O))) > near_bytes();
+  int64_t row_bytes() const {
+    const int64_t read = tape_count(s.cell) * s.hidden + (x.d_output ? s.state : 0) + (s.cell != Cell::lstm ? s.state : 0);
+    return read * int64_t(sizeof(S)) + d.stride * int64_t(sizeof(O));
   }
+  // As in the forward scan.
+  bool fetches(int64_t rows) const { return rows >= FETCHED_ROWS && s.steps * rows * row_bytes() > near_bytes(); }
+  // Whether rows fetched during the step before are still near when their turn comes: the step reads them, and all weights.
+  bool lasts(const Walk<O>& walk, int64_t rows) const { return walk.bytes() + rows * row_bytes() <= near_bytes(); }
   RowsAhead of_next_step(const Item& item, const Walk<O>& walk, int64_t lane, int64_t step) const {
     RowsAhead ahead(walk.count());
     if (step == d.part.step) return ahead;

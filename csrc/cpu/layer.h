@@ -276,7 +276,7 @@ class Walk {
         groups_(deal ? dealt_groups : seat.groups),
         block_(max64(1, min64(block, units<O>(depth)))),
         blocks_(ceil_div(units<O>(depth), block_)),
-        near_(lanes_ * packed_size<O>(of, depth) * int64_t(sizeof(O)) <= weights_fetched.beyond_bytes
+        near_(bytes() <= weights_fetched.beyond_bytes
                   ? INT64_MAX
                   : near / (max64(1, of.vectors) * block_ * VECTOR_BYTES)),
         walked_(steps_walked()),
@@ -284,6 +284,8 @@ class Walk {
         member_(seat.member) {
     steps_walked() += steps;
   }
+  // Of the weights.
+  int64_t bytes() const { return lanes_ * packed_size<O>(panels_, k_) * int64_t(sizeof(O)); }
   // The pieces of each lane that a member has where nothing is dealt.
   int64_t count() const { return count_; }
   int64_t groups() const { return groups_; }
@@ -373,8 +375,8 @@ class Walk {
 };
 
 // Rows from which on those that come next are fetched: the tile of fewer is bound by reading its weights. One thread alone fetches
-// those of its next step; a member of a team, of which it cannot say which pieces of a step will be its own, those of its next
-// piece.
+// those of its next step, where they would still be near; a member of a team, of which it cannot say which pieces of a step will be
+// its own, those of its next piece.
 constexpr int64_t FETCHED_ROWS = 4;
 
 // Rows of an item that are alive at step t.
