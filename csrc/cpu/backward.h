@@ -45,12 +45,15 @@ class Backward {
     int member, members;
   };
 
+  // Weights that are kept packed serve any batch.
+  static Panels panels_of(const BackwardArgs& x) { return plain_panels(x.shape.state, V, x.packed_hh ? 1 : x.shape.batch); }
+
   Backward(const BackwardArgs& args, const Split& how, const Gradients<S, O>& gradients)
       : x(args),
         s(args.shape),
         split(how),
         d(gradients),
-        states(plain_panels(s.state, V)),
+        states(panels_of(x)),
         units_(plain_panels(s.hidden, V)),
         gate_rows(s.gates() * s.hidden),
         unpacked(!x.packed_hh && worth_no_packing<S, O>(gate_rows, s.state, s.steps, s.batch)),

@@ -59,6 +59,8 @@ class ExtendedBackward {
     int member, members;
   };
 
+  static Panels panels_of(const ScanShape& s) { return plain_panels(s.state, V, s.batch); }
+
   ExtendedBackward(const ExtendedBackwardArgs& all, const Split& how)
       : args(all),
         x(all.scan),
@@ -66,7 +68,7 @@ class ExtendedBackward {
         s(x.shape),
         split(how),
         columns(s, e),
-        states(plain_panels(s.state, V)),
+        states(panels_of(s)),
         units_(plain_panels(s.hidden, V)),
         gate_rows(s.gates() * s.hidden),
         state_stride(round_up(s.state, V * Product<O>::depth)),

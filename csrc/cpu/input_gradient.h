@@ -36,7 +36,7 @@ class InputGradient {
         d(gradients),
         threads(how_many),
         gate_rows(s.gates() * s.hidden),
-        inputs(plain_panels(s.input, V)),
+        inputs(plain_panels(s.input, V, x.packed_ih ? 1 : s.rows)),
         // Where gradients are permuted, the products of each part are to be added up in the same blocks as those of all.
         unpacked(!x.packed_ih && worth_no_packing<S, O>(gate_rows, s.input, 1, s.rows) && s.rows <= 2 * TASK_ROWS &&
                  (!d.permuted || s.hidden % SUM_BLOCK == 0)),

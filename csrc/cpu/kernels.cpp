@@ -160,7 +160,7 @@ void scan_then_tasks(const Scan& scan, const Input& input, const ScanShape& s, c
 template <class S, class O>
 void backward(const BackwardArgs& x, int available) {
   const ScanShape& s = x.shape;
-  const Panels panels = plain_panels(s.state, LANES<O>);
+  const Panels panels = Backward<S, O>::panels_of(x);
   const Split split = split_work(s, panels.total_vectors * units<O>(s.gates() * s.hidden), panels.count(), available,
                                  s.batch / LEAST_GROUP);
   Gradients<S, O> gradients(s, false, x.gates);
@@ -268,7 +268,7 @@ size_t extended_pack(const ExtendedForwardArgs& x) {
 template <class S, class O>
 void extended_backward(const ExtendedBackwardArgs& x, int available) {
   const ScanShape& s = x.scan.shape;
-  const Panels panels = plain_panels(s.state, LANES<O>);
+  const Panels panels = ExtendedBackward<S, O>::panels_of(s);
   const Split split = split_work(s, panels.total_vectors * units<O>(s.gates() * s.hidden), panels.count(), available);
   ExtendedBackward<S, O> scan(x, split);
   // Biases are added behind a normalisation, so the gradients they come from are not those of the products.

@@ -13,19 +13,20 @@ namespace rnnfast::RNNFAST_ISA {
 // The product of `batch` rows and a panel, both `depth` deep, `rounds` times. Returns the operations done.
 inline double near_product(int64_t batch, int64_t depth, int64_t rounds) {
   constexpr int V = LANES<float>;
+  const int vectors = most_vectors(batch);
   alignas(64) static constexpr float zeros[MAX_VECTORS * V] = {};
   alignas(64) float sums[MAX_ROWS * MAX_VECTORS * V];
-  const int64_t numbers = (batch + MAX_VECTORS * V) * depth;
+  const int64_t numbers = (batch + vectors * V) * depth;
   const Scratch memory(size_t(numbers) * sizeof(float));
-  float *panel = reinterpret_cast<float*>(memory.data()), *rows = panel + MAX_VECTORS * V * depth;
+  float *panel = reinterpret_cast<float*>(memory.data()), *rows = panel + vectors * V * depth;
   for (int64_t i = 0; i < numbers; ++i) panel[i] = 0.5f;
   for (int64_t round = 0; round < rounds; ++round)
-    for_tiles(batch, MAX_VECTORS, [&](int64_t row, int count, int64_t, int64_t) {
+    for_tiles(batch, vectors, [&](int64_t row, int count, int64_t, int64_t) {
       const float *a[MAX_ROWS], *start[MAX_ROWS];
       for (int r = 0; r < count; ++r) a[r] = rows + (row + r) * depth, start[r] = zeros;
-      tile_function<float>(count, MAX_VECTORS)(depth, a, panel, start, 0, nullptr, sums, MAX_VECTORS * V, nullptr);
+      tile_function<float>(count, vectors)(depth, a, panel, start, 0, nullptr, sums, vectors * V, nullptr);
     });
-  return 2.0 * double(rounds) * double(batch * depth) * (MAX_VECTORS * V);
+  return 2.0 * double(rounds) * double(batch * depth) * double(vectors * V);
 }
 
 // The gate math of a few vectors of units, `rounds` times. Returns the units done.
