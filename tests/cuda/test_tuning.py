@@ -163,7 +163,10 @@ def test_one_stale_element_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def results(layer: Any, input: torch.Tensor, gradients: bool = True) -> dict[str, torch.Tensor]:
         found = original(layer, input, gradients)
-        found["output"][9, 5, 7] = found["output"][8, 5, 7]
+        before, after = found["output"][8], found["output"][9]
+        # torch's random numbers depend on the processor: of many elements, one has changed by more than rounding would.
+        row, unit = divmod(int((after - before).abs().argmax()), 256)
+        after[row, unit] = before[row, unit]
         return found
 
     monkeypatch.setattr(tuning, "results", results)
