@@ -157,15 +157,16 @@ def test_a_backward_that_is_wrong_leaves_the_forward(clock: Clock, monkeypatch: 
 def test_one_stale_element_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     nn_layer = torch.nn.LSTM(256, 256).bfloat16()
-    parity = tuning.Parity(nn_layer, 32, "bfloat16")
+    parity = tuning.Parity(nn_layer, 128, "bfloat16")
     parity.check(nn_layer)
     original = tuning.results
+    # Too little to be seen in the RMS. Which element has changed so much depends on the processor: random numbers do.
+    too_much = 1.2 * tuning.WORST_TIMES_NN * parity.of_nn["output"][1] * parity.truth["output"].square().mean().sqrt()
 
     def results(layer: Any, input: torch.Tensor, gradients: bool = True) -> dict[str, torch.Tensor]:
         found = original(layer, input, gradients)
         before, after = found["output"][8], found["output"][9]
-        # torch's random numbers depend on the processor: of many elements, one has changed by more than rounding would.
-        row, unit = divmod(int((after - before).abs().argmax()), 256)
+        row, unit = divmod(int(((after - before).abs().double() - too_much).abs().argmin()), 256)
         after[row, unit] = before[row, unit]
         return found
 
