@@ -50,7 +50,6 @@ namespace rnnfast::RNNFAST_ISA {
 
 // The instructions of a unit of k, the first of two or the second, whose vectors of w are `at`. S ends the names of those that take
 // numbers, "s" or "d", of SIZE bytes.
-
 #define RNNFAST_READ_1(at) "vmovups (" at "), %%ymm12\n"
 #define RNNFAST_READ_2(at) RNNFAST_READ_1(at) "vmovups 32(" at "), %%ymm13\n"
 #define RNNFAST_READ_3(at) RNNFAST_READ_2(at) "vmovups 64(" at "), %%ymm14\n"
