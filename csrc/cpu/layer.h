@@ -5,10 +5,10 @@
 
 #include "../scan.h"
 #include "memory.h"
+#include "packing.h"
 #include "processors.h"
 #include "sharing.h"
 #include "threads.h"
-#include "tile.h"
 
 namespace rnnfast::RNNFAST_ISA {
 

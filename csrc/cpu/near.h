@@ -3,9 +3,9 @@
 
 #include "../cells.h"
 #include "memory.h"
+#include "packing.h"
 #include "pieces.h"
 #include "threads.h"
-#include "tile.h"
 
 namespace rnnfast::RNNFAST_ISA {
 

@@ -6,7 +6,7 @@
 #pragma once
 
 #include "kernels.h"
-#include "tile.h"
+#include "packing.h"
 
 namespace rnnfast::RNNFAST_ISA {
 
