@@ -50,7 +50,7 @@ def why_not() -> str | None:
 
 
 def library() -> Path:
-    """Returns the library, compiling it first if need be (about half a minute, once).
+    """Returns the library, compiling it first if need be (a minute or two on two cores, once).
 
     Raises:
         RuntimeError: it cannot be compiled; the message says why, or ends with what the compiler said.
