@@ -53,7 +53,7 @@ class BuildNative(build_ext):
             return
         try:
             if ext.name == "rnnfast.librnnfast":
-                cpu.compile_library(target)
+                cpu.compile_library(target, cpu.ALL)
             else:
                 cuda.compile_library(target, CUDA_ARCHITECTURES)
         except (OSError, RuntimeError) as error:

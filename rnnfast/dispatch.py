@@ -127,7 +127,7 @@ BACKENDS = {
         Backend(
             "cpu",
             ("cpu",),
-            "native C++, one library for every instruction set",
+            "native C++, for every instruction set",
             lambda: _module("cpu").why_not(),
             lambda: _module("cpu").load(),
             lambda request: _module("cpu").declines(request),

@@ -1,4 +1,4 @@
-// Which instruction set to run.
+// Which instruction set to run, of those that the library was compiled for: each defines RNNFAST_ and its name.
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -16,24 +16,18 @@ namespace rnnfast {
 namespace generic {
 extern const Kernels kernels;
 }
-#if defined(__x86_64__)
 namespace avx2 {
 extern const Kernels kernels;
 }
 namespace avx512 {
 extern const Kernels kernels;
 }
-#if defined(RNNFAST_AVX512_BF16)
 namespace avx512_bf16 {
 extern const Kernels kernels;
 }
-#endif
-#if defined(RNNFAST_AMX)
 namespace amx {
 extern const Kernels kernels;
 }
-#endif
-#endif
 
 namespace {
 
@@ -57,33 +51,42 @@ bool may_use_amx() {
 }
 #endif
 
+#if defined(RNNFAST_AVX2)
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+#endif
+
+#if defined(RNNFAST_AVX512)
+bool has_avx512() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("avx512f") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
 Choice choose() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  const char* wanted = std::getenv("RNNFAST_CPU_ISA");
-#if defined(RNNFAST_AVX512_BF16)
-  const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
-  // Intel's bfloat16 product of vectors runs at half the rate of its float32 product: it is taken only if asked for.
-  const bool slow_bf16 = __builtin_cpu_is("intel") && !(wanted && *wanted);
 #endif
+  const char* wanted = std::getenv("RNNFAST_CPU_ISA");
+  if (wanted && !*wanted) wanted = nullptr;
   const Choice choices[] = {
 #if defined(RNNFAST_AMX)
-                            {"amx", has_bf16 && may_use_amx(), avx512::kernels, amx::kernels},
+      {"amx", has_avx512() && __builtin_cpu_supports("avx512bf16") && may_use_amx(), avx512::kernels, amx::kernels},
 #endif
 #if defined(RNNFAST_AVX512_BF16)
-                            {"avx512_bf16", has_bf16 && !slow_bf16, avx512::kernels, avx512_bf16::kernels},
+      // Intel's bfloat16 product of vectors runs at half the rate of its float32 product: it is taken only if asked for.
+      {"avx512_bf16", has_avx512() && __builtin_cpu_supports("avx512bf16") && (wanted || !__builtin_cpu_is("intel")),
+       avx512::kernels, avx512_bf16::kernels},
 #endif
-                            {"avx512", has_avx512, avx512::kernels, avx512::kernels},
-                            {"avx2", has_avx2, avx2::kernels, avx2::kernels},
-                            {"generic", true, generic::kernels, generic::kernels}};
-#else
-  const char* wanted = std::getenv("RNNFAST_CPU_ISA");
-  const Choice choices[] = {{"generic", true, generic::kernels, generic::kernels}};
+#if defined(RNNFAST_AVX512)
+      {"avx512", has_avx512(), avx512::kernels, avx512::kernels},
 #endif
-  if (wanted && !*wanted) wanted = nullptr;
+#if defined(RNNFAST_AVX2)
+      {"avx2", has_avx2(), avx2::kernels, avx2::kernels},
+#endif
+#if defined(RNNFAST_GENERIC)
+      {"generic", true, generic::kernels, generic::kernels},
+#endif
+  };
   for (const Choice& choice : choices) {
     if (wanted && std::strcmp(wanted, choice.name) != 0) continue;
     if (choice.available) return choice;
@@ -91,6 +94,7 @@ Choice choose() {
   }
   std::string names;
   for (const Choice& choice : choices) names += (names.empty() ? "" : ", ") + std::string(choice.name);
+  if (!wanted) throw std::runtime_error("this library was compiled for other processors, with " + names);
   throw std::runtime_error(std::string("RNNFAST_CPU_ISA=") + wanted + ": not an instruction set of this build; choose " + names);
 }
 

@@ -28,7 +28,7 @@ def test_a_folder_of_any_name(tmp_path: Path) -> None:
         assert found is not None
         shutil.copy(found / name, sources / name)
     work.mkdir()
-    text = build._ninja_file(sources, building.compiler(), tmp_path / "torch's $folder")
+    text = build._ninja_file(sources, building.compiler(), tmp_path / "torch's $folder", build.ALL)
     (work / "build.ninja").write_text(text)
     done = subprocess.run(
         [str(build.ninja()), "-C", str(work), "threads.o"], capture_output=True, text=True, check=False
@@ -53,7 +53,7 @@ def ninja(work: Path, *arguments: str, compiler: tuple[str, ...] | None = None) 
     """Runs it on the library's own build file."""
     sources = building.sources()
     assert sources is not None
-    text = build._ninja_file(sources, compiler or building.compiler(), Path(torch.__file__).parent)
+    text = build._ninja_file(sources, compiler or building.compiler(), Path(torch.__file__).parent, build.ALL)
     (work / "build.ninja").write_text(text)
     command = [str(build.ninja()), "-C", str(work), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -65,7 +65,7 @@ def test_the_compiler_warns_of_nothing(tmp_path: Path) -> None:
     sources = building.sources()
     assert sources is not None
     files = [path.stem for path in build._source_files(sources) if path.suffix == ".cpp" and path.stem != "kernels"]
-    known, _ = build._instruction_sets(building.compiler())
+    known, _ = build._known(building.compiler(), build.ALL)
     compiler = (*building.compiler(), "-Werror", "-fsyntax-only")  # which leaves no objects
     ninja(tmp_path, *(f"{name}.o" for name in (*files, *known)), compiler=compiler)
 
@@ -74,7 +74,7 @@ def test_the_compiler_warns_of_nothing(tmp_path: Path) -> None:
 @needs_compiler
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm, of the binutils")
 def test_an_instruction_set_shares_no_function(tmp_path: Path) -> None:
-    *_, newest = build._instruction_sets(building.compiler())[0]
+    *_, newest = build._known(building.compiler(), build.ALL)[0]
     ninja(tmp_path, f"{newest}.o")
     command = ["nm", "--demangle", "--defined-only", str(tmp_path / f"{newest}.o")]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -88,10 +88,10 @@ def test_a_compiler_may_lack_newer_instruction_sets(monkeypatch: pytest.MonkeyPa
     assert sources is not None
     monkeypatch.setattr(build, "_INSTRUCTION_SETS", dict.fromkeys(("generic", "avx2", "avx512_bf16", "amx"), "-flag"))
     monkeypatch.setattr(build, "_accepts", lambda compiler, name, flags: False)
-    known, defines = build._instruction_sets(["c++"])
+    known, defines = build._known(["c++"], build._INSTRUCTION_SETS)
     assert [*known] == ["generic", "avx2"]
-    assert not defines
-    text = build._ninja_file(sources, ["c++"], Path("torch"))
+    assert defines == "-DRNNFAST_GENERIC -DRNNFAST_AVX2"
+    text = build._ninja_file(sources, ["c++"], Path("torch"), build._INSTRUCTION_SETS)
     assert "avx512_bf16" not in text
     assert "amx" not in text
 
@@ -100,7 +100,7 @@ def test_a_compiler_may_lack_newer_instruction_sets(monkeypatch: pytest.MonkeyPa
 def test_what_ninja_says_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(build, "_ninja_file", lambda *_: "build library.so: no_such_rule\n")
     with pytest.raises(RuntimeError, match="unknown build rule 'no_such_rule'"):
-        build.compile_library(tmp_path / "library.so")
+        build.compile_library(tmp_path / "library.so", build.ALL)
 
 
 def compiler_script(folder: Path, script: str) -> str:
@@ -119,17 +119,51 @@ def test_a_compiler_that_fails_is_told_in_whatever_encoding(
     monkeypatch.setenv("CXX", compiler_script(tmp_path, script))
     reason = "gr\ufffdn" if "gr" in script else "no space left"
     with pytest.raises(RuntimeError, match=f"compiler failed; {reason}"):
-        build.compile_library(tmp_path / "library.so")
+        build.compile_library(tmp_path / "library.so", build.ALL)
     assert [path.name for path in tmp_path.iterdir()] == ["compiler"]
 
 
 @needs_compiler
 def test_an_instruction_set_that_the_assembler_lacks_is_left_out(tmp_path: Path) -> None:
     script = 'for word; do [ "$word" = -fsyntax-only ] && exit 0; done; grep -q tilezero && exit 1; exit 0'
-    known, _ = build._instruction_sets([compiler_script(tmp_path, script)])
+    known, _ = build._known([compiler_script(tmp_path, script)], build.ALL)
     assert "amx" not in known
     if "avx512" in known:
         assert "avx512_bf16" in known
+
+
+@pytest.mark.skipif("amx" not in build.ALL, reason="of x86-64")
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("AVX2 FMA PRFCHW AVX512F AVX512BW AVX512DQ AVX512VL AVX512BF16 AMX_TILE AMX_BF16", ("avx512", "amx")),
+        ("AVX2 FMA PRFCHW AVX512F AVX512BW AVX512DQ AVX512VL AVX512BF16", ("avx512", "avx512_bf16")),
+        ("AVX2 FMA PRFCHW AVX512F AVX512BW AVX512DQ AVX512VL", ("avx512",)),
+        ("AVX2 FMA AVX512F", ("avx2",)),
+        ("AVX2", ("generic",)),
+        (None, ("generic", "avx2", "avx512", "avx512_bf16", "amx")),
+    ],
+)
+def test_on_first_use_it_is_compiled_for_this_processor(
+    said: str | None, expected: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    script = "exit 1" if said is None else f'for macro in {said}; do echo "#define __${{macro}}__ 1"; done'
+    monkeypatch.setenv("CXX", compiler_script(tmp_path, script))
+    monkeypatch.setenv("RNNFAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(build, "installed", lambda: None)
+    compiled: list[tuple[str, ...]] = []
+
+    def compile_library(target: Path, instruction_sets: tuple[str, ...]) -> None:
+        compiled.append(instruction_sets)
+        target.touch()
+
+    monkeypatch.setattr(build, "compile_library", compile_library)
+    monkeypatch.delenv("RNNFAST_CPU_ISA", raising=False)
+    library = build.library()
+    assert build.library() == library
+    monkeypatch.setenv("RNNFAST_CPU_ISA", "generic")  # whichever is asked for
+    assert (build.library() == library) == (said is None)
+    assert compiled == [expected, build.ALL][: 2 - (said is None)]
 
 
 def test_a_relative_compiler_is_found_from_any_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ if hasattr(os, "register_at_fork"):  # not on Windows
 
 
 def load() -> None:
-    """Loads the native library, compiling it first if need be (a minute or two on two cores, once).
+    """Loads the native library, compiling it first if need be (about a minute on two cores, once).
 
     Raises:
         RuntimeError: there is no library and it cannot be compiled; the message says why.

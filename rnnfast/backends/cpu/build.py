@@ -1,8 +1,9 @@
 """Finds the library of csrc/ beside the package, or compiles it on first use and keeps it in the user's cache.
 
-Nothing here runs at import. A library that was installed with the package serves any torch from 2.10 on, as it uses
-torch's stable ABI only. setup.py imports this file without the package, so torch is imported only where it compiles on
-first use.
+Nothing here runs at import. A library that was installed with the package has every instruction set, and serves any
+torch from 2.10 on, as it uses torch's stable ABI only. On first use it is compiled for the processor at hand, in less
+than half the time. setup.py imports this file without the package, so torch is imported only where it compiles on first
+use.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 from rnnfast import building
@@ -25,13 +27,15 @@ _FLAGS = (
 )
 _AVX2 = "-mavx2 -mfma"
 _AVX512 = f"{_AVX2} -mprfchw -mavx512f -mavx512bw -mavx512dq -mavx512vl"
-# csrc/cpu/kernels.cpp is compiled once for each; csrc/cpu/choose.cpp picks one when it runs.
+# From the least to the best. csrc/cpu/kernels.cpp is compiled once for each; choose.cpp picks one when it runs.
 _INSTRUCTION_SETS = {"generic": ""}
 if platform.machine() in ("x86_64", "AMD64"):
     _INSTRUCTION_SETS |= {"avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": f"{_AVX512} -mavx512bf16"}
     _INSTRUCTION_SETS["amx"] = f"{_AVX512} -mavx512bf16 -mamx-tile -mamx-bf16"
-# Newer than some compilers that know the rest, and an instruction of each; the library is complete without them.
+# Those for bfloat16, beyond one of the others, and an instruction of each. They are newer than some compilers that know
+# the rest; the library is complete without them.
 _NEWER = {"avx512_bf16": "vdpbf16ps %zmm0, %zmm0, %zmm0", "amx": "tilezero %tmm0"}
+ALL = tuple(_INSTRUCTION_SETS)
 
 
 def why_not() -> str | None:
@@ -50,7 +54,7 @@ def why_not() -> str | None:
 
 
 def library() -> Path:
-    """Returns the library, compiling it first if need be (a minute or two on two cores, once).
+    """Returns the library, compiling it for this processor first if need be (about a minute on two cores, once).
 
     Raises:
         RuntimeError: it cannot be compiled; the message says why, or ends with what the compiler said.
@@ -61,12 +65,16 @@ def library() -> Path:
 
     name, *words = building.compiler()
     compiler = Path(name).resolve()
-    stamp = (source_hash(), [compiler, *words], compiler.stat().st_mtime_ns, torch.__version__)
-    return building.compiled_once(stamp, "librnnfast.so", "the native scan", compile_library)
+    instruction_sets = ALL if os.environ.get("RNNFAST_CPU_ISA") else _of_this_processor([name, *words])
+    stamp = (source_hash(), [compiler, *words], compiler.stat().st_mtime_ns, torch.__version__, instruction_sets)
+    compile_for = partial(compile_library, instruction_sets=instruction_sets)
+    return building.compiled_once(stamp, "librnnfast.so", "the native scan", compile_for)
 
 
-def compile_library(target: Path) -> None:
+def compile_library(target: Path, instruction_sets: Sequence[str]) -> None:
     """Compiles csrc/ and puts the library at `target`, in one step, so that no one sees half of it.
+
+    Instruction sets that the compiler lacks are left out.
 
     Raises:
         RuntimeError: the compiler failed; the message ends with what it said.
@@ -75,7 +83,8 @@ def compile_library(target: Path) -> None:
     assert sources is not None
     assert command is not None
     with building.work_folder(target) as work:
-        (work / "build.ninja").write_bytes(os.fsencode(_ninja_file(sources, compiler, building.torch_folder())))
+        text = _ninja_file(sources, compiler, building.torch_folder(), instruction_sets)
+        (work / "build.ninja").write_bytes(os.fsencode(text))
         building.run([command, "-C", str(work)], shlex.join(compiler))
         building.put(work / "library.so", target)
 
@@ -101,8 +110,8 @@ def source_hash() -> str:
     return building.hash_of(_source_files(sources), _FLAGS, _INSTRUCTION_SETS)
 
 
-def _ninja_file(sources: Path, compiler: Sequence[str], torch_folder: Path) -> str:
-    instruction_sets, defines = _instruction_sets(compiler)
+def _ninja_file(sources: Path, compiler: Sequence[str], torch_folder: Path, instruction_sets: Iterable[str]) -> str:
+    known, defines = _known(compiler, instruction_sets)
 
     def words(*each: object) -> str:  # for the shell, behind ninja's own `$`
         return shlex.join(map(str, each)).replace("$", "$$")
@@ -118,7 +127,7 @@ def _ninja_file(sources: Path, compiler: Sequence[str], torch_folder: Path) -> s
         f"  command = {words(*compiler)} -shared -fopenmp $in -o $out {words(f'-L{torch_folder}/lib')} -ltorch_cpu",
     ]
     objects = []
-    for isa, flags in instruction_sets.items():
+    for isa, flags in known.items():
         objects.append(f"{isa}.o")
         lines += [
             f"build {isa}.o: compile {path_of(sources / 'cpu/kernels.cpp')}",
@@ -131,14 +140,26 @@ def _ninja_file(sources: Path, compiler: Sequence[str], torch_folder: Path) -> s
     return "\n".join([*lines, f"build library.so: link {' '.join(objects)}", ""])
 
 
-def _instruction_sets(compiler: Sequence[str]) -> tuple[dict[str, str], str]:
-    """The flags of those that the compiler knows, and the macros that tell csrc/cpu/choose.cpp of the newer ones."""
+def _of_this_processor(compiler: Sequence[str]) -> tuple[str, ...]:
+    """What csrc/cpu/choose.cpp would choose here: a set for float32 and, if there is one, another for bfloat16."""
+    command = [*compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode:
+        return ALL
+    has = {f"-m{macro.lower().replace('_', '-')}" for macro in re.findall(r"#define __(\w+)__ ", done.stdout)}
+    found = [name for name, flags in _INSTRUCTION_SETS.items() if has.issuperset(flags.split())]
+    *_, best = (name for name in found if name not in _NEWER)
+    return best, *[name for name in found if name in _NEWER][-1:]
+
+
+def _known(compiler: Sequence[str], names: Iterable[str]) -> tuple[dict[str, str], str]:
+    """The flags of those that the compiler knows, and the macros that tell csrc/cpu/choose.cpp of them."""
     known = {
-        name: flags
-        for name, flags in _INSTRUCTION_SETS.items()
-        if name not in _NEWER or _accepts(compiler, name, flags)
+        name: _INSTRUCTION_SETS[name]
+        for name in names
+        if name not in _NEWER or _accepts(compiler, name, _INSTRUCTION_SETS[name])
     }
-    return known, " ".join(f"-DRNNFAST_{name.upper()}" for name in _NEWER if name in known)
+    return known, " ".join(f"-DRNNFAST_{name.upper()}" for name in known)
 
 
 def _accepts(compiler: Sequence[str], name: str, flags: str) -> bool:
