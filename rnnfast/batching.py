@@ -153,9 +153,9 @@ def _over_lanes(
     if with_table:
         d_outputs, layer, (output, tape) = _widen(d_outputs), _widen(layer), _widen((output, tape))
         input, w_ih = layer[:2]
-        products = (*w_ih.shape[:3], output.shape[1])
+        size = (*w_ih.shape[:3], output.shape[1])
         layer[0] = _row_ids(output)
-        layer[1] = _products(input, w_ih) if _may_be_differentiated(tensors) else w_ih.new_empty(products)
+        layer[1] = _products(input, w_ih) if _may_be_differentiated(tensors) else w_ih.new_empty(size)
     else:
         layer[0] = shared_input
     d_output = None if d_outputs[0] is None else _beside(d_outputs[0])

@@ -79,10 +79,7 @@ class DropInCell(dispatch.Dispatched, nn.RNNCellBase, Generic[State]):
         if autocast_dtype(weight.device.type) is not None:
             input = input if token_ids else input.to(weight.dtype)
             h_0, c_0 = h_0.to(weight.dtype), None if c_0 is None else c_0.to(weight.dtype)
-            with torch.autocast(weight.device.type, enabled=False):
-                h, _, c_n = functional.step(kind, input, h_0, c_0, [weights], backend=backend)
-        else:
-            h, _, c_n = functional.step(kind, input, h_0, c_0, [weights], backend=backend)
+        h, _, c_n = functional.step(kind, input, h_0, c_0, [weights], backend=backend)
         if may_be_direct:
             direct.prepare(self, input)
         if not is_lstm:

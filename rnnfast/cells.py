@@ -4,7 +4,7 @@ The math is written three times and only there: `backends/reference.py` (the def
 and `csrc/cells.h`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Cell(NamedTuple):
@@ -35,6 +35,14 @@ CELLS = {
         Cell("lstm", 4, ("input_gate", "forget_gate", "candidate", "output_gate", "cell_state")),
         Cell("gru", 3, ("reset_gate", "update_gate", "candidate", "recurrent_candidate")),
     )
+}
+
+# By the names that configurations give layers: the class, and the options that make it such a layer.
+LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "rnn": ("RNN", {}),
+    "rnn_relu": ("RNN", {"nonlinearity": "relu"}),
+    "lstm": ("LSTM", {}),
+    "gru": ("GRU", {}),
 }
 
 

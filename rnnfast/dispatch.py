@@ -24,7 +24,7 @@ from rnnfast.cells import CELLS
 from rnnfast.derivatives import needs_gradient
 
 AUTO = "auto"
-# Extensions of a request. The first is on the tape of every scan.
+# Extensions of a request. The first is on the tape of every scan but torch.nn's.
 CELL_STATES, CELL_STATE_GRADIENTS = "c of every step", "gradients of c of every step"
 EXTENDED_RECURRENCE = ("recurrent dropout", "zoneout", "layer normalisation", "peepholes")
 _BY_NAME = "asked for by name"
@@ -121,36 +121,30 @@ def _torch_declines(request: Request) -> str | None:
     return "torch.nn's kernels have no vmap or forward-mode AD" if request.transformed else None
 
 
+def _of_module(name: str, devices: tuple[str, ...], description: str, extensions: tuple[str, ...]) -> Backend:
+    """A backend of its own module, which is imported when one of its functions is first called."""
+    return Backend(
+        name,
+        devices,
+        description,
+        lambda: _module(name).why_not(),
+        lambda: _module(name).load(),
+        lambda request: _module(name).declines(request),
+        extensions,
+    )
+
+
 BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend(
+        _of_module(
             "cpu",
             ("cpu",),
             "native C++, for every instruction set",
-            lambda: _module("cpu").why_not(),
-            lambda: _module("cpu").load(),
-            lambda request: _module("cpu").declines(request),
             (CELL_STATES, CELL_STATE_GRADIENTS, *EXTENDED_RECURRENCE),
         ),
-        Backend(
-            "triton",
-            (),
-            "Triton kernels for NVIDIA and AMD GPUs",
-            lambda: _module("triton").why_not(),
-            lambda: _module("triton").load(),
-            lambda request: _module("triton").declines(request),
-            (CELL_STATES,),
-        ),
-        Backend(
-            "cuda",
-            ("cuda",),
-            "C++/CUDA kernels that keep the weights on the chip",
-            lambda: _module("cuda").why_not(),
-            lambda: _module("cuda").load(),
-            lambda request: _module("cuda").declines(request),
-            (CELL_STATES,),
-        ),
+        _of_module("triton", (), "Triton kernels for NVIDIA and AMD GPUs", (CELL_STATES,)),
+        _of_module("cuda", ("cuda",), "C++/CUDA kernels that keep the weights on the chip", (CELL_STATES,)),
         Backend("reference", (), "eager PyTorch, the definition of every cell", _nothing, _nothing, _nothing),
         Backend(
             "torch",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
 from pathlib import Path
+from typing import BinaryIO
 
 from rnnfast.errors import UserError, reason
 
@@ -45,9 +46,8 @@ def check_writable(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.is_file():
             raise UserError(f"cannot write {path}: it is a folder or a device; give the name of a file")
-        descriptor, temporary = _temporary(path)
-        os.close(descriptor)
-        os.unlink(temporary)
+        with _temporary(path) as file:
+            os.unlink(file.name)
     except OSError as error:
         raise UserError(f"cannot write {path}: {reason(error)}; choose another place") from error
 
@@ -61,12 +61,11 @@ def atomic_write(path: Path, data: bytes) -> None:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = _temporary(path)
-        with os.fdopen(descriptor, "wb") as file:
+        with _temporary(path) as file:
+            temporary = file.name
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes private files
         os.replace(temporary, path)
         temporary = None
     except OSError as error:
@@ -77,12 +76,6 @@ def atomic_write(path: Path, data: bytes) -> None:
             Path(temporary).unlink(missing_ok=True)
 
 
-def _temporary(path: Path) -> tuple[int, str]:
-    """A new file beside `path`, open for writing; lm/run_folder.py knows its name."""
-    return tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _temporary(path: Path) -> BinaryIO:
+    """A new file beside `path`, open for writing; lm/run_folder.py knows its name. (tempfile's are private.)"""
+    return open(path.with_name(f".{path.name}.{secrets.token_hex(4)}.part"), "xb")

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -148,9 +149,10 @@ def run(
     """What `rnn`, `lstm` and `gru` do, for any key of `rnnfast.cells.CELLS`; c_n is empty but for the LSTM."""
     directions = 2 if bidirectional else 1
     check(cell, input, h_0, c_0, weights, batch_sizes, directions)
-    first, token_ids = weights[0], not input.is_floating_point()
+    token_ids = not input.is_floating_point()
     steps = input.shape[0] if batch_sizes is None else batch_sizes.shape[0]
-    chosen = _choose(backend, cell, first, token_ids, h_0.shape[1] * directions, steps, (input, h_0, c_0, *first))
+    differentiable = chain((input, h_0, c_0), *weights)
+    chosen = _choose(backend, cell, weights[0], token_ids, h_0.shape[1] * directions, steps, differentiable)
     if chosen == "torch" and not torch.compiler.is_compiling():
         return torch_nn.layers(cell, input, h_0, c_0, weights, batch_sizes, bidirectional, dropout, training)
 
@@ -191,7 +193,8 @@ def step(
     """
     token_ids = not input.is_floating_point()
     check(cell, input.unsqueeze(0), h_0, c_0, weights, None, 1)
-    chosen = _choose(backend, cell, weights[0], token_ids, input.shape[0], 1, (input, h_0, c_0, *weights[0]))
+    differentiable = chain((input, h_0, c_0), *weights)
+    chosen = _choose(backend, cell, weights[0], token_ids, input.shape[0], 1, differentiable)
     if chosen == "torch" and not torch.compiler.is_compiling():
         rows = input.unsqueeze(0)
         output, h_n, c_n = torch_nn.layers(cell, rows, h_0, c_0, weights, None, False, dropout, dropout > 0)
@@ -206,7 +209,7 @@ def _choose(
     token_ids: bool,
     rows: int,
     steps: int,
-    differentiable: tuple[Tensor | None, ...],
+    differentiable: Iterable[Tensor | None],
 ) -> str:
     """The backend's name for a call of so many rows (of the batch, times the directions) and steps."""
     w_hh, size = weights.w_hh, None
@@ -228,7 +231,7 @@ def states(
     """The states of an LSTM after every step, h (N, L*D, P) and c (N, L*D, H), of all rows one after the other.
 
     Arguments and errors are those of `lstm`; there is no dropout. If gradients are enabled and an argument needs them,
-    it runs on the cpu backend or the reference, which give c gradients; otherwise on any scan, whose tape holds c.
+    it runs on the cpu backend or the reference, which give c gradients; otherwise on any but torch, whose tape lacks c.
     """
     directions = 2 if bidirectional else 1
     check("lstm", input, *checked_pair(hx), weights, batch_sizes, directions)

@@ -18,6 +18,7 @@ from torch.types import Device
 
 from rnnfast import direct, dispatch, functional, inputs, sequences
 from rnnfast.autocast import autocast_dtype
+from rnnfast.direct.plans import is_hooked
 from rnnfast.inputs import map_state
 from rnnfast.scan import is_jit_traced
 from rnnfast.sequences import Segments
@@ -133,14 +134,13 @@ class DropIn(dispatch.Dispatched, nn.RNNBase, Generic[State]):
             Further errors are those of `forward`.
         """
         state: Any
-        hooked = self._forward_pre_hooks or self._forward_hooks  # `is_hooked`, without a call: a step is short
-        may_be_direct = hx is not None and not hooked and not torch.compiler.is_compiling()
+        may_be_direct = hx is not None and not torch.compiler.is_compiling()
         if may_be_direct and (result := direct.step(self, input, hx)) is not None:
             return result
         if self.bidirectional:
             raise RuntimeError("a bidirectional layer reads the whole sequence at once: it has no step")
         inputs.check_step(input, self.input_size)
-        if hooked:
+        if is_hooked(self):
             time = 1 if self.batch_first else 0
             output, state = self(input.unsqueeze(time), hx)
             return output.squeeze(time), state
@@ -283,7 +283,7 @@ class LSTM(DropIn[tuple[Tensor, Tensor]], nn.LSTM):
 
         In evaluation mode the last layer's h is the output of `forward`; dropout is never applied here. If gradients
         are enabled and needed, c has gradients too, on the cpu backend or the reference; otherwise the states come from
-        any backend's tape.
+        the tape of any backend but torch, in whose place `auto` takes the reference.
 
         Args:
             input: (T, B, I), or (B, T, I) with batch_first, of the weights' dtype; or token ids without I.
@@ -328,11 +328,6 @@ class LSTM(DropIn[tuple[Tensor, Tensor]], nn.LSTM):
 
 
 # ---- what the methods are made of: functions of a layer, be it ours or torch.nn's ------------------------------
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Whether a call runs hooks. Some make the weights anew, as those of pruning, weight_norm and spectral_norm do."""
-    return bool(module._forward_pre_hooks or module._forward_hooks)
 
 
 def _after_pre_hooks(layer: Any, input: Tensor, hx: Any) -> tuple[Tensor, Any]:

@@ -21,10 +21,8 @@ from rnnfast.backends import reference, torch_nn
 from rnnfast.cells import CELLS
 
 BACKEND_NAMES = ("reference", "cpu", "triton", "cuda", "torch")
-WITH_STATES = (
-    "reference",
-    "cpu",
-)  # those with an operator for the states of every step of an LSTM, `scan_<backend>_states`
+# Those with an operator for the states of every step of an LSTM, `scan_<backend>_states`.
+WITH_STATES = ("reference", "cpu")
 
 _LAYER = (
     "Tensor input, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, Tensor h_0, Tensor? c_0, "
@@ -81,8 +79,8 @@ def scan(
     """
     tensors = (input, *weights, h_0, c_0)
     if forward_ad._current_level >= 0:
-        # Forward-mode derivatives: the reference is made of operations that have them.
-        output, h_n, c_n, _ = reference.forward(*tensors, batch_sizes, cell, bidirectional, False)
+        # The reference is made of operations that have forward-mode derivatives.
+        output, h_n, c_n = _definition(*tensors, batch_sizes, cell, bidirectional)
         return output, h_n, c_n
     output, h_n, c_n, _ = call(FORMULAS[backend], tensors, batch_sizes, cell, bidirectional)
     return output, h_n, c_n

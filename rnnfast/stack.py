@@ -19,9 +19,10 @@ from rnnfast import dispatch, functional, inputs, sequences
 from rnnfast.autocast import dtype_of_products
 from rnnfast.backends.reference import Extension, Norms
 from rnnfast.cells import CELLS
+from rnnfast.direct.plans import is_hooked
 from rnnfast.extended import scan_extended
 from rnnfast.inputs import map_state
-from rnnfast.layers import Sequences, is_hooked
+from rnnfast.layers import Sequences
 from rnnfast.regularisation import Masks, dropout_mask
 from rnnfast.scan import is_transformed
 

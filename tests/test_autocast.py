@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 
 import rnnfast
@@ -122,6 +123,21 @@ def test_state_of_another_dtype_is_refused(name: str) -> None:
         theirs(torch.randn(6, 4, 5), state)
     with pytest.raises(RuntimeError, match=r"h_0 has dtype torch.float64, the weights have torch.float32"):
         ours(torch.randn(6, 4, 5), state)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_forward_mode_computes_as_ever(name: str, backend: str) -> None:
+    """A functional call follows no autocast, with or without tangents."""
+    _, layer = build(name, backend)
+    scan, hx = getattr(rnnfast.functional, name.lower()), torch.randn(2, 4, 7)
+    arguments = (torch.randn(6, 4, 5), (hx, hx) if name == "LSTM" else hx, rnnfast.functional.lane_weights(layer))
+    options: Any = {"bidirectional": layer.bidirectional, "backend": backend}
+    expected, _ = scan(*arguments, **options)
+    with torch.autocast("cpu", dtype=torch.bfloat16), forward_ad.dual_level():
+        dual = forward_ad.make_dual(arguments[0], torch.ones_like(arguments[0]))
+        actual, tangent = forward_ad.unpack_dual(scan(dual, *arguments[1:], **options)[0])
+    assert tangent is not None
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_grad_scaler(backend: str) -> None:

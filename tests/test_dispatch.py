@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -21,6 +22,25 @@ def test_table_lists_every_backend_with_a_note() -> None:
         assert status.note
         assert status.name in text
         assert status.note in text
+
+
+def test_a_backend_is_loaded_once_by_many_threads() -> None:
+    code = """if True:
+        import threading, torch
+        from rnnfast import dispatch
+        request, begin = dispatch.Request("lstm", "cpu", torch.float32, False, False), threading.Barrier(8)
+        def ask():
+            begin.wait()
+            print(dispatch.choose(request, "triton").backend)
+        threads = [threading.Thread(target=ask) for _ in range(8)]
+        [thread.start() for thread in threads], [thread.join() for thread in threads]
+    """
+    pytest.importorskip("triton")
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-W", "error:Warning only once:UserWarning", "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["triton"] * 8
+    assert "verrid" not in done.stderr  # torch's warning of operators that are registered again
 
 
 def test_unknown_names_are_refused_with_the_known_ones() -> None:

@@ -104,6 +104,40 @@ def test_a_step_is_seen_by_hooks_as_a_call(name: str) -> None:
     assert seen == [((*sizes, INPUTS), (*sizes, HIDDEN))]
 
 
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_step_is_seen_by_hooks_of_all_modules(name: str) -> None:
+    layer, seen = MAKERS[name](), []
+    with torch.no_grad():
+        layer(torch.randn(BATCH, STEPS, INPUTS))
+        _, state = layer.step(torch.randn(BATCH, INPUTS))
+        handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+        try:
+            layer.step(torch.randn(BATCH, INPUTS), state)
+        finally:
+            handle.remove()
+        layer.step(torch.randn(BATCH, INPUTS), state)
+    assert seen == [layer]
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_step_is_seen_by_backward_hooks_as_a_call(name: str) -> None:
+    layer, seen, input = MAKERS[name](), [], torch.randn(BATCH, INPUTS, requires_grad=True)
+    layer.register_full_backward_hook(lambda _, of_input, of_output: seen.append(of_input[0].clone()))
+    layer.step(input)[0].sum().backward()
+    assert len(seen) == 1
+    torch.testing.assert_close(seen[0].flatten(0, 1), input.grad, rtol=0, atol=0)
+
+
+def test_generation_is_seen_by_hooks_of_all_modules() -> None:
+    model, seen = lm.RNNLM(8, cell="gru", hidden_size=16), set()
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.add(module))
+    try:
+        list(lm.generate(model, [1, 2], 4))
+    finally:
+        handle.remove()
+    assert {model.rnn, model.head} <= seen
+
+
 def test_generation_has_the_weights_of_now() -> None:
     model = lm.RNNLM(8, cell="gru", hidden_size=16)
     assert native_parts(model) is not None

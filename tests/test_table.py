@@ -14,6 +14,7 @@ import torch
 import rnnfast
 from rnnfast import dispatch, table
 from rnnfast.backends.triton import plan
+from rnnfast.derivatives import needs_gradient
 from rnnfast.dispatch import Request, Size
 from rnnfast.table import Identity, Point, Regime, Table, compute_type_of
 from rnnfast.tuning import arithmetic
@@ -276,6 +277,21 @@ def test_auto_follows_cudnns_own_setting_of_tf32(gpu_backends: list[str], monkey
     write()
     torch.backends.cudnn.rnn.fp32_precision = "tf32"
     assert dispatch.choose(request()).backend == "torch"
+
+
+@pytest.mark.parametrize("trained", ["weight_hh_l0", "bias_ih_l1", None])
+def test_a_call_is_training_if_any_weight_needs_a_gradient(
+    trained: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+    monkeypatch.setattr(dispatch, "TABLED", ("cpu",))
+    monkeypatch.setattr(dispatch, "size_of", lambda *size: seen.append(needs_gradient(size[-1])))
+    layer = rnnfast.LSTM(3, 4, num_layers=2, backend="reference")
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(name == trained)
+    layer(torch.randn(5, 2, 3))
+    layer.step(torch.randn(2, 3))
+    assert seen == [trained is not None] * 2
 
 
 def test_what_no_table_has_verified_is_left_alone(gpu_backends: list[str]) -> None:

@@ -6,6 +6,7 @@ D lanes, N rows, B rows of the first step, T steps, H hidden units, G gates.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from rnnfast.backends import products
 from rnnfast.cells import CELLS
+
+loading = threading.Lock()  # while a backend is: several threads may ask for it at once
 
 
 class ScanShape(NamedTuple):

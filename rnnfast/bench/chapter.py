@@ -34,11 +34,11 @@ class ChapterModel(nn.Module):
         return (torch.zeros(size), torch.zeros(size)) if self.rnn.mode == "LSTM" else torch.zeros(size)
 
 
-def batches(ids: Tensor, batch_size: int, num_steps: int, offset: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(ids: Tensor, batch_size: int, num_steps: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Inputs and targets (B, T) in text order, sliced one after the other."""
-    length = (len(ids) - offset - 1) // batch_size * batch_size
-    inputs = ids[offset : offset + length].reshape(batch_size, -1)
-    targets = ids[offset + 1 : offset + 1 + length].reshape(batch_size, -1)
+    length = (len(ids) - 1) // batch_size * batch_size
+    inputs = ids[:length].reshape(batch_size, -1)
+    targets = ids[1 : 1 + length].reshape(batch_size, -1)
     for start in range(0, inputs.shape[1] // num_steps * num_steps, num_steps):
         yield inputs[:, start : start + num_steps], targets[:, start : start + num_steps]
 
@@ -72,11 +72,11 @@ def train_step(
 
 
 def train_epoch(
-    model: ChapterModel, updater: torch.optim.Optimizer, ids: Tensor, batch_size: int, num_steps: int, offset: int
+    model: ChapterModel, updater: torch.optim.Optimizer, ids: Tensor, batch_size: int, num_steps: int
 ) -> tuple[float, int]:
     """One pass over the text: the sum of the losses of all tokens, and their number."""
     state, total, tokens = None, 0.0, 0
-    for x, y in batches(ids, batch_size, num_steps, offset):
+    for x, y in batches(ids, batch_size, num_steps):
         loss, state = train_step(model, updater, x, y, state)
         total += float(loss.detach() * y.numel())
         tokens += y.numel()

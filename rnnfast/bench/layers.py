@@ -14,9 +14,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 import rnnfast
 from rnnfast.bench.measure import TOLERANCE, Work, alternate_with_limits, check_same, timed
 from rnnfast.bench.report import OURS, TORCH, Row
-from rnnfast.cells import cell_named
+from rnnfast.cells import LAYERS, cell_named
 
-LAYERS = {"rnn": "RNN", "rnn_relu": "RNN", "lstm": "LSTM", "gru": "GRU"}
 FORWARD, BOTH = "forward", "forward+backward"
 PEER_REST = 0.01  # seconds; see measure.alternate
 
@@ -103,15 +102,13 @@ def set_up(case: LayerCase, backend: str = "auto") -> Setup:
     """Build both layers and their inputs, the same ones every time."""
     generator = torch.Generator().manual_seed(0)
     dtype = case.torch_dtype
-    options: dict[str, Any] = {"dtype": dtype}
-    if case.cell == "rnn_relu":
-        options["nonlinearity"] = "relu"
-    theirs = getattr(nn, LAYERS[case.cell])(case.inputs, case.hidden_size, **options)
+    layer, options = LAYERS[case.cell]
+    theirs = getattr(nn, layer)(case.inputs, case.hidden_size, dtype=dtype, **options)
     bound = case.hidden_size**-0.5
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
-    ours = getattr(rnnfast, LAYERS[case.cell])(case.inputs, case.hidden_size, backend=backend, **options)
+    ours = getattr(rnnfast, layer)(case.inputs, case.hidden_size, dtype=dtype, backend=backend, **options)
     ours.load_state_dict(theirs.state_dict())
 
     input: Any
@@ -246,8 +243,8 @@ def measure_loop(case: LayerCase, seconds: float, backend: str = "auto") -> Row:
     """
     setup = set_up(case, backend)
     weights = {name.removesuffix("_l0"): weight for name, weight in setup.theirs.state_dict().items()}
-    name, sizes, dtype = f"{LAYERS[case.cell]}Cell", (case.inputs, case.hidden_size), case.torch_dtype
-    options = {"nonlinearity": "relu"} if case.cell == "rnn_relu" else {}
+    layer, options = LAYERS[case.cell]
+    name, sizes, dtype = f"{layer}Cell", (case.inputs, case.hidden_size), case.torch_dtype
     cells = {
         OURS: getattr(rnnfast, name)(*sizes, dtype=dtype, backend=backend, **options),
         TORCH: getattr(nn, name)(*sizes, dtype=dtype, **options),

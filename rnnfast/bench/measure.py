@@ -245,11 +245,11 @@ def fma_peak() -> float | None:
     return None if operators is None else max(float(operators.fma_peak_cpu(FMA_ROUNDS)) for _ in range(3))
 
 
-def copy_bandwidth(mebibytes: int = 256, repeats: int = 7) -> float:
-    """GB/s of copying a tensor that no cache holds; a byte read and written counts as two."""
-    source = torch.ones(mebibytes << 18)
+def copy_bandwidth() -> float:
+    """GB/s of copying a tensor that no cache holds, of 256 MiB; a byte read and written counts as two."""
+    source = torch.ones(256 << 18)
     target = torch.empty_like(source)
-    times = [timed(lambda: target.copy_(source))(1) for _ in range(repeats)]
+    times = [timed(lambda: target.copy_(source))(1) for _ in range(7)]
     return 2 * source.numel() * source.element_size() / statistics.median(times[1:]) / 1e9
 
 

@@ -16,10 +16,9 @@ from torch import nn
 import rnnfast
 from rnnfast import lm
 from rnnfast.bench import chapter
-from rnnfast.bench.layers import LAYERS
 from rnnfast.bench.measure import Turn, Work, alternate_with_limits, check_same, timed
 from rnnfast.bench.report import OURS, Row
-from rnnfast.cells import cell_named
+from rnnfast.cells import LAYERS, cell_named
 
 CHAPTER, CHAPTER_NO_GRAD = "the chapter's loop", "the chapter's loop without gradients"
 PREFIX = "time traveller"
@@ -70,9 +69,8 @@ def _models(case: PipelineCase, corpus: lm.Corpus, backend: str) -> tuple[Any, c
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         ours: Any = lm.build_model(case.config(corpus.name, backend), vocab_size)
-        options = {"nonlinearity": "relu"} if case.cell == "rnn_relu" else {}
-        layer = getattr(nn, LAYERS[case.cell])(vocab_size, case.hidden_size, **options)
-        theirs = chapter.ChapterModel(layer, vocab_size)
+        layer, options = LAYERS[case.cell]
+        theirs = chapter.ChapterModel(getattr(nn, layer)(vocab_size, case.hidden_size, **options), vocab_size)
     theirs.rnn.load_state_dict(ours.rnn.state_dict())
     theirs.linear.load_state_dict(ours.head.state_dict())
     return ours, theirs
@@ -87,7 +85,7 @@ def check_training(case: PipelineCase, corpus: lm.Corpus, backend: str) -> None:
     ours, theirs = _models(case, corpus, backend)
     config = case.config(corpus.name, backend)
     optimizers = [torch.optim.SGD(model.parameters(), lr=config.lr) for model in (ours, theirs)]
-    batches = [*itertools.islice(chapter.batches(corpus.train, config.batch_size, config.steps, 0), CHECKED_STEPS)]
+    batches = [*itertools.islice(chapter.batches(corpus.train, config.batch_size, config.steps), CHECKED_STEPS)]
     ids, targets = (torch.stack([part.T for part in parts]).contiguous() for parts in zip(*batches, strict=True))
     losses, their_losses = torch.zeros(2, dtype=torch.float64)
     lm.train_steps(ours, optimizers[0], ids, targets, None, losses, config.clip, case.dtype)
@@ -123,8 +121,7 @@ def measure_training(case: PipelineCase, seconds: float, backend: str = "auto") 
 
     def train_chapter() -> int:
         epochs = (
-            chapter.train_epoch(theirs, updater, corpus.train, config.batch_size, config.steps, offset=0)
-            for _ in range(EPOCHS)
+            chapter.train_epoch(theirs, updater, corpus.train, config.batch_size, config.steps) for _ in range(EPOCHS)
         )
         return sum(tokens for _, tokens in epochs)
 

@@ -15,6 +15,7 @@ from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_f
 from torch._C._autograd import _profiler_enabled
 from torch._C._functorch import maybe_current_level
 from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
 
 from rnnfast import dispatch, functional, scan
 from rnnfast.backends import cpu
@@ -175,8 +176,7 @@ def plan_of_step(layer: Any) -> Plan | None:
         plan is None
         or plan.directions == 2
         or (is_grad_enabled() and not is_inference_mode_enabled())
-        or layer._forward_pre_hooks
-        or layer._forward_hooks
+        or is_hooked(layer)
         or (layer.training and layer.dropout > 0 and len(plan.lanes) > 1)
     ):
         return None
@@ -235,6 +235,17 @@ def is_observed() -> bool:
         or forward_ad._current_level >= 0
         or _get_tracing_state() is not None
         or _profiler_enabled()
+    )
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a call runs hooks. Some make the weights anew, as those of pruning, weight_norm and spectral_norm do."""
+    return bool(
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+        or _has_any_global_hook()
     )
 
 

@@ -16,10 +16,11 @@ from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch.optim import SGD
 from torch.optim import optimizer as torch_optimizer
 
-from rnnfast.direct.plans import is_observed
+from rnnfast.backends.cpu.packing import count_fused_step
+from rnnfast.direct.plans import is_hooked, is_observed
 from rnnfast.direct.training import empty
 from rnnfast.lm import operators
-from rnnfast.lm.loss import cross_entropy
+from rnnfast.lm.loss import cross_entropy, cross_entropy_of_logits
 from rnnfast.lm.model import RNNLM, RNNLMScratch, State, detach
 from rnnfast.lm.parts import parts_of
 
@@ -96,6 +97,9 @@ def loss_of(
     device, mixed = inputs.device.type, precision == "bfloat16"
     is_plain = not mixed and not torch.is_autocast_enabled(device)
     with nullcontext() if is_plain else torch.autocast(device, torch.bfloat16, enabled=mixed):
+        if any(map(is_hooked, model.modules())):  # those of the model and of its head run only if these are called
+            logits, state = model(inputs, state)
+            return cross_entropy_of_logits(logits.flatten(0, -2), targets.flatten()), state
         hidden, state = model.hidden_states(inputs, state)
         return cross_entropy(hidden, *model.head_weights(), targets, model.backend), state
 
@@ -145,8 +149,6 @@ def _native(model: RNNLM | RNNLMScratch, precision: str) -> _Native | None:
     parts = parts_of(model, dtype)
     if parts is None or parts.embedding is not None or parts.head_bias is None or model.bidirectional:
         return None
-    if any(module._backward_hooks or module._backward_pre_hooks for module in model.modules()):
-        return None
     parameters: list[nn.Parameter]
     if isinstance(model, RNNLM):
         if model.dropout.p or model.rnn.dropout:
@@ -180,8 +182,8 @@ def _descends_plainly(optimizer: torch.optim.Optimizer, parameters: list[nn.Para
         return False
     if "step" in vars(optimizer) or optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
         return False  # a scheduler counts the steps, for one
-    # The one hook for all optimizers that is expected is this package's own.
-    if torch_optimizer._global_optimizer_pre_hooks or len(torch_optimizer._global_optimizer_post_hooks) > 1:
+    of_all = torch_optimizer._global_optimizer_post_hooks.values()
+    if torch_optimizer._global_optimizer_pre_hooks or any(hook is not count_fused_step for hook in of_all):
         return False
     (group,) = optimizer.param_groups
     if group["momentum"] or group["weight_decay"] or group["maximize"] or group["differentiable"]:

@@ -37,7 +37,11 @@ def cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor,
             loss: Tensor = _LinearCrossEntropy.apply(*tensors)
             return loss
         return _loss_and_gradients(tensors, False)[0]
-    logits = F.linear(rows, weight, bias)
+    return cross_entropy_of_logits(F.linear(rows, weight, bias), targets)
+
+
+def cross_entropy_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
+    """The mean cross entropy of logits (N, vocabulary), in float32 or wider, for the tokens (N,) that were to come."""
     return F.cross_entropy(logits.float() if logits.dtype.itemsize < 4 else logits, targets)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import rnnfast
 from rnnfast import functional
 from rnnfast.autocast import dtype_of_products
+from rnnfast.cells import LAYERS
 from rnnfast.errors import UserError
 
 State = Any
@@ -60,9 +61,8 @@ class RNNLM(nn.Module):
         self.bidirectional = bidirectional
         self.backend = backend
         self.embedding = None if embedding_size is None else nn.Embedding(vocab_size, embedding_size)
-        layer = {"rnn": rnnfast.RNN, "rnn_relu": rnnfast.RNN, "lstm": rnnfast.LSTM, "gru": rnnfast.GRU}[cell]
-        options: dict[str, Any] = {"nonlinearity": "relu"} if cell == "rnn_relu" else {}
-        self.rnn = layer(
+        layer, options = LAYERS[cell]
+        self.rnn = getattr(rnnfast, layer)(
             vocab_size if embedding_size is None else embedding_size,
             hidden_size,
             num_layers,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rnnfast import dispatch, functional
-from rnnfast.layers import is_hooked
+from rnnfast.direct.plans import is_hooked
 from rnnfast.lm.model import RNNLM, RNNLMScratch
 
 

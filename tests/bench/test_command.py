@@ -4,13 +4,12 @@ import errno
 import json
 import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rnnfast import cli
+from rnnfast import cli, files
 from rnnfast.bench import command
 from rnnfast.bench.measure import Limits, sample
 from rnnfast.bench.presets import FLAGS, PRESETS, cases
@@ -165,11 +164,11 @@ def test_a_file_that_cannot_be_written_is_found_out_first(
 def test_a_folder_without_permission_is_found_out_first(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(**options: Any) -> None:  # root, who may run the tests, may write everywhere
+    def refuse(path: Path) -> None:  # root, who may run the tests, may write everywhere
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     monkeypatch.setattr(command, "machine", lambda: pytest.fail("it began to measure"))
-    monkeypatch.setattr(tempfile, "mkstemp", refuse)
+    monkeypatch.setattr(files, "_temporary", refuse)
     status, _, err = run_bench(capsys, "layers", "--quick", "--out", str(tmp_path / "x.json"))
     assert status == 2
     assert "Permission denied" in err

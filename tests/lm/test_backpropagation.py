@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -11,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.nn.utils import prune
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from rnnfast.backends import cpu
 from rnnfast.lm import RNNLM, RNNLMScratch, generate, train_step, train_steps
@@ -364,9 +366,13 @@ def test_what_the_optimizer_does_besides_is_done(
     torch.testing.assert_close([*ours.parameters()], [*theirs.parameters()], rtol=1e-4, atol=1e-5)
 
 
-def test_hooks_of_all_optimizers_see_each_step(descents: list[int]) -> None:
+@pytest.mark.parametrize("register", [register_optimizer_step_pre_hook, register_optimizer_step_post_hook])
+def test_hooks_of_all_optimizers_see_each_step(
+    register: Callable[..., Any], descents: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, seen = model_of("gru"), []
-    handle = register_optimizer_step_pre_hook(lambda *args: seen.append(1))
+    monkeypatch.setattr(module.torch_optimizer, "_global_optimizer_post_hooks", OrderedDict())  # not even our own
+    handle = register(lambda *args: seen.append(1))
     try:
         loss_sum = torch.zeros((), dtype=torch.float64)
         train_steps(model, torch.optim.SGD(model.parameters(), lr=0.5), *batches(), None, loss_sum, 1.0)
@@ -374,6 +380,33 @@ def test_hooks_of_all_optimizers_see_each_step(descents: list[int]) -> None:
         handle.remove()
     assert len(seen) == N
     assert not descents
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")  # ids have no gradients
+@pytest.mark.parametrize("of_all", [False, True])
+def test_backward_hooks_of_modules_see_each_step(of_all: bool, descents: list[int]) -> None:
+    model, seen = model_of("gru"), []
+    of_modules = nn.modules.module.register_module_full_backward_hook
+    register = of_modules if of_all else model.head.register_full_backward_hook
+    handle = register(lambda module, *args: seen.append(module))
+    try:
+        loss_sum = torch.zeros((), dtype=torch.float64)
+        train_steps(model, torch.optim.SGD(model.parameters(), lr=0.5), *batches(), None, loss_sum, 1.0)
+    finally:
+        handle.remove()
+    assert seen.count(model.head) == N
+    assert not descents
+
+
+def test_a_pruned_head_learns_what_is_left_of_it() -> None:
+    model, (inputs, targets) = model_of("gru"), batches()
+    prune.l1_unstructured(model.head, "weight", 0.5)
+    optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.5), []
+    for _ in range(4):
+        losses.append(float(train_step(model, optimizer, inputs[0], targets[0], None, 1.0)[0]))
+    assert sorted(losses, reverse=True) == losses
+    assert not model.head.weight_orig.grad[model.head.weight_mask == 0].any()
+    assert model.head.weight_orig.grad.any()
 
 
 @pytest.mark.parametrize("which", ["inputs", "targets"])

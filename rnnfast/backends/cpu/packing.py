@@ -99,14 +99,16 @@ def _stack(weights: Sequence[Tensor]) -> Tensor:
     return weights[0].contiguous().unsqueeze(0) if len(weights) == 1 else torch.stack([*weights])
 
 
+def count_fused_step(optimizer: Optimizer, *_: Any) -> None:
+    """A hook of all optimizers, from the first packing on."""
+    global fused_steps
+    if not torch.compiler.is_compiling() and any(group.get("fused") for group in optimizer.param_groups):
+        fused_steps += 1
+
+
 @cache
 def _watch_fused_optimizers() -> None:
-    def count(optimizer: Optimizer, *_: Any) -> None:
-        global fused_steps
-        if not torch.compiler.is_compiling() and any(group.get("fused") for group in optimizer.param_groups):
-            fused_steps += 1
-
-    register_optimizer_step_post_hook(count)
+    register_optimizer_step_post_hook(count_fused_step)
 
 
 def _forget_weight(weight: int) -> None:
