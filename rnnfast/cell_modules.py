@@ -79,14 +79,14 @@ class DropInCell(dispatch.Dispatched, nn.RNNCellBase, Generic[State]):
         if autocast_dtype(weight.device.type) is not None:
             input = input if token_ids else input.to(weight.dtype)
             h_0, c_0 = h_0.to(weight.dtype), None if c_0 is None else c_0.to(weight.dtype)
-        h, _, c_n = functional.step(kind, input, h_0, c_0, [weights], backend=backend)
+        _, h_n, c_n = functional.step(kind, input, h_0, c_0, [weights], backend=backend)
         if may_be_direct:
             direct.prepare(self, input)
-        if not is_lstm:
-            return h.squeeze(0) if dims == 1 else h
-        # No view, though it has the memory of c_n, which nobody else holds: a view could not be detached in place.
-        c = torch.ops.aten._unsafe_view.default(c_n, c_n.shape[1:])
-        return (h.squeeze(0), c.squeeze(0)) if dims == 1 else (h, c)
+        # The final state, which may be changed in place, as torch.nn's, and not the output, which backward needs. It
+        # has the memory of h_n and c_n, which nobody else holds, but is no view: a view cannot be detached in place.
+        final = [h_n, c_n] if is_lstm else [h_n]
+        h, *c = (torch.ops.aten._unsafe_view.default(n, n.shape[1:] if dims == 2 else n.shape[2:]) for n in final)
+        return (h, *c) if is_lstm else h
 
     if TYPE_CHECKING:  # torch.nn's is Callable[..., Any]
 

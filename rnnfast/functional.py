@@ -131,7 +131,10 @@ def lane_weights(layer: Any) -> list[Weights]:
 
 def weights_of_cell(cell: Any) -> Weights:
     """Those of an RNNCell, LSTMCell or GRUCell, torch.nn's or ours."""
-    return Weights(cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)
+    b_ih, b_hh = cell.bias_ih, cell.bias_hh
+    if (b_ih is None) != (b_hh is None):  # as torch.nn's allow
+        b_ih, b_hh = (torch.zeros_like(b_hh), b_hh) if b_ih is None else (b_ih, torch.zeros_like(b_ih))
+    return Weights(cell.weight_ih, cell.weight_hh, b_ih, b_hh)
 
 
 def run(

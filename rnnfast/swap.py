@@ -43,6 +43,8 @@ _TAKING_PART = (
     "_update_flat_weights",
     "_weights_have_changed",
 )
+# As they are before anyone patches them.
+_TORCHS = {base: {name: getattr(base, name, None) for name in _TAKING_PART} for base in _OURS}
 
 
 class Method:
@@ -297,6 +299,9 @@ def _why_not(module: nn.Module) -> str | None:
     base = _base(kind)
     if base is None:
         return f"{_name_of(kind)} is none of torch.nn's layers and cells, nor derived from one"
+    patched = [name for name in _TAKING_PART if getattr(base, name, None) is not _TORCHS[base][name]]
+    if patched:
+        return f"{_name_of(base)}.{patched[0]} was replaced, and rnnfast's would go past what replaced it"
     changed = [name for name in _TAKING_PART if getattr(kind, name, None) is not getattr(base, name, None)]
     if changed:
         return f"{_name_of(kind)} has a {changed[0]} of its own; derive it from rnnfast.{base.__name__}"

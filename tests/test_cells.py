@@ -114,6 +114,42 @@ def test_the_state_can_be_detached_in_place(name: str, backend: str) -> None:
         part.detach_()
 
 
+@pytest.mark.parametrize("calls", [1, 3])
+@pytest.mark.parametrize("name", ["LSTMCell", "GRUCell"])
+def test_the_state_may_be_changed_in_place(name: str, calls: int, backend: str) -> None:
+    theirs, ours = pair(name, backend)
+    input, found = torch.randn(BATCH, INPUTS), []
+    for cell in (theirs, ours):
+        for _ in range(calls):
+            cell.zero_grad()
+            state = cell(input)
+            for part in parts(state):
+                part[0] = 0
+                part.relu_()
+            again = cell(input, state)
+            sum(part.square().sum() for part in parts(again)).backward()
+        found.append([*parts(again), *(parameter.grad for parameter in cell.parameters())])
+    torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize("missing", ["bias_ih", "bias_hh"])
+@pytest.mark.parametrize("name", CELLS)
+def test_one_bias_may_be_missing(name: str, missing: str, backend: str) -> None:
+    theirs, ours = pair(name, backend)
+    input = torch.randn(BATCH, INPUTS)
+    for cell in (theirs, ours):
+        ours(input)
+        setattr(cell, missing, None)
+    for _ in range(3):
+        found = []
+        for cell in (theirs, ours):
+            cell.zero_grad()
+            state = parts(cell(input))
+            sum(part.square().sum() for part in state).backward()
+            found.append([*state, *(parameter.grad for parameter in cell.parameters())])
+        torch.testing.assert_close(found[1], found[0])
+
+
 @pytest.mark.parametrize("name", CELLS)
 def test_autocast_keeps_the_state_in_float32(name: str, backend: str) -> None:
     _, ours = pair(name, backend)

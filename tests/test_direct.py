@@ -110,6 +110,7 @@ def test_what_must_be_seen_goes_the_general_way(direct_calls: list[int]) -> None
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(input, torch.ones_like(input))
         assert torch.autograd.forward_ad.unpack_dual(layer.step(dual, state)[0]).tangent is not None
+    layer.step(input, state)  # torch.nn's list of weights still has what functional_call put there
     assert not direct_calls
     layer.step(input.t().contiguous().t(), state)
     layer.step(input, state.transpose(0, 2).contiguous().transpose(0, 2))
@@ -425,6 +426,27 @@ def test_weights_made_from_others_are_used(way: str, bias: bool, direct_calls: l
     torch.testing.assert_close(layer(input), expected(input))
     torch.testing.assert_close(layer.step(input[0], state)[0], expected(input[:1], state)[0][0])
     assert not direct_calls
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_flat_weights_that_are_assigned_are_used(name: str, grad: bool) -> None:
+    theirs, ours = getattr(torch.nn, name)(5, 7), getattr(rnnfast, name)(5, 7)
+    ours.load_state_dict(theirs.state_dict())
+    input, found = torch.randn(6, 3, 5), []
+    for layer in (theirs, ours):
+        with torch.set_grad_enabled(grad):
+            for _ in range(2):
+                layer(input)
+            others = [(0.5 * weight).detach().requires_grad_() for weight in layer._flat_weights]
+            layer._flat_weights = others
+            results = []
+            for _ in range(3):
+                output = layer(input)[0]
+                results += [output.detach(), *(torch.autograd.grad(output.sum(), others) if grad else ())]
+            layer._flat_weights[1] = torch.zeros_like(others[1])
+            found.append([*results, layer(input)[0].detach()])
+    torch.testing.assert_close(found[1], found[0])
 
 
 def test_hooks_are_called(direct_calls: list[int]) -> None:

@@ -215,3 +215,22 @@ def test_gradients_of_an_empty_batch(options: Any, backend: str) -> None:
     assert input.grad is not None
     assert input.grad.shape == input.shape
     assert all(parameter.grad is None or not parameter.grad.any() for parameter in stack.parameters())
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_a_penalty_on_per_sample_gradients(cell: str, backend: str) -> None:
+    stack = rnnfast.Stack(cell, 2, [3], layer_norm=True, dtype=torch.float64, backend=backend)
+    samples, parameters = torch.randn(3, 4, 2, 2, dtype=torch.float64), dict(stack.named_parameters())
+
+    def loss(parameters: Any, sample: Tensor) -> Tensor:
+        result: Tensor = torch.func.functional_call(stack, parameters, (sample,))[0].sin().sum()
+        return result
+
+    mapped = torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, samples)
+    penalty, expected = sum(part.square().sum() for part in mapped.values()), torch.zeros((), dtype=torch.float64)
+    for sample in samples:
+        single = torch.autograd.grad(loss(parameters, sample), [*parameters.values()], create_graph=True)
+        expected = expected + sum(part.square().sum() for part in single)
+    actual = torch.autograd.grad(penalty, [*parameters.values()], allow_unused=True)
+    torch.testing.assert_close(actual, torch.autograd.grad(expected, [*parameters.values()], allow_unused=True))

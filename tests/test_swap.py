@@ -138,6 +138,14 @@ def test_a_swapped_layer_has_all_that_rnnfasts_has() -> None:
         layer(INPUT, torch.zeros(2, 3, 8))
 
 
+def test_a_patched_class_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nn.LSTM, "forward", lambda self, input, hx=None: (input, hx))
+    model = nn.ModuleList([nn.LSTM(3, 4), nn.GRU(3, 4)])
+    report = rnnfast.accelerate(model)
+    assert [swap.names for swap in report.swapped] == [("1",)]
+    assert "LSTM.forward was replaced" in str(report.left[0].left_because)
+
+
 def test_hooks_fire_once_a_call() -> None:
     layer, seen = nn.GRU(4, 8), []
     layer.register_forward_pre_hook(lambda module, args: seen.append("pre"))  # type: ignore[func-returns-value]

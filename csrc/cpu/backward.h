@@ -1,7 +1,7 @@
 // The backward scan of one layer: time in reverse, from the gradient of each state to that of the gates.
 #pragma once
 
-#include "gradients.h"
+#include "gate_gradients.h"
 
 namespace rnnfast::RNNFAST_ISA {
 
@@ -77,23 +77,13 @@ class Backward {
   void pack(int thread, int threads) const {
     if (!unpacked && !x.packed_hh) pack_hh(thread, threads);
     if (!s.has_projection) return;
-    for (int64_t i = thread; i < s.lanes * units_.count(); i += threads) {
-      const int64_t lane = i / units_.count(), p = i % units_.count();
-      pack_rows<O>(
-          w_hr + lane * packed_size<O>(units_, s.state) + panel_offset<O>(units_, p, s.state), units_.width(p),
-          [&](int64_t k) { return at<S>(x.w_hr, (lane * s.state + k) * s.hidden); }, s.state, p * units_.vectors * V,
-          s.hidden);
-    }
+    const auto row = [&](int64_t lane, int64_t k) { return at<S>(x.w_hr, (lane * s.state + k) * s.hidden); };
+    pack_weight(w_hr, units_, s.lanes, s.state, s.hidden, row, thread, threads);
   }
 
   void pack_hh(int thread, int threads) const {
-    for (int64_t i = thread; i < s.lanes * states.count(); i += threads) {
-      const int64_t lane = i / states.count(), p = i % states.count();
-      pack_rows<O>(
-          w_hh + lane * packed_size<O>(states, gate_rows) + panel_offset<O>(states, p, gate_rows), states.width(p),
-          [&](int64_t k) { return at<S>(x.w_hh, (lane * gate_rows + k) * s.state); }, gate_rows, p * states.vectors * V,
-          s.state);
-    }
+    const auto row = [&](int64_t lane, int64_t k) { return at<S>(x.w_hh, (lane * gate_rows + k) * s.state); };
+    pack_weight(w_hh, states, s.lanes, gate_rows, s.state, row, thread, threads);
   }
 
   void run_item(Item item, Local local, Team& team) const {
@@ -350,10 +340,9 @@ class Backward {
         break;
       }
       case Cell::gru: {
-        const S* h_before = before >= 0 ? at<S>(x.output, (before * s.lanes + place.lane) * H + j)
-                                        : at<S>(x.h_0, (place.lane * s.batch + place.b) * H + j);
+        const S* const h = h_before<S>(x, place.lane, place.t, place.b) + j;
         Vec<T> r = load(tape, n), z = load(tape + H, n), n_x = load(tape + 2 * H, n), n_h = load(tape + 3 * H, n);
-        store(carry_row(carry_h, place.lane, place.b) + j, gru_backward<Math<T>>(r, z, n_x, n_h, load(h_before, n), d_h));
+        store(carry_row(carry_h, place.lane, place.b) + j, gru_backward<Math<T>>(r, z, n_x, n_h, load(h, n), d_h));
         store(gates, n_x, n);
         store(gates + H, r, n);
         store(gates + 2 * H, z, n);

@@ -168,7 +168,7 @@ class ExtendedForward {
         state_stride(round_up(s.state, V * Product<O>::depth)),
         input_stride(round_up(s.input, V * Product<O>::depth)),
         direct_input(SAME && s.input % Product<O>::depth == 0),
-        has_table(s.ids && s.input <= 4096) {}
+        has_table(s.ids && s.input <= LARGEST_TABLE) {}
   static Panels panels_of(const ScanShape& s) { return plain_panels(s.gates() * s.hidden, V); }
 
   // Weights as the products want them: at x.packed, or in scratch memory for one call.
@@ -200,11 +200,11 @@ class ExtendedForward {
   void pack(int thread, int threads) const {
     for (int64_t i = thread; i < s.lanes * panels.count(); i += threads) {
       const int64_t lane = i / panels.count(), p = i % panels.count();
-      pack_panel(w_hh, panels, x.w_hh, gate_rows, s.state, lane, p);
-      if (!s.ids) pack_panel(w_ih, panels, x.w_ih, gate_rows, s.input, lane, p);
+      pack_panel(w_hh, panels, at<S>(x.w_hh, 0), gate_rows, s.state, lane, p);
+      if (!s.ids) pack_panel(w_ih, panels, at<S>(x.w_ih, 0), gate_rows, s.input, lane, p);
     }
     for (int64_t i = thread; w_hr && i < s.lanes * projection.count(); i += threads)
-      pack_panel(w_hr, projection, x.w_hr, s.state, s.hidden, i / projection.count(), i % projection.count());
+      pack_panel(w_hr, projection, at<S>(x.w_hr, 0), s.state, s.hidden, i / projection.count(), i % projection.count());
     if (!has_table) return;
     for (int64_t i = thread; i < s.lanes * s.input; i += threads)
       gather(table + i * stride, i / s.input, i % s.input, 0, gate_rows);
@@ -257,17 +257,6 @@ class ExtendedForward {
     return row;
   }
 
-  // Of a weight of `n` rows and k columns a lane.
-  static void pack_panel(O* to, const Panels& of, const void* weight, int64_t n, int64_t k, int64_t lane, int64_t p) {
-    for (int v = 0; v < of.width(p); ++v) {
-      const S* rows[V];
-      for (int i = 0; i < V; ++i) {
-        const int64_t m = (p * of.vectors + v) * V + i;
-        rows[i] = m < n ? at<S>(weight, (lane * n + m) * k) : nullptr;
-      }
-      pack_columns<O>(to + lane * packed_size<O>(of, k) + panel_offset<O>(of, p, k), of.width(p), v, rows, k);
-    }
-  }
   void gather(T* to, int64_t lane, int64_t id, int64_t first, int64_t end) const {
     for (int64_t m = first; m < min64(end, gate_rows); ++m)
       to[m] = widen(*at<S>(x.w_ih, (lane * gate_rows + m) * s.input + id));
@@ -313,15 +302,8 @@ class ExtendedForward {
                   [&](int64_t lane) {
                     int64_t rows = 0;
                     for_chunk(item, lane, step, [&](int64_t row) {
-                      const S* from = at<S>(x.input, row * s.input);
-                      if constexpr (SAME) local.a[rows] = reinterpret_cast<const O*>(from);
-                      if (!direct_input) {
-                        O* to = local.inputs + rows * input_stride;
-                        convert_row(to, from, s.input);
-                        if (s.input % Product<O>::depth) to[s.input] = O{};
-                        local.a[rows] = to;
-                      }
-                      ++rows;
+                      O* const buffer = local.inputs + rows * input_stride;
+                      local.a[rows++] = as_operand(at<S>(x.input, row * s.input), s.input, buffer);
                     });
                     return rows;
                   },

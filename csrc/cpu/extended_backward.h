@@ -4,7 +4,7 @@
 #include "backward.h"
 #include "extended.h"
 #include "sums.h"
-#include "weights.h"
+#include "weight_gradients.h"
 
 namespace rnnfast::RNNFAST_ISA {
 
@@ -135,7 +135,7 @@ class ExtendedBackward {
   }
   int64_t pieces() const { return s.lanes * states.count(); }
 
-  // ---- gains and peepholes: parallel in time, as the gradients in weights.h ----------------------------------------
+  // ---- gains and peepholes: parallel in time, as the gradients in weight_gradients.h ----------------------------------------
 
   int64_t tasks() const { return s.lanes * (gate_blocks() + cell_blocks() + peephole_blocks()); }
   static size_t task_bytes() { return 3 * SUM_COLUMNS * sizeof(T); }
@@ -177,11 +177,8 @@ class ExtendedBackward {
 
   // A weight of k rows of `columns` a lane, to be multiplied with rows of k.
   void pack(O* to, const Panels& of, const void* weight, int64_t k, int64_t columns, int thread, int threads) const {
-    for (int64_t i = thread; i < s.lanes * of.count(); i += threads) {
-      const int64_t lane = i / of.count(), p = i % of.count();
-      pack_rows<O>(to + lane * packed_size<O>(of, k) + panel_offset<O>(of, p, k), of.width(p),
-                   [&](int64_t row) { return at<S>(weight, (lane * k + row) * columns); }, k, p * of.vectors * V, columns);
-    }
+    const auto row = [&](int64_t lane, int64_t r) { return at<S>(weight, (lane * k + r) * columns); };
+    pack_weight(to, of, s.lanes, k, columns, row, thread, threads);
   }
 
   // How many rows of a step have a step after it.
@@ -276,7 +273,7 @@ class ExtendedBackward {
     const int64_t state = place.lane * s.batch + place.b, row = place.lane * s.rows + place.row;
     T* carry = carry_h + state * state_stride + j;
     if (gates.states) {
-      const Vec<T> h = load(h_before(place) + j, n);
+      const Vec<T> h = load(h_before<S>(x, place.lane, place.t, place.b) + j, n);
       store(gates.states + row * s.state + j, h * load(at<S>(e.recurrent_mask, state * s.state + j), n), n);
     }
     Vec<T> d_h = load(carry), kept;
@@ -285,11 +282,6 @@ class ExtendedBackward {
     d_h = zone_out_backward(e.zoneout_h, e.share_h, row * s.state + j, n, d_h, kept);
     store(carry, kept);
     return d_h;
-  }
-  const S* h_before(const Place& place) const {
-    const int64_t before = row_before(s, place.lane, place.t, place.b);
-    return before >= 0 ? at<S>(x.output, (before * s.lanes + place.lane) * s.state)
-                       : at<S>(x.h_0, (place.lane * s.batch + place.b) * s.state);
   }
 
   // From the gradient of the states after a row's step to those of its gates and of the states before.
@@ -325,7 +317,7 @@ class ExtendedBackward {
           Vec<T> r = load(tape + j, n), z = load(tape + H + j, n), n_x = load(tape + 2 * H + j, n);
           Vec<T> n_h = load(tape + 3 * H + j, n);
           T* carry = carry_h + state * state_stride + j;
-          store(carry, load(carry) + gru_backward<Math<T>>(r, z, n_x, n_h, load(h_before(place) + j, n), d_h));
+          store(carry, load(carry) + gru_backward<Math<T>>(r, z, n_x, n_h, load(h_before<S>(x, place.lane, place.t, place.b) + j, n), d_h));
           store(d + j, n_x, n);
           store(d + H + j, r, n);
           store(d + 2 * H + j, z, n);

@@ -66,7 +66,7 @@ class Forward {
 
   Local carve_local(Carver& carver) const {
     Local local;
-    const int64_t rows = chunk_rows(), lanes = split.together() ? 0 : split.items_per_lane ? 1 : s.lanes;
+    const int64_t rows = chunk_rows(), lanes = split.together() ? 0 : 1;
     local.a = carver.take<const O*>(rows);
     local.start = carver.take<const T*>(rows);
     local.gates_x = carver.take<T>(table ? 0 : lanes * rows * columns);
@@ -179,13 +179,7 @@ class Forward {
           continue;
         }
         const S* from = at<S>(x.input, (row + r) * s.input);
-        if constexpr (SAME) local.a[rows] = reinterpret_cast<const O*>(from);
-        if (!direct_input) {
-          O* to = local.inputs + rows * input_stride;
-          convert_row(to, from, s.input);
-          if (s.input % Product<O>::depth) to[s.input] = O{};
-          local.a[rows] = to;
-        }
+        local.a[rows] = as_operand(from, s.input, local.inputs + rows * input_stride);
         local.start[rows] = bias;
       }
     }
@@ -244,11 +238,7 @@ class Forward {
     const int64_t x_row = table ? 0 : chunk_row(item, lane, chunk, step);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t b = item.first + r;
-      if constexpr (SAME) {
-        const int64_t before = row_before(s, lane, t, b);
-        local.a[r] = reinterpret_cast<const O*>(before >= 0 ? output_row(before, lane)
-                                                            : at<S>(x.h_0, (lane * s.batch + b) * s.state));
-      }
+      if constexpr (SAME) local.a[r] = reinterpret_cast<const O*>(h_before<S>(x, lane, t, b));
       if (!direct_state) local.a[r] = operand_row(step + 1, lane, b);
       local.start[r] = table ? packed.table + (lane * s.input + *at<int64_t>(x.input, first_row + r)) * columns
                              : gates_x(item, local, lane, step) + (x_row + r) * columns;

@@ -61,13 +61,8 @@ class InputGradient {
     if (w_ih && !x.packed_ih) pack_ih(thread, n);
   }
   void pack_ih(int thread, int n) const {
-    for (int64_t i = thread; i < s.lanes * inputs.count(); i += n) {
-      const int64_t lane = i / inputs.count(), p = i % inputs.count();
-      pack_rows<O>(
-          w_ih + lane * packed_size<O>(inputs, gate_rows) + panel_offset<O>(inputs, p, gate_rows), inputs.width(p),
-          [&](int64_t k) { return at<S>(x.w_ih, (lane * gate_rows + d.weight_row_x(k)) * s.input); }, gate_rows,
-          p * inputs.vectors * V, s.input);
-    }
+    const auto row = [&](int64_t lane, int64_t k) { return at<S>(x.w_ih, (lane * gate_rows + d.weight_row_x(k)) * s.input); };
+    pack_weight(w_ih, inputs, s.lanes, gate_rows, s.input, row, thread, n);
   }
   // Of the tasks, those at the end are to be run once all others are.
   int64_t tasks() const { return in_order + last_tasks(); }

@@ -6,7 +6,7 @@
 #include "extended_backward.h"
 #include "forward.h"
 #include "lm/head.h"
-#include "weights.h"
+#include "weight_gradients.h"
 #if !defined(__AVX512BF16__)
 #include "lm/cross_entropy.h"
 #endif

@@ -33,16 +33,25 @@ void convert_row(R* to, const S* from, int64_t n) {
   for (int64_t j = 0; j < n; j += V) store(to + j, load(from + j, int(n - j < V ? n - j : V)), int(n - j < V ? n - j : V));
 }
 
+// n numbers as a tile reads them: where they lie, if they are of its type and end with a whole unit, or else in the buffer.
+template <class O, class S>
+RNNFAST_INLINE const O* as_operand(const S* from, int64_t n, O* buffer) {
+  if (sizeof(S) == sizeof(O) && n % Product<O>::depth == 0) return reinterpret_cast<const O*>(from);
+  convert_row(buffer, from, n);
+  if (n % Product<O>::depth) buffer[n] = O{};
+  return buffer;
+}
+
 template <class F>
 void parallel(int threads, F body) {
-  run_parallel(
-      threads,
-      [](void* f, int thread, int n) {
-        (*static_cast<F*>(f))(thread, n);
-        end_tiles();
-      },
-      &body);
+  run_parallel(threads, [&](int thread, int n) {
+    body(thread, n);
+    end_tiles();
+  });
 }
+
+// Of token ids, for which one call makes a table of their input products.
+constexpr int64_t LARGEST_TABLE = 4096;
 
 // The panels of the gates. LSTM and GRU: a panel is a vector of units with its gates side by side, so that the gate
 // math runs on the tile just computed. RNN: several vectors of units.
@@ -55,6 +64,20 @@ RNNFAST_INLINE GatePanels gate_panels(const ScanShape& s, int lanes) {
     return {plain, plain.vectors * lanes};
   }
   return {{s.gates(), s.gates() * ceil_div(s.hidden, lanes)}, lanes};
+}
+
+// Panel p of a lane's weight of n rows and k columns, to be multiplied with rows of k.
+template <class O, class S>
+void pack_panel(O* to, const Panels& of, const S* weight, int64_t n, int64_t k, int64_t lane, int64_t p) {
+  constexpr int V = LANES<O>;
+  for (int c = 0; c < of.width(p); ++c) {
+    const S* rows[V];
+    for (int e = 0; e < V; ++e) {
+      const int64_t row = (p * of.vectors + c) * V + e;
+      rows[e] = row < n ? weight + (lane * n + row) * k : nullptr;
+    }
+    pack_columns<O>(to + lane * packed_size<O>(of, k) + panel_offset<O>(of, p, k), of.width(p), c, rows, k);
+  }
 }
 
 // Weights of all lanes in the layout of the forward scan. Offsets depend on the shape alone, so a packed layer can be
@@ -73,7 +96,7 @@ struct PackedLayer {
 
   // A layer that is kept has the table for any vocabulary; for one call a large one would not pay.
   PackedLayer(const ScanShape& shape, char* base, bool kept) : s(shape), gates(gate_panels(shape, V)) {
-    const bool use_table = s.ids && (kept || s.input <= 4096);
+    const bool use_table = s.ids && (kept || s.input <= LARGEST_TABLE);
     projection = plain_panels(s.state, V);
     Carver carver(base);
     w_hh = carver.take<O>(s.lanes * hh_size());
@@ -101,18 +124,8 @@ struct PackedLayer {
   void pack(const ForwardArgs& x, int thread, int threads) const {
     for (int64_t i = thread; i < s.lanes * gates.count(); i += threads) pack_gates(x, i / gates.count(), i % gates.count());
     if (!s.has_projection) return;
-    for (int64_t i = thread; i < s.lanes * projection.count(); i += threads) {
-      const int64_t lane = i / projection.count(), p = i % projection.count();
-      for (int c = 0; c < projection.width(p); ++c) {
-        const S* rows[V];
-        for (int e = 0; e < V; ++e) {
-          const int64_t j = (p * projection.vectors + c) * V + e;
-          rows[e] = j < s.state ? at<S>(x.w_hr, (lane * s.state + j) * s.hidden) : nullptr;
-        }
-        pack_columns<O>(w_hr + lane * hr_size() + panel_offset<O>(projection, p, s.hidden), projection.width(p), c, rows,
-                        s.hidden);
-      }
-    }
+    for (int64_t i = thread; i < s.lanes * projection.count(); i += threads)
+      pack_panel(w_hr, projection, at<S>(x.w_hr, 0), s.state, s.hidden, i / projection.count(), i % projection.count());
   }
 
  private:
@@ -388,6 +401,14 @@ RNNFAST_INLINE int64_t alive(const ScanShape& s, const Item& item, int64_t t) {
 RNNFAST_INLINE int64_t row_before(const ScanShape& s, int64_t lane, int64_t t, int64_t b) {
   if (!s.reversed(lane)) return t > 0 ? s.offset_at(t - 1) + b : -1;
   return t + 1 < s.steps && b < s.size_at(t + 1) ? s.offset_at(t + 1) + b : -1;
+}
+
+// The h before a row, of a forward or a backward scan.
+template <class S, class Args>
+RNNFAST_INLINE const S* h_before(const Args& x, int64_t lane, int64_t t, int64_t b) {
+  const ScanShape& s = x.shape;
+  const int64_t before = row_before(s, lane, t, b);
+  return before >= 0 ? at<S>(x.output, (before * s.lanes + lane) * s.state) : at<S>(x.h_0, (lane * s.batch + b) * s.state);
 }
 
 // The step that a row belongs to, for rows asked for in their order.

@@ -65,20 +65,11 @@ Loop widest() { return {loop_scalar, 8, 1}; }
 // 1e-9 of what all threads do a second, each with one call of `work`, which returns how much it has done.
 template <class Work>
 double giga_a_second(const Work& work) {
-  struct Context {
-    const Work& work;
-    std::vector<double> done;
-  } context{work, std::vector<double>(size_t(available_threads()))};
+  std::vector<double> done(static_cast<size_t>(available_threads()));
   const auto start = std::chrono::steady_clock::now();
-  run_parallel(
-      int(context.done.size()),
-      [](void* c, int thread, int) {
-        Context& of_all = *static_cast<Context*>(c);
-        of_all.done[size_t(thread)] = of_all.work();
-      },
-      &context);
+  run_parallel(int(done.size()), [&](int thread, int) { done[size_t(thread)] = work(); });
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-  return 1e-9 * std::accumulate(context.done.begin(), context.done.end(), 0.0) / seconds.count();
+  return 1e-9 * std::accumulate(done.begin(), done.end(), 0.0) / seconds.count();
 }
 
 }  // namespace

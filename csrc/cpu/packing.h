@@ -159,6 +159,16 @@ void pack_rows(O* panel, int width, Row row, int64_t k, int64_t first, int64_t c
   }
 }
 
+// This thread's share of a weight of k rows of `columns` in each of so many lanes, row(lane, 0..k), to be multiplied with rows of k.
+template <class O, class Row>
+void pack_weight(O* to, const Panels& of, int64_t lanes, int64_t k, int64_t columns, Row row, int thread, int threads) {
+  for (int64_t i = thread; i < lanes * of.count(); i += threads) {
+    const int64_t lane = i / of.count(), p = i % of.count();
+    pack_rows<O>(to + lane * packed_size<O>(of, k) + panel_offset<O>(of, p, k), of.width(p),
+                 [&](int64_t r) { return row(lane, r); }, k, p * of.vectors * LANES<O>, columns);
+  }
+}
+
 // The transpose of rows row(0..k) as operand a: column first + m becomes out[m * stride + 0..k), padded with zeros to
 // whole vectors of units; `columns` of them. Adds each column to its sum, where there are sums, of whole vectors. Rows that are
 // `far` are fetched two vectors ahead.

@@ -1,4 +1,4 @@
-// Threads and the barrier between time steps. Not templates, but for one of the caller's own function: one copy serves all
+// Threads and the barrier between time steps. Not templates, but for those of the caller's own function: one copy serves all
 // instruction sets.
 #pragma once
 
@@ -15,6 +15,11 @@ int usable_threads(int pool);
 // Runs body(context, thread, threads) on at most `threads` threads of OpenMP's: of the pool that torch uses where both have GCC's
 // libgomp; clang's libomp keeps a second one.
 void run_parallel(int threads, void (*body)(void* context, int thread, int threads), void* context);
+// Or body(thread, threads).
+template <class F>
+void run_parallel(int threads, F body) {
+  run_parallel(threads, [](void* f, int thread, int n) { (*static_cast<F*>(f))(thread, n); }, &body);
+}
 
 // Costs, in cycles of one core. Measured with two threads; what more of them cost is what others found with as many.
 // A parallel region, beginning and end, and what it loses where other programs have the cores.

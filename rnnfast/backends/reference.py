@@ -63,7 +63,14 @@ def _layer_norm(product: Tensor, gain: Tensor, bias: Tensor | None, groups: tupl
     sizes = [product.shape[-1] // sum(groups) * group for group in groups]
     biases: Sequence[Tensor | None] = [None] * len(groups) if bias is None else bias.split(sizes)
     parts = zip(product.split(sizes, dim=-1), gain.split(sizes), biases, strict=True)
-    return torch.cat([F.layer_norm(x, (x.shape[-1],), g, b, _NORM_EPSILON) for x, g, b in parts], dim=-1)
+    return torch.cat([_normalised(x, g, b) for x, g, b in parts], dim=-1)
+
+
+def _normalised(x: Tensor, gain: Tensor | None, bias: Tensor | None) -> Tensor:
+    # With gain and bias in it, torch's has wrong derivatives of per-sample gradients (torch 2.13, vmap of grad).
+    x = F.layer_norm(x, (x.shape[-1],), eps=_NORM_EPSILON)
+    x = x if gain is None else x * gain
+    return x if bias is None else x + bias
 
 
 def _zone_out(before: Tensor, after: Tensor, zoneout: Tensor | float, rows: slice) -> Tensor:
@@ -119,7 +126,7 @@ def _lstm(
     i, f, g = i.sigmoid(), f.sigmoid(), g.tanh()
     c = f * state[1] + i * g
     o = (o if peepholes is None else o + peepholes[2] * c).sigmoid()
-    read = c if norms is None else F.layer_norm(c, (c.shape[-1],), norms.gain_c, norms.bias_c, _NORM_EPSILON)
+    read = c if norms is None else _normalised(c, norms.gain_c, norms.bias_c)
     return (o * read.tanh(), c), (i, f, g, o, c)
 
 

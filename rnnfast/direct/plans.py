@@ -163,6 +163,7 @@ def plan_of(module: Any) -> Plan | None:
         or plan.asked != dispatch.asked(module.backend)
         or plan.cell != dispatch.cell_of(module)  # an RNN's nonlinearity may be assigned
         or not all(map(is_, map(module._parameters.get, plan.names), plan.weights))
+        or (plan.lead and not all(map(is_, module._flat_weights, plan.weights)))  # of a layer; some assign to it
         or is_observed()
     ):
         return None

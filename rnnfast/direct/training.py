@@ -123,7 +123,8 @@ class _Scan(derivatives.Function):
     apply(layer, its packed weights or None, the loop or None, what it shares or None, T, [B] or [] if unbatched, input
     (T, B, I) or ids (T, B), h_0 and c_0 (1, B, P) or None for zeros, the five of `scan.Weights`, those of the loop if
     there are any) returns output (T, B, P), h_n and, of an LSTM, c_n; or None, None where the kernel fails. A cell has
-    no T: nor have its input and output, and its states lack the 1; in the place of h_n is None.
+    no T: nor have its input and output, and its states lack the 1; in the place of h_n is None. The backward of an
+    LSTM's or GRU's needs no output, which may therefore be changed in place, as torch.nn's.
     """
 
     @staticmethod
@@ -155,7 +156,8 @@ class _Scan(derivatives.Function):
         ctx.layer, ctx.sizes, ctx.loop, ctx.shared = layer, sizes, loop, shared
         # The tensors themselves for derivatives of the gradients, and what they hold now for the gradients.
         memory = [None if tensor is None else tensor.detach() for tensor in given]
-        ctx.save_for_backward(*given, *weights, output, tape, *memory)
+        kept = None if steps is None and tape is not None else output
+        ctx.save_for_backward(*given, *weights, kept, tape, *memory)
         ctx.set_materialize_grads(False)
         return (output, h_n) if c_n is None else (output, h_n, c_n)
 
@@ -202,8 +204,9 @@ def _through_the_operator(
     """What `_Scan.backward` returns, from the operator, which has derivatives and a rule for vmap."""
     input, h_0, c_0, *weights, output, tape = kept
     assert input is not None
-    assert output is not None
     layer, (steps, batch) = ctx.layer, ctx.sizes
+    if output is None:  # which the backward of one step does not read
+        output = layer.memory[1].new_zeros(batch, layer.state_size)
 
     def rows(tensor: Tensor | None, *size: int) -> Any:
         return None if tensor is None else tensor.reshape(steps * batch, *size).contiguous()

@@ -70,8 +70,7 @@ void clip_and_descend(const std::vector<Parameter>& parameters, double max_norm,
   clip.squares.resize(clip.blocks.size());
   const int wanted = int(std::clamp<int64_t>(total / WORTH_A_THREAD, 1, available_threads()));
   const int threads = worth_threads(wanted, total / 2);
-  run_parallel(
-      threads, [](void* context, int thread, int n) { static_cast<Clip*>(context)->run(thread, n); }, &clip);
+  run_parallel(threads, [&](int thread, int n) { clip.run(thread, n); });
 }
 
 void clip_gradients_cpu(std::vector<Tensor> gradients, double max_norm) {

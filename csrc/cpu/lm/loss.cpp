@@ -19,9 +19,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_cpu(Tensor hidde
   for (int64_t row = 0; row < rows; ++row)
     check(x.targets[row] >= 0 && x.targets[row] < classes, "target ", x.targets[row], " in row ", row, " is outside [0, ",
           classes, ")");
-  const auto when_needed = [&](const Sizes& sizes) { return empty(hidden, need_gradients ? sizes : Sizes{0}); };
-  Tensor loss = empty(hidden, {}), d_hidden = when_needed({rows, columns}), d_weight = when_needed({classes, columns});
-  Tensor d_bias = when_needed({classes});
+  Tensor loss = empty(hidden, {}), d_hidden = empty_if(need_gradients, hidden, {rows, columns});
+  Tensor d_weight = empty_if(need_gradients, hidden, {classes, columns}), d_bias = empty_if(need_gradients, hidden, {classes});
   const auto to = [](const Tensor& tensor) { return static_cast<float*>(out(tensor)); };
   const LossGradients d{to(d_hidden), to(d_weight), to(d_bias)};
   *to(loss) = float(choose_kernels(DType::float32).loss(x, need_gradients ? &d : nullptr, available_threads()));

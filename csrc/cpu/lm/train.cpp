@@ -36,26 +36,19 @@ struct Copy {
 // On all threads, by either kernel of kernels.h.
 void copy_all(const std::vector<Copy>& copies, void (*copy)(float*, void*, int64_t)) {
   constexpr int64_t BLOCK = 1 << 14, WORTH_A_THREAD = 1 << 16;
-  struct Work {
-    std::vector<Copy> blocks;
-    void (*copy)(float*, void*, int64_t);
-  } work{{}, copy};
+  std::vector<Copy> blocks;
   int64_t total = 0;
   for (const Copy& c : copies) {
     for (int64_t i = 0; i < c.count; i += BLOCK)
-      work.blocks.push_back({c.wide + i, static_cast<uint16_t*>(c.half) + i, std::min(BLOCK, c.count - i)});
+      blocks.push_back({c.wide + i, static_cast<uint16_t*>(c.half) + i, std::min(BLOCK, c.count - i)});
     total += c.count;
   }
   const int wanted = int(std::clamp<int64_t>(total / WORTH_A_THREAD, 1, available_threads()));
-  run_parallel(
-      worth_threads(wanted, total / 4),
-      [](void* context, int thread, int threads) {
-        const Work& work = *static_cast<const Work*>(context);
-        const size_t count = work.blocks.size();
-        for (size_t b = count * size_t(thread) / size_t(threads); b < count * size_t(thread + 1) / size_t(threads); ++b)
-          work.copy(work.blocks[b].wide, work.blocks[b].half, work.blocks[b].count);
-      },
-      &work);
+  run_parallel(worth_threads(wanted, total / 4), [&](int thread, int threads) {
+    const size_t count = blocks.size();
+    for (size_t b = count * size_t(thread) / size_t(threads); b < count * size_t(thread + 1) / size_t(threads); ++b)
+      copy(blocks[b].wide, blocks[b].half, blocks[b].count);
+  });
 }
 
 // A model and the memory that a step takes. Where states are bfloat16, layers have copies of their parameters in it; parameters,
