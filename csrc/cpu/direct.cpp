@@ -74,7 +74,7 @@ void leave_rows(const ScanShape& s, const BackwardArgs& x, const DirectRows& row
   const size_t input_bytes = s.ids ? sizeof(int64_t) : size_t(s.input) * bytes.element;
   std::memcpy(rows.inputs, x.input, size_t(s.rows) * input_bytes);
   std::memcpy(rows.states, x.h_0, bytes.state);
-  std::memcpy(static_cast<char*>(rows.states) + bytes.state, x.output, bytes.output - bytes.state);
+  if (s.steps > 1) std::memcpy(static_cast<char*>(rows.states) + bytes.state, x.output, bytes.output - bytes.state);
 }
 
 template <class F>

@@ -50,7 +50,7 @@ struct DirectForward {
 struct DirectRows {
   void *gates, *inputs, *states;  // the gradients of the gates, of rnnfast_gates_bytes_cpu bytes; input; the state before
 };
-struct DirectBackward {
+struct DirectBackward {  // of one step of an LSTM or a GRU, it reads no output, which may be null then
   const ScanShape* layer;
   int64_t steps, batch;
   const void *d_output, *d_h_n, *d_c_n;
@@ -77,7 +77,7 @@ struct DirectWeights {
   void *d_w_ih, *d_w_hh, *d_b_ih, *d_b_hh;
 };
 
-// As many fields as rnnfast/direct packs.
+// As many fields as rnnfast/backends/cpu/__init__.py packs.
 static_assert(sizeof(DirectInfer) == 9 * 8 && sizeof(DirectForward) == 17 * 8 && sizeof(DirectBackward) == 29 * 8 &&
               sizeof(DirectPack) == 6 * 8 && sizeof(DirectWeights) == 9 * 8);
 

@@ -100,4 +100,4 @@ bool are_as_they_were(const void* weight_samples) {
 
 }  // namespace rnnfast
 
-int rnnfast_are_as_they_were(const void* weight_samples) { return rnnfast::are_as_they_were(weight_samples); }
+int rnnfast_are_as_they_were_cpu(const void* weight_samples) { return rnnfast::are_as_they_were(weight_samples); }

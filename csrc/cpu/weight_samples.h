@@ -17,4 +17,4 @@ bool are_as_they_were(const void* weight_samples);
 
 }  // namespace rnnfast
 
-extern "C" __attribute__((visibility("default"))) int rnnfast_are_as_they_were(const void* weight_samples);
+extern "C" __attribute__((visibility("default"))) int rnnfast_are_as_they_were_cpu(const void* weight_samples);

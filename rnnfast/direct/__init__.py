@@ -20,13 +20,12 @@ import torch
 from torch import Tensor, is_grad_enabled, is_inference_mode_enabled
 
 from rnnfast.backends import cpu
-from rnnfast.backends.cpu import DONE, STALE, packing
+from rnnfast.backends.cpu import DONE, STALE, infer_call, packing
 from rnnfast.direct import training
 from rnnfast.direct.plans import (
     Plan,
     all_plans,
     contiguous,
-    infer_call,
     plan_of,
     plan_of_step,
     prepare,

@@ -6,7 +6,6 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import is_
-from struct import Struct
 from typing import Any
 
 import torch
@@ -22,7 +21,6 @@ from rnnfast.backends import cpu
 from rnnfast.backends.cpu import packing
 from rnnfast.cells import CELLS
 
-infer_call = Struct("9q").pack  # of csrc/cpu/direct.h
 _base: Any = torch._C.TensorBase
 version_of, address_of = _base._version.__get__, _base.data_ptr
 requires_grad_of = _base.requires_grad.__get__

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from rnnfast.backends import cpu
-from rnnfast.backends.cpu import DONE
-from rnnfast.direct.plans import Packed, Plan, address_of, contiguous, infer_call, is_plain, plan_of_step
+from rnnfast.backends.cpu import DONE, infer_call
+from rnnfast.direct.plans import Packed, Plan, address_of, contiguous, is_plain, plan_of_step
 from rnnfast.inputs import map_state
 
 _Place = tuple[Any, int, int]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from struct import Struct
 from typing import Any
 
 import torch
@@ -14,11 +13,10 @@ from torch._C._autograd import _top_saved_tensors_default_hooks
 
 from rnnfast import derivatives, scan
 from rnnfast.backends import cpu
-from rnnfast.backends.cpu import DONE
+from rnnfast.backends.cpu import DONE, backward_call, forward_call
 from rnnfast.direct.loops import Loop, SharedWeights, loop_of
 from rnnfast.direct.plans import Layer, Packed, Plan, address_of, addresses, is_observed, is_plain, signature_of
 
-_forward_call, _backward_call = (Struct(f"{fields}q").pack for fields in (17, 29))  # of csrc/cpu/direct.h
 WORTH_KEEPING = 128 << 10  # that of csrc/cpu/memory.h, in bytes
 _NO_TENSORS = (None,) * 6  # the arguments of `_Scan` before the input
 _NO_WEIGHT, _NOTHING_SHARED = (False,) * 5, (0,) * 5
@@ -151,7 +149,7 @@ class _Scan(derivatives.Function):
         given = (input, h_0, c_0)
         places = *addresses(given), *layer.memory_addresses, *addresses((output, tape, h_n, c_n))
         plan = 0 if packed is None else packed.address
-        if cpu.forward(_forward_call(layer.address, plan, layer.index, *sizes, *places)) != DONE:
+        if cpu.forward(forward_call(layer.address, plan, layer.index, *sizes, *places)) != DONE:
             return None, None
         ctx.layer, ctx.sizes, ctx.loop, ctx.shared = layer, sizes, loop, shared
         # The tensors themselves for derivatives of the gradients, and what they hold now for the gradients.
@@ -183,7 +181,7 @@ class _Scan(derivatives.Function):
             places = addresses((*d_results, *memory, *found))
             count = prod(ctx.sizes)
             in_common = _NOTHING_SHARED if rows is None else (*rows.places(count), *rows.packed(ctx.sizes, needs[0]))
-            if cpu.backward(_backward_call(layer.address, *ctx.sizes, *places, *in_common)) == DONE:
+            if cpu.backward(backward_call(layer.address, *ctx.sizes, *places, *in_common)) == DONE:
                 if rows is not None:
                     rows.left(count)
                 return (*_NO_TENSORS, *found)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+from struct import Struct
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,17 +34,22 @@ _SCHEMAS = (
 )
 _lock = threading.Lock()
 _library: Any = None
-# The C functions of csrc/cpu/direct.h, once the library is loaded. Each takes the bytes of a structure, and returns
-# whether it is done, or the weights are stale, or something else is wrong.
+# The C functions of csrc/cpu/direct.h, once the library is loaded. Each takes the bytes of a structure of 64-bit
+# fields, which are packed by what is called after it below, and returns whether it is done, or the weights are stale,
+# or something else is wrong.
 infer: Any = None
 forward: Any = None
 backward: Any = None
 weight_gradients: Any = None
 pack_backward: Any = None  # returns a number of bytes
-gates_bytes: Any = None  # takes the address of a layer
 DONE, STALE = 0, 1
+_FIELDS = {"infer": 9, "forward": 17, "backward": 29, "weight_gradients": 9, "pack_backward": 6}
+infer_call, forward_call, backward_call, weight_gradients_call, pack_backward_call = (
+    Struct(f"{fields}q").pack for fields in _FIELDS.values()
+)
+gates_bytes: Any = None  # takes the address of a layer
+are_as_they_were: Any = None  # of csrc/cpu/weight_samples.h; takes their address
 is_stalled: Any = None  # takes nothing; whether this thread's scans lately lost more by a team than they gained
-are_as_they_were: Any = None  # of csrc/cpu/weight_samples.h
 _loaded = False
 _failure: str | None = None
 
@@ -64,8 +70,8 @@ def load() -> None:
     Raises:
         RuntimeError: there is no library and it cannot be compiled; the message says why.
     """
-    global _loaded, _failure, _library, are_as_they_were
-    global infer, forward, backward, weight_gradients, pack_backward, gates_bytes, is_stalled
+    global _loaded, _failure, _library
+    global infer, forward, backward, weight_gradients, pack_backward, gates_bytes, are_as_they_were, is_stalled
     if _loaded:
         return
     with _lock:
@@ -85,17 +91,15 @@ def load() -> None:
                 _library.define(schema)
             torch.library.register_fake("rnnfast::direct_empty_cpu", _empty, lib=_library)
             functions = ctypes.CDLL(str(path))
-            names = ("infer", "forward", "backward", "weight_gradients", "pack_backward", "gates_bytes")
-            infer, forward, backward, weight_gradients, pack_backward, gates_bytes = (
-                getattr(functions, f"rnnfast_{name}_cpu") for name in names
-            )
-            for function in (infer, forward, backward, weight_gradients, pack_backward):
+            infer, forward, backward, weight_gradients, pack_backward = of_structures = [
+                getattr(functions, f"rnnfast_{name}_cpu") for name in _FIELDS
+            ]
+            for function in of_structures:
                 function.argtypes = [ctypes.c_char_p]
             pack_backward.restype = ctypes.c_int64
-            gates_bytes.argtypes = [ctypes.c_void_p]
+            gates_bytes, are_as_they_were = functions.rnnfast_gates_bytes_cpu, functions.rnnfast_are_as_they_were_cpu
+            gates_bytes.argtypes = are_as_they_were.argtypes = [ctypes.c_void_p]
             is_stalled = functions.rnnfast_is_stalled_cpu
-            are_as_they_were = functions.rnnfast_are_as_they_were
-            are_as_they_were.argtypes = [ctypes.c_void_p]
         except (OSError, RuntimeError, ValueError) as error:
             _failure = f"the native library failed to compile or load: {error}"
             if isinstance(error, OSError) and str(error.filename).startswith(str(files.cache_folder())):
