@@ -49,8 +49,8 @@ struct BackwardArgs {
 // What changes the recurrence of a layer (rnnfast/extended.py). A pointer is null where the change is not made.
 struct Extension {
   const void* recurrent_mask;            // (D, B, P): multiplies h on its way into w_hh
-  const bool *zoneout_h, *zoneout_c;     // (D, N, P), (D, N, H): where h and c stay what they were; without it
-  double share_h, share_c;               // the share of what they were, 0 for none
+  const bool *zoneout_h, *zoneout_c;     // (D, N, P), (D, N, H): where h and c stay what they were; or, without these,
+  double share_h, share_c;               // the share of what they were in what they are, zoneout's mean; 0 for none
   const void *gain_ih, *gain_hh;         // (D, G*H): layer normalisation of both products
   const void *gain_c, *bias_c;           // (D, H): and of an LSTM's c on its way to the output
   const void* peepholes;                 // (D, 3, H): weights of c in the gates i, f and o of an LSTM

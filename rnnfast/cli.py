@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import fields
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from shlex import quote
 from typing import Any, Literal, get_type_hints
@@ -80,6 +80,7 @@ def _run(argv: list[str]) -> int:
     verbs.add_subcommand("info", _info_parser(), help=INFO.rstrip("."))
     verbs.add_subcommand("bench", bench.parser(), help=bench.DESCRIPTION.split(",")[0])
     verbs.add_subcommand("tune", _tune_parser(), help=TUNE.split(",")[0])
+    argv = _config_first(argv)
     flags = {argument.split("=")[0] for argument in argv}
     if {"--print_config", "--resume"} <= flags:
         raise UserError(
@@ -94,6 +95,17 @@ def _run(argv: list[str]) -> int:
         options = _parse(parser, argv).train
     run = {"train": _train, "generate": _generate, "info": _info, "bench": bench.run, "tune": _tune}[arguments.verb]
     return run(options)
+
+
+def _config_first(argv: list[str]) -> list[str]:
+    """The parser goes by the order of arguments, but flags override the --config file wherever they stand."""
+    files, others, words = [], [], iter(argv)
+    for word in words:
+        if word == "--config" or word.startswith("--config="):
+            files += [word, *islice(words, word == "--config")]
+        else:
+            others.append(word)
+    return [*others[:1], *files, *others[1:]]
 
 
 def _parse(parser: ArgumentParser, argv: list[str]) -> Any:
@@ -150,6 +162,8 @@ def _train(options: Any) -> int:
     config = TrainConfig(**{setting.name: options[setting.name] for setting in fields(TrainConfig)})
     if options.resume is not None and options.out is not None:
         raise UserError("--resume continues in the run's own folder: leave --out out")
+    if options.out == "":
+        raise UserError("--out names no folder: give one, or leave --out out")
     resume = options.resume is not None
     out = options.resume if resume else options.out if options.out is not None else _new_folder(config)
     try:

@@ -10,7 +10,7 @@
 #if !defined(__AVX512BF16__)
 #include "lm/cross_entropy.h"
 #endif
-#include "near.h"
+#include "limit_kernels.h"
 
 namespace rnnfast::RNNFAST_ISA {
 

@@ -40,14 +40,14 @@ struct PieceProduct {
 };
 struct MatrixUnit {
   void (*multiply)(const PieceProduct&);
-  double (*near_product)(int64_t rounds);  // for the benchmarks: see near.h
+  double (*near_product)(int64_t rounds);  // for the benchmarks: see limit_kernels.h
 };
 
 struct Kernels {
   void (*forward)(const ForwardArgs&, int threads);
   void (*backward)(const BackwardArgs&, int threads);
   size_t (*pack)(const ForwardArgs&);  // into `packed`, or returns the bytes it takes where that is null
-  // The gradients of weights and biases of rows whose gradients of the gates a backward scan has left, so many bytes a row.
+  // The gradients of weights and biases of rows whose gradients of the gates a backward scan has left, of gates_bytes a row.
   void (*weight_gradients)(const BackwardArgs&, int threads);
   size_t (*pack_backward)(const BackwardArgs&, int threads);  // w_hh or w_ih, into packed_hh or packed_ih, as `pack`
   size_t (*gates_bytes)(const ScanShape&);
@@ -64,7 +64,7 @@ struct Kernels {
   // Numbers from bfloat16 to float32, and back, rounded to the nearest.
   void (*widen)(float* wide, void* half, int64_t count);
   void (*narrow)(float* wide, void* half, int64_t count);
-  // For the benchmarks, in float32: see near.h.
+  // For the benchmarks, in float32: see limit_kernels.h.
   double (*near_product)(int64_t batch, int64_t depth, int64_t rounds);
   double (*near_gates)(Cell cell, bool backward, int64_t rounds);
   const MatrixUnit* matrix_unit;  // null where the instruction set has none

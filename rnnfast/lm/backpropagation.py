@@ -22,7 +22,7 @@ from rnnfast.direct.training import empty
 from rnnfast.lm import operators
 from rnnfast.lm.loss import cross_entropy, cross_entropy_of_logits
 from rnnfast.lm.model import RNNLM, RNNLMScratch, State, detach
-from rnnfast.lm.parts import parts_of
+from rnnfast.lm.parts import is_linear, parts_of
 
 
 def backpropagate(
@@ -97,7 +97,8 @@ def loss_of(
     device, mixed = inputs.device.type, precision == "bfloat16"
     is_plain = not mixed and not torch.is_autocast_enabled(device)
     with nullcontext() if is_plain else torch.autocast(device, torch.bfloat16, enabled=mixed):
-        if any(map(is_hooked, model.modules())):  # those of the model and of its head run only if these are called
+        # Hooks of the model and of its head run only if these are called.
+        if any(map(is_hooked, model.modules())) or (isinstance(model, RNNLM) and not is_linear(model.head)):
             logits, state = model(inputs, state)
             return cross_entropy_of_logits(logits.flatten(0, -2), targets.flatten()), state
         hidden, state = model.hidden_states(inputs, state)

@@ -53,7 +53,7 @@ class TrainConfig:
     warmup: int = option(0, "optimizer steps over which the learning rate rises")
     weight_decay: float = option(0.0, "weight decay")
     clip: float = option(1.0, "largest norm of the gradient; 0: any")
-    seed: int = option(0, "determines every number of a run on the CPU")
+    seed: int = option(0, "determines every number of a run on a CPU")
 
     precision: Literal["float32", "bfloat16"] = option(
         "float32", "of the model's products and states; bfloat16 keeps parameters, loss and optimizer in float32"

@@ -128,8 +128,9 @@ def read_text(path: Path) -> str:
     if path.is_char_device() or path.is_block_device():
         raise UserError(f"{path} is a device, which may have no end: name a text file with --corpus FILE")
     data = _read_bytes(path)
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise UserError(f"{path} is UTF-16: convert it with iconv -f utf-16 -t utf-8")
+    for width in (32, 16):  # a mark of UTF-32 begins with one of UTF-16
+        if data.startswith((getattr(codecs, f"BOM_UTF{width}_LE"), getattr(codecs, f"BOM_UTF{width}_BE"))):
+            raise UserError(f"{path} is UTF-{width}: convert it with iconv -f utf-{width} -t utf-8")
     if b"\0" in data:
         raise UserError(f"{path} is a binary file, or UTF-16 (iconv -f utf-16 -t utf-8): name a UTF-8 text file")
     try:

@@ -15,7 +15,9 @@ from rnnfast.derivatives import needs_gradient
 from rnnfast.lm import operators
 
 
-def cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, backend: str = "auto") -> Tensor:
+def cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, backend: str = "auto"
+) -> Tensor:
     """The mean cross entropy of the next tokens, in nats: that of a linear head's logits.
 
     On a CPU in float32 it is one operator, which turns logits into their gradients while they are near; elsewhere it is
@@ -23,7 +25,7 @@ def cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor,
 
     Args:
         hidden: (T, B, hidden).
-        weight, bias: the head's, (vocabulary, hidden) and (vocabulary).
+        weight, bias: the head's, (vocabulary, hidden) and (vocabulary), or no bias.
         targets: token ids (T, B), int64.
         backend: the scan's; the operator is the cpu backend's.
 
@@ -31,6 +33,7 @@ def cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor,
         RuntimeError: a target is not in the vocabulary.
     """
     rows, targets = hidden.flatten(0, -2), targets.flatten()
+    bias = weight.new_zeros(len(weight)) if bias is None else bias
     if is_native(backend, rows, weight, bias):
         tensors = [t.contiguous() for t in (rows, weight, bias, targets)]
         if needs_gradient(tensors):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rnnfast import dispatch, functional
 from rnnfast.direct.plans import is_hooked
+from rnnfast.layers import DropIn
 from rnnfast.lm.model import RNNLM, RNNLMScratch
 
 
@@ -23,15 +24,17 @@ class Parts(NamedTuple):
 
 
 def parts_of(model: nn.Module, dtype: torch.dtype | None = None) -> Parts | None:
-    """The parts of an RNNLM or RNNLMScratch itself, without hooks, on the CPU, whose layers run on the cpu backend.
+    """The parts of an RNNLM or RNNLMScratch as it was made, without hooks, on the CPU, with layers on the cpu backend.
 
     None for any other, and under autocast: the model must be called then. `dtype`: that of the layers' computation, if
     it is not that of their weights.
     """
     layers: list[functional.Weights]
-    if any(map(is_hooked, model.modules())):
+    if any(is_hooked(module) or "forward" in vars(module) for module in model.modules()):
         return None
     if type(model) is RNNLM:
+        if not isinstance(model.rnn, DropIn) or model.rnn.proj_size or not is_linear(model.head):
+            return None
         layers, cell, backend = functional.lane_weights(model.rnn), model.rnn.mode.lower(), model.rnn.backend
         embedding = None if model.embedding is None else model.embedding.weight
         head_weight, head_bias = model.head.weight, model.head.bias
@@ -48,3 +51,8 @@ def parts_of(model: nn.Module, dtype: torch.dtype | None = None) -> Parts | None
     if dispatch.choose(request, backend).backend != "cpu":
         return None
     return Parts(layers, cell, embedding, head_weight, head_bias)
+
+
+def is_linear(head: nn.Module) -> bool:
+    """Whether its product with its weight, and its bias, are all that a head makes of hidden states."""
+    return type(head).forward is nn.Linear.forward

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from rnnfast.lm.generate import encode_prefix, generate, render
 from rnnfast.lm.loss import is_native
 from rnnfast.lm.model import RNNLM, RNNLMScratch, State
 
+PRECISIONS = get_args(get_type_hints(TrainConfig)["precision"])
 LOOK_EVERY = 32  # steps after which the loss is read, which waits for a device, and the clock
 SECONDS_AT_ONCE = 0.1  # of steps in a row, in which no signal is noticed
 STATES_OF = {"sgd": set(), "adamw": {"step", "exp_avg", "exp_avg_sq"}}  # of each parameter, once it has been updated
@@ -48,7 +49,11 @@ def train_step(
 
     Returns:
         The mean cross entropy in nats (a tensor: reading it waits for the device), and the detached state.
+
+    Raises:
+        ValueError: clip or precision is none of these.
     """
+    _check_options(clip, precision)
     trained = [p for group in optimizer.param_groups for p in group["params"]]  # a list already, unlike the model's
     for parameter in trained:
         parameter.grad = None  # as `zero_grad` does, which asks for more than a small model's step has time for
@@ -82,7 +87,13 @@ def train_steps(
 
     Returns:
         The state after the last step. `.grad` of the parameters is the last step's gradient, or None.
+
+    Raises:
+        ValueError: the token ids are not those of N batches; clip or precision is none of these.
     """
+    _check_options(clip, precision)
+    if inputs.dim() != 3:
+        raise ValueError(f"train_steps takes batches of token ids (N, T, B), got {tuple(inputs.shape)}; see train_step")
     found = descend(model, optimizer, inputs, targets, state, loss_sum, clip, precision, carries)
     if found is not None:
         return found[0]
@@ -92,6 +103,13 @@ def train_steps(
         before = last if carries else state
         loss_sum += loss
     return last
+
+
+def _check_options(clip: float, precision: str) -> None:
+    if not clip >= 0:
+        raise ValueError(f"clip is the largest norm of the gradient, or 0 for any, got {clip}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {' or '.join(map(repr, PRECISIONS))}, got {precision!r}")
 
 
 def update(optimizer: torch.optim.Optimizer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 from collections import OrderedDict
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+import rnnfast
 from rnnfast.backends import cpu
 from rnnfast.lm import RNNLM, RNNLMScratch, generate, train_step, train_steps
 from rnnfast.lm.backpropagation import backpropagate
@@ -407,6 +409,83 @@ def test_a_pruned_head_learns_what_is_left_of_it() -> None:
     assert sorted(losses, reverse=True) == losses
     assert not model.head.weight_orig.grad[model.head.weight_mask == 0].any()
     assert model.head.weight_orig.grad.any()
+
+
+class DoublingHead(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+OTHER_PARTS: dict[str, Callable[[RNNLM], Any]] = {
+    "projected": lambda model: setattr(model, "rnn", rnnfast.LSTM(VOCABULARY, 32, proj_size=UNITS)),
+    "torch.nn's": lambda model: setattr(model, "rnn", nn.LSTM(VOCABULARY, UNITS)),
+    "no bias": lambda model: setattr(model, "head", nn.Linear(UNITS, VOCABULARY, bias=False)),
+    "several heads": lambda model: setattr(model, "head", nn.Sequential(nn.Tanh(), nn.Linear(UNITS, VOCABULARY))),
+    "subclass": lambda model: setattr(model, "head", DoublingHead(UNITS, VOCABULARY)),
+    "patched": lambda model: setattr(model.rnn, "forward", lambda *_: (torch.zeros(T, B, UNITS), (torch.zeros(()),))),
+}
+
+
+@pytest.mark.parametrize("part", OTHER_PARTS)
+def test_a_model_with_other_parts_is_trained_as_it_computes(part: str, descents: list[int]) -> None:
+    (inputs, targets), found = batches(), []
+    if part == "torch.nn's":  # which takes no ids
+        inputs = nn.functional.one_hot(inputs, VOCABULARY).float()
+    for step in (train_step, plain_step):
+        model = model_of("lstm")
+        OTHER_PARTS[part](model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        torch.manual_seed(3)
+        for parameter in model.parameters():
+            nn.init.uniform_(parameter, -0.2, 0.2)
+        state = None
+        for x, y in zip(inputs, targets, strict=True):
+            loss, state = step(model, optimizer, x, y, state, 1.0)
+        found.append([loss, *model.parameters()])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+    assert not descents
+
+
+def plain_step(model: RNNLM, optimizer: Any, x: Tensor, y: Tensor, state: Any, clip: float) -> Any:
+    optimizer.zero_grad()
+    logits, state = model(x, state)
+    loss = nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
+    loss.backward()
+    nn.utils.clip_grad_norm_([*model.parameters()], clip)
+    optimizer.step()
+    return loss.detach(), None if state is None else tuple(part.detach() for part in state)
+
+
+@pytest.mark.parametrize("part", ["projected", "no bias", "several heads", "subclass"])
+def test_a_model_with_other_parts_writes_what_it_computes(part: str) -> None:
+    model, written = model_of("lstm"), [1, 2]
+    OTHER_PARTS[part](model)
+    with torch.no_grad():
+        for _ in range(8):
+            written.append(int(model(torch.tensor(written).unsqueeze(1))[0][-1, 0].argmax()))
+    assert list(generate(model, [1, 2], 8)) == written[2:]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"clip": float("nan")}, "clip is the largest norm of the gradient, or 0 for any, got nan"),
+        ({"clip": -1.0}, "clip is the largest norm"),
+        ({"precision": "bf16"}, "precision is 'float32' or 'bfloat16', got 'bf16'"),
+        ({"precision": torch.bfloat16}, "precision is 'float32' or 'bfloat16', got torch.bfloat16"),
+    ],
+)
+def test_options_of_steps_are_checked(options: dict[str, Any], message: str) -> None:
+    model, (inputs, targets), loss_sum = model_of("gru"), batches(), torch.zeros((), dtype=torch.float64)
+    optimizer, options = torch.optim.SGD(model.parameters(), lr=0.5), {"clip": 1.0} | options
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        train_step(model, optimizer, inputs[0], targets[0], None, **options)
+    with pytest.raises(ValueError, match=message):
+        train_steps(model, optimizer, inputs, targets, None, loss_sum, **options)
+    with pytest.raises(ValueError, match=r"train_steps takes batches of token ids \(N, T, B\), got \(12, 4\)"):
+        train_steps(model, optimizer, inputs[0], targets[0], None, loss_sum, 1.0)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("which", ["inputs", "targets"])

@@ -90,6 +90,10 @@ def test_a_config_file_sets_defaults_and_flags_override(tmp_path: Path, capsys: 
     argv = ["train", "--config", str(config), *TINY, "--epochs", "1", "--out"]
     assert main([*argv, str(tmp_path / "run")]) == 0
     saved = load(tmp_path / "run").config
+    # Wherever the file stands among them.
+    for last in (["--config", str(config)], [f"--config={config}"]):
+        assert main(["train", *TINY, "--epochs", "1", "--out", str(tmp_path / "run"), "--overwrite", *last]) == 0
+        assert load(tmp_path / "run").config == saved
     expected = {"cell": "gru", "hidden_size": 8, "embedding_size": 5, "epochs": 1}
     assert {key: saved[key] for key in expected} == expected
     # The config.json of a run is a config file, too.
@@ -108,6 +112,14 @@ def test_a_config_file_sets_defaults_and_flags_override(tmp_path: Path, capsys: 
         assert "the --config file holds no settings: write lines such as" in refused(
             capsys, "train", "--config", str(config)
         )
+
+
+def test_an_empty_name_of_a_folder_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "--out names no folder" in refused(capsys, *TRAIN, "--out", "")
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.usefixtures("matplotlib")

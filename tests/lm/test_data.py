@@ -160,6 +160,7 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(
         (b"", "empty"),
         (b" \n\n", "empty"),
         (b"\x7fELF\0\0\1", "binary"),
+        ("text".encode("utf-32"), "is UTF-32: convert it with iconv -f utf-32"),
         ("text".encode("utf-16"), "is UTF-16: convert it with iconv -f utf-16"),
         ("語文".encode("utf-16"), "is UTF-16: convert it with iconv -f utf-16"),
         (b"\xfe\xff" + "語文".encode("utf-16-be"), "is UTF-16: convert it with iconv -f utf-16"),
