@@ -340,7 +340,7 @@ class Backward {
         break;
       }
       case Cell::gru: {
-        const S* const h = h_before<S>(x, place.lane, place.t, place.b) + j;
+        const S* const h = h_before<S>(x, place.lane, place.b, before) + j;
         Vec<T> r = load(tape, n), z = load(tape + H, n), n_x = load(tape + 2 * H, n), n_h = load(tape + 3 * H, n);
         store(carry_row(carry_h, place.lane, place.b) + j, gru_backward<Math<T>>(r, z, n_x, n_h, load(h, n), d_h));
         store(gates, n_x, n);

@@ -273,7 +273,7 @@ class ExtendedBackward {
     const int64_t state = place.lane * s.batch + place.b, row = place.lane * s.rows + place.row;
     T* carry = carry_h + state * state_stride + j;
     if (gates.states) {
-      const Vec<T> h = load(h_before<S>(x, place.lane, place.t, place.b) + j, n);
+      const Vec<T> h = load(h_before<S>(x, place.lane, place.b, row_before(s, place.lane, place.t, place.b)) + j, n);
       store(gates.states + row * s.state + j, h * load(at<S>(e.recurrent_mask, state * s.state + j), n), n);
     }
     Vec<T> d_h = load(carry), kept;
@@ -288,6 +288,7 @@ class ExtendedBackward {
   void row_gradients(const Place& place, const Local& local, const T* from_after, const T* from_projection) const {
     const int64_t H = s.hidden, state = place.lane * s.batch + place.b, row = place.lane * s.rows + place.row;
     const int64_t before = row_before(s, place.lane, place.t, place.b), out = (place.row * s.lanes + place.lane) * H;
+    const S* const h = h_before<S>(x, place.lane, place.b, before);
     const S* tape = at<S>(x.tape, row * columns.width);
     O* d = gates.gates + row * gates.stride;
     T* d_reads = d_read ? d_read + row * hidden_stride : local.d_read;
@@ -317,7 +318,7 @@ class ExtendedBackward {
           Vec<T> r = load(tape + j, n), z = load(tape + H + j, n), n_x = load(tape + 2 * H + j, n);
           Vec<T> n_h = load(tape + 3 * H + j, n);
           T* carry = carry_h + state * state_stride + j;
-          store(carry, load(carry) + gru_backward<Math<T>>(r, z, n_x, n_h, load(h_before<S>(x, place.lane, place.t, place.b) + j, n), d_h));
+          store(carry, load(carry) + gru_backward<Math<T>>(r, z, n_x, n_h, load(h + j, n), d_h));
           store(d + j, n_x, n);
           store(d + H + j, r, n);
           store(d + 2 * H + j, z, n);

@@ -238,7 +238,7 @@ class Forward {
     const int64_t x_row = table ? 0 : chunk_row(item, lane, chunk, step);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t b = item.first + r;
-      if constexpr (SAME) local.a[r] = reinterpret_cast<const O*>(h_before<S>(x, lane, t, b));
+      if constexpr (SAME) local.a[r] = reinterpret_cast<const O*>(h_before<S>(x, lane, b, row_before(s, lane, t, b)));
       if (!direct_state) local.a[r] = operand_row(step + 1, lane, b);
       local.start[r] = table ? packed.table + (lane * s.input + *at<int64_t>(x.input, first_row + r)) * columns
                              : gates_x(item, local, lane, step) + (x_row + r) * columns;

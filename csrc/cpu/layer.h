@@ -403,11 +403,10 @@ RNNFAST_INLINE int64_t row_before(const ScanShape& s, int64_t lane, int64_t t, i
   return t + 1 < s.steps && b < s.size_at(t + 1) ? s.offset_at(t + 1) + b : -1;
 }
 
-// The h before a row, of a forward or a backward scan.
+// The h of the row before, of a forward or a backward scan.
 template <class S, class Args>
-RNNFAST_INLINE const S* h_before(const Args& x, int64_t lane, int64_t t, int64_t b) {
+RNNFAST_INLINE const S* h_before(const Args& x, int64_t lane, int64_t b, int64_t before) {
   const ScanShape& s = x.shape;
-  const int64_t before = row_before(s, lane, t, b);
   return before >= 0 ? at<S>(x.output, (before * s.lanes + lane) * s.state) : at<S>(x.h_0, (lane * s.batch + b) * s.state);
 }
 

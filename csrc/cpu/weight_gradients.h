@@ -367,8 +367,8 @@ class WeightGradients {
     StepOfRow step_of(s);
     const auto state_before = [&](int64_t row) {
       if (d.states) return static_cast<const S*>(d.states + (lane * s.rows + row) * s.state);
-      const int64_t t = step_of(row);
-      return h_before<S>(x, lane, t, row - s.offset_at(t));
+      const int64_t t = step_of(row), b = row - s.offset_at(t);
+      return h_before<S>(x, lane, b, row_before(s, lane, t, b));
     };
     const int64_t end = min64(first + block_rows, gate_rows);
     const auto gates = [&](int64_t row) { return d.gates_h(lane, row); };

@@ -14,7 +14,7 @@ from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_f
 from torch._C._autograd import _profiler_enabled
 from torch._C._functorch import maybe_current_level
 from torch.autograd import forward_ad
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks, _has_any_global_hook
 
 from rnnfast import dispatch, functional, scan
 from rnnfast.backends import cpu
@@ -175,7 +175,11 @@ def plan_of_step(layer: Any) -> Plan | None:
         plan is None
         or plan.directions == 2
         or (is_grad_enabled() and not is_inference_mode_enabled())
-        or is_hooked(layer)
+        # `is_hooked`, of hooks that run without gradients and without a call: a step is short.
+        or layer._forward_pre_hooks
+        or layer._forward_hooks
+        or _global_forward_pre_hooks
+        or _global_forward_hooks
         or (layer.training and layer.dropout > 0 and len(plan.lanes) > 1)
     ):
         return None
