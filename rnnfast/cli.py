@@ -71,7 +71,7 @@ def _drop_unwritten() -> None:
 
 
 def _run(argv: list[str]) -> int:
-    parser = ArgumentParser(prog="rnnfast", description=rnnfast.__doc__, exit_on_error=False)
+    parser = ArgumentParser(prog="rnnfast", description=rnnfast.__doc__, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"rnnfast {rnnfast.__version__}")
     verbs = parser.add_subcommands(required=True, dest="verb")
     train_parser = _train_parser()
@@ -98,11 +98,14 @@ def _run(argv: list[str]) -> int:
 
 
 def _config_first(argv: list[str]) -> list[str]:
-    """The parser goes by the order of arguments, but flags override the --config file wherever they stand."""
+    """The parser goes by the order of arguments, but train's flags override the --config file wherever they stand."""
+    if argv[:1] != ["train"]:
+        return argv
     files, others, words = [], [], iter(argv)
     for word in words:
-        if word == "--config" or word.startswith("--config="):
-            files += [word, *islice(words, word == "--config")]
+        name, has_value, _ = word.partition("=")
+        if name == "--config":
+            files += [word, *islice(words, not has_value)]
         else:
             others.append(word)
     return [*others[:1], *files, *others[1:]]
@@ -135,7 +138,8 @@ NUMBERS = {"int": "a whole number", "float": "a number"}
 
 
 def _parser(verb: str, description: str) -> ArgumentParser:
-    return ArgumentParser(usage=f"rnnfast {verb} [options]", description=description, exit_on_error=False)
+    usage = f"rnnfast {verb} [options]"
+    return ArgumentParser(usage=usage, description=description, exit_on_error=False, allow_abbrev=False)
 
 
 def _train_parser() -> ArgumentParser:

@@ -47,7 +47,8 @@ def check_writable(path: Path) -> None:
         if path.exists() and not path.is_file():
             raise UserError(f"cannot write {path}: it is a folder or a device; give the name of a file")
         with _temporary(path) as file:
-            os.unlink(file.name)
+            temporary = file.name
+        os.unlink(temporary)
     except OSError as error:
         raise UserError(f"cannot write {path}: {reason(error)}; choose another place") from error
 

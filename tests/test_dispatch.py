@@ -29,11 +29,13 @@ def test_a_backend_is_loaded_once_by_many_threads() -> None:
         import threading, torch
         from rnnfast import dispatch
         request, begin = dispatch.Request("lstm", "cpu", torch.float32, False, False), threading.Barrier(8)
+        found = []
         def ask():
             begin.wait()
-            print(dispatch.choose(request, "triton").backend)
+            found.append(dispatch.choose(request, "triton").backend)
         threads = [threading.Thread(target=ask) for _ in range(8)]
         [thread.start() for thread in threads], [thread.join() for thread in threads]
+        print(*found)
     """
     pytest.importorskip("triton")
     environment = os.environ | {"TRITON_INTERPRET": "1"}
@@ -41,6 +43,20 @@ def test_a_backend_is_loaded_once_by_many_threads() -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["triton"] * 8
     assert "verrid" not in done.stderr  # torch's warning of operators that are registered again
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_child_that_was_forked_while_a_backend_was_loaded_may_load_one() -> None:
+    code = """if True:
+        import os
+        from rnnfast.backends import gpu_scan
+        with gpu_scan.loading:
+            child = os.fork()
+            if child == 0:
+                os._exit(not gpu_scan.loading.acquire(timeout=5))
+        raise SystemExit(os.waitpid(child, 0)[1])
+    """
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_unknown_names_are_refused_with_the_known_ones() -> None:

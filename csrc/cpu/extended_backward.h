@@ -135,7 +135,7 @@ class ExtendedBackward {
   }
   int64_t pieces() const { return s.lanes * states.count(); }
 
-  // ---- gains and peepholes: parallel in time, as the gradients in weight_gradients.h ----------------------------------------
+  // ---- gains and peepholes: parallel in time, as the gradients in weight_gradients.h -------------------------------
 
   int64_t tasks() const { return s.lanes * (gate_blocks() + cell_blocks() + peephole_blocks()); }
   static size_t task_bytes() { return 3 * SUM_COLUMNS * sizeof(T); }

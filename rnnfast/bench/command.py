@@ -62,7 +62,7 @@ def parser() -> ArgumentParser:
     benchmarks = "\n".join(f"  {name:18} {preset.title}" for name, preset in PRESETS.items())
     # The usage is the one part of the help whose lines are kept as they are.
     usage = f"rnnfast bench [BENCHMARK ...] [options]\n\nbenchmarks:\n{benchmarks}"
-    parser = ArgumentParser(usage=usage, description=DESCRIPTION, exit_on_error=False)
+    parser = ArgumentParser(usage=usage, description=DESCRIPTION, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("benchmarks", type=str, nargs="*", default=["layers"], help="by name; table is all of them")
     parser.add_argument("--quick", action="store_true", help="a few small cases of each, to see that everything works")
     for setting, help in HELP.items():

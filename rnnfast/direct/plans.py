@@ -161,11 +161,15 @@ def plan_of(module: Any) -> Plan | None:
         or plan.asked != dispatch.asked(module.backend)
         or plan.cell != dispatch.cell_of(module)  # an RNN's nonlinearity may be assigned
         or not all(map(is_, map(module._parameters.get, plan.names), plan.weights))
-        or (plan.lead and not all(map(is_, module._flat_weights, plan.weights)))  # of a layer; some assign to it
+        or (plan.lead and not _are_same(module._flat_weights, plan.weights))  # of a layer; some assign to it
         or is_observed()
     ):
         return None
     return plan
+
+
+def _are_same(these: Sequence[Any], those: Sequence[Any]) -> bool:
+    return len(these) == len(those) and all(map(is_, these, those))
 
 
 def plan_of_step(layer: Any) -> Plan | None:

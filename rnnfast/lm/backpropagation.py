@@ -17,12 +17,12 @@ from torch.optim import SGD
 from torch.optim import optimizer as torch_optimizer
 
 from rnnfast.backends.cpu.packing import count_fused_step
-from rnnfast.direct.plans import is_hooked, is_observed
+from rnnfast.direct.plans import is_observed
 from rnnfast.direct.training import empty
 from rnnfast.lm import operators
 from rnnfast.lm.loss import cross_entropy, cross_entropy_of_logits
 from rnnfast.lm.model import RNNLM, RNNLMScratch, State, detach
-from rnnfast.lm.parts import is_linear, parts_of
+from rnnfast.lm.parts import is_as_made, parts_of
 
 
 def backpropagate(
@@ -97,8 +97,7 @@ def loss_of(
     device, mixed = inputs.device.type, precision == "bfloat16"
     is_plain = not mixed and not torch.is_autocast_enabled(device)
     with nullcontext() if is_plain else torch.autocast(device, torch.bfloat16, enabled=mixed):
-        # Hooks of the model and of its head run only if these are called.
-        if any(map(is_hooked, model.modules())) or (isinstance(model, RNNLM) and not is_linear(model.head)):
+        if not is_as_made(model):  # what was changed, hooks for one, may only be seen in calls
             logits, state = model(inputs, state)
             return cross_entropy_of_logits(logits.flatten(0, -2), targets.flatten()), state
         hidden, state = model.hidden_states(inputs, state)

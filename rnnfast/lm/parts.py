@@ -12,6 +12,8 @@ from rnnfast.direct.plans import is_hooked
 from rnnfast.layers import DropIn
 from rnnfast.lm.model import RNNLM, RNNLMScratch
 
+_METHODS = {"forward", "hidden_states", "head_weights"}  # which somebody may replace on the object
+
 
 class Parts(NamedTuple):
     """The weights as they are now; those of the model from scratch as torch.nn lays them out."""
@@ -30,11 +32,9 @@ def parts_of(model: nn.Module, dtype: torch.dtype | None = None) -> Parts | None
     it is not that of their weights.
     """
     layers: list[functional.Weights]
-    if any(is_hooked(module) or "forward" in vars(module) for module in model.modules()):
+    if not is_as_made(model):
         return None
     if type(model) is RNNLM:
-        if not isinstance(model.rnn, DropIn) or model.rnn.proj_size or not is_linear(model.head):
-            return None
         layers, cell, backend = functional.lane_weights(model.rnn), model.rnn.mode.lower(), model.rnn.backend
         embedding = None if model.embedding is None else model.embedding.weight
         head_weight, head_bias = model.head.weight, model.head.bias
@@ -53,6 +53,17 @@ def parts_of(model: nn.Module, dtype: torch.dtype | None = None) -> Parts | None
     return Parts(layers, cell, embedding, head_weight, head_bias)
 
 
-def is_linear(head: nn.Module) -> bool:
-    """Whether its product with its weight, and its bias, are all that a head makes of hidden states."""
-    return type(head).forward is nn.Linear.forward
+def is_as_made(model: nn.Module) -> bool:
+    """Whether a language model and its parts compute what they were made to, and no hook sees them do so."""
+    if any(is_hooked(module) or not _METHODS.isdisjoint(vars(module)) for module in model.modules()):
+        return False
+    if type(model) is not RNNLM:
+        return type(model) is RNNLMScratch
+    rnn, embedding = model.rnn, model.embedding
+    if type(rnn).forward is not DropIn.forward or rnn.proj_size or rnn.batch_first:
+        return False
+    if embedding is not None and (
+        type(embedding).forward is not nn.Embedding.forward or embedding.max_norm is not None
+    ):
+        return False
+    return rnn.bidirectional == model.bidirectional and type(model.head).forward is nn.Linear.forward

@@ -416,12 +416,27 @@ class DoublingHead(nn.Linear):
         return 2 * super().forward(input)
 
 
+class DoublingLayer(rnnfast.LSTM):
+    def forward(self, input: Tensor, hx: Any = None, **options: Any) -> Any:
+        output, state = super().forward(input, hx, **options)
+        return 2 * output, state
+
+
+def doubled_states(model: RNNLM, ids: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+    output, state = RNNLM.hidden_states(model, ids, state)
+    return 2 * output, state
+
+
 OTHER_PARTS: dict[str, Callable[[RNNLM], Any]] = {
     "projected": lambda model: setattr(model, "rnn", rnnfast.LSTM(VOCABULARY, 32, proj_size=UNITS)),
     "torch.nn's": lambda model: setattr(model, "rnn", nn.LSTM(VOCABULARY, UNITS)),
     "no bias": lambda model: setattr(model, "head", nn.Linear(UNITS, VOCABULARY, bias=False)),
     "several heads": lambda model: setattr(model, "head", nn.Sequential(nn.Tanh(), nn.Linear(UNITS, VOCABULARY))),
     "subclass": lambda model: setattr(model, "head", DoublingHead(UNITS, VOCABULARY)),
+    "patched head": lambda model: setattr(model.head, "forward", lambda rows: 3 * rows @ model.head.weight.t()),
+    "patched model": lambda model: setattr(model, "hidden_states", functools.partial(doubled_states, model)),
+    "subclass of a layer": lambda model: setattr(model, "rnn", DoublingLayer(VOCABULARY, UNITS)),
+    "batch first": lambda model: setattr(model, "rnn", rnnfast.LSTM(VOCABULARY, UNITS, batch_first=True)),
     "patched": lambda model: setattr(model.rnn, "forward", lambda *_: (torch.zeros(T, B, UNITS), (torch.zeros(()),))),
 }
 
@@ -440,7 +455,7 @@ def test_a_model_with_other_parts_is_trained_as_it_computes(part: str, descents:
             nn.init.uniform_(parameter, -0.2, 0.2)
         state = None
         for x, y in zip(inputs, targets, strict=True):
-            loss, state = step(model, optimizer, x, y, state, 1.0)
+            loss, state = step(model, optimizer, x, y, None if part == "batch first" else state, 1.0)
         found.append([loss, *model.parameters()])
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
     assert not descents
@@ -456,7 +471,10 @@ def plain_step(model: RNNLM, optimizer: Any, x: Tensor, y: Tensor, state: Any, c
     return loss.detach(), None if state is None else tuple(part.detach() for part in state)
 
 
-@pytest.mark.parametrize("part", ["projected", "no bias", "several heads", "subclass"])
+@pytest.mark.parametrize(
+    "part",
+    ["projected", "no bias", "several heads", "subclass", "patched head", "patched model", "subclass of a layer"],
+)
 def test_a_model_with_other_parts_writes_what_it_computes(part: str) -> None:
     model, written = model_of("lstm"), [1, 2]
     OTHER_PARTS[part](model)

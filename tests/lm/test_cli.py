@@ -100,6 +100,7 @@ def test_a_config_file_sets_defaults_and_flags_override(tmp_path: Path, capsys: 
     again = ["train", "--config", str(tmp_path / "run" / "config.json"), "--out", str(tmp_path / "again")]
     assert main(again) == 0
     assert load(tmp_path / "again").config == saved
+    assert "unrecognized arguments: --conf" in refused(capsys, "train", "--conf", str(config))
     config.write_text("hidden: 12\n")
     assert "hidden" in refused(capsys, "train", "--config", str(config))
     for value in ("many", "null", "1" + "0" * 23):

@@ -144,9 +144,10 @@ def _of_this_processor(compiler: Sequence[str]) -> tuple[str, ...]:
     """What csrc/cpu/choose.cpp would choose here: a set for float32 and, if there is one, another for bfloat16."""
     command = [*compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    if done.returncode:
-        return ALL
     has = {f"-m{macro.lower().replace('_', '-')}" for macro in re.findall(r"#define __(\w+)__ ", done.stdout)}
+    if done.returncode or not has:
+        return ALL
+    has.add("-mprfchw")  # a hint, which does nothing where a processor lacks it
     found = [name for name, flags in _INSTRUCTION_SETS.items() if has.issuperset(flags.split())]
     *_, best = (name for name in found if name not in _NEWER)
     return best, *[name for name in found if name in _NEWER][-1:]
