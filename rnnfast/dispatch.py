@@ -8,6 +8,7 @@ the card's table of measurements (rnnfast/table.py); elsewhere it is `_AUTO`'s.
 from __future__ import annotations
 
 import importlib
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -97,13 +98,21 @@ class Backend(NamedTuple):
         if missing and self.name != "reference":
             reason = f"it has no {' or '.join(missing)}, which the reference has"
         if reason is None and self.name not in _loaded:
-            reason = self.why_not()
-            if reason is None:
-                try:
-                    self.load()
-                except RuntimeError as error:
-                    return str(error)
-                _loaded.add(self.name)
+            with _loading:
+                reason = self._why_not_loaded()
+        return reason
+
+    def _why_not_loaded(self) -> str | None:
+        """Loads it, unless another thread has done so meanwhile."""
+        if self.name in _loaded:
+            return None
+        reason = self.why_not()
+        if reason is None:
+            try:
+                self.load()
+            except RuntimeError as error:
+                return str(error)
+            _loaded.add(self.name)
         return reason
 
 
@@ -167,6 +176,17 @@ _USUAL_ROWS, _USUAL_STEPS = 32, 128
 HINT = "`rnnfast tune` measures the GPU kernels on this card; until then `auto` does not use them"
 
 _loaded: set[str] = set()
+_loading = threading.Lock()  # several threads may ask for a backend at once
+
+
+def _forked() -> None:
+    """A child may have been forked while another thread loaded a backend, and has no such thread."""
+    global _loading
+    _loading = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_forked)
 
 
 class _Context(threading.local):

@@ -6,8 +6,6 @@ D lanes, N rows, B rows of the first step, T steps, H hidden units, G gates.
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -16,18 +14,6 @@ from torch import Tensor
 
 from rnnfast.backends import products
 from rnnfast.cells import CELLS
-
-loading = threading.Lock()  # while a backend is: several threads may ask for it at once
-
-
-def _forked() -> None:
-    """A child may have been forked while another thread loaded one, and has no such thread."""
-    global loading
-    loading = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=_forked)
 
 
 class ScanShape(NamedTuple):

@@ -6,8 +6,6 @@ Nothing is compiled or loaded at import.
 from __future__ import annotations
 
 import ctypes
-import os
-import threading
 from struct import Struct
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +30,6 @@ _SCHEMAS = (
     "direct_layer_cpu(Tensor w_ih, Tensor w_hh, Tensor? w_hr, str cell, bool ids) -> Tensor",
     "direct_empty_cpu(Tensor like, int[] sizes) -> Tensor",
 )
-_lock = threading.Lock()
 _library: Any = None
 # The C functions of csrc/cpu/direct.h, once the library is loaded. Each takes the bytes of a structure of 64-bit
 # fields, which are packed by what is called after it below, and returns whether it is done, or the weights are stale,
@@ -54,18 +51,10 @@ _loaded = False
 _failure: str | None = None
 
 
-def _forked() -> None:
-    """A child may have been forked while another thread compiled, and has no such thread."""
-    global _lock
-    _lock = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=_forked)
-
-
 def load() -> None:
     """Loads the native library, compiling it first if need be (about a minute on two cores, once).
+
+    Of several threads that ask for a backend, `dispatch` lets one load it.
 
     Raises:
         RuntimeError: there is no library and it cannot be compiled; the message says why.
@@ -74,40 +63,37 @@ def load() -> None:
     global infer, forward, backward, weight_gradients, pack_backward, gates_bytes, are_as_they_were, is_stalled
     if _loaded:
         return
-    with _lock:
-        if _loaded:
-            return
-        reason = why_not()
-        if reason is not None:
-            raise RuntimeError(reason)
+    reason = why_not()
+    if reason is not None:
+        raise RuntimeError(reason)
+    try:
+        path = build.library()
         try:
-            path = build.library()
-            try:
-                torch.ops.load_library(str(path))
-            except OSError as error:
-                raise RuntimeError(f"{error}; if it is damaged, delete that file") from error
-            _library = torch.library.Library("rnnfast", "FRAGMENT")
-            for schema in _SCHEMAS:
-                _library.define(schema)
-            torch.library.register_fake("rnnfast::direct_empty_cpu", _empty, lib=_library)
-            functions = ctypes.CDLL(str(path))
-            infer, forward, backward, weight_gradients, pack_backward = of_structures = [
-                getattr(functions, f"rnnfast_{name}_cpu") for name in _FIELDS
-            ]
-            for function in of_structures:
-                function.argtypes = [ctypes.c_char_p]
-            pack_backward.restype = ctypes.c_int64
-            gates_bytes, are_as_they_were = functions.rnnfast_gates_bytes_cpu, functions.rnnfast_are_as_they_were_cpu
-            gates_bytes.argtypes = are_as_they_were.argtypes = [ctypes.c_void_p]
-            is_stalled = functions.rnnfast_is_stalled_cpu
-        except (OSError, RuntimeError, ValueError) as error:
-            _failure = f"the native library failed to compile or load: {error}"
-            if isinstance(error, OSError) and str(error.filename).startswith(str(files.cache_folder())):
-                _failure += "; set RNNFAST_CACHE to a folder that can be written"
-            # `auto` goes on without it, and slower, as `explain` tells those who ask.
-            note(_failure)
-            raise RuntimeError(_failure) from error
-        _loaded = True
+            torch.ops.load_library(str(path))
+        except OSError as error:
+            raise RuntimeError(f"{error}; if it is damaged, delete that file") from error
+        _library = torch.library.Library("rnnfast", "FRAGMENT")
+        for schema in _SCHEMAS:
+            _library.define(schema)
+        torch.library.register_fake("rnnfast::direct_empty_cpu", _empty, lib=_library)
+        functions = ctypes.CDLL(str(path))
+        infer, forward, backward, weight_gradients, pack_backward = of_structures = [
+            getattr(functions, f"rnnfast_{name}_cpu") for name in _FIELDS
+        ]
+        for function in of_structures:
+            function.argtypes = [ctypes.c_char_p]
+        pack_backward.restype = ctypes.c_int64
+        gates_bytes, are_as_they_were = functions.rnnfast_gates_bytes_cpu, functions.rnnfast_are_as_they_were_cpu
+        gates_bytes.argtypes = are_as_they_were.argtypes = [ctypes.c_void_p]
+        is_stalled = functions.rnnfast_is_stalled_cpu
+    except (OSError, RuntimeError, ValueError) as error:
+        _failure = f"the native library failed to compile or load: {error}"
+        if isinstance(error, OSError) and str(error.filename).startswith(str(files.cache_folder())):
+            _failure += "; set RNNFAST_CACHE to a folder that can be written"
+        # `auto` goes on without it, and slower, as `explain` tells those who ask.
+        note(_failure)
+        raise RuntimeError(_failure) from error
+    _loaded = True
 
 
 def empty(like: Tensor, *sizes: int) -> Tensor:

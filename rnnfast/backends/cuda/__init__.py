@@ -51,20 +51,19 @@ def load() -> None:
         RuntimeError: the backend cannot run here, or its kernels do not compile; the message says why.
     """
     global _library, _failure
-    with gpu_scan.loading:
-        if _library is not None:
-            return
-        reason = why_not()
-        if reason is not None:
-            raise RuntimeError(f"the cuda backend is not available: {reason}")
-        from rnnfast.backends.cuda import build
+    if _library is not None:
+        return
+    reason = why_not()
+    if reason is not None:
+        raise RuntimeError(f"the cuda backend is not available: {reason}")
+    from rnnfast.backends.cuda import build
 
-        try:
-            torch.ops.load_library(str(build.library()))
-        except (OSError, RuntimeError) as error:
-            _failure = f"its kernels failed to compile or load: {error}"
-            raise RuntimeError(f"the cuda backend is not available: {_failure}") from error
-        _library = register("CUDA")
+    try:
+        torch.ops.load_library(str(build.library()))
+    except (OSError, RuntimeError) as error:
+        _failure = f"its kernels failed to compile or load: {error}"
+        raise RuntimeError(f"the cuda backend is not available: {_failure}") from error
+    _library = register("CUDA")
 
 
 def register(key: str) -> torch.library.Library:

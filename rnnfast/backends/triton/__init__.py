@@ -50,20 +50,19 @@ def load() -> None:
     Raises RuntimeError where the backend cannot run.
     """
     global _library
-    with gpu_scan.loading:
-        if _library is not None:
-            return
-        reason = why_not()
-        if reason is not None:
-            raise RuntimeError(f"the triton backend is not available: {reason}")
-        from rnnfast.backends.triton import launch
+    if _library is not None:
+        return
+    reason = why_not()
+    if reason is not None:
+        raise RuntimeError(f"the triton backend is not available: {reason}")
+    from rnnfast.backends.triton import launch
 
-        if interpreted():
-            from rnnfast.backends.triton import interpreter
+    if interpreted():
+        from rnnfast.backends.triton import interpreter
 
-            interpreter.repair()
-        library = torch.library.Library("rnnfast", "IMPL")
-        for key in ("CUDA", "CPU") if interpreted() else ("CUDA",):
-            library.impl("scan_triton", without_autocast(launch.forward), key)
-            library.impl("scan_triton_backward", without_autocast(launch.backward), key)
-        _library = library
+        interpreter.repair()
+    library = torch.library.Library("rnnfast", "IMPL")
+    for key in ("CUDA", "CPU") if interpreted() else ("CUDA",):
+        library.impl("scan_triton", without_autocast(launch.forward), key)
+        library.impl("scan_triton_backward", without_autocast(launch.backward), key)
+    _library = library
