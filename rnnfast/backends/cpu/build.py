@@ -65,7 +65,9 @@ def library() -> Path:
 
     name, *words = building.compiler()
     compiler = Path(name).resolve()
-    instruction_sets = ALL if os.environ.get("RNNFAST_CPU_ISA") else _of_this_processor([name, *words])
+    instruction_sets, wanted = _of_this_processor([name, *words]), os.environ.get("RNNFAST_CPU_ISA")
+    if wanted in ALL and wanted not in instruction_sets:
+        instruction_sets = ALL
     stamp = (source_hash(), [compiler, *words], compiler.stat().st_mtime_ns, torch.__version__, instruction_sets)
     compile_for = partial(compile_library, instruction_sets=instruction_sets)
     return building.compiled_once(stamp, "librnnfast.so", "the native scan", compile_for)
