@@ -13,6 +13,7 @@ namespace rnnfast::RNNFAST_ISA {
 #define RNNFAST_VECTORS_2(r, MACRO) RNNFAST_VECTORS_1(r, MACRO) MACRO(r, 1)
 #define RNNFAST_VECTORS_3(r, MACRO) RNNFAST_VECTORS_2(r, MACRO) MACRO(r, 2)
 #define RNNFAST_VECTORS_4(r, MACRO) RNNFAST_VECTORS_3(r, MACRO) MACRO(r, 3)
+#define RNNFAST_VECTORS_6(r, MACRO) RNNFAST_VECTORS_4(r, MACRO) MACRO(r, 4) MACRO(r, 5)
 #define RNNFAST_ROWS_1(NV, ROW, MACRO) ROW(NV, 0, MACRO)
 #define RNNFAST_ROWS_2(NV, ROW, MACRO) RNNFAST_ROWS_1(NV, ROW, MACRO) ROW(NV, 1, MACRO)
 #define RNNFAST_ROWS_3(NV, ROW, MACRO) RNNFAST_ROWS_2(NV, ROW, MACRO) ROW(NV, 2, MACRO)
@@ -46,7 +47,7 @@ namespace rnnfast::RNNFAST_ISA {
 #define RNNFAST_CLOBBER_6 RNNFAST_CLOBBER_5, "r13"
 #define RNNFAST_CLOBBER_7 RNNFAST_CLOBBER_6, "r14"
 #define RNNFAST_CLOBBER_8 RNNFAST_CLOBBER_7, "r15"
-#define RNNFAST_LOAD_ROW(r) "mov 16+8*" #r "(%[tile]), " RNNFAST_ROW_##r "\n"
+#define RNNFAST_LOAD_ROW(r) "mov 24+8*" #r "(%[tile]), " RNNFAST_ROW_##r "\n"
 
 // The instructions of a unit of k, the first of two or the second, whose vectors of w are `at`. S ends the names of those that take
 // numbers, "s" or "d", of SIZE bytes.
@@ -67,8 +68,26 @@ namespace rnnfast::RNNFAST_ISA {
 #define RNNFAST_FIRST_UNIT(ROWS, NV) RNNFAST_READ_##NV("%[w]") RNNFAST_ROWS_##ROWS(NV, RNNFAST_FIRST_ROW, RNNFAST_FIRST)
 #define RNNFAST_SECOND_UNIT(ROWS, NV) RNNFAST_READ_##NV("%[w],%%rax") RNNFAST_ROWS_##ROWS(NV, RNNFAST_SECOND_ROW, RNNFAST_SECOND)
 
+// The same for a pair of panels; where the second one is, of this unit and the next, follows behind the rows' registers.
+#define RNNFAST_LOAD_PAIR "mov 16(%[tile]), %%r10\n" "lea (%%r10,%%rax), %%r11\n"
+#define RNNFAST_PAIR_ROW(r, unit) "vbroadcasts" S " " unit "(" RNNFAST_ROW_##r ",%[k]), %%ymm15\n"
+#define RNNFAST_PAIR_PANEL(r, at, c0, c1, c2)                   \
+  "vfmadd231p" S " (" at "), %%ymm15, %[s" #r #c0 "]\n"         \
+  "vfmadd231p" S " 32(" at "), %%ymm15, %[s" #r #c1 "]\n"       \
+  "vfmadd231p" S " 64(" at "), %%ymm15, %[s" #r #c2 "]\n"
+#define RNNFAST_PAIR_READ(r, c0, c1, c2)                     \
+  "vfmadd231p" S " %%ymm12, %%ymm15, %[s" #r #c0 "]\n"       \
+  "vfmadd231p" S " %%ymm13, %%ymm15, %[s" #r #c1 "]\n"       \
+  "vfmadd231p" S " %%ymm14, %%ymm15, %[s" #r #c2 "]\n"
+#define RNNFAST_PAIR_1(unit, at, second) \
+  RNNFAST_PAIR_ROW(0, unit) RNNFAST_PAIR_PANEL(0, at, 0, 1, 2) RNNFAST_PAIR_PANEL(0, second, 3, 4, 5)
+#define RNNFAST_PAIR_2(unit, at, second)                                                                         \
+  RNNFAST_READ_3(at) RNNFAST_PAIR_ROW(0, unit) RNNFAST_PAIR_READ(0, 0, 1, 2)                                     \
+  RNNFAST_PAIR_ROW(1, unit) RNNFAST_PAIR_READ(1, 0, 1, 2) RNNFAST_READ_3(second) RNNFAST_PAIR_READ(1, 3, 4, 5)   \
+  RNNFAST_PAIR_ROW(0, unit) RNNFAST_PAIR_READ(0, 3, 4, 5)
+
 // Two units at a time, as everywhere; an odd one is the first.
-#define RNNFAST_TILE(ROWS, NV)                                                                                           \
+#define RNNFAST_LOOP(ROWS, NV, PREPARE, FIRST_UNIT, SECOND_UNIT, ...)                                                    \
   if constexpr (R == ROWS && VECTORS == NV) {                                                                            \
     RNNFAST_ROWS_##ROWS(NV, RNNFAST_EACH, RNNFAST_DECLARE)                                                               \
     do {                                                                                                                 \
@@ -77,15 +96,15 @@ namespace rnnfast::RNNFAST_ISA {
       asm volatile(RNNFAST_ROWS_##ROWS(NV, RNNFAST_EACH_ROW, RNNFAST_LOAD_ROW)                                           \
                    "mov (%[tile]), %%rdx\n"                                                                              \
                    "sub %[k], %%rdx\n"                                                                                   \
+                   "mov 8(%[tile]), %%rax\n" PREPARE                                                                     \
                    "test $" SIZE ", %%rdx\n"                                                                             \
                    "mov (%[tile]), %%rdx\n"                                                                              \
-                   "mov 8(%[tile]), %%rax\n"                                                                             \
-                   "je 1f\n" RNNFAST_FIRST_UNIT(ROWS, NV)                                                                \
+                   "je 1f\n" FIRST_UNIT                                                                                  \
                    "add %%rax, %[w]\n"                                                                                   \
                    "add $" SIZE ", %[k]\n"                                                                               \
                    "cmp %%rdx, %[k]\n"                                                                                   \
                    "je 2f\n"                                                                                             \
-                   "1:\n" RNNFAST_FIRST_UNIT(ROWS, NV) RNNFAST_SECOND_UNIT(ROWS, NV)                                     \
+                   "1:\n" FIRST_UNIT SECOND_UNIT                                                                         \
                    "lea (%[w],%%rax,2), %[w]\n"                                                                          \
                    "add $2*" SIZE ", %[k]\n"                                                                             \
                    "cmp %%rdx, %[k]\n"                                                                                   \
@@ -93,16 +112,21 @@ namespace rnnfast::RNNFAST_ISA {
                    "2:\n"                                                                                                \
                    : RNNFAST_ROWS_##ROWS(NV, RNNFAST_EACH, RNNFAST_SUM)[w] "+r"(w), [k] "+r"(k)                          \
                    : [tile] "r"(&tile)                                                                                   \
-                   : "memory", "cc", "rax", "rdx", RNNFAST_CLOBBER_##ROWS, "xmm12", "xmm13", "xmm14", "xmm15");          \
+                   : "memory", "cc", "rax", "rdx", __VA_ARGS__, "xmm12", "xmm13", "xmm14", "xmm15");                     \
     } while (k < end);                                                                                                   \
     RNNFAST_ROWS_##ROWS(NV, RNNFAST_EACH, RNNFAST_TAKE)                                                                  \
   }
+#define RNNFAST_TILE(ROWS, NV) \
+  RNNFAST_LOOP(ROWS, NV, , RNNFAST_FIRST_UNIT(ROWS, NV), RNNFAST_SECOND_UNIT(ROWS, NV), RNNFAST_CLOBBER_##ROWS)
+#define RNNFAST_PAIR(ROWS)                                                                                            \
+  RNNFAST_LOOP(ROWS, 6, RNNFAST_LOAD_PAIR, RNNFAST_PAIR_##ROWS("", "%[w]", "%[w],%%r10"),                             \
+               RNNFAST_PAIR_##ROWS(SIZE, "%[w],%%rax", "%[w],%%r11"), RNNFAST_CLOBBER_##ROWS, "r10", "r11")
 #define RNNFAST_EVERY_TILE                                                                       \
   RNNFAST_TILE(1, 1) RNNFAST_TILE(2, 1) RNNFAST_TILE(3, 1) RNNFAST_TILE(4, 1) RNNFAST_TILE(5, 1) \
   RNNFAST_TILE(6, 1) RNNFAST_TILE(7, 1) RNNFAST_TILE(8, 1) RNNFAST_TILE(1, 2) RNNFAST_TILE(2, 2) \
   RNNFAST_TILE(3, 2) RNNFAST_TILE(4, 2) RNNFAST_TILE(5, 2) RNNFAST_TILE(6, 2) RNNFAST_TILE(1, 3) \
   RNNFAST_TILE(2, 3) RNNFAST_TILE(3, 3) RNNFAST_TILE(4, 3) RNNFAST_TILE(1, 4) RNNFAST_TILE(2, 4) \
-  RNNFAST_TILE(3, 4)
+  RNNFAST_TILE(3, 4) RNNFAST_PAIR(1) RNNFAST_PAIR(2)
 
 // sum[r] += row[r][0..k_units) w, from zeros.
 template <int R, int VECTORS, class T>
@@ -111,10 +135,11 @@ RNNFAST_INLINE void multiply(int64_t k_units, const T* const (&row)[R], const T*
   static_assert(R <= max_rows(VECTORS), "there is such a tile");
   if (k_units == 0) return;
   struct {
-    int64_t end, stride;  // bytes
+    int64_t end, stride, second;  // bytes
     const T* row[R];
   } tile;
-  tile.stride = w_stride * int64_t(sizeof(T));
+  tile.second = w_stride * int64_t(sizeof(T));
+  tile.stride = VECTORS == PAIR ? int64_t(PAIR / 2 * sizeof(Vec<T>)) : tile.second;
   for (int r = 0; r < R; ++r) tile.row[r] = row[r];
   const int64_t end = k_units * int64_t(sizeof(T)), block = ahead ? ahead->block * int64_t(sizeof(T)) : end;
   int64_t k = 0;

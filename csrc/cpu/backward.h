@@ -258,7 +258,7 @@ class Backward {
         row += first;
         if (block > 0 || !start(row, count, sums))
           for (int r = 0; r < count; ++r) local.start[r] = sums + r * width * V;
-        Ahead fetched(walk.ahead(piece, block, tile, of), ahead, blocks * of, walk.block_units(0));
+        Ahead fetched(walk.ahead(piece, block, of, tile, of), ahead, blocks * of, walk.block_units(0));
         tile_function<O>(count, width)(walk.block_units(block), local.a + block * rows + row, w, local.start, 0, nullptr, sums,
                                        width * V, fetched.any());
         if (block + 1 == blocks) finish(row, count, sums);

@@ -107,7 +107,7 @@ void multiply_rows(Walk<O>& walk, const Panels& panels, int64_t depth, int64_t s
     const int width = panels.width(piece.panel);
     T* to = out(lane) + piece.panel * panels.vectors * V;
     for_tiles(n, width, [&](int64_t row, int count, int64_t tile, int64_t tiles) {
-      Ahead fetched(walk.ahead(piece, 0, tile, tiles));
+      Ahead fetched(walk.ahead(piece, 0, tiles, tile, tiles));
       tile_function<O>(count, width)(units<O>(depth), a + row, walk.weights(lane, piece.panel), start, 0, nullptr,
                                      to + row * stride, stride, fetched.any());
     });

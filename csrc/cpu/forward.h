@@ -37,7 +37,7 @@ class Forward {
     T* gates_x;       // (lanes of the item, chunk rows, columns)
     O* inputs;        // (chunk rows, input_stride), where not direct
     int member, members;
-    T* tile;          // (MAX_ROWS, MAX_VECTORS * V)
+    T* sums;          // of a piece: (rows of a part, its columns); or (MAX_ROWS, MAX_VECTORS * V)
   };
 
   Forward(const ForwardArgs& args, const PackedLayer<S, O>& layer, const Split& how)
@@ -71,7 +71,8 @@ class Forward {
     local.start = carver.take<const T*>(rows);
     local.gates_x = carver.take<T>(table ? 0 : lanes * rows * columns);
     local.inputs = carver.take<O>(direct_input || s.ids ? 0 : rows * input_stride);
-    local.tile = carver.take<T>(MAX_ROWS * MAX_VECTORS * V);
+    const int64_t most = packed.gates.vectors;
+    local.sums = carver.take<T>(max64(MAX_ROWS * MAX_VECTORS, part_rows(int(most)) * most) * V);
     return local;
   }
 
@@ -185,36 +186,35 @@ class Forward {
     }
     if (s.ids) return;
     rows = min64(rows, own.end) - own.first;
-    const Panels& panels = packed.gates;
+    const GatePieces& pieces = packed.gates;
     const O* const w_ih = packed.w_ih + lane * packed.ih_size();
-    const bool far = is_far(local) && s.lanes * packed.ih_size() * int64_t(sizeof(O)) > weights_fetched.beyond_bytes;
-    for (int64_t p = slice.first; p < slice.end; ++p) {
-      const O* w = w_ih + panel_offset<O>(panels, p, s.input);
-      const int64_t column = p * panels.vectors * V;
-      const int width = panels.width(p);
-      for_tiles(rows, width, [&](int64_t row, int count, int64_t tile, int64_t tiles) {
+    const bool far = is_far(local);
+    const int64_t not_fetching = tiles_not_fetching(s.lanes * packed.ih_size() * int64_t(sizeof(O)));
+    const int64_t end_vector = min64(slice.end * pieces.vectors, pieces.total_vectors);
+    for (int64_t vector = slice.first * pieces.vectors, width; vector < end_vector; vector += width) {
+      width = pieces.panel_width(vector);
+      const O* const w = w_ih + vector_offset<O>(vector, s.input);
+      for_tiles(rows, int(width), [&](int64_t row, int count, int64_t tile, int64_t tiles) {
         row += own.first;
         Ahead::Stream next;
-        if (far && tiles > weights_fetched.beyond_tiles && p + 1 < slice.end)
-          next = share_of_panel<O>(w_ih + panel_offset<O>(panels, p + 1, s.input), panels.width(p + 1), s.input, tile, tiles);
+        if (far && tiles > not_fetching && vector + width < end_vector)
+          next = share_of_panel<O>(w_ih + vector_offset<O>(vector + width, s.input), pieces.panel_width(vector + width), s.input, tile,
+                                   tiles);
         Ahead fetched(next);
-        tile_function<O>(count, width)(units<O>(s.input), local.a + row, w, local.start + row, column, nullptr,
-                                       out + row * columns + column, columns, fetched.any());
+        tile_function<O>(count, int(width))(units<O>(s.input), local.a + row, w, local.start + row, vector * V, nullptr,
+                                            out + row * columns + vector * V, columns, fetched.any());
       });
     }
   }
 
   void gather(T* out, int64_t lane, int64_t id, const Slice& slice) const {
-    const Panels& panels = packed.gates;
+    const Panels& pieces = packed.gates;
     const int64_t gate_rows = s.gates() * s.hidden;
-    for (int64_t p = slice.first; p < slice.end; ++p)
-      for (int c = 0; c < panels.width(p); ++c) {
-        const int64_t column = (p * panels.vectors + c) * V;
-        for (int e = 0; e < V; ++e) {
-          const int64_t row = packed.weight_row(p, c, e);
-          const T w = row < 0 ? T(0) : widen(*at<S>(x.w_ih, (lane * gate_rows + row) * s.input + id));
-          out[column + e] = packed.bias[lane * columns + column + e] + w;
-        }
+    for (int64_t vector = slice.first * pieces.vectors; vector < min64(slice.end * pieces.vectors, pieces.total_vectors); ++vector)
+      for (int e = 0; e < V; ++e) {
+        const int64_t row = packed.weight_row(vector, e);
+        const T w = row < 0 ? T(0) : widen(*at<S>(x.w_ih, (lane * gate_rows + row) * s.input + id));
+        out[vector * V + e] = packed.bias[lane * columns + vector * V + e] + w;
       }
   }
 
@@ -245,29 +245,53 @@ class Forward {
     }
   }
 
-  void run_piece(const Item& item, const Local& local, const Walk<O>& walk, const Piece& piece, int64_t step,
-                 RowsAhead& ahead) const {
+  // Inlined, as a piece of one row takes little longer than a call.
+  __attribute__((always_inline)) void run_piece(const Item& item, const Local& local, const Walk<O>& walk, const Piece& piece,
+                                                int64_t step, RowsAhead& ahead) const {
     const int64_t lane = piece.lane, t = s.time(lane, step), rows = alive(s, item, t), first_row = s.offset_at(t) + item.first;
-    const Panels& panels = packed.gates;
-    const int64_t p = piece.panel, first = piece.first(rows, walk.groups()), end = piece.end(rows, walk.groups());
-    const T* last = s.cell == Cell::gru ? packed.bias_n + lane * round_up(s.hidden, V) + p * V : nullptr;
-    const int width = panels.width(p);
-    for_tiles(end - first, width, [&](int64_t row, int count, int64_t tile, int64_t tiles) {
+    const int64_t first = piece.first(rows, walk.groups()), end = piece.end(rows, walk.groups());
+    const int width = packed.gates.width(piece.panel), panel = packed.gates.panel, gates = int(s.gates());
+    const int panels = width <= panel ? 1 : (width + panel - 1) / panel;
+    const int64_t vector = piece.panel * packed.gates.vectors, unit = piece.panel * packed.gates.units * V;
+    const O* const weights = walk.weights(lane, piece.panel).data;
+    const T* const bias_n = s.cell == Cell::gru ? packed.bias_n + lane * round_up(s.hidden, V) + unit : nullptr;
+    for_parts(end - first, part_rows(width), [&](int64_t row, int count, int64_t part, int64_t parts) __attribute__((always_inline)) {
       row += first;
-      Ahead fetched(walk.ahead(piece, 0, tile, tiles), ahead, tiles, units<O>(s.state));
-      tile_function<O>(count, width)(units<O>(s.state), local.a + row, walk.weights(lane, p), local.start + row,
-                                     p * panels.vectors * V, last, local.tile, width * V, fetched.any());
-      for (int r = 0; r < count; ++r) {
-        const Place place{lane, first_row + row + r, item.first + row + r, step, t};
-        const T* sums = local.tile + r * width * V;
-        switch (s.cell) {
-          case Cell::rnn_tanh:
-          case Cell::rnn_relu: rnn(place, p, width, sums); break;
-          case Cell::lstm: lstm(place, p, sums); break;
-          case Cell::gru: gru(place, p, sums, local.start[row + r], local.a[row + r]); break;
+      for (int p = 0, at_once = 1; p < panels; p += at_once) {
+        const int c = p * panel, left = width - c;
+        at_once = !MANY_REGISTERS && count <= max_rows(PAIR) && left >= PAIR ? 2 : 1;
+        const int vectors = left < at_once * panel ? left : at_once * panel;
+        for_tiles(count, vectors, [&](int64_t r, int height, int64_t tile, int64_t tiles) {
+          const int64_t all = parts * panels * tiles;
+          Ahead fetched(walk.ahead(piece, 0, parts * tiles, (part * panels + p) * tiles + tile, all), ahead, all, units<O>(s.state));
+          tile_function<O>(height, vectors)(units<O>(s.state), local.a + row + r, weights + vector_offset<O>(c, s.state),
+                                            local.start + row + r, (vector + c) * V, bias_n ? bias_n + c / 3 * V : nullptr,
+                                            local.sums + (r * width + c) * V, width * V, fetched.any());
+        });
+      }
+      const auto for_units = [&](auto gate_math) __attribute__((always_inline)) {
+        for (int r = 0; r < count; ++r) {
+          const Place place{lane, first_row + row + r, item.first + row + r, step, t};
+          int64_t j = unit;
+          for (int c = 0; c < width; c += gates, j += V) gate_math(place, j, local.sums + (r * width + c) * V, row + r);
         }
+      };
+      switch (s.cell) {
+        case Cell::rnn_tanh:
+        case Cell::rnn_relu: return for_units([&](const Place& at_, int64_t j, const T* sums, int64_t) { rnn(at_, j, sums); });
+        case Cell::lstm: return for_units([&](const Place& at_, int64_t j, const T* sums, int64_t) { lstm(at_, j, sums); });
+        case Cell::gru:
+          return for_units([&](const Place& at_, int64_t j, const T* sums, int64_t r) {
+            gru(at_, j, sums, local.start[r], local.a[r]);
+          });
       }
     });
+  }
+  // Rows whose sums of a piece are made before their gate math: those of a tile, or where a piece has several panels, some more, so
+  // that a panel stays near from tile to tile.
+  int64_t part_rows(int width) const {
+    constexpr int64_t ROWS = 32;
+    return width <= packed.gates.panel ? max_rows(width) : ROWS;
   }
 
   // Nothing is fetched that stays near from step to step, nor where rows are so few that a tile is bound by reading weights.
@@ -287,10 +311,10 @@ class Forward {
     const auto [next, steps_on] = walk.next(piece);
     if (step + steps_on == s.steps) return ahead;
     const int64_t t = s.time(next.lane, step + steps_on), rows = alive(s, item, t), first = next.first(rows, walk.groups());
-    const int64_t unit = next.panel * packed.gates.units_per_panel;
+    const int64_t of_piece = packed.gates.units * V, unit = next.panel * of_piece;
     if (fetches(rows))
       fetch_rows(ahead, next.lane, s.offset_at(t) + item.first + first, next.end(rows, walk.groups()) - first, unit,
-                 min64(unit + packed.gates.units_per_panel, s.hidden));
+                 min64(unit + of_piece, s.hidden));
     return ahead;
   }
   void fetch_rows(RowsAhead& ahead, int64_t lane, int64_t row, int64_t rows, int64_t unit, int64_t end) const {
@@ -312,16 +336,13 @@ class Forward {
     return at<S>(x.tape, (lane * s.rows + row) * tape_count(s.cell) * s.hidden);
   }
 
-  void rnn(const Place& place, int64_t p, int width, const T* sums) const {
-    for (int c = 0; c < width; ++c) {
-      const int64_t j = (p * packed.gates.vectors + c) * V;
-      const Vec<T> sum = load(sums + c * V);
-      store_state(place, j, int(min64(V, s.hidden - j)), s.cell == Cell::rnn_tanh ? Math<T>::tanh(sum) : relu(sum));
-    }
+  void rnn(const Place& place, int64_t j, const T* sums) const {
+    const Vec<T> sum = load(sums);
+    store_state(place, j, int(min64(V, s.hidden - j)), s.cell == Cell::rnn_tanh ? Math<T>::tanh(sum) : relu(sum));
   }
 
-  void lstm(const Place& place, int64_t p, const T* sums) const {
-    const int64_t j = p * V, H = s.hidden;
+  void lstm(const Place& place, int64_t j, const T* sums) const {
+    const int64_t H = s.hidden;
     const int n = int(min64(V, H - j));
     T* state = cell_state + (place.lane * s.batch + place.b) * hidden_stride + j;
     Vec<T> i = load(sums), f = load(sums + V), g = load(sums + 2 * V), o = load(sums + 3 * V), c = load(state);
@@ -337,11 +358,11 @@ class Forward {
     store(tape + 4 * H, c, n);
   }
 
-  void gru(const Place& place, int64_t p, const T* sums, const T* start, const O* before) const {
-    const int64_t j = p * V, H = s.hidden;
+  void gru(const Place& place, int64_t j, const T* sums, const T* start, const O* before) const {
+    const int64_t H = s.hidden;
     const int count = int(min64(V, H - j));
     T* state = hidden_state + (place.lane * s.batch + place.b) * hidden_stride + j;
-    Vec<T> r = load(sums), z = load(sums + V), n = load(start + p * 3 * V + 2 * V);
+    Vec<T> r = load(sums), z = load(sums + V), n = load(start + 3 * j + 2 * V);
     const Vec<T> h_n = load(sums + 2 * V);
     Vec<T> h;
     if constexpr (ROUNDED)
@@ -372,13 +393,13 @@ class Forward {
       const O* w = packed.w_hr + lane * packed.hr_size() + panel_offset<O>(panels, p, s.hidden);
       const int width = panels.width(p);
       for_tiles(rows, width, [&](int64_t row, int count, int64_t, int64_t) {
-        tile_function<O>(count, width)(units<O>(s.hidden), local.a + row, w, local.start + row, 0, nullptr, local.tile,
+        tile_function<O>(count, width)(units<O>(s.hidden), local.a + row, w, local.start + row, 0, nullptr, local.sums,
                                        width * V, nullptr);
         for (int r = 0; r < count; ++r)
           for (int c = 0; c < width; ++c) {
             const int64_t j = (p * panels.vectors + c) * V;
             const int n = int(min64(V, s.state - j));
-            const Vec<T> h = load(local.tile + (r * width + c) * V);
+            const Vec<T> h = load(local.sums + (r * width + c) * V);
             store(output_row(first_row + row + r, lane) + j, h, n);
             if (operand) store(operand_row(step, lane, item.first + row + r) + j, h, n);
           }

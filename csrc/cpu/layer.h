@@ -53,17 +53,27 @@ void parallel(int threads, F body) {
 // Of token ids, for which one call makes a table of their input products.
 constexpr int64_t LARGEST_TABLE = 4096;
 
-// The panels of the gates. LSTM and GRU: a panel is a vector of units with its gates side by side, so that the gate
-// math runs on the tile just computed. RNN: several vectors of units.
-struct GatePanels : Panels {
-  int64_t units_per_panel;
+// The columns of the gates, vector by vector of units with the gates of each side by side. They are dealt in pieces that have all
+// gates of their units, so that the gate math runs on the sums just computed. A piece is packed as one panel, or as several where
+// registers are few: an LSTM's two vectors of units as panels of three, three and two vectors, where batches suit tiles of four rows
+// by three vectors; and a GRU's as two of three, which a tile of one or two rows multiplies at once.
+struct GatePieces : Panels {
+  int units;  // vectors of units
+  int panel;  // vectors of a panel; the last one of a piece may have fewer
+  // Of the panel that begins with such a vector.
+  int panel_width(int64_t vector) const { return int(min64(panel, width(vector / vectors) - vector % vectors)); }
 };
-RNNFAST_INLINE GatePanels gate_panels(const ScanShape& s, int lanes) {
-  if (s.gates() == 1) {
+// Weights that are kept are packed in one way for all batches.
+RNNFAST_INLINE GatePieces gate_pieces(const ScanShape& s, int lanes, bool kept) {
+  const int64_t gates = s.gates(), total = gates * ceil_div(s.hidden, lanes);
+  if (gates == 1) {
     const Panels plain = plain_panels(s.hidden, lanes);
-    return {plain, plain.vectors * lanes};
+    return {plain, int(plain.vectors), int(plain.vectors)};
   }
-  return {{s.gates(), s.gates() * ceil_div(s.hidden, lanes)}, lanes};
+  const bool of_three = s.cell == Cell::lstm && !kept && most_vectors(s.batch) == PAIR / 2;
+  const bool in_pairs = s.cell == Cell::gru && !MANY_REGISTERS && s.batch <= max_rows(PAIR);
+  const int units = of_three || in_pairs ? 2 : 1;
+  return {{units * gates, total}, units, of_three ? PAIR / 2 : int(gates)};
 }
 
 // Panel p of a lane's weight of n rows and k columns, to be multiplied with rows of k.
@@ -87,7 +97,7 @@ struct PackedLayer {
   using T = typename Product<O>::T;
   static constexpr int V = LANES<O>;
   const ScanShape& s;
-  GatePanels gates;
+  GatePieces gates;
   Panels projection;
   O *w_ih, *w_hh, *w_hr;
   T *bias, *bias_n;  // bias: added to the input product; bias_n: GRU's b_hn, where its recurrent product starts
@@ -95,7 +105,7 @@ struct PackedLayer {
   size_t bytes;
 
   // A layer that is kept has the table for any vocabulary; for one call a large one would not pay.
-  PackedLayer(const ScanShape& shape, char* base, bool kept) : s(shape), gates(gate_panels(shape, V)) {
+  PackedLayer(const ScanShape& shape, char* base, bool kept) : s(shape), gates(gate_pieces(shape, V, kept)) {
     const bool use_table = s.ids && (kept || s.input <= LARGEST_TABLE);
     projection = plain_panels(s.state, V);
     Carver carver(base);
@@ -113,14 +123,13 @@ struct PackedLayer {
   int64_t ih_size() const { return packed_size<O>(gates, s.input); }
   int64_t hr_size() const { return packed_size<O>(projection, s.hidden); }
 
-  // Row of w_ih and w_hh that vector c of panel p holds in its lane e, or -1.
-  int64_t weight_row(int64_t p, int c, int e) const {
-    const bool plain = s.gates() == 1;
-    const int64_t unit = plain ? p * gates.units_per_panel + c * V + e : p * V + e;
-    return unit < s.hidden ? (plain ? 0 : c * s.hidden) + unit : -1;
+  // Row of w_ih and w_hh that a vector holds in its lane e, or -1.
+  int64_t weight_row(int64_t vector, int e) const {
+    const int64_t unit = vector / s.gates() * V + e;
+    return unit < s.hidden ? vector % s.gates() * s.hidden + unit : -1;
   }
 
-  // Packs this thread's share of the panels.
+  // Packs this thread's share of the pieces.
   void pack(const ForwardArgs& x, int thread, int threads) const {
     for (int64_t i = thread; i < s.lanes * gates.count(); i += threads) pack_gates(x, i / gates.count(), i % gates.count());
     if (!s.has_projection) return;
@@ -130,31 +139,32 @@ struct PackedLayer {
 
  private:
   void pack_gates(const ForwardArgs& x, int64_t lane, int64_t p) const {
-    const int width = gates.width(p);
     const int64_t gate_rows = s.gates() * s.hidden;
-    for (int c = 0; c < width; ++c) {
+    for (int c = 0; c < gates.width(p); ++c) {
       const S *hh[V], *ih[V];
-      T* b = bias + lane * columns() + (p * gates.vectors + c) * V;
+      const int64_t vector = p * gates.vectors + c, of_panel = c % gates.panel, panel = vector - of_panel;
+      const int width = int(min64(gates.panel, gates.width(p) - (c - of_panel)));
+      T* b = bias + lane * columns() + vector * V;
       for (int e = 0; e < V; ++e) {
-        const int64_t row = weight_row(p, c, e);
+        const int64_t row = weight_row(vector, e);
         hh[e] = row < 0 ? nullptr : at<S>(x.w_hh, (lane * gate_rows + row) * s.state);
         ih[e] = row < 0 ? nullptr : at<S>(x.w_ih, (lane * gate_rows + row) * s.input);
         const bool biased = row >= 0 && x.b_ih;
         const T b_ih = biased ? widen(*at<S>(x.b_ih, lane * gate_rows + row)) : T(0);
         const T b_hh = biased ? widen(*at<S>(x.b_hh, lane * gate_rows + row)) : T(0);
-        if (s.cell == Cell::gru && c == 2) {
+        if (s.cell == Cell::gru && vector % 3 == 2) {
           b[e] = b_ih;
-          bias_n[lane * round_up(s.hidden, V) + p * V + e] = b_hh;
+          bias_n[lane * round_up(s.hidden, V) + vector / 3 * V + e] = b_hh;
         } else {
           b[e] = b_ih + b_hh;
         }
       }
-      pack_columns<O>(w_hh + lane * hh_size() + panel_offset<O>(gates, p, s.state), width, c, hh, s.state);
+      pack_columns<O>(w_hh + lane * hh_size() + vector_offset<O>(panel, s.state), width, int(of_panel), hh, s.state);
       if (!s.ids) {
-        pack_columns<O>(w_ih + lane * ih_size() + panel_offset<O>(gates, p, s.input), width, c, ih, s.input);
+        pack_columns<O>(w_ih + lane * ih_size() + vector_offset<O>(panel, s.input), width, int(of_panel), ih, s.input);
       } else if (table) {
         for (int64_t id = 0; id < s.input; ++id) {
-          T* row = table + (lane * s.input + id) * columns() + (p * gates.vectors + c) * V;
+          T* row = table + (lane * s.input + id) * columns() + vector * V;
           for (int e = 0; e < V; ++e) row[e] = b[e] + (ih[e] ? widen(ih[e][id]) : T(0));
         }
       }
@@ -289,9 +299,8 @@ class Walk {
         groups_(deal ? dealt_groups : seat.groups),
         block_(max64(1, min64(block, units<O>(depth)))),
         blocks_(ceil_div(units<O>(depth), block_)),
-        near_(bytes() <= weights_fetched.beyond_bytes
-                  ? INT64_MAX
-                  : near / (max64(1, of.vectors) * block_ * VECTOR_BYTES)),
+        near_(near / (max64(1, of.vectors) * block_ * VECTOR_BYTES)),
+        not_fetching_(tiles_not_fetching(bytes())),
         walked_(steps_walked()),
         deal_(deal),
         member_(seat.member) {
@@ -348,11 +357,11 @@ class Walk {
   int64_t block_start(int64_t block) const { return block * block_; }
   int64_t block_units(int64_t block) const { return min64(block_, units<O>(k_) - block * block_); }
 
-  // What tile `tile` of `tiles` of a block of a piece fetches: weights of the next block, if those are no longer near, and tiles
-  // enough of this one leave time for it.
-  Ahead::Stream ahead(const Piece& piece, int64_t block, int64_t tile, int64_t tiles) const {
+  // What tile `tile` of `tiles` of a block of a piece fetches, where `sharing` tiles of rows share its weights: those of the next
+  // block, if they are no longer near, and so many tiles leave time for it.
+  Ahead::Stream ahead(const Piece& piece, int64_t block, int64_t sharing, int64_t tile, int64_t tiles) const {
     const bool last = block + 1 == blocks_;
-    if (tiles <= weights_fetched.beyond_tiles || row_stride_) return {};
+    if (sharing <= not_fetching_ || row_stride_) return {};
     const int64_t panels_before = deal_ ? piece.before / groups_ : piece.before;
     if (panels_before * blocks_ + block + 1 < near_ || (last && is_last())) return {};
     const Piece after = last ? following() : piece;
@@ -378,6 +387,7 @@ class Walk {
   int64_t group_, groups_;  // of rows: the member's own, where pieces are not dealt
   int64_t block_, blocks_;  // units of k in a block, and blocks
   int64_t near_;    // blocks that stay near
+  int64_t not_fetching_;  // the most tiles sharing weights for which they are not fetched
   int64_t walked_;  // steps this thread walked before
   Deal* deal_;
   int member_;

@@ -30,7 +30,7 @@ constexpr int most_vectors(int64_t rows) {
 // `columns` are multiplied with so many rows at a time; 1 stands for any number.
 RNNFAST_INLINE Panels plain_panels(int64_t columns, int lanes, int64_t rows = 1) {
   const int64_t n = ceil_div(columns, lanes), most = most_vectors(rows);
-  constexpr int64_t MANY = 48;  // of which a last panel that is narrower, or one more for a thread than for another, is a small part
+  constexpr int64_t MANY = 24;  // of which a last panel that is narrower, or one more for a thread than for another, is a small part
   const int64_t panels = max64(ceil_div(n, n % most == 0 || n >= MANY ? most : MAX_VECTORS), 1);
   return {max64(ceil_div(n, panels), 1), n};
 }
@@ -39,9 +39,14 @@ template <class O>
 int64_t packed_size(const Panels& panels, int64_t k) {
   return panels.total_vectors * LANES<O> * units<O>(k) * Product<O>::depth;
 }
+// Where the panel that begins with such a vector is.
+template <class O>
+RNNFAST_INLINE int64_t vector_offset(int64_t vector, int64_t k) {
+  return vector * LANES<O> * units<O>(k) * Product<O>::depth;
+}
 template <class O>
 RNNFAST_INLINE int64_t panel_offset(const Panels& panels, int64_t p, int64_t k) {
-  return p * panels.vectors * LANES<O> * units<O>(k) * Product<O>::depth;
+  return vector_offset<O>(p * panels.vectors, k);
 }
 
 // What tile `tile` of `tiles` fetches of the panel that comes next, `width` vectors wide and k deep.

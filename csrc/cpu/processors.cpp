@@ -113,18 +113,29 @@ int64_t near_bytes() {
   return near;
 }
 
-// From Zen 5 on AMD's processors see weights coming from the third-level cache: fetching them takes time then, and more of it where
-// few tiles share it. (Beyond 12 MB, of that cache's 32, some of them come from memory.)
-const WeightsFetched weights_fetched = []() -> WeightsFetched {
+namespace {
+
+// AMD's Zen 3 and 5 see weights coming from the third-level cache: fetching them only takes time then, and more of it where few
+// tiles share it. Of more bytes than these some come from memory.
+struct SeenComing {
+  int64_t bytes, tiles_within, tiles_beyond;  // for no more tiles than these, up to so many bytes and beyond, nothing is fetched
+};
+const SeenComing seen_coming = []() -> SeenComing {
 #if defined(__x86_64__)
-  constexpr unsigned ZEN_5 = 26;
+  constexpr unsigned ZEN_3 = 25, ZEN_5 = 26;
   unsigned version = 0, unused = 0;
   __builtin_cpu_init();
-  if (__builtin_cpu_is("amd") && __get_cpuid(1, &version, &unused, &unused, &unused) &&
-      (version >> 8 & 15) + (version >> 20 & 255) >= ZEN_5)  // the family, and what extends it
-    return {12 << 20, 3};
+  if (__builtin_cpu_is("amd") && __get_cpuid(1, &version, &unused, &unused, &unused)) {
+    const unsigned family = (version >> 8 & 15) + (version >> 20 & 255);  // and what extends it
+    if (family >= ZEN_5) return {12 << 20, INT64_MAX, 3};
+    if (family == ZEN_3 && !__builtin_cpu_supports("avx512f")) return {8 << 20, 4, 1};  // with it, Zen 4
+  }
 #endif
-  return {0, 1};
+  return {0, 1, 1};
 }();
+
+}  // namespace
+
+int64_t tiles_not_fetching(int64_t bytes) { return bytes > seen_coming.bytes ? seen_coming.tiles_beyond : seen_coming.tiles_within; }
 
 }  // namespace rnnfast

@@ -18,12 +18,9 @@ double processor_quota(const char* groups, const char* root);
 // Bytes of weights that stay in a core's second-level cache from step to step, beside all else that passes through it.
 int64_t near_bytes();
 
-// Which of the weights that do not stay near tiles fetch: those of a scan with more than so many bytes of them, for more than so
-// many tiles.
-struct WeightsFetched {
-  int64_t beyond_bytes, beyond_tiles;
-};
-extern const WeightsFetched weights_fetched;
+// The most tiles of rows sharing weights that do not stay near, of a scan with so many bytes of them, that leave it to the processor
+// to fetch these.
+int64_t tiles_not_fetching(int64_t bytes);
 
 // Bytes of the second-level cache that a core has, of what is listed in such a folder of sysfs, or 0 where nothing is.
 int64_t listed_cache(const char* folder);

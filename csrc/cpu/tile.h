@@ -52,6 +52,9 @@ RNNFAST_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 // ---- the tile ------------------------------------------------------------------------------------------------------
 
 constexpr int MAX_VECTORS = 4;
+// Vectors of two panels, one after the other, that a tile of one or two rows takes at once where registers are few: with those of one
+// it would have too few sums to hide how long a product takes.
+constexpr int PAIR = 6;
 #if defined(__AMX_BF16__)
 constexpr int MAX_ROWS = 16;
 constexpr int max_rows(int) { return MAX_ROWS; }
@@ -59,7 +62,8 @@ constexpr int max_rows(int) { return MAX_ROWS; }
 constexpr int MAX_ROWS = 8;
 // Rows of a tile that leave registers for its vectors of w and a broadcast.
 constexpr int max_rows(int vectors) {
-  return MANY_REGISTERS ? (vectors == 4 ? 6 : 8) : (vectors == 4 ? 3 : vectors == 3 ? 4 : vectors == 2 ? 6 : 8);
+  if (MANY_REGISTERS) return vectors == 4 ? 6 : 8;
+  return vectors == PAIR ? 2 : vectors == 4 ? 3 : vectors == 3 ? 4 : vectors == 2 ? 6 : 8;
 }
 #endif
 
@@ -181,11 +185,12 @@ RNNFAST_INLINE void multiply(int64_t k_units, const O* const (&row)[R], const O*
   constexpr int V = LANES<O>;
   int64_t k = 0;
   const auto multiply_unit = [&](int64_t at) __attribute__((always_inline)) {
-    const O* w_k = w + at * w_stride;
+    const O* w_k = w + at * (NV == PAIR ? PAIR / 2 * V * P::depth : w_stride);
     typename P::Unit wk[NV];
 #pragma GCC unroll 4
     for (int c = 0; c < NV; ++c) {
-      std::memcpy(&wk[c], w_k + c * V * P::depth, sizeof wk[c]);
+      const bool in_second = NV == PAIR && c >= PAIR / 2;
+      std::memcpy(&wk[c], w_k + (in_second ? w_stride : 0) + (in_second ? c - PAIR / 2 : c) * V * P::depth, sizeof wk[c]);
       // GCC would read it from memory for each of so few rows, which takes longer than their products.
       if (MANY_REGISTERS && R > 1 && R < 4) in_register(wk[c]);
     }
@@ -217,7 +222,8 @@ RNNFAST_INLINE void multiply(int64_t k_units, const O* const (&row)[R], const O*
 
 namespace rnnfast::RNNFAST_ISA {
 
-// `tile` of at most SUM_BLOCK units; a function of its own, as the compiler else moves the sums of the inner loop about.
+// `tile` of at most SUM_BLOCK units, of w with w_stride elements from one unit to the next, or of a pair from its first panel to the
+// second; a function of its own, as the compiler else moves the sums of the inner loop about.
 template <int R, int NV, class O>
 __attribute__((noinline)) void tile_block(int64_t k_units, const O* const* a, const O* w, int64_t w_stride,
                                           const typename Product<O>::T* const* start, int64_t offset,
@@ -238,7 +244,7 @@ __attribute__((noinline)) void tile_block(int64_t k_units, const O* const* a, co
 #pragma GCC unroll 4
     for (int c = 0; c < NV; ++c) {
       // Added last: every product added to a large start would be rounded to its size.
-      const auto first = load(c == NV - 1 && last ? last : start[r] + offset + c * V);
+      const auto first = load(c % 3 == 2 && last ? last + c / 3 * V : start[r] + offset + c * V);
       store(out + r * out_stride + c * V, sum[r][c] + first);
     }
   }
@@ -250,6 +256,7 @@ __attribute__((noinline)) void tile_blocks(int64_t k_units, const O* const* a, c
                                            const typename Product<O>::T* const* start, int64_t offset,
                                            const typename Product<O>::T* last, typename Product<O>::T* out, int64_t out_stride,
                                            Ahead* ahead) {
+  const int64_t unit = NV == PAIR ? PAIR / 2 * LANES<O> * Product<O>::depth : w_stride;
   tile_block<R, NV, O>(SUM_BLOCK, a, w, w_stride, start, offset, last, out, out_stride, ahead);
   for (int64_t k = SUM_BLOCK; k < k_units; k += SUM_BLOCK) {
     const O* a_k[R];
@@ -258,16 +265,16 @@ __attribute__((noinline)) void tile_blocks(int64_t k_units, const O* const* a, c
       a_k[r] = a[r] + k * Product<O>::depth;
       so_far[r] = out + r * out_stride;
     }
-    tile_block<R, NV, O>(min64(k_units - k, SUM_BLOCK), a_k, w + k * w_stride, w_stride, so_far, 0, nullptr, out, out_stride,
-                         ahead);
+    tile_block<R, NV, O>(min64(k_units - k, SUM_BLOCK), a_k, w + k * unit, w_stride, so_far, 0, nullptr, out, out_stride, ahead);
   }
 }
 
-// Row r of the tile adds a[r] . w to start[r][offset...]; the last vector starts from `last` instead where that is given.
+// Row r of the tile adds a[r] . w to start[r][offset...]; where `last` is given, each third vector starts from that instead.
 template <int R, int NV, class O>
 void tile(int64_t k_units, const O* const* a, Panel<O> w, const typename Product<O>::T* const* start, int64_t offset,
           const typename Product<O>::T* last, typename Product<O>::T* out, int64_t out_stride, Ahead* ahead) {
-  const int64_t stride = w.stride ? w.stride : NV * LANES<O> * Product<O>::depth;
+  constexpr int64_t UNIT = (NV == PAIR ? PAIR / 2 : NV) * LANES<O> * Product<O>::depth;
+  const int64_t stride = NV == PAIR ? k_units * UNIT : w.stride ? w.stride : UNIT;
   const auto add = k_units <= SUM_BLOCK ? tile_block<R, NV, O> : tile_blocks<R, NV, O>;
   add(k_units, a, w.data, stride, start, offset, last, out, out_stride, ahead);
 }
@@ -287,7 +294,7 @@ RNNFAST_INLINE void end_tiles() {}
 
 namespace rnnfast::RNNFAST_ISA {
 
-// The tile function for a number of rows and vectors, at most max_rows(vectors) and MAX_VECTORS.
+// The tile function for a number of rows, at most max_rows(vectors), and of vectors, at most MAX_VECTORS or those of a pair.
 template <class O>
 TileFn<O> tile_function(int rows, int vectors) {
 #if defined(__AMX_BF16__)
@@ -304,18 +311,25 @@ TileFn<O> tile_function(int rows, int vectors) {
   static constexpr TileFn<O> table[MAX_VECTORS][MAX_ROWS] = {
       RNNFAST_TILES(1), RNNFAST_TILES(2), RNNFAST_TILES(3), RNNFAST_TILES(4)};
 #undef RNNFAST_TILES
+  if constexpr (!MANY_REGISTERS)
+    if (vectors == PAIR) return rows == 1 ? tile<1, PAIR, O> : tile<2, PAIR, O>;
   return table[vectors - 1][rows - 1];
 }
 
-// Calls f(first row, rows, tile, tiles) for tiles of nearly equal height that cover n rows.
+// Calls f(first row, rows, part, parts) for parts of at most so many rows, nearly equal, that cover n rows.
 template <class F>
-RNNFAST_INLINE void for_tiles(int64_t n, int vectors, F f) {
-  const int64_t most = max_rows(vectors), count = n <= most ? n > 0 : ceil_div(n, most);
+RNNFAST_INLINE void for_parts(int64_t n, int64_t most, F f) {
+  const int64_t count = n <= most ? n > 0 : ceil_div(n, most);
   for (int64_t i = 0, row = 0; i < count; ++i) {
     const int64_t next = count == 1 ? n : n * (i + 1) / count;
     f(row, int(next - row), i, count);
     row = next;
   }
+}
+// Calls f(first row, rows, tile, tiles) for the tiles of n rows by so many vectors.
+template <class F>
+RNNFAST_INLINE void for_tiles(int64_t n, int vectors, F f) {
+  for_parts(n, max_rows(vectors), f);
 }
 
 }  // namespace rnnfast::RNNFAST_ISA

@@ -24,7 +24,7 @@ int main(int, char** arguments) {
           s.batch = batch;
           s.rows = s.steps * batch;
           s.hidden = s.state = s.input = hidden;
-          const Panels panels = backward ? plain_panels(s.state, LANES<float>) : gate_panels(s, LANES<float>);
+          const Panels panels = backward ? plain_panels(s.state, LANES<float>) : gate_pieces(s, LANES<float>, false);
           const int64_t depth = backward ? s.gates() * s.hidden : s.state;
           const Split split = split_work(s, panels.total_vectors * depth, panels.count(), usable_threads(available),
                                          s.batch / LEAST_GROUP);
