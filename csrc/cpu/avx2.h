@@ -68,23 +68,21 @@ namespace rnnfast::RNNFAST_ISA {
 #define RNNFAST_FIRST_UNIT(ROWS, NV) RNNFAST_READ_##NV("%[w]") RNNFAST_ROWS_##ROWS(NV, RNNFAST_FIRST_ROW, RNNFAST_FIRST)
 #define RNNFAST_SECOND_UNIT(ROWS, NV) RNNFAST_READ_##NV("%[w],%%rax") RNNFAST_ROWS_##ROWS(NV, RNNFAST_SECOND_ROW, RNNFAST_SECOND)
 
-// The same for a pair of panels; where the second one is, of this unit and the next, follows behind the rows' registers.
+// The same for a pair of panels. r10 and r11 are where the second one lies from the first, of this unit of k and of the next.
 #define RNNFAST_LOAD_PAIR "mov 16(%[tile]), %%r10\n" "lea (%%r10,%%rax), %%r11\n"
 #define RNNFAST_PAIR_ROW(r, unit) "vbroadcasts" S " " unit "(" RNNFAST_ROW_##r ",%[k]), %%ymm15\n"
-#define RNNFAST_PAIR_PANEL(r, at, c0, c1, c2)                   \
-  "vfmadd231p" S " (" at "), %%ymm15, %[s" #r #c0 "]\n"         \
-  "vfmadd231p" S " 32(" at "), %%ymm15, %[s" #r #c1 "]\n"       \
-  "vfmadd231p" S " 64(" at "), %%ymm15, %[s" #r #c2 "]\n"
-#define RNNFAST_PAIR_READ(r, c0, c1, c2)                     \
+#define RNNFAST_PAIR_MULTIPLY(r, c0, c1, c2)                 \
   "vfmadd231p" S " %%ymm12, %%ymm15, %[s" #r #c0 "]\n"       \
   "vfmadd231p" S " %%ymm13, %%ymm15, %[s" #r #c1 "]\n"       \
   "vfmadd231p" S " %%ymm14, %%ymm15, %[s" #r #c2 "]\n"
-#define RNNFAST_PAIR_1(unit, at, second) \
-  RNNFAST_PAIR_ROW(0, unit) RNNFAST_PAIR_PANEL(0, at, 0, 1, 2) RNNFAST_PAIR_PANEL(0, second, 3, 4, 5)
-#define RNNFAST_PAIR_2(unit, at, second)                                                                         \
-  RNNFAST_READ_3(at) RNNFAST_PAIR_ROW(0, unit) RNNFAST_PAIR_READ(0, 0, 1, 2)                                     \
-  RNNFAST_PAIR_ROW(1, unit) RNNFAST_PAIR_READ(1, 0, 1, 2) RNNFAST_READ_3(second) RNNFAST_PAIR_READ(1, 3, 4, 5)   \
-  RNNFAST_PAIR_ROW(0, unit) RNNFAST_PAIR_READ(0, 3, 4, 5)
+#define RNNFAST_PAIR_1(unit, first, second)                                               \
+  RNNFAST_READ_3(first) RNNFAST_PAIR_ROW(0, unit) RNNFAST_PAIR_MULTIPLY(0, 0, 1, 2)       \
+  RNNFAST_READ_3(second) RNNFAST_PAIR_MULTIPLY(0, 3, 4, 5)
+#define RNNFAST_PAIR_2(unit, first, second)                                               \
+  RNNFAST_READ_3(first) RNNFAST_PAIR_ROW(0, unit) RNNFAST_PAIR_MULTIPLY(0, 0, 1, 2)       \
+  RNNFAST_PAIR_ROW(1, unit) RNNFAST_PAIR_MULTIPLY(1, 0, 1, 2)                             \
+  RNNFAST_READ_3(second) RNNFAST_PAIR_MULTIPLY(1, 3, 4, 5)                                \
+  RNNFAST_PAIR_ROW(0, unit) RNNFAST_PAIR_MULTIPLY(0, 3, 4, 5)
 
 // Two units at a time, as everywhere; an odd one is the first.
 #define RNNFAST_LOOP(ROWS, NV, PREPARE, FIRST_UNIT, SECOND_UNIT, ...)                                                    \

@@ -257,9 +257,11 @@ class Forward {
     const T* const bias_n = s.cell == Cell::gru ? packed.bias_n + lane * round_up(s.hidden, V) + unit : nullptr;
     for_parts(end - first, part_rows(width), [&](int64_t row, int count, int64_t part, int64_t parts) __attribute__((always_inline)) {
       row += first;
+      // A number: GCC would read a kept truth of one byte as four, for which the processor waits.
+      const int pairs_from = !MANY_REGISTERS && count <= max_rows(PAIR) ? PAIR : width + 1;
       for (int p = 0, at_once = 1; p < panels; p += at_once) {
         const int c = p * panel, left = width - c;
-        at_once = !MANY_REGISTERS && count <= max_rows(PAIR) && left >= PAIR ? 2 : 1;
+        at_once = left >= pairs_from ? 2 : 1;
         const int vectors = left < at_once * panel ? left : at_once * panel;
         for_tiles(count, vectors, [&](int64_t r, int height, int64_t tile, int64_t tiles) {
           const int64_t all = parts * panels * tiles;

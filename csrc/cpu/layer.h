@@ -143,7 +143,7 @@ struct PackedLayer {
     for (int c = 0; c < gates.width(p); ++c) {
       const S *hh[V], *ih[V];
       const int64_t vector = p * gates.vectors + c, of_panel = c % gates.panel, panel = vector - of_panel;
-      const int width = int(min64(gates.panel, gates.width(p) - (c - of_panel)));
+      const int width = gates.panel_width(panel);
       T* b = bias + lane * columns() + vector * V;
       for (int e = 0; e < V; ++e) {
         const int64_t row = weight_row(vector, e);
