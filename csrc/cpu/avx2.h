@@ -130,7 +130,7 @@ namespace rnnfast::RNNFAST_ISA {
 template <int R, int VECTORS, class T>
 RNNFAST_INLINE void multiply(int64_t k_units, const T* const (&row)[R], const T* w, int64_t w_stride, Ahead* ahead,
                              Vec<T> (&sum)[R][VECTORS]) {
-  static_assert(R <= max_rows(VECTORS), "there is such a tile");
+  static_assert(R <= (VECTORS == PAIR ? PAIR_ROWS : max_rows(VECTORS)), "there is such a tile");
   if (k_units == 0) return;
   struct {
     int64_t end, stride, second;  // bytes

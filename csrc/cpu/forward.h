@@ -37,7 +37,7 @@ class Forward {
     T* gates_x;       // (lanes of the item, chunk rows, columns)
     O* inputs;        // (chunk rows, input_stride), where not direct
     int member, members;
-    T* sums;          // of a piece: (rows of a part, its columns); or (MAX_ROWS, MAX_VECTORS * V)
+    T* sums;          // of a piece: (rows of a part, its columns); or (pieces of a strip, rows, columns of a piece)
   };
 
   Forward(const ForwardArgs& args, const PackedLayer<S, O>& layer, const Split& how)
@@ -62,7 +62,7 @@ class Forward {
     if (s.has_projection) unprojected = carver.take<O>(states * hidden_stride);
     if (split.together() && !table) gates_x_ = carver.take<T>(2 * s.lanes * chunk_rows() * columns);
   }
-  int64_t pieces() const { return s.lanes * packed.gates.count() * split.groups; }
+  int64_t pieces() const { return s.lanes * ceil_div(packed.gates.count(), dealt_panels()) * split.groups; }
 
   Local carve_local(Carver& carver) const {
     Local local;
@@ -72,7 +72,7 @@ class Forward {
     local.gates_x = carver.take<T>(table ? 0 : lanes * rows * columns);
     local.inputs = carver.take<O>(direct_input || s.ids ? 0 : rows * input_stride);
     const int64_t most = packed.gates.vectors;
-    local.sums = carver.take<T>(max64(MAX_ROWS * MAX_VECTORS, part_rows(int(most)) * most) * V);
+    local.sums = carver.take<T>(max64(MAX_ROWS, part_rows(int(most))) * max64(MAX_VECTORS, most) * V);
     return local;
   }
 
@@ -85,7 +85,7 @@ class Forward {
       team.barrier.wait(local.members);
     }
     Walk<O> walk(packed.w_hh, packed.gates, s.state, item, s.steps, seat(local), INT64_MAX, team.deal.get(), split.groups, 0,
-                 near_of_state(local));
+                 near_of_state(local), dealt_panels());
     int64_t in_chunk = 0;
     for (int64_t step = item.done; step < s.steps; ++step) {
       if (team.share(item, step)) in_chunk = 0;  // the input products of fewer rows lie elsewhere
@@ -103,6 +103,12 @@ class Forward {
   }
 
  private:
+  struct Place {
+    int64_t lane, row, b, step, t;
+  };
+
+  bool in_pairs(int64_t rows) const { return packed.gates.vectors == PAIR / 2 && rows <= PAIR_ROWS; }
+  int64_t dealt_panels() const { return in_pairs(s.batch) ? 2 : 1; }
   Seat seat(const Local& local) const { return seat_of(split, local.member, local.members); }
   // Bytes of w_hh that stay near a member from step to step, beside its w_ih where both are more than that.
   int64_t near_of_state(const Local& local) const {
@@ -219,81 +225,118 @@ class Forward {
   }
 
   void run_step(const Item& item, const Local& local, Walk<O>& walk, int64_t step, int64_t chunk) const {
-    int64_t lane = -1;
-    RowsAhead ahead;
+    int64_t most = 0;  // rows of a lane
+    for (int64_t lane = item.lane; lane < item.lane_end; ++lane) most = max64(most, alive(s, item, s.time(lane, step)));
+    Place first{-1, 0, item.first, step, 0};  // of `rows` rows of a lane
+    int64_t rows = 0;
     walk.begin(step);
+    if (most <= FEW_ROWS && packed.gates.vectors == packed.gates.panel && walk.groups() == 1) {
+      for (Piece piece; const int64_t panels = walk.take(piece, MAX_ROWS / max64(1, most));) {
+        if (first.lane != piece.lane) rows = find_rows(item, local, first, piece.lane, chunk);
+        if (rows > 0) run_strip(local, walk, first, int(rows), piece.panel, int(panels));
+      }
+      return;
+    }
+    RowsAhead ahead;
     for (Piece piece; walk.take(piece);) {
-      if (lane != piece.lane) {
-        lane = piece.lane;
-        find_rows(item, local, lane, step, chunk);
-        if (local.members == 1) ahead = of_next_step(item, walk, lane, step);
+      if (first.lane != piece.lane) {
+        rows = find_rows(item, local, first, piece.lane, chunk);
+        if (local.members == 1) ahead = of_next_step(item, walk, piece.lane, step);
       }
       if (local.members > 1) ahead = of_next_piece(item, walk, piece, step);
-      run_piece(item, local, walk, piece, step, ahead);
+      const int64_t begin = piece.first(rows, walk.groups()), end = piece.end(rows, walk.groups());
+      for_parts(end - begin, part_rows(packed.gates.width(piece.panel)),
+                [&](int64_t row, int count, int64_t part, int64_t parts) __attribute__((always_inline)) {
+                  multiply(local, walk, piece, begin + row, count, part, parts, ahead);
+                  gate_math(local, first, begin + row, count, piece.panel, 1);
+                });
     }
   }
 
-  void find_rows(const Item& item, const Local& local, int64_t lane, int64_t step, int64_t chunk) const {
-    const int64_t t = s.time(lane, step), rows = alive(s, item, t), first_row = s.offset_at(t) + item.first;
-    const int64_t x_row = table ? 0 : chunk_row(item, lane, chunk, step);
+  // Sets the place of a lane's first row; returns how many there are.
+  int64_t find_rows(const Item& item, const Local& local, Place& first, int64_t lane, int64_t chunk) const {
+    first.lane = lane, first.t = s.time(lane, first.step), first.row = s.offset_at(first.t) + item.first;
+    const int64_t rows = alive(s, item, first.t), x_row = table ? 0 : chunk_row(item, lane, chunk, first.step);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t b = item.first + r;
-      if constexpr (SAME) local.a[r] = reinterpret_cast<const O*>(h_before<S>(x, lane, b, row_before(s, lane, t, b)));
-      if (!direct_state) local.a[r] = operand_row(step + 1, lane, b);
-      local.start[r] = table ? packed.table + (lane * s.input + *at<int64_t>(x.input, first_row + r)) * columns
-                             : gates_x(item, local, lane, step) + (x_row + r) * columns;
+      if constexpr (SAME) local.a[r] = reinterpret_cast<const O*>(h_before<S>(x, lane, b, row_before(s, lane, first.t, b)));
+      if (!direct_state) local.a[r] = operand_row(first.step + 1, lane, b);
+      local.start[r] = table ? packed.table + (lane * s.input + *at<int64_t>(x.input, first.row + r)) * columns
+                             : gates_x(item, local, lane, first.step) + (x_row + r) * columns;
     }
+    return rows;
   }
 
-  // Inlined, as a piece of one row takes little longer than a call.
-  __attribute__((always_inline)) void run_piece(const Item& item, const Local& local, const Walk<O>& walk, const Piece& piece,
-                                                int64_t step, RowsAhead& ahead) const {
-    const int64_t lane = piece.lane, t = s.time(lane, step), rows = alive(s, item, t), first_row = s.offset_at(t) + item.first;
-    const int64_t first = piece.first(rows, walk.groups()), end = piece.end(rows, walk.groups());
-    const int width = packed.gates.width(piece.panel), panel = packed.gates.panel, gates = int(s.gates());
-    const int panels = width <= panel ? 1 : (width + panel - 1) / panel;
-    const int64_t vector = piece.panel * packed.gates.vectors, unit = piece.panel * packed.gates.units * V;
-    const O* const weights = walk.weights(lane, piece.panel).data;
-    const T* const bias_n = s.cell == Cell::gru ? packed.bias_n + lane * round_up(s.hidden, V) + unit : nullptr;
-    for_parts(end - first, part_rows(width), [&](int64_t row, int count, int64_t part, int64_t parts) __attribute__((always_inline)) {
-      row += first;
-      // A number: GCC would read a kept truth of one byte as four, for which the processor waits.
-      const int pairs_from = !MANY_REGISTERS && count <= max_rows(PAIR) ? PAIR : width + 1;
-      for (int p = 0, at_once = 1; p < panels; p += at_once) {
-        const int c = p * panel, left = width - c;
-        at_once = left >= pairs_from ? 2 : 1;
-        const int vectors = left < at_once * panel ? left : at_once * panel;
-        for_tiles(count, vectors, [&](int64_t r, int height, int64_t tile, int64_t tiles) {
-          const int64_t all = parts * panels * tiles;
-          Ahead fetched(walk.ahead(piece, 0, parts * tiles, (part * panels + p) * tiles + tile, all), ahead, all, units<O>(s.state));
-          tile_function<O>(height, vectors)(units<O>(s.state), local.a + row + r, weights + vector_offset<O>(c, s.state),
-                                            local.start + row + r, (vector + c) * V, bias_n ? bias_n + c / 3 * V : nullptr,
-                                            local.sums + (r * width + c) * V, width * V, fetched.any());
-        });
-      }
-      const auto for_units = [&](auto gate_math) __attribute__((always_inline)) {
+  // The pieces of a strip: gate math of all units at once, as that of one alone waits for each of its instructions.
+  void run_strip(const Local& local, const Walk<O>& walk, const Place& first, int rows, int64_t panel, int panels) const {
+    const int vectors = int(packed.gates.vectors), last = packed.gates.width(panel + panels - 1);
+    const auto multiply = [&](int64_t p, int count, int width, T* sums) {
+      strip_function<O>(rows, width)(units<O>(s.state), local.a, walk.weights(first.lane, p).data, count, walk.is_back(), local.start,
+                                     p * vectors * V, bias_n(first.lane, p), sums);
+    };
+    const int whole = last == vectors ? panels : panels - 1;
+    const int paired = in_pairs(rows) ? whole / 2 * 2 : 0;
+    if (paired > 0) multiply(panel, paired / 2, PAIR, local.sums);
+    if (whole > paired) multiply(panel + paired, whole - paired, vectors, local.sums + paired * rows * vectors * V);
+    if (panels > whole) multiply(panel + whole, 1, last, local.sums + whole * rows * vectors * V);
+    gate_math(local, first, 0, rows, panel, panels);
+  }
+
+  // Where the recurrent product of a piece's n starts, or null.
+  const T* bias_n(int64_t lane, int64_t panel) const {
+    return s.cell == Cell::gru ? packed.bias_n + lane * round_up(s.hidden, V) + panel * packed.gates.units * V : nullptr;
+  }
+
+  // The sums of `count` rows of a piece, from `row` on. Inlined, as a tile of few rows takes little longer than a call.
+  __attribute__((always_inline)) void multiply(const Local& local, const Walk<O>& walk, const Piece& piece, int64_t row, int count,
+                                               int64_t part, int64_t parts, RowsAhead& ahead) const {
+    const int width = packed.gates.width(piece.panel), panel = packed.gates.panel;
+    const int across = MANY_REGISTERS || width <= panel ? 1 : (width + panel - 1) / panel;
+    const int64_t vector = piece.panel * packed.gates.vectors, k = units<O>(s.state);
+    const O* const weights = walk.weights(piece.lane, piece.panel).data;
+    const T* const last = bias_n(piece.lane, piece.panel);
+    for (int p = 0; p < across; ++p) {
+      const int c = p * panel, vectors = across == 1 || width - c < panel ? width - c : panel;
+      for_tiles(count, vectors, [&](int64_t r, int height, int64_t tile, int64_t tiles) __attribute__((always_inline)) {
+        const auto run = [&](Ahead* fetched) __attribute__((always_inline)) {
+          tile_function<O>(height, vectors)(k, local.a + row + r, weights + vector_offset<O>(c, s.state), local.start + row + r,
+                                            (vector + c) * V, last, local.sums + (r * width + c) * V, width * V, fetched);
+        };
+        const int64_t all = parts * across * tiles;
+        if (!ahead.any() && !walk.fetches(parts * tiles)) return run(nullptr);
+        Ahead fetched(walk.ahead(piece, 0, parts * tiles, (part * across + p) * tiles + tile, all), ahead, all, k);
+        run(fetched.any());
+      });
+    }
+  }
+  // From those sums, or a strip's, to the states of the units.
+  __attribute__((always_inline)) void gate_math(const Local& local, const Place& first, int64_t row, int count, int64_t panel,
+                                                int panels) const {
+    const int gates = int(s.gates());
+    const auto for_units = [&](auto math) __attribute__((always_inline)) {
+      const T* sums = local.sums;
+      for (int64_t p = panel; p < panel + panels; ++p) {
+        const int width = packed.gates.width(p);
         for (int r = 0; r < count; ++r) {
-          const Place place{lane, first_row + row + r, item.first + row + r, step, t};
-          int64_t j = unit;
-          for (int c = 0; c < width; c += gates, j += V) gate_math(place, j, local.sums + (r * width + c) * V, row + r);
+          const Place place{first.lane, first.row + row + r, first.b + row + r, first.step, first.t};
+          int64_t j = p * packed.gates.units * V;
+          for (int c = 0; c < width; c += gates, j += V, sums += gates * V) math(place, j, sums, row + r);
         }
-      };
-      switch (s.cell) {
-        case Cell::rnn_tanh:
-        case Cell::rnn_relu: return for_units([&](const Place& at_, int64_t j, const T* sums, int64_t) { rnn(at_, j, sums); });
-        case Cell::lstm: return for_units([&](const Place& at_, int64_t j, const T* sums, int64_t) { lstm(at_, j, sums); });
-        case Cell::gru:
-          return for_units([&](const Place& at_, int64_t j, const T* sums, int64_t r) {
-            gru(at_, j, sums, local.start[r], local.a[r]);
-          });
       }
-    });
+    };
+    switch (s.cell) {
+      case Cell::rnn_tanh:
+      case Cell::rnn_relu: return for_units([&](const Place& at_, int64_t j, const T* sums, int64_t) { rnn(at_, j, sums); });
+      case Cell::lstm: return for_units([&](const Place& at_, int64_t j, const T* sums, int64_t) { lstm(at_, j, sums); });
+      case Cell::gru:
+        return for_units([&](const Place& at_, int64_t j, const T* sums, int64_t r) { gru(at_, j, sums, local.start[r], local.a[r]); });
+    }
   }
   // Rows whose sums of a piece are made before their gate math: those of a tile, or where a piece has several panels, some more, so
   // that a panel stays near from tile to tile.
   int64_t part_rows(int width) const {
     constexpr int64_t ROWS = 32;
-    return width <= packed.gates.panel ? max_rows(width) : ROWS;
+    return MANY_REGISTERS || width <= packed.gates.panel ? max_rows(width) : ROWS;
   }
 
   // Nothing is fetched that stays near from step to step, nor where rows are so few that a tile is bound by reading weights.
@@ -324,10 +367,6 @@ class Forward {
     if (x.tape) ahead.add(tape_row(lane, row) + unit, bytes, rows * tape_count(s.cell), hidden);
     if (!s.has_projection) ahead.add(output_row(row, lane) + unit, bytes, rows, s.lanes * hidden);
   }
-
-  struct Place {
-    int64_t lane, row, b, step, t;
-  };
 
   void store_state(const Place& at_, int64_t j, int n, Vec<T> h) const {
     if (s.has_projection) return store(unprojected + (at_.lane * s.batch + at_.b) * hidden_stride + j, h, n);

@@ -54,9 +54,8 @@ void parallel(int threads, F body) {
 constexpr int64_t LARGEST_TABLE = 4096;
 
 // The columns of the gates, vector by vector of units with the gates of each side by side. They are dealt in pieces that have all
-// gates of their units, so that the gate math runs on the sums just computed. A piece is packed as one panel, or as several where
-// registers are few: an LSTM's two vectors of units as panels of three, three and two vectors, where batches suit tiles of four rows
-// by three vectors; and a GRU's as two of three, which a tile of one or two rows multiplies at once.
+// gates of their units, so that the gate math runs on the sums just computed. A piece is packed as one panel, or an LSTM's, of two
+// vectors of units, as panels of three, three and two vectors, where batches suit tiles of four rows by three vectors.
 struct GatePieces : Panels {
   int units;  // vectors of units
   int panel;  // vectors of a panel; the last one of a piece may have fewer
@@ -71,8 +70,7 @@ RNNFAST_INLINE GatePieces gate_pieces(const ScanShape& s, int lanes, bool kept) 
     return {plain, int(plain.vectors), int(plain.vectors)};
   }
   const bool of_three = s.cell == Cell::lstm && !kept && most_vectors(s.batch) == PAIR / 2;
-  const bool in_pairs = s.cell == Cell::gru && !MANY_REGISTERS && s.batch <= max_rows(PAIR);
-  const int units = of_three || in_pairs ? 2 : 1;
+  const int units = of_three ? 2 : 1;
   return {{units * gates, total}, units, of_three ? PAIR / 2 : int(gates)};
 }
 
@@ -286,7 +284,7 @@ class Walk {
  public:
   Walk(const O* weights, const Panels& of, int64_t depth, const Item& item, int64_t steps, const Seat& seat,
        int64_t block = INT64_MAX, Deal* deal = nullptr, int64_t dealt_groups = 1, int64_t row_stride = 0,
-       int64_t near = near_bytes())
+       int64_t near = near_bytes(), int64_t dealt_panels = 1)
       : base_(weights),
         row_stride_(row_stride),
         panels_(of),
@@ -303,7 +301,8 @@ class Walk {
         not_fetching_(tiles_not_fetching(bytes())),
         walked_(steps_walked()),
         deal_(deal),
-        member_(seat.member) {
+        member_(seat.member),
+        dealt_panels_(dealt_panels) {
     steps_walked() += steps;
   }
   // Of the weights.
@@ -331,6 +330,19 @@ class Walk {
     to_lane_ = back_ ? lanes_ - 1 : 0;
     to_panel_ = back_ ? count_ - 1 : 0;
   }
+  bool is_back() const { return back_; }
+  // Takes up to so many pieces whose panels lie one after the other, or those dealt together; `piece` is the first in memory. How many
+  // it took.
+  int64_t take(Piece& piece, int64_t most) {
+    if (deal_) return take(piece) ? min64(dealt_panels_, panels_.count() - piece.panel) : 0;
+    if (is_last()) return 0;
+    const int64_t n = min64(most, back_ ? to_panel_ + 1 : count_ - to_panel_);
+    if (back_) to_panel_ -= n - 1;
+    piece = following();
+    if (!back_) to_panel_ += n - 1;
+    end_taking(n);
+    return n;
+  }
   bool take(Piece& piece) {
     if (deal_) {
       to_number_ = deal_->take(member_);
@@ -342,9 +354,7 @@ class Walk {
     }
     if (is_last()) return false;
     piece = following();
-    ++taken_;
-    if (back_ && to_panel_-- == 0) to_panel_ = count_ - 1, --to_lane_;
-    if (!back_ && ++to_panel_ == count_) to_panel_ = 0, ++to_lane_;
+    end_taking(1);
     return true;
   }
   Panel<O> weights(int64_t lane, int64_t p, int64_t block = 0) const {
@@ -357,11 +367,12 @@ class Walk {
   int64_t block_start(int64_t block) const { return block * block_; }
   int64_t block_units(int64_t block) const { return min64(block_, units<O>(k_) - block * block_); }
 
-  // What tile `tile` of `tiles` of a block of a piece fetches, where `sharing` tiles of rows share its weights: those of the next
-  // block, if they are no longer near, and so many tiles leave time for it.
+  // Whether weights may be fetched where `sharing` tiles of rows share a panel: so many leave time for it.
+  bool fetches(int64_t sharing) const { return sharing > not_fetching_ && !row_stride_; }
+  // What tile `tile` of `tiles` of a block of a piece fetches: the weights of the next block, if they are no longer near.
   Ahead::Stream ahead(const Piece& piece, int64_t block, int64_t sharing, int64_t tile, int64_t tiles) const {
     const bool last = block + 1 == blocks_;
-    if (sharing <= not_fetching_ || row_stride_) return {};
+    if (!fetches(sharing)) return {};
     const int64_t panels_before = deal_ ? piece.before / groups_ : piece.before;
     if (panels_before * blocks_ + block + 1 < near_ || (last && is_last())) return {};
     const Piece after = last ? following() : piece;
@@ -372,12 +383,18 @@ class Walk {
   }
 
  private:
+  // After n pieces, the last of them at to_panel_.
+  void end_taking(int64_t n) {
+    taken_ += n;
+    if (back_ && to_panel_-- == 0) to_panel_ = count_ - 1, --to_lane_;
+    if (!back_ && ++to_panel_ == count_) to_panel_ = 0, ++to_lane_;
+  }
   // Whether no piece is known to follow those that have been taken.
   bool is_last() const { return deal_ ? to_number_ < 0 : taken_ == count_ * lanes_; }
   Piece following() const {
     if (!deal_) return {lane_ + to_lane_, first_ + to_panel_, group_, taken_};
-    const int64_t panel = to_number_ / groups_;
-    return {lane_ + panel / panels_.count(), panel % panels_.count(), to_number_ % groups_, taken_};
+    const int64_t dealt = to_number_ / groups_, of_lane = ceil_div(panels_.count(), dealt_panels_);
+    return {lane_ + dealt / of_lane, dealt % of_lane * dealt_panels_, to_number_ % groups_, taken_};
   }
 
   const O* base_;
@@ -391,6 +408,7 @@ class Walk {
   int64_t walked_;  // steps this thread walked before
   Deal* deal_;
   int member_;
+  int64_t dealt_panels_;  // of each piece that is dealt
   bool back_ = false;
   int64_t taken_ = 0;
   int64_t to_lane_ = 0, to_panel_ = 0;  // of the member's own, what comes next

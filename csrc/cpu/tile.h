@@ -52,18 +52,17 @@ RNNFAST_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 // ---- the tile ------------------------------------------------------------------------------------------------------
 
 constexpr int MAX_VECTORS = 4;
-// Vectors of two panels, one after the other, that a tile of one or two rows takes at once where registers are few: with those of one
-// it would have too few sums to hide how long a product takes.
+// Vectors of two panels, one after the other, that are multiplied at once with so few rows: with those of one there would be too few
+// sums to hide how long a product takes.
 constexpr int PAIR = 6;
 #if defined(__AMX_BF16__)
-constexpr int MAX_ROWS = 16;
+constexpr int MAX_ROWS = 16, PAIR_ROWS = 0;
 constexpr int max_rows(int) { return MAX_ROWS; }
 #else
-constexpr int MAX_ROWS = 8;
+constexpr int MAX_ROWS = 8, PAIR_ROWS = 2;
 // Rows of a tile that leave registers for its vectors of w and a broadcast.
 constexpr int max_rows(int vectors) {
-  if (MANY_REGISTERS) return vectors == 4 ? 6 : 8;
-  return vectors == PAIR ? 2 : vectors == 4 ? 3 : vectors == 3 ? 4 : vectors == 2 ? 6 : 8;
+  return MANY_REGISTERS ? (vectors == 4 ? 6 : 8) : (vectors == 4 ? 3 : vectors == 3 ? 4 : vectors == 2 ? 6 : 8);
 }
 #endif
 
@@ -81,6 +80,7 @@ class RowsAhead {
     parts_[count_++] = {static_cast<const char*>(data), width * count, width, stride};
     left_ += width * count;
   }
+  bool any() const { return left_ > 0; }
   // This, where anything is left, spread over the blocks of k of all pieces of so many tiles.
   RowsAhead* under(int64_t tiles, int64_t k_units, int64_t block) {
     if (left_ > 0 && lines_ == 0) {
@@ -183,11 +183,12 @@ RNNFAST_INLINE void multiply(int64_t k_units, const O* const (&row)[R], const O*
                              Vec<typename Product<O>::T> (&sum)[R][NV]) {
   using P = Product<O>;
   constexpr int V = LANES<O>;
-  int64_t k = 0;
+  int64_t k = 0, unit = NV == PAIR ? PAIR / 2 * V * P::depth : w_stride;
+  asm("" : "+r"(unit));  // if GCC knew it, it would read lines in another order, in which the processor sees fewer of them coming
   const auto multiply_unit = [&](int64_t at) __attribute__((always_inline)) {
-    const O* w_k = w + at * (NV == PAIR ? PAIR / 2 * V * P::depth : w_stride);
+    const O* w_k = w + at * unit;
     typename P::Unit wk[NV];
-#pragma GCC unroll 4
+#pragma GCC unroll 6
     for (int c = 0; c < NV; ++c) {
       const bool in_second = NV == PAIR && c >= PAIR / 2;
       std::memcpy(&wk[c], w_k + (in_second ? w_stride : 0) + (in_second ? c - PAIR / 2 : c) * V * P::depth, sizeof wk[c]);
@@ -198,7 +199,7 @@ RNNFAST_INLINE void multiply(int64_t k_units, const O* const (&row)[R], const O*
     for (int r = 0; r < R; ++r) {
       in_order();
       const typename P::Unit ak = P::broadcast(row[r] + at * P::depth);
-#pragma GCC unroll 4
+#pragma GCC unroll 6
       for (int c = 0; c < NV; ++c) sum[r][c] = P::add(sum[r][c], ak, wk[c]);
     }
   };
@@ -222,8 +223,8 @@ RNNFAST_INLINE void multiply(int64_t k_units, const O* const (&row)[R], const O*
 
 namespace rnnfast::RNNFAST_ISA {
 
-// `tile` of at most SUM_BLOCK units, of w with w_stride elements from one unit to the next, or of a pair from its first panel to the
-// second; a function of its own, as the compiler else moves the sums of the inner loop about.
+// `tile` of at most SUM_BLOCK units, of w with w_stride elements from one unit to the next; a function of its own, as the compiler
+// else moves the sums of the inner loop about.
 template <int R, int NV, class O>
 __attribute__((noinline)) void tile_block(int64_t k_units, const O* const* a, const O* w, int64_t w_stride,
                                           const typename Product<O>::T* const* start, int64_t offset,
@@ -244,7 +245,7 @@ __attribute__((noinline)) void tile_block(int64_t k_units, const O* const* a, co
 #pragma GCC unroll 4
     for (int c = 0; c < NV; ++c) {
       // Added last: every product added to a large start would be rounded to its size.
-      const auto first = load(c % 3 == 2 && last ? last + c / 3 * V : start[r] + offset + c * V);
+      const auto first = load(c % 3 == 2 && last ? last : start[r] + offset + c * V);
       store(out + r * out_stride + c * V, sum[r][c] + first);
     }
   }
@@ -256,7 +257,6 @@ __attribute__((noinline)) void tile_blocks(int64_t k_units, const O* const* a, c
                                            const typename Product<O>::T* const* start, int64_t offset,
                                            const typename Product<O>::T* last, typename Product<O>::T* out, int64_t out_stride,
                                            Ahead* ahead) {
-  const int64_t unit = NV == PAIR ? PAIR / 2 * LANES<O> * Product<O>::depth : w_stride;
   tile_block<R, NV, O>(SUM_BLOCK, a, w, w_stride, start, offset, last, out, out_stride, ahead);
   for (int64_t k = SUM_BLOCK; k < k_units; k += SUM_BLOCK) {
     const O* a_k[R];
@@ -265,7 +265,7 @@ __attribute__((noinline)) void tile_blocks(int64_t k_units, const O* const* a, c
       a_k[r] = a[r] + k * Product<O>::depth;
       so_far[r] = out + r * out_stride;
     }
-    tile_block<R, NV, O>(min64(k_units - k, SUM_BLOCK), a_k, w + k * unit, w_stride, so_far, 0, nullptr, out, out_stride, ahead);
+    tile_block<R, NV, O>(min64(k_units - k, SUM_BLOCK), a_k, w + k * w_stride, w_stride, so_far, 0, nullptr, out, out_stride, ahead);
   }
 }
 
@@ -273,8 +273,7 @@ __attribute__((noinline)) void tile_blocks(int64_t k_units, const O* const* a, c
 template <int R, int NV, class O>
 void tile(int64_t k_units, const O* const* a, Panel<O> w, const typename Product<O>::T* const* start, int64_t offset,
           const typename Product<O>::T* last, typename Product<O>::T* out, int64_t out_stride, Ahead* ahead) {
-  constexpr int64_t UNIT = (NV == PAIR ? PAIR / 2 : NV) * LANES<O> * Product<O>::depth;
-  const int64_t stride = NV == PAIR ? k_units * UNIT : w.stride ? w.stride : UNIT;
+  const int64_t stride = w.stride ? w.stride : NV * LANES<O> * Product<O>::depth;
   const auto add = k_units <= SUM_BLOCK ? tile_block<R, NV, O> : tile_blocks<R, NV, O>;
   add(k_units, a, w.data, stride, start, offset, last, out, out_stride, ahead);
 }
@@ -294,7 +293,7 @@ RNNFAST_INLINE void end_tiles() {}
 
 namespace rnnfast::RNNFAST_ISA {
 
-// The tile function for a number of rows, at most max_rows(vectors), and of vectors, at most MAX_VECTORS or those of a pair.
+// The tile function for a number of rows, at most max_rows(vectors), and of vectors, at most MAX_VECTORS.
 template <class O>
 TileFn<O> tile_function(int rows, int vectors) {
 #if defined(__AMX_BF16__)
@@ -311,8 +310,64 @@ TileFn<O> tile_function(int rows, int vectors) {
   static constexpr TileFn<O> table[MAX_VECTORS][MAX_ROWS] = {
       RNNFAST_TILES(1), RNNFAST_TILES(2), RNNFAST_TILES(3), RNNFAST_TILES(4)};
 #undef RNNFAST_TILES
-  if constexpr (!MANY_REGISTERS)
-    if (vectors == PAIR) return rows == 1 ? tile<1, PAIR, O> : tile<2, PAIR, O>;
+  return table[vectors - 1][rows - 1];
+}
+
+// The most rows of a strip: a tile of so many there is for every width of a panel.
+constexpr int FEW_ROWS = 3;
+
+// Tiles of the same few rows by several panels, or pairs of panels, which lie one after the other from w on and are multiplied from the
+// first to the last or `back`; each has its sums after those of the panel before. Little stands between these tiles, which for one
+// row would take a good part of their time.
+template <int R, int NV, class O>
+void strip(int64_t k_units, const O* const* a, const O* w, int64_t panels, bool back, const typename Product<O>::T* const* start,
+           int64_t offset, const typename Product<O>::T* last, typename Product<O>::T* out) {
+  using T = typename Product<O>::T;
+  constexpr int V = LANES<O>;
+  const int64_t size = k_units * NV * V * Product<O>::depth, step = back ? -1 : 1;
+  for (int64_t i = 0, p = back ? panels - 1 : 0; i < panels; ++i, p += step) {
+    T* const to = out + p * R * NV * V;
+    const T* const third = last ? last + p * (NV / 3) * V : nullptr;
+#if defined(__AMX_BF16__)
+    amx_tile<R, NV>(k_units, a, w + p * size, start, offset + p * NV * V, third, to, NV * V, nullptr);
+#else
+    constexpr int PANEL = NV == PAIR ? PAIR / 2 : NV;
+    constexpr int64_t UNIT = PANEL * V * Product<O>::depth;
+    for (int64_t k = 0; k < k_units; k += SUM_BLOCK) {  // as tile_blocks
+      Vec<T> sum[R][NV];
+      const O* row[R];
+#pragma GCC unroll 3
+      for (int r = 0; r < R; ++r) {
+        row[r] = a[r] + k * Product<O>::depth;
+#pragma GCC unroll 6
+        for (int c = 0; c < NV; ++c) sum[r][c] = Vec<T>{};
+      }
+      multiply(min64(k_units - k, SUM_BLOCK), row, w + p * size + k * UNIT, NV == PAIR ? k_units * UNIT : UNIT, nullptr, sum);
+#pragma GCC unroll 3
+      for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 6
+        for (int c = 0; c < NV; ++c) {
+          const T* first = start[r] + offset + (p * NV + c) * V;
+          if (c % 3 == 2 && third) first = third + c / 3 * V;
+          T* const here = to + ((c / PANEL * R + r) * PANEL + c % PANEL) * V;
+          store(here, sum[r][c] + load(k > 0 ? here : first));
+        }
+      }
+    }
+#endif
+  }
+}
+template <class O>
+using StripFn = decltype(&strip<1, 1, O>);
+// For a number of rows, at most FEW_ROWS, and of vectors, at most MAX_VECTORS, or PAIR with at most PAIR_ROWS.
+template <class O>
+StripFn<O> strip_function(int rows, int vectors) {
+#define RNNFAST_STRIPS(NV) {strip<1, NV, O>, strip<2, NV, O>, strip<3, NV, O>}
+  static constexpr StripFn<O> table[MAX_VECTORS][FEW_ROWS] = {
+      RNNFAST_STRIPS(1), RNNFAST_STRIPS(2), RNNFAST_STRIPS(3), RNNFAST_STRIPS(4)};
+#undef RNNFAST_STRIPS
+  if constexpr (PAIR_ROWS > 0)
+    if (vectors == PAIR) return rows == 1 ? strip<1, PAIR, O> : strip<2, PAIR, O>;
   return table[vectors - 1][rows - 1];
 }
 

@@ -47,7 +47,7 @@ def test_runs_and_thread_counts_agree_bitwise(shape: tuple[int, ...], cell: str,
         assert_same(again_gradients, gradients)
 
 
-@pytest.mark.parametrize("shape", [(2, 4, 3, 24, 520), (1, 5, 37, 24, 640)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 4, 3, 24, 520), (1, 5, 37, 24, 640), (1, 4, 2, 24, 1030)], ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 def test_dealt_pieces_agree_bitwise_with_one_thread(cell: str, shape: tuple[int, ...]) -> None:
     """Weights beyond a core's cache: threads walk together, and who computes what depends on how fast they are."""
