@@ -107,6 +107,7 @@ class Forward {
     int64_t lane, row, b, step, t;
   };
 
+  // Whether a strip multiplies two panels at once; where they are dealt, two are dealt together then.
   bool in_pairs(int64_t rows) const { return packed.gates.vectors == PAIR / 2 && rows <= PAIR_ROWS; }
   int64_t dealt_panels() const { return in_pairs(s.batch) ? 2 : 1; }
   Seat seat(const Local& local) const { return seat_of(split, local.member, local.members); }
@@ -230,6 +231,7 @@ class Forward {
     Place first{-1, 0, item.first, step, 0};  // of `rows` rows of a lane
     int64_t rows = 0;
     walk.begin(step);
+    // In strips, but where a piece has several panels.
     if (most <= FEW_ROWS && packed.gates.vectors == packed.gates.panel && walk.groups() == 1) {
       for (Piece piece; const int64_t panels = walk.take(piece, MAX_ROWS / max64(1, most));) {
         if (first.lane != piece.lane) rows = find_rows(item, local, first, piece.lane, chunk);
