@@ -223,6 +223,24 @@ RNNFAST_INLINE void multiply(int64_t k_units, const O* const (&row)[R], const O*
 
 namespace rnnfast::RNNFAST_ISA {
 
+// to(r, c) = the sum of at most SUM_BLOCK products of row[r] and vector c of w, and first(r, c), which is added last: every product added
+// to a large start would be rounded to its size.
+template <int R, int NV, class O, class First, class To>
+RNNFAST_INLINE void add_block(int64_t k_units, const O* const (&row)[R], const O* w, int64_t w_stride, Ahead* ahead, First first, To to) {
+  Vec<typename Product<O>::T> sum[R][NV];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 6
+    for (int c = 0; c < NV; ++c) sum[r][c] = Vec<typename Product<O>::T>{};
+  }
+  multiply(k_units, row, w, w_stride, ahead, sum);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 6
+    for (int c = 0; c < NV; ++c) store(to(r, c), sum[r][c] + load(first(r, c)));
+  }
+}
+
 // `tile` of at most SUM_BLOCK units, of w with w_stride elements from one unit to the next; a function of its own, as the compiler
 // else moves the sums of the inner loop about.
 template <int R, int NV, class O>
@@ -231,24 +249,13 @@ __attribute__((noinline)) void tile_block(int64_t k_units, const O* const* a, co
                                           const typename Product<O>::T* last, typename Product<O>::T* out, int64_t out_stride,
                                           Ahead* ahead) {
   constexpr int V = LANES<O>;
-  Vec<typename Product<O>::T> sum[R][NV];
   const O* row[R];
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-    row[r] = a[r];
-#pragma GCC unroll 4
-    for (int c = 0; c < NV; ++c) sum[r][c] = Vec<typename Product<O>::T>{};
-  }
-  multiply(k_units, row, w, w_stride, ahead, sum);
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-    for (int c = 0; c < NV; ++c) {
-      // Added last: every product added to a large start would be rounded to its size.
-      const auto first = load(c % 3 == 2 && last ? last : start[r] + offset + c * V);
-      store(out + r * out_stride + c * V, sum[r][c] + first);
-    }
-  }
+  for (int r = 0; r < R; ++r) row[r] = a[r];
+  add_block<R, NV>(
+      k_units, row, w, w_stride, ahead,
+      [&](int r, int c) __attribute__((always_inline)) { return c % 3 == 2 && last ? last : start[r] + offset + c * V; },
+      [&](int r, int c) __attribute__((always_inline)) { return out + r * out_stride + c * V; });
 }
 
 // `tile` of more than SUM_BLOCK units.
@@ -334,25 +341,18 @@ void strip(int64_t k_units, const O* const* a, const O* w, int64_t panels, bool 
     constexpr int PANEL = NV == PAIR ? PAIR / 2 : NV;
     constexpr int64_t UNIT = PANEL * V * Product<O>::depth;
     for (int64_t k = 0; k < k_units; k += SUM_BLOCK) {  // as tile_blocks
-      Vec<T> sum[R][NV];
       const O* row[R];
 #pragma GCC unroll 3
-      for (int r = 0; r < R; ++r) {
-        row[r] = a[r] + k * Product<O>::depth;
-#pragma GCC unroll 6
-        for (int c = 0; c < NV; ++c) sum[r][c] = Vec<T>{};
-      }
-      multiply(min64(k_units - k, SUM_BLOCK), row, w + p * size + k * UNIT, NV == PAIR ? k_units * UNIT : UNIT, nullptr, sum);
-#pragma GCC unroll 3
-      for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 6
-        for (int c = 0; c < NV; ++c) {
-          const T* first = start[r] + offset + (p * NV + c) * V;
-          if (c % 3 == 2 && third) first = third + c / 3 * V;
-          T* const here = to + ((c / PANEL * R + r) * PANEL + c % PANEL) * V;
-          store(here, sum[r][c] + load(k > 0 ? here : first));
-        }
-      }
+      for (int r = 0; r < R; ++r) row[r] = a[r] + k * Product<O>::depth;
+      const auto here = [&](int r, int c) __attribute__((always_inline)) {
+        return to + ((c / PANEL * R + r) * PANEL + c % PANEL) * V;
+      };
+      const auto first = [&](int r, int c) __attribute__((always_inline)) -> const T* {
+        const T* const begin = c % 3 == 2 && third ? third + c / 3 * V : start[r] + offset + (p * NV + c) * V;
+        return k > 0 ? here(r, c) : begin;
+      };
+      add_block<R, NV>(min64(k_units - k, SUM_BLOCK), row, w + p * size + k * UNIT, NV == PAIR ? k_units * UNIT : UNIT, nullptr, first,
+                       here);
     }
 #endif
   }
