@@ -273,8 +273,8 @@ class Forward {
   void run_strip(const Local& local, const Walk<O>& walk, const Place& first, int rows, int64_t panel, int panels) const {
     const int vectors = int(packed.gates.vectors), last = packed.gates.width(panel + panels - 1);
     const auto multiply = [&](int64_t p, int count, int width, T* sums) {
-      strip_function<O>(rows, width)(units<O>(s.state), local.a, walk.weights(first.lane, p).data, count, walk.is_back(), local.start,
-                                     p * vectors * V, bias_n(first.lane, p), sums);
+      strip_function<O>(rows, width)(units<O>(s.state), local.a, walk.weights(first.lane, p).data, count, walk.is_back(),
+                                     local.start, p * vectors * V, bias_n(first.lane, p), sums);
     };
     const int whole = last == vectors ? panels : panels - 1;
     const int paired = in_pairs(rows) ? whole / 2 * 2 : 0;
@@ -331,7 +331,9 @@ class Forward {
       case Cell::rnn_relu: return for_units([&](const Place& at_, int64_t j, const T* sums, int64_t) { rnn(at_, j, sums); });
       case Cell::lstm: return for_units([&](const Place& at_, int64_t j, const T* sums, int64_t) { lstm(at_, j, sums); });
       case Cell::gru:
-        return for_units([&](const Place& at_, int64_t j, const T* sums, int64_t r) { gru(at_, j, sums, local.start[r], local.a[r]); });
+        return for_units([&](const Place& at_, int64_t j, const T* sums, int64_t r) {
+          gru(at_, j, sums, local.start[r], local.a[r]);
+        });
     }
   }
   // Rows whose sums of a piece are made before their gate math: those of a tile, or where a piece has several panels, some more, so

@@ -331,8 +331,8 @@ class Walk {
     to_panel_ = back_ ? count_ - 1 : 0;
   }
   bool is_back() const { return back_; }
-  // Takes up to so many pieces whose panels lie one after the other, or those dealt together; `piece` is the first in memory. How many
-  // it took.
+  // Takes up to so many pieces whose panels lie one after the other, or those dealt together, of which `piece` becomes the first in
+  // memory; returns how many.
   int64_t take(Piece& piece, int64_t most) {
     if (deal_) return take(piece) ? min64(dealt_panels_, panels_.count() - piece.panel) : 0;
     if (is_last()) return 0;

@@ -52,8 +52,8 @@ RNNFAST_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 // ---- the tile ------------------------------------------------------------------------------------------------------
 
 constexpr int MAX_VECTORS = 4;
-// Vectors of two panels, one after the other, that are multiplied at once with so few rows: with those of one there would be too few
-// sums to hide how long a product takes.
+// Vectors of two panels, one after the other, that are multiplied at once with so few rows: those of one would be too few sums to
+// hide how long a product takes.
 constexpr int PAIR = 6;
 #if defined(__AMX_BF16__)
 constexpr int MAX_ROWS = 16, PAIR_ROWS = 0;
@@ -223,10 +223,11 @@ RNNFAST_INLINE void multiply(int64_t k_units, const O* const (&row)[R], const O*
 
 namespace rnnfast::RNNFAST_ISA {
 
-// to(r, c) = the sum of at most SUM_BLOCK products of row[r] and vector c of w, and first(r, c), which is added last: every product added
-// to a large start would be rounded to its size.
+// to(r, c) = the sum of at most SUM_BLOCK products of row[r] and vector c of w, and first(r, c), which is added last: every product
+// added to a large start would be rounded to its size.
 template <int R, int NV, class O, class First, class To>
-RNNFAST_INLINE void add_block(int64_t k_units, const O* const (&row)[R], const O* w, int64_t w_stride, Ahead* ahead, First first, To to) {
+RNNFAST_INLINE void add_block(int64_t k_units, const O* const (&row)[R], const O* w, int64_t w_stride, Ahead* ahead, First first,
+                              To to) {
   Vec<typename Product<O>::T> sum[R][NV];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
@@ -323,9 +324,9 @@ TileFn<O> tile_function(int rows, int vectors) {
 // The most rows of a strip: a tile of so many there is for every width of a panel.
 constexpr int FEW_ROWS = 3;
 
-// Tiles of the same few rows by several panels, or pairs of panels, which lie one after the other from w on and are multiplied from the
-// first to the last or `back`; each has its sums after those of the panel before. Little stands between these tiles, which for one
-// row would take a good part of their time.
+// Tiles of the same few rows by several panels, or pairs of panels, which lie one after the other from w on and are multiplied from
+// the first to the last, or `back`; each panel has its sums after those of the one before. Little stands between these tiles: for one
+// row it would take a good part of their time.
 template <int R, int NV, class O>
 void strip(int64_t k_units, const O* const* a, const O* w, int64_t panels, bool back, const typename Product<O>::T* const* start,
            int64_t offset, const typename Product<O>::T* last, typename Product<O>::T* out) {
@@ -351,8 +352,8 @@ void strip(int64_t k_units, const O* const* a, const O* w, int64_t panels, bool 
         const T* const begin = c % 3 == 2 && third ? third + c / 3 * V : start[r] + offset + (p * NV + c) * V;
         return k > 0 ? here(r, c) : begin;
       };
-      add_block<R, NV>(min64(k_units - k, SUM_BLOCK), row, w + p * size + k * UNIT, NV == PAIR ? k_units * UNIT : UNIT, nullptr, first,
-                       here);
+      const int64_t stride = NV == PAIR ? k_units * UNIT : UNIT;
+      add_block<R, NV>(min64(k_units - k, SUM_BLOCK), row, w + p * size + k * UNIT, stride, nullptr, first, here);
     }
 #endif
   }
