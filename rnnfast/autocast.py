@@ -25,6 +25,13 @@ def dtype_of_products(weight: Tensor) -> torch.dtype:
     return weight.dtype if autocast is None or weight.dtype == torch.float64 else autocast
 
 
+def cast(tensor: Any, dtype: torch.dtype) -> Any:
+    """A tensor, if there is one, as autocast casts: floating ones, but for float64."""
+    if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(dtype)
+
+
 def without_autocast(implementation: Callable[..., Result]) -> Callable[..., Result]:
     """The implementation of an operator, so that it computes in the dtypes of its arguments.
 

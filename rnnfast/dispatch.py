@@ -23,11 +23,13 @@ from rnnfast import compiling, table
 from rnnfast.autocast import dtype_of_products
 from rnnfast.cells import CELLS
 from rnnfast.derivatives import needs_gradient
+from rnnfast.scan import is_transformed
 
 AUTO = "auto"
 # Extensions of a request. The first is on the tape of every scan but torch.nn's.
 CELL_STATES, CELL_STATE_GRADIENTS = "c of every step", "gradients of c of every step"
 EXTENDED_RECURRENCE = ("recurrent dropout", "zoneout", "layer normalisation", "peepholes")
+_EXTENSIONS = (CELL_STATES, CELL_STATE_GRADIENTS, *EXTENDED_RECURRENCE)
 _BY_NAME = "asked for by name"
 
 
@@ -78,7 +80,7 @@ class Backend(NamedTuple):
 
     `why_not()` tells cheaply, without building or loading anything, what is missing; None if nothing is. `load()` makes
     it ready and raises RuntimeError if that fails. `declines(request)` tells why it cannot do this request. Of the
-    extensions of a request it has `extensions`; the reference has all.
+    extensions of a request it has `extensions`.
     """
 
     name: str
@@ -95,7 +97,7 @@ class Backend(NamedTuple):
             return f"it runs on {' and '.join(self.devices)}, the input is on {request.device}"
         reason = self.declines(request)
         missing = [name for name in request.extensions if name not in self.extensions]
-        if missing and self.name != "reference":
+        if missing:
             reason = f"it has no {' or '.join(missing)}, which the reference has"
         if reason is None and self.name not in _loaded:
             with _loading:
@@ -146,15 +148,12 @@ def _of_module(name: str, devices: tuple[str, ...], description: str, extensions
 BACKENDS = {
     backend.name: backend
     for backend in (
-        _of_module(
-            "cpu",
-            ("cpu",),
-            "native C++, for every instruction set",
-            (CELL_STATES, CELL_STATE_GRADIENTS, *EXTENDED_RECURRENCE),
-        ),
+        _of_module("cpu", ("cpu",), "native C++, for every instruction set", _EXTENSIONS),
         _of_module("triton", (), "Triton kernels for NVIDIA and AMD GPUs", (CELL_STATES,)),
         _of_module("cuda", ("cuda",), "C++/CUDA kernels that keep the weights on the chip", (CELL_STATES,)),
-        Backend("reference", (), "eager PyTorch, the definition of every cell", _nothing, _nothing, _nothing),
+        Backend(
+            "reference", (), "eager PyTorch, the definition of every cell", _nothing, _nothing, _nothing, _EXTENSIONS
+        ),
         Backend(
             "torch",
             (),
@@ -384,11 +383,11 @@ def explain(layer: Any, input: Tensor | PackedSequence) -> Choice:
             request = request._replace(size=_size_of_input(layer.cell, layer, input))
     elif isinstance(layer, torch.nn.RNNCellBase):  # which computes in its weights' type under autocast, too
         weight = layer.weight_hh
-        request = Request(cell_of(layer), weight.device.type, weight.dtype, token_ids, False)
+        request = Request(cell_of(layer), weight.device.type, weight.dtype, token_ids, False, is_transformed())
     else:
         cell, weight = cell_of(layer), layer.weight_hh_l0
         dtype, size = dtype_of_products(weight), _size_of_input(cell, layer, input)
-        request = Request(cell, weight.device.type, dtype, token_ids, layer.proj_size > 0, size=size)
+        request = Request(cell, weight.device.type, dtype, token_ids, layer.proj_size > 0, is_transformed(), size)
     choice = choose(request, layer.backend)
     elsewhere = _elsewhere(choice, request)
     if getattr(layer, "mode", None) == "LSTM":

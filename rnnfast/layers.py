@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.types import Device
 
 from rnnfast import direct, dispatch, functional, inputs, sequences
-from rnnfast.autocast import autocast_dtype
+from rnnfast.autocast import autocast_dtype, cast
 from rnnfast.direct.plans import is_hooked
 from rnnfast.inputs import map_state
 from rnnfast.scan import is_jit_traced
@@ -299,9 +299,11 @@ class LSTM(DropIn[tuple[Tensor, Tensor]], nn.LSTM):
         if not isinstance(input, Tensor):
             raise TypeError(f"states takes a tensor, and lengths= for a ragged batch, got {type(input).__name__}")
         inputs.refuse_nested(input)
-        dims = 3 if input.is_floating_point() or input.is_complex() else 2
-        if input.dim() != dims:
-            raise ValueError(f"states takes {dims}D batched input, got {input.dim()}D")
+        has_features = input.is_floating_point() or input.is_complex()
+        if has_features and input.dim() != 3:
+            raise ValueError(f"states takes 3D batched input, got {input.dim()}D")
+        if not has_features and input.dim() != 2:
+            raise ValueError(inputs.token_ids_error("states", "2D", input))
         input, hx = _after_pre_hooks(self, input, hx)
         sequences.check_reset_shape(reset, input, 2)
         if self.batch_first:
@@ -475,10 +477,5 @@ def _autocast(
     if dtype is None:
         return input, state, weights
 
-    def cast(tensor: Any) -> Any:
-        # As autocast does: floating tensors, but for float64.
-        if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
-            return tensor
-        return tensor.to(dtype)
-
-    return cast(input), map_state(state, cast), [functional.Weights(*map(cast, lane)) for lane in weights]
+    to = functools.partial(cast, dtype=dtype)
+    return to(input), map_state(state, to), [functional.Weights(*map(to, lane)) for lane in weights]

@@ -16,6 +16,8 @@ import torch
 
 from rnnfast.scan import BACKEND_NAMES, WITH_STATES
 
+__all__ = ["translation_table"]
+
 # torch.nn's gates in ONNX's order: i o f g of i f g o, z r n of r z n.
 GATE_ORDER = {"rnn_tanh": (0,), "rnn_relu": (0,), "lstm": (0, 3, 1, 2), "gru": (1, 0, 2)}
 

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.types import Device
 
 from rnnfast import dispatch, functional, inputs, sequences
-from rnnfast.autocast import dtype_of_products
+from rnnfast.autocast import cast, dtype_of_products
 from rnnfast.backends.reference import Extension, Norms
 from rnnfast.cells import CELLS
 from rnnfast.direct.plans import is_hooked
@@ -179,6 +179,7 @@ class Stack(nn.Module):
 
     @property
     def num_layers(self) -> int:
+        """How many layers there are, as in torch.nn."""
         return len(self.hidden_sizes)
 
     def flatten_parameters(self) -> None:
@@ -315,9 +316,7 @@ class Stack(nn.Module):
         weight, segments = self._parameter("weight_ih_l0"), masks.segments
         dtype = dtype_of_products(weight)
         if dtype != weight.dtype:
-            rows = rows.to(dtype) if rows.is_floating_point() else rows
-            states = map_state(states, lambda part: part.to(dtype))
-            resets = map_state(resets, lambda part: part.to(dtype))
+            rows, states, resets = map_state((rows, states, resets), lambda part: cast(part, dtype))
         request, backend = self._request(rows), dispatch.asked(self.backend)
         extended = dispatch.choose_name(backend, None, *request) if request.extensions else None
         final: list[State] = []

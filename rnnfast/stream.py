@@ -120,7 +120,7 @@ class Stream:
             _check_batch(layer, input, state)
             raise
         output, self._states[""] = result
-        is_ordinary = getattr(type(layer), "step", None) is DropIn.step  # neither a stack's, nor a subclass's own
+        is_ordinary = getattr(layer.step, "__func__", None) is DropIn.step  # neither a stack's, nor a subclass's own
         if steps == 1 and is_ordinary and not torch.compiler.is_compiling():
             self._steps = direct.steps_after(layer, input, self._states[""])
         return output

@@ -69,6 +69,15 @@ def test_steps_go_past_the_layers_own(name: str, options: dict[str, Any], monkey
 
 
 @pytest.mark.parametrize("name", LAYERS)
+def test_so_do_those_of_an_accelerated_layer(name: str) -> None:
+    layer = make(name)
+    accelerated = getattr(torch.nn, name)(5, 17)
+    accelerated.load_state_dict(layer.state_dict())
+    rnnfast.accelerate(accelerated)
+    assert_goes_on(stepping(accelerated), layer, state_after(layer))
+
+
+@pytest.mark.parametrize("name", LAYERS)
 def test_token_ids(name: str) -> None:
     layer, ids = make(name), torch.randint(5, (6, 3))
     stream = rnnfast.Stream(layer)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from functools import partial
 from typing import Any
 
 import pytest
@@ -136,6 +137,16 @@ def test_explain_knows_of_autocast() -> None:
         assert "float16" in repr(choice) or "float32, float64 and bfloat16" in repr(choice)
     with torch.autocast("cpu", torch.float16):  # a cell computes in its weights' type all the same
         assert rnnfast.explain(rnnfast.LSTMCell(3, 4), input[0]).backend == "cpu"
+
+
+def test_explain_knows_of_transforms() -> None:
+    """As the call, it refuses a backend asked for by name that has none."""
+    for layer, input in ((rnnfast.LSTM(3, 4), torch.randn(5, 2, 3)), (rnnfast.LSTMCell(3, 4), torch.randn(2, 3))):
+        layer.backend = "torch"
+        assert rnnfast.explain(layer, input).backend == "torch"
+        for call in (layer, partial(rnnfast.explain, layer)):
+            with pytest.raises(RuntimeError, match="no vmap or forward-mode AD"):
+                torch.vmap(call)(input.expand(6, *input.shape))
 
 
 def test_explain_tells_what_was_passed_over_and_why() -> None:

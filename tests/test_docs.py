@@ -15,7 +15,7 @@ import re
 import runpy
 from collections.abc import Iterable
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 import pytest
@@ -288,7 +288,9 @@ def at_a_glance() -> str:
     return table(header, ((q.what, *(c for m in NEWER for c in measured(m, q))) for q in AT_A_GLANCE))
 
 
-MODULES = ("rnnfast", "rnnfast.functional", "rnnfast.sequences", "rnnfast.regularisation", "rnnfast.lm", "rnnfast.d2l")
+MODULES = tuple(
+    f"rnnfast{module}" for module in ("", ".functional", ".sequences", ".regularisation", ".onnx", ".lm", ".d2l")
+)
 
 
 def public_names() -> str:
@@ -310,9 +312,10 @@ def names_of(module: str) -> str:
 
 
 def public_methods(kind: type) -> list[str]:
-    """Those that have a docstring, of the class and of bases that are ours."""
+    """Those that have a docstring, of the class and of bases that are ours, and properties."""
     ours = [vars(base) for base in kind.__mro__ if base.__module__.startswith("rnnfast")]
-    names = {name for members in ours for name, value in members.items() if callable(value) and value.__doc__}
+    kinds = (FunctionType, classmethod, property)
+    names = {name for members in ours for name, value in members.items() if isinstance(value, kinds) and value.__doc__}
     return sorted(name for name in names if not name.startswith("_"))
 
 

@@ -319,6 +319,8 @@ def test_autocast() -> None:
         torch.testing.assert_close(output.float(), seeded(stack, input)[0], rtol=0.05, atol=0.05)
         output.float().sum().backward()
         assert stack.weight_hh_l0.grad.dtype == torch.float32
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="float64"):
+            stack(input.double())  # which autocast never casts
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -181,7 +181,7 @@ def describe(machine: Mapping[str, Any]) -> str:
 
 
 def commit() -> str | None:
-    """The commit this rnnfast was checked out at, marked where files have changed since; None outside a checkout."""
+    """The commit that this rnnfast is checked out at, marked where files have changed since; None if it is not."""
 
     def git(*arguments: str) -> str:
         folder = str(Path(rnnfast.__file__).parent)
@@ -189,6 +189,7 @@ def commit() -> str | None:
         return done.stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", "__init__.py")  # a checkout may hold an environment, which it ignores
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -219,7 +219,9 @@ def load_corpus(
     Raises:
         UserError: the text cannot be had, or a setting is outside the range that `TrainConfig` gives it.
     """
-    TrainConfig(name, tokens, raw, min_freq, max_tokens, validation)  # checks them
+    TrainConfig(
+        corpus=name, tokens=tokens, raw=raw, min_freq=min_freq, max_tokens=max_tokens, validation=validation
+    )  # checks them
     name, text = load_text(name)
     stream = tokenize(text, tokens, raw)
     if not stream:

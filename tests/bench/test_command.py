@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,22 @@ def test_ratios_and_their_summary() -> None:
     assert summary[f"ratio to {TORCH}"]["worst_at"] == "b"
     assert summary["ratio to the best peer"]["geometric_mean"] == pytest.approx((2.0 * 1.0) ** 0.5)
     assert summary["share of FMA peak"]["worst_at"] == "a"
+
+
+def test_the_commit_is_not_another_projects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An environment may lie in a checkout that does not track it."""
+    package = tmp_path / "environment" / "rnnfast"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    monkeypatch.setattr(command.rnnfast, "__file__", str(package / "__init__.py"))
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for arguments in (["init", "-q"], [*identity, "commit", "-q", "--allow-empty", "-m", "first"]):
+        subprocess.run(["git", *arguments], cwd=tmp_path, check=True)
+    assert command.commit() is None
+    subprocess.run(["git", "add", "."], cwd=tmp_path, check=True)
+    found = command.commit()
+    assert found is not None
+    assert found.endswith("-dirty")
 
 
 def test_a_single_peer_is_not_the_best_of_any() -> None:

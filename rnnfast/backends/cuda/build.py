@@ -61,7 +61,7 @@ def library() -> Path:
     import torch
 
     targets = device_architectures() or named_architectures() or DEFAULT_ARCHITECTURES
-    stamp = (source_hash(), targets, torch.__version__, nvcc(), _nvcc_version())
+    stamp = (source_hash(), targets, torch.__version__, nvcc(), _nvcc_version(), building.compiler())
     compile_for = partial(compile_library, architectures=targets)
     return building.compiled_once(stamp, "librnnfast_cuda.so", "the CUDA scan", compile_for)
 
@@ -91,7 +91,7 @@ def installed_name(architectures: tuple[str, ...]) -> str:
 
 def source_hash() -> str:
     """A hash of csrc/cuda, which names the library that belongs to it; "none" without sources."""
-    return "none" if _sources() is None else building.hash_of(_files(), _NVCC_FLAGS)
+    return "none" if _sources() is None else building.hash_of(_files(), _NVCC_FLAGS, _CXX_FLAGS)
 
 
 def named_architectures() -> tuple[str, ...]:
