@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.types import Device
 
-from rnnfast import direct, dispatch, functional, inputs, scan
+from rnnfast import direct, dispatch, functional, inputs
 from rnnfast.autocast import autocast_dtype
+from rnnfast.tracing import is_jit_traced, is_traced_for_onnx, is_transformed
 
 State = TypeVar("State")  # of a cell: h, or (h, c) of an LSTM
 
@@ -51,9 +52,9 @@ class DropInCell(dispatch.Dispatched, nn.RNNCellBase, Generic[State]):
         token_ids = not (input.is_floating_point() or input.is_complex() or input.dtype == torch.bool)
         weight = self.weight_hh
         kind = dispatch.cell_of(self)
-        request = (kind, weight.device.type, weight.dtype, token_ids, False, scan.is_transformed())
+        request = (kind, weight.device.type, weight.dtype, token_ids, False, is_transformed())
         backend = dispatch.choose_name(dispatch.asked(self.backend), None, *request)
-        if backend == "torch" and not token_ids:
+        if (backend == "torch" or is_traced_for_onnx()) and not token_ids:
             return _OF_TORCH.get(kind, nn.RNNCell).forward(self, input, hx)  # type: ignore[arg-type]
 
         name, dims = type(self).__name__, input.dim() + token_ids
@@ -85,7 +86,10 @@ class DropInCell(dispatch.Dispatched, nn.RNNCellBase, Generic[State]):
         # The final state, which may be changed in place, as torch.nn's, and not the output, which backward needs. It
         # has the memory of h_n and c_n, which nobody else holds, but is no view: a view cannot be detached in place.
         final = [h_n, c_n] if is_lstm else [h_n]
-        h, *c = (torch.ops.aten._unsafe_view.default(n, n.shape[1:] if dims == 2 else n.shape[2:]) for n in final)
+        if is_jit_traced():  # which would make constants of the sizes
+            h, *c = (n.squeeze(0) if dims == 2 else n.squeeze((0, 1)) for n in final)
+        else:
+            h, *c = (torch.ops.aten._unsafe_view.default(n, n.shape[1:] if dims == 2 else n.shape[2:]) for n in final)
         return (h, *c) if is_lstm else h
 
     if TYPE_CHECKING:  # torch.nn's is Callable[..., Any]

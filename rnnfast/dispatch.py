@@ -23,7 +23,7 @@ from rnnfast import compiling, table
 from rnnfast.autocast import dtype_of_products
 from rnnfast.cells import CELLS
 from rnnfast.derivatives import needs_gradient
-from rnnfast.scan import is_transformed
+from rnnfast.tracing import is_transformed
 
 AUTO = "auto"
 # Extensions of a request. The first is on the tape of every scan but torch.nn's.

@@ -23,7 +23,7 @@ from rnnfast.backends.reference import Extension, Norms
 from rnnfast.batching import ROWS, ROWS_OF_LANES, STATES
 from rnnfast.cells import CELLS
 from rnnfast.scan import Weights, call, contiguous, define, empty_or_like, is_plain_inference, library, stack_lanes
-from rnnfast.sequences import is_mapped
+from rnnfast.tracing import is_mapped
 
 # D lanes: the gains (D, G*H) but for gain_c (D, H), bias_c (D, H), peepholes (D, 3, H), recurrent_mask (D, B, P),
 # zoneout_h bool (D, N, P) and zoneout_c (D, N, H), or a share of the old state in the new one, 0 for none. The rest is

@@ -21,8 +21,9 @@ from rnnfast.backends import torch_nn
 from rnnfast.cells import CELLS
 from rnnfast.derivatives import needs_gradient
 from rnnfast.inputs import checked_pair
-from rnnfast.scan import Weights, is_jit_traced, is_traced, is_transformed, lstm_states, scan_layer, stack_lanes
+from rnnfast.scan import Weights, lstm_states, scan_layer, stack_lanes
 from rnnfast.sequences import is_known
+from rnnfast.tracing import is_jit_traced, is_traced, is_transformed
 
 __all__ = ["Weights", "gru", "lane_weights", "lstm", "rnn", "states", "step"]
 

@@ -20,8 +20,8 @@ from rnnfast import direct, dispatch, functional, inputs, sequences
 from rnnfast.autocast import autocast_dtype, cast
 from rnnfast.direct.plans import is_hooked
 from rnnfast.inputs import map_state
-from rnnfast.scan import is_jit_traced
 from rnnfast.sequences import Segments
+from rnnfast.tracing import is_jit_traced, is_traced_for_onnx
 
 Sequences = TypeVar("Sequences", Tensor, PackedSequence)
 State = TypeVar("State")  # of a layer: h, or (h, c) of an LSTM
@@ -74,6 +74,8 @@ class DropIn(dispatch.Dispatched, nn.RNNBase, Generic[State]):
         if may_be_direct and (result := direct.run(self, input, hx, self.batch_first)) is not None:
             return result
         inputs.check_kind(input, lengths, reset, reset_to)
+        if is_traced_for_onnx() and not cuts and input.data.is_floating_point():
+            return _OF_TORCH.get(self.mode, nn.RNN).forward(self, input, hx)
         for state in (hx, reset_to):
             if state is not None:
                 _check_state_form(self, state)
@@ -369,6 +371,7 @@ def _run(layer: Any, data: Tensor, hx: Any, batch_sizes: Tensor | None) -> tuple
     return result
 
 
+_OF_TORCH: dict[str, Any] = {"LSTM": nn.LSTM, "GRU": nn.GRU}
 _FUNCTIONS: dict[str, Callable[..., tuple[Tensor, Any]]] = {
     "RNN_TANH": functional.rnn,
     "RNN_RELU": functools.partial(functional.rnn, nonlinearity="relu"),

@@ -19,6 +19,7 @@ from rnnfast import batching, derivatives, flops
 from rnnfast.autocast import without_autocast
 from rnnfast.backends import reference, torch_nn
 from rnnfast.cells import CELLS
+from rnnfast.tracing import is_jit_traced, is_traced
 
 BACKEND_NAMES = ("reference", "cpu", "triton", "cuda", "torch")
 # Those with an operator for the states of every step of an LSTM, `scan_<backend>_states`.
@@ -105,25 +106,6 @@ def contiguous(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
 def may_need_gradient(tensors: Sequence[Tensor | None]) -> bool:
     """Whether a backward may follow: always in torch.jit.trace, which compares its trace with one without gradients."""
     return derivatives.needs_gradient(tensors) or is_jit_traced()
-
-
-def is_jit_traced() -> bool:
-    """torch.jit.trace looks at what runs now. (A compiler cannot ask, and need not.)"""
-    return not torch.compiler.is_compiling() and _C._get_tracing_state() is not None
-
-
-def is_traced() -> bool:
-    """A compiler, exporter or tracer, a torch.func transform or forward-mode AD looks at what runs now."""
-    return bool(torch.compiler.is_compiling() or is_transformed() or _C._get_tracing_state() is not None)
-
-
-def is_transformed() -> bool:
-    """A torch.func transform or forward-mode AD looks at what runs now; while a compiler traces, at what it traces."""
-    return bool(_C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0)
-
-
-# torch.compile calls it while it traces, which is inside the same transforms.
-is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def lstm_states(

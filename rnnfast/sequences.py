@@ -17,6 +17,7 @@ from torch import _C, Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnfast.imports import after_import
+from rnnfast.tracing import is_jit_traced, is_mapped
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -100,8 +101,9 @@ def cut(
 
     Raises:
         ValueError, TypeError: lengths or resets of the wrong shape, type or range.
-        RuntimeError: T is 0.
+        RuntimeError: T is 0; or torch.jit.trace looks on.
     """
+    _refuse_jit_trace()
     if steps == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     lengths = _check_lengths(steps, batch, lengths)
@@ -123,11 +125,21 @@ def on_cpu(values: Any) -> Any:
 
 def are_whole(steps: int, batch: int, lengths: Tensor | Sequence[int] | None, reset: Tensor | None) -> bool:
     """Whether no sequence ends early or is reset on the way, as far as lengths and resets can be looked at."""
+    _refuse_jit_trace()
     if steps == 0 or torch.compiler.is_compiling() or is_mapped(reset):
         return False
     lengths = _check_lengths(steps, batch, lengths)
     # As int64: torch would make the number of steps one of their type, which may not hold it.
     return not is_mapped(lengths) and bool((lengths.long() == steps).all()) and (reset is None or not reset.any())
+
+
+def _refuse_jit_trace() -> None:
+    """It would make constants of what is decided by lengths and resets."""
+    if is_jit_traced():
+        raise RuntimeError(
+            "torch.jit.trace cannot record lengths= and reset=, whose values decide what is computed: use "
+            "torch.export, or a PackedSequence"
+        )
 
 
 def checked_reset(state: Tensor, reset_to: Tensor) -> Tensor:
@@ -245,15 +257,6 @@ def _map_plan(info: Any, in_dims: Any, lengths: Tensor, reset: Tensor | None, *o
         torch.ops.rnnfast.cut.default(own(lengths, in_dims[0], m), own(reset, in_dims[1], m), *others) for m in members
     ]
     return tuple(torch.stack(parts) for parts in zip(*plans, strict=True)), (0,) * 6
-
-
-def is_mapped(tensor: Tensor | None) -> bool:
-    """Whether vmap maps over it, be it inside another transform of torch.func."""
-    while tensor is not None and _C._functorch.is_functorch_wrapped_tensor(tensor):
-        if _C._functorch.is_batchedtensor(tensor):
-            return True
-        tensor = _C._functorch.get_unwrapped(tensor)
-    return False
 
 
 def is_known(batch_sizes: Tensor) -> bool:

@@ -24,7 +24,7 @@ from rnnfast.extended import scan_extended
 from rnnfast.inputs import map_state
 from rnnfast.layers import Sequences
 from rnnfast.regularisation import Masks, dropout_mask
-from rnnfast.scan import is_transformed
+from rnnfast.tracing import is_transformed
 
 State = Any  # of one layer: h, or (h, c) of an LSTM
 

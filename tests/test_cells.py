@@ -235,3 +235,16 @@ def test_vmap_over_a_batch_more(name: str, dtype: torch.dtype, token_ids: bool) 
     expected = [torch.stack(part) for part in zip(*(parts(cell(each)) for each in input), strict=True)]
     bounds = {"atol": 2e-3, "rtol": 2e-3} if dtype is torch.float16 else {}  # two roundings of a number of size 1
     torch.testing.assert_close(list(parts(torch.vmap(cell)(input))), expected, **bounds)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("name", CELLS)
+def test_a_trace_serves_any_batch(name: str) -> None:
+    _, cell = pair(name)
+    traced = torch.jit.trace(cell, (torch.randn(BATCH, INPUTS), state_of(name, BATCH)))
+    with_ids = torch.jit.trace(cell, torch.randint(INPUTS, (BATCH,)))
+    for batch in (1, BATCH + 3):
+        given = torch.randn(batch, INPUTS), state_of(name, batch)
+        torch.testing.assert_close(traced(*given), cell(*given), rtol=0, atol=0)
+        ids = torch.randint(INPUTS, (batch,))
+        torch.testing.assert_close(with_ids(ids), cell(ids), rtol=0, atol=0)

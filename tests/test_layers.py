@@ -274,6 +274,14 @@ def test_a_trace_with_packed_sequences_serves_any_batch(name: str) -> None:
         torch.testing.assert_close(traced(*given), model(*given), rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("cuts", [{"lengths": torch.tensor([5, 5])}, {"reset": torch.zeros(5, 2, dtype=torch.bool)}])
+@pytest.mark.parametrize("layer", [rnnfast.GRU(3, 4), rnnfast.Stack("gru", 3, [4])], ids=["GRU", "Stack"])
+def test_a_trace_of_what_lengths_and_resets_decide_is_refused(layer: Any, cuts: dict[str, Tensor]) -> None:
+    with pytest.raises(RuntimeError, match=r"torch.jit.trace cannot record .*: use torch.export, or a PackedSequence"):
+        torch.jit.trace(lambda input: layer(input, **cuts)[0], torch.randn(5, 2, 3))
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_a_trace_warns_of_no_check_of_ours() -> None:
     with warnings.catch_warnings(record=True) as caught:

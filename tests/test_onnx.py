@@ -101,8 +101,33 @@ def test_an_accelerated_model_with_a_cell_and_a_stack(tmp_path: Any) -> None:
     compare(program, model, arguments, tmp_path)
 
 
+@pytest.mark.parametrize("accelerated", [False, True])
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_the_older_exporter_finds_torchs_own_layers(name: str, accelerated: bool, tmp_path: Any) -> None:
+    class Both(torch.nn.Module):
+        def __init__(self, library: Any) -> None:
+            super().__init__()
+            self.layer = getattr(library, name)(5, 7, 2, bidirectional=True)
+            self.cell = getattr(library, name + "Cell")(14, 4)
+
+        def forward(self, input: torch.Tensor) -> Any:
+            output, state = self.layer(input)
+            return output, state, self.cell(output[-1])
+
+    model = Both(torch.nn if accelerated else rnnfast).eval()
+    if accelerated:
+        rnnfast.accelerate(model)
+    options: Any = {"dynamo": False, "input_names": ["input"], "dynamic_axes": {"input": {0: "steps", 1: "batch"}}}
+    torch.onnx.export(model, (torch.randn(4, 3, 5),), tmp_path / "model.onnx", **options)
+    compare_saved(model, (torch.randn(9, 6, 5),), tmp_path)
+
+
 def compare(program: Any, model: Any, arguments: Any, folder: Any) -> None:
     program.save(folder / "model.onnx")
+    compare_saved(model, arguments, folder)
+
+
+def compare_saved(model: Any, arguments: Any, folder: Any) -> None:
     session = onnxruntime.InferenceSession(folder / "model.onnx")
     names = [argument.name for argument in session.get_inputs()]
     results = session.run(None, dict(zip(names, (t.numpy() for t in tree_leaves(arguments)), strict=True)))

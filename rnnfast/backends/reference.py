@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rnnfast.backends.products import check_batch_sizes, widen
 from rnnfast.cells import CELLS
-from rnnfast.sequences import is_mapped
+from rnnfast.tracing import is_mapped
 
 # ---- extensions: what may change the recurrence of a lane ----------------------------------------------------------
 
