@@ -65,6 +65,7 @@ def run_tests(paths: Sequence[str], deadline: float, save: Save) -> Report:
     """The tests of files and folders that need a GPU; plugins and warnings are as the machine has them."""
     # The pinned configuration may ask for plugins that this machine lacks.
     options = ["-q", "--tb=short", "-m", "gpu", "-o", "addopts=", "-o", "filterwarnings=", "-p", "no:cacheprovider"]
+    options.append("--continue-on-collection-errors")  # a file may need a package that is not here
     command = [sys.executable, "-m", "pytest", *options, "-p", "benchmarks.gpu_pytest", *paths]
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "tests.jsonl"
@@ -116,13 +117,13 @@ def run_tune(deadline: float, save: Save) -> Report:
         content = json.loads(path.read_text())
         return {"passed": not wrong, "summary": summary, "wrong": wrong, "table": content, "said": said}
 
-    while (seconds := deadline - time.perf_counter()) > 5:
-        done = _run(_own("--tune", str(seconds - 5)), deadline, meanwhile=partial(_save_now, save, so_far))
+    while deadline - time.perf_counter() > 5:
+        done = _run(_own("--tune", _at(deadline - 5)), deadline, meanwhile=partial(_save_now, save, so_far))
         said += dict.fromkeys(done.stdout.splitlines())  # each thread of a kernel that fails says so
         if done.returncode == 0:
             break
         said += _last_lines(done, 1)
-        if done.returncode == -signal.SIGALRM:
+        if done.returncode < 0:
             _leave_out_next_point(identity, path)
     return so_far()
 
@@ -133,7 +134,7 @@ def _leave_out_next_point(identity: table.Identity, path: Path) -> None:
     done = {(p.cell, p.compute_type, p.hidden, p.batch) for p in points}
     stuck = next((key for key in tuning.grid() if key not in done), None)
     if stuck is not None:
-        points.append(Point(*stuck, failures={"cuda": "it did not end"}))
+        points.append(Point(*stuck, failures={"cuda": "it did not end, or ended the process"}))
         Table(identity, points, circumstances()["time"]).write(path)
 
 
@@ -156,7 +157,9 @@ def run_sanitizer(deadline: float, save: Save) -> Report:
     report: Report = {"passed": True, "summary": ""}
     for left, (tool, kernel) in zip(range(len(SANITIZED), 0, -1), SANITIZED, strict=True):
         now = time.perf_counter()
-        if deadline - now < STARTING_SECONDS:
+        if kernel == "cluster" and torch.cuda.get_device_capability() < (9, 0):
+            found = "not run, the device has no clusters"
+        elif deadline - now < STARTING_SECONDS:
             found, report["passed"] = "not run for lack of time", report["passed"] and None
         else:
             limit = min(deadline, now + max(SECONDS_A_CHECK, (deadline - now) / left))
@@ -164,6 +167,9 @@ def run_sanitizer(deadline: float, save: Save) -> Report:
             command = [sanitizer, "--tool", tool, *options, *more, *_own("--small-layers", kernel)]
             done = _run(command, limit, UNCACHED)
             report[f"{tool} {kernel}"] = {"exit_status": done.returncode, "said": _ends(done, 20)}
+            refusal = next((line for line in _lines(done) if "not supported" in line.lower()), None)
+            if refusal is not None and done.returncode not in (0, NOT_CLEAN, STOPPED):
+                return {**report, "passed": report["passed"] and None, "summary": f"not run: {refusal}"}
             if done.returncode == STOPPED:
                 found, report["passed"] = "not ended in its time", report["passed"] and None
             elif done.returncode:
@@ -184,35 +190,36 @@ def run_tasks(name: str, deadline: float, save: Save) -> list[Report]:
     while True:
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder) / "rows.json"
-            seconds = deadline - time.perf_counter()
             before = list(rows)
 
             def so_far(output: Path = output, before: list[Report] = before) -> list[Report]:
                 return [*before, *(json.loads(output.read_text()) if output.exists() else [])]
 
-            own = _own("--part", name, "--seconds", str(seconds), "--skip", str(len(rows)), "--output", str(output))
+            own = _own("--part", name, "--until", _at(deadline), "--skip", str(len(rows)), "--output", str(output))
             done = _run(own, deadline + GRACE_SECONDS, meanwhile=partial(_save_now, save, so_far))
             rows = so_far()
+            begun = len(before) + (int(_begun(output).read_text()) if _begun(output).exists() else 0)
         tasks = PARTS[name].tasks()
-        if done.returncode == 0 or len(rows) >= len(tasks):
+        if done.returncode == 0:
             return rows
         took_too_long, nothing = -done.returncode == signal.SIGALRM, len(rows) == len(before)
-        if done.returncode == STOPPED:
+        if done.returncode == STOPPED and len(rows) < len(tasks):
             rows.append({"left_out": len(tasks) - len(rows), "stopped_in": tasks[len(rows)][0]})
-        elif nothing or "failure" not in rows[-1]:
+        elif nothing or begun > len(rows):  # it ended in a task
             why = f"it took more than {PARTS[name].limit} s" if took_too_long else "\n".join(_last_lines(done, 8))
             rows.append({**tasks[len(rows)][0], "failure": why or f"it ended with status {done.returncode}"})
-        else:  # a kernel's own words, which the row does not have
+        else:  # behind one that failed; a kernel's own words, which the row does not have
             rows[-1]["said"] = _ends(done, 8)
         save(rows)
         # A process that cannot even start fails the same way every time.
         starts_in_vain = starts_in_vain + 1 if nothing and not took_too_long else 0
-        if starts_in_vain > 2 or done.returncode == STOPPED or time.perf_counter() > deadline - STARTING_SECONDS:
+        is_over = done.returncode == STOPPED or time.perf_counter() > deadline - STARTING_SECONDS
+        if len(rows) >= len(tasks) or starts_in_vain > 2 or is_over:
             return rows
 
 
 def work_through(tasks: list[Task], deadline: float, limit: int, output: Path) -> None:
-    """Runs tasks in this process, and has the rows in the file `output` after each.
+    """Runs tasks in this process, and has the rows in the file `output` after each, and how many are begun beside it.
 
     A task that takes more than `limit` seconds ends the process: one that waits for a kernel hears nothing else. So
     does a task that has broken the device, after its row was written.
@@ -223,6 +230,7 @@ def work_through(tasks: list[Task], deadline: float, limit: int, output: Path) -
             rows.append({"left_out": left})
             _replace(output, json.dumps(rows))
             return
+        _replace(_begun(output), str(len(rows) + 1))
         signal.alarm(limit if rows else limit + STARTING_SECONDS)  # cuBLAS and cuDNN are loaded by the first
         try:
             rows.append({**label, **measure()})
@@ -232,6 +240,10 @@ def work_through(tasks: list[Task], deadline: float, limit: int, output: Path) -
         if "failure" in rows[-1] and torch.cuda.is_available():
             torch.cuda.synchronize()
         signal.alarm(0)
+
+
+def _begun(output: Path) -> Path:
+    return output.with_suffix(".begun")
 
 
 class Part(NamedTuple):
@@ -289,7 +301,7 @@ def main() -> int:
     parser.add_argument("--small-layers", help=argparse.SUPPRESS)
     parser.add_argument("--tune", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--part", help=argparse.SUPPRESS)
-    parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--skip", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.build or options.small_layers or options.tune is not None or options.part is not None:
@@ -306,7 +318,7 @@ def main() -> int:
     elif options.tune is not None:
         _tune(options.tune)
     elif options.part is not None:
-        deadline = time.perf_counter() + options.seconds
+        deadline = time.perf_counter() + options.until - time.time()
         part = PARTS[options.part]
         gpu_parts.load(part.backend)
         work_through(part.tasks()[options.skip :], deadline, part.limit, options.output)
@@ -426,15 +438,15 @@ def circumstances() -> Report:
     }
 
 
-def _tune(seconds: float) -> None:
-    """Tunes in this process, which a point that takes too long ends."""
+def _tune(until: float) -> None:
+    """Tunes in this process, until that time, which a point that takes too long ends."""
 
     def report(line: str) -> None:
         signal.alarm(30)
         print(line, flush=True)
 
     signal.alarm(60)  # the library is loaded, and cuDNN
-    rnnfast.tune(minutes=seconds / 60, backends=["cuda"], report=report)
+    rnnfast.tune(minutes=(until - time.time()) / 60, backends=["cuda"], report=report)
     signal.alarm(0)
 
 
@@ -456,6 +468,11 @@ def _ending_with_parent(command: list[str]) -> list[str]:
         return command
     asks = f"import ctypes, os, sys; ctypes.CDLL(None).prctl({PR_SET_PDEATHSIG}, {int(signal.SIGKILL)})"
     return [sys.executable, "-ISc", f"{asks}; os.execvp(sys.argv[1], sys.argv[1:])", *command]
+
+
+def _at(deadline: float) -> str:
+    """A time of this process's clock as another process takes it: what it takes to start is then in it."""
+    return str(time.time() + deadline - time.perf_counter())
 
 
 def _own(*arguments: str) -> list[str]:
@@ -507,13 +524,17 @@ def _replace(path: Path, text: str) -> None:
     aside.replace(path)
 
 
+def _lines(done: subprocess.CompletedProcess[str]) -> list[str]:
+    return (done.stdout + done.stderr).strip().splitlines()
+
+
 def _last_lines(done: subprocess.CompletedProcess[str], count: int) -> list[str]:
-    return (done.stdout + done.stderr).strip().splitlines()[-count:]
+    return _lines(done)[-count:]
 
 
 def _ends(done: subprocess.CompletedProcess[str], count: int) -> list[str]:
     """The first and the last lines: the first error tells most, and a sanitizer's last line how many there are."""
-    lines = (done.stdout + done.stderr).strip().splitlines()
+    lines = _lines(done)
     return lines if len(lines) <= 2 * count else [*lines[:count], "...", *lines[-count:]]
 
 

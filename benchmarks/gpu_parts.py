@@ -29,6 +29,7 @@ DEVICE = "cuda"
 # What a step may take, in microseconds: the goals for an H200 at H=512, B=32.
 GOALS = {("lstm", "bfloat16"): 0.8, ("lstm", "tf32"): 1.0, ("lstm", "float32"): 1.9, ("rnn_tanh", "float32"): 0.9}
 BACKWARD_GOAL = 1.6  # times the forward
+NEAR_MISS = 10  # times the error that is allowed
 # How many times as fast as cuDNN, by the algorithm that PyTorch has it use.
 RATIO_GOALS = {"STANDARD": 4.0, "PERSIST_STATIC": 1.5, "PERSIST_STATIC_SMALL_H": 1.0}
 PIPELINE_GOALS = {("rnn_tanh", 512): {"tokens_per_s": 2_000_000, "characters_per_s": 100_000}}
@@ -59,12 +60,10 @@ def goals() -> list[Task]:
             plans = {way: launch.plan(h_0, cell, way == "backward")._asdict() for way in ("forward", "backward")}
             ours, theirs = _layers(cell, 512, 128, compute_type, "cuda")
             row = {"plans": plans, **_found_right(ours, tuning.Parity(theirs, 32, compute_type))}
-        if not row["right"]:
+        if not _is_worth_timing(row):
             return row
-        measured, goals = (
-            _scan_step_us(cell, 512, 32, compute_type, None),
-            {"forward": goal, "backward": BACKWARD_GOAL * goal},
-        )
+        measured = _scan_step_us(cell, 512, 32, compute_type, None)
+        goals = {"forward": goal, "backward": BACKWARD_GOAL * goal}
         of_goal = {way: measured[way] / goals[way] for way in goals}
         return {**row, "us_a_step": measured, "goals": goals, "of_goal": of_goal}
 
@@ -149,7 +148,7 @@ def compare(
             "kernel": _kernel(backend, cell, hidden, batch, dtype),
             **_found_right(ours, tuning.Parity(theirs, batch, compute_type)),
         }
-        if not row["right"]:
+        if not _is_worth_timing(row):
             return row
         input = torch.randn(steps, batch, inputs, device=DEVICE, dtype=dtype)
         gradient = torch.randn(steps, batch, hidden, device=DEVICE, dtype=dtype)
@@ -210,7 +209,12 @@ def _found_right(layer: nn.RNNBase, parity: tuning.Parity) -> Report:
     try:
         return {"right": True, "worst_error": max(parity.check_all(layer))}
     except tuning.Wrong as wrong:
-        return {"right": False, "failure": str(wrong)}
+        return {"right": False, "failure": str(wrong), "times_allowed": wrong.times_allowed}
+
+
+def _is_worth_timing(row: Report) -> bool:
+    """What is right, and what is nearly so: that stays a failure, but its time tells what it is worth to mend it."""
+    return bool(row["right"] or row["times_allowed"] < NEAR_MISS)
 
 
 def _kernel(backend: str, cell: str, hidden: int, batch: int, dtype: torch.dtype) -> str:

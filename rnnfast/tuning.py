@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import datetime
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -175,7 +176,14 @@ def measure(point: Point, backends: Sequence[str], device: torch.device) -> None
 
 
 class Wrong(Exception):
-    """A result that is not near enough to the truth; the message says which, and by how much."""
+    """A result that is not near enough to the truth; the message says which, and by how much.
+
+    `times_allowed`: its error over what is allowed.
+    """
+
+    def __init__(self, message: str, times_allowed: float = math.nan) -> None:
+        super().__init__(message)
+        self.times_allowed = times_allowed
 
 
 class Parity:
@@ -204,10 +212,10 @@ class Parity:
             of_nn, worst_of_nn = self.of_nn[name]
             allowed = allowed_error(self.compute_type, of_nn, forward=not name.startswith("d_"))
             if not error <= allowed:
-                raise Wrong(f"{name} is off by {error:.1e}, allowed are {allowed:.1e}")
+                raise Wrong(f"{name} is off by {error:.1e}, allowed are {allowed:.1e}", error / allowed)
             allowed = WORST_TIMES_NN * max(worst_of_nn, ROUNDING.get(self.compute_type, 0.0))
             if not worst <= allowed:
-                raise Wrong(f"an element of {name} is off by {worst:.1e}, allowed are {allowed:.1e}")
+                raise Wrong(f"an element of {name} is off by {worst:.1e}, allowed are {allowed:.1e}", worst / allowed)
         return {name: error for name, (error, _) in errors.items()}
 
     def check_all(self, layer: nn.RNNBase) -> list[float]:

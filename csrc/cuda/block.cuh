@@ -18,18 +18,20 @@ namespace rnnfast::cuda {
 
 // Ends a kernel with a message where a peer never comes (a fault, a debugger), rather than hanging the device.
 class Watchdog {
-  const uint32_t patience_, begin_ = hw::clock_high();
+  const int32_t patience_;
+  const uint32_t begin_ = hw::clock_high();
 
  public:
   // Times 2^32 cycles: two to five seconds. Blocks that the device may not have begun yet have ten minutes: another kernel, as one
   // of NCCL's that waits for a slower process, may hold the multiprocessors for so long.
-  static constexpr uint32_t kUsual = 1, kForABeginning = 300;
+  static constexpr int32_t kUsual = 1, kForABeginning = 300;
 
-  RNNFAST_DEVICE explicit Watchdog(uint32_t patience = kUsual) : patience_(patience) {}
+  RNNFAST_DEVICE explicit Watchdog(int32_t patience = kUsual) : patience_(patience) {}
 
   // After each look that was in vain.
   RNNFAST_DEVICE void look(const char* message, int which) const {
-    if (hw::clock_high() - begin_ > patience_) hw::fail(message, which);
+    // A thread that was preempted may go on where the clock is behind.
+    if (static_cast<int32_t>(hw::clock_high() - begin_) > patience_) hw::fail(message, which);
   }
 };
 

@@ -1,6 +1,6 @@
 // The host version of hardware.h. Every thread of a launch is a fiber; fibers run in an order shuffled anew each round
-// and are switched at barriers, waits and warp-wide instructions. Shared memory starts as NaN and remote stores arrive
-// late, so a missing barrier shows as a wrong number, and a wait that nothing ends as an error.
+// and are switched at barriers, waits and warp-wide instructions. Shared memory starts as NaN, remote stores and copies
+// arrive late, so a missing barrier shows as a wrong number, and a wait that nothing ends as an error.
 #pragma once
 
 #include <setjmp.h>
@@ -56,23 +56,35 @@ constexpr size_t kStackBytes = 32 << 10;
 constexpr int kWarp = 32;
 // A round in which no thread gets further counts as a second, so that a kernel's own watchdog can find it out first.
 constexpr int kIdleRounds = 1000;
+constexpr int kMostBytes = (1 << 20) - 1;  // that an mbarrier may wait for, or be ahead by
+
+enum class WarpWide { none, shuffle, barrier, mma };
 
 // What a warp's lanes lay down for one another. Two sets, used in turn: a lane may run one instruction ahead.
 struct Warp {
   uint64_t values[2][kWarp][6];
+  WarpWide instruction[2] = {};
   int arrived = 0, generation = 0;
 };
 
 struct Block {
   int x, y, z, first_of_cluster;
+  bool has_published = false;  // its mbarriers to the cluster
   std::vector<char> shared;
   std::vector<Warp> warps;
   int arrived = 0, generation = 0;
 };
 
+// An asynchronous copy of 16 bytes.
+struct Copy {
+  void* to;
+  const void* from;
+};
+
 struct Fiber {
   Block* block;
   int thread;
+  std::vector<Copy> copies;  // not yet made
   ucontext_t context;
   jmp_buf resume;
   char* stack;
@@ -160,6 +172,7 @@ inline void deliver(Machine& m, bool all) {
     auto& barrier = *reinterpret_cast<Mbarrier*>(store.barrier);
     races::deliver(store.number, store.barrier, barrier.phase);
     barrier.bytes -= 4;
+    if (barrier.bytes < -kMostBytes) m.failure = "more bytes came to an mbarrier than it can count";
     complete(barrier);
   }
 }
@@ -238,14 +251,19 @@ inline void meet(int& arrived, int& generation, int count, bool orders_memory = 
   if (orders_memory) races::acquire(&generation, mine & 1);
 }
 
-// Lays `words` values down for the warp and returns the place where all lanes' values lie until the next but one call.
+// Lays values down for the warp and returns the place where all lanes' values lie until the next but one call. All lanes must be at
+// the same instruction.
 template <class Write>
-inline uint64_t (*exchange(Write write, bool orders_memory = true))[6] {
+inline uint64_t (*exchange(WarpWide instruction, Write write))[6] {
   Fiber* self = machine()->current;
   Warp& warp = self->block->warps[self->thread / kWarp];
   auto* values = warp.values[warp.generation & 1];
+  WarpWide& of_all = warp.instruction[warp.generation & 1];
+  if (warp.arrived == 0) of_all = instruction;
+  if (of_all != instruction) machine()->failure = "the lanes of a warp are at different warp-wide instructions";
   write(values[self->thread % kWarp]);
-  meet(warp.arrived, warp.generation, kWarp, orders_memory);
+  // Of mma, nothing says that it orders memory; that a shuffle does is more than CUDA promises.
+  meet(warp.arrived, warp.generation, kWarp, instruction != WarpWide::mma);
   return values;
 }
 
@@ -279,14 +297,14 @@ inline void block_barrier() {
 }
 
 inline void warp_barrier() {
-  emulator::exchange([](uint64_t*) {});
+  emulator::exchange(emulator::WarpWide::barrier, [](uint64_t*) {});
 }
 
 template <class V>
 V shuffle_xor(V value, int mask) {
   static_assert(sizeof(V) <= 8);
-  // Counts as ordering the warp's memory, which is more than CUDA promises of it.
-  auto* lanes = emulator::exchange([&](uint64_t* mine) { std::memcpy(mine, &value, sizeof(V)); });
+  auto* lanes =
+      emulator::exchange(emulator::WarpWide::shuffle, [&](uint64_t* mine) { std::memcpy(mine, &value, sizeof(V)); });
   V other;
   std::memcpy(&other, lanes[lane() ^ mask], sizeof(V));
   return other;
@@ -334,7 +352,7 @@ void emulate_mma(float (&d)[4], const uint32_t* a, uint32_t b0, uint32_t b1, int
     mine[4] = b0;
     mine[5] = b1;
   };
-  auto* lanes = emulator::exchange(write, /*orders_memory=*/false);  // of mma, nothing says that it does
+  auto* lanes = emulator::exchange(emulator::WarpWide::mma, write);
   const int group = lane() / 4, quad = lane() % 4;
   for (int i = 0; i < 4; ++i) {
     const int row = group, column = 2 * quad + (i & 1);
@@ -390,13 +408,22 @@ inline Vec16 load_shared(Address from) {
   return {};
 }
 
+// In one piece, which the race detector sees.
+inline void copy(const emulator::Copy& copy) { *static_cast<Vec16*>(copy.to) = *static_cast<const Vec16*>(copy.from); }
+// At once, or not before they are waited for.
 inline void copy_async(void* shared, const void* global) {
+  emulator::Machine& m = *emulator::machine();
   if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16)
-    emulator::machine()->failure = "misaligned async copy";
-  else  // in one piece, which the race detector sees
-    *static_cast<Vec16*>(shared) = *static_cast<const Vec16*>(global);
+    m.failure = "misaligned async copy";
+  else if (m.random() % 2)
+    copy({shared, global});
+  else
+    m.current->copies.push_back({shared, global});
 }
-inline void copies_wait() {}
+inline void copies_wait() {
+  for (const emulator::Copy& each : emulator::machine()->current->copies) copy(each);
+  emulator::machine()->current->copies.clear();
+}
 
 inline void flag_release(uint32_t* flag, uint32_t value) {
   races::release(flag, 0);
@@ -425,7 +452,7 @@ inline void mbarrier_init(uint64_t* barrier, int arrivals) {
   b.bytes = 0;
   b.phase = 0;
 }
-inline void mbarrier_publish() {}
+inline void mbarrier_publish() { emulator::machine()->current->block->has_published = true; }
 // Operations do not race with one another, but with the initialisation: each counts as a read.
 RNNFAST_ATOMIC inline void mbarrier_expect(uint64_t* barrier, int bytes) {
   auto& b = *reinterpret_cast<emulator::Mbarrier*>(barrier);
@@ -433,6 +460,8 @@ RNNFAST_ATOMIC inline void mbarrier_expect(uint64_t* barrier, int bytes) {
   races::release(barrier, b.phase);
   --b.pending;
   b.bytes += bytes;
+  if (b.pending < 0) emulator::machine()->failure = "an mbarrier's phase has more arrivals than it waits for";
+  if (b.bytes > emulator::kMostBytes) emulator::machine()->failure = "an mbarrier is to wait for more bytes than it can count";
   emulator::complete(b);
   ++emulator::machine()->progress;
 }
@@ -449,9 +478,12 @@ RNNFAST_ATOMIC inline bool mbarrier_try_wait(uint64_t* barrier, int parity) {
 }
 inline void remote_store(Address local, uint64_t* barrier, int rank, uint32_t value) {
   emulator::Machine& m = *emulator::machine();
-  emulator::Block& mine = *m.current->block;
-  emulator::Block& peer = m.blocks[mine.first_of_cluster + rank];
+  if (rank < 0 || rank >= m.launch.cluster) return fail("a remote store to a block that the cluster has not", rank);
+  emulator::Block& peer = m.blocks[m.current->block->first_of_cluster + rank];
   char* there = peer.shared.data();
+  if (!peer.has_published) m.failure = "a remote store to a block that has published no mbarrier";
+  if (local % 4 || address(barrier) % 8) m.failure = "misaligned remote store";
+  if (local + 4 > peer.shared.size()) return fail("a remote store beyond the shared memory", local);
   auto* its_barrier = reinterpret_cast<uint64_t*>(there + address(barrier));
   races::access(its_barrier, 8, false);
   m.in_flight.push_back({there + local, its_barrier, value, races::send(there + local, 4)});

@@ -17,13 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rnnfast.autocast import without_autocast
+from rnnfast.autocast import autocast_dtype, without_autocast
 from rnnfast.derivatives import gradients_below_autograd
 
 Lane = Sequence["Tensor | None"]  # w_ih, w_hh, b_ih, b_hh, w_hr
 
 
-@without_autocast
 def layers(
     cell: str,
     input: Tensor,
@@ -36,6 +35,25 @@ def layers(
     training: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Layers x directions, as `rnnfast.functional` takes and returns them."""
+    arguments = cell, input, h_0, c_0, weights, batch_sizes, bidirectional, dropout, training
+    if h_0.is_cuda and autocast_dtype("cuda") is not None:
+        with _quiet():  # weights that autocast has made are not in one piece
+            return _layers(*arguments)
+    return _layers(*arguments)
+
+
+@without_autocast
+def _layers(
+    cell: str,
+    input: Tensor,
+    h_0: Tensor,
+    c_0: Tensor | None,
+    weights: Sequence[Lane],
+    batch_sizes: Tensor | None,
+    bidirectional: bool,
+    dropout: float,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     directions = 2 if bidirectional else 1
     if batch_sizes is not None and not len(input):  # cuDNN takes no empty batch
         # Nothing, but of all that the results of any other batch depend on: so the gradients are zeros.
@@ -148,7 +166,7 @@ def _scan(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without cuDNN's hint to call flatten_parameters(): an operator is given parameters as they come."""
+    """Without cuDNN's hint to call flatten_parameters(), which would change nothing."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")
         yield

@@ -91,11 +91,12 @@ import json, os, pathlib, signal, sys, time
 given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 rows = []
 for what in BEHAVIOUR[int(given["--skip"]):]:
+    if what == "never": sys.exit("cannot start")
+    pathlib.Path(given["--output"]).with_suffix(".begun").write_text(str(len(rows) + 1))
     if what == "crash": os.kill(os.getpid(), signal.SIGSEGV)
     if what == "hang": os.kill(os.getpid(), signal.SIGALRM)
     if what == "sleep": time.sleep(60)
-    if what == "never": sys.exit("cannot start")
-    rows.append({"failure": "CUDA error"} if what == "broken" else {"us": what})
+    rows.append({"failure": "CUDA error"} if what in ("broken", "wrong") else {"us": what})
     pathlib.Path(given["--output"]).write_text(json.dumps(rows))
     if what == "broken":
         print("rnnfast: a block did not arrive: 1")
@@ -123,6 +124,23 @@ def test_it_goes_on_behind_what_a_process_did_not_survive(monkeypatch: pytest.Mo
     assert gpu.has_failed(rows)
 
 
+@pytest.mark.parametrize("end", ["crash", "hang"])
+def test_no_task_is_run_again_behind_one_that_failed(monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+    run, starts = gpu._run, []
+
+    def count(*arguments: Any, **options: Any) -> Any:
+        starts.append(arguments)
+        return run(*arguments, **options)
+
+    monkeypatch.setattr(gpu, "_run", count)
+    rows, _ = run_tasks(monkeypatch, ["wrong", end, 3], 60)
+    assert len(starts) == 2
+    assert rows[0] == {"failure": "CUDA error"}
+    how = "it took more than 7 s" if end == "hang" else "it ended with status -11"
+    assert rows[1] == {"of": "task 1", "failure": how}
+    assert rows[2] == {"us": 3}
+
+
 def test_it_gives_up_a_process_that_cannot_start(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, _ = run_tasks(monkeypatch, ["never"] * 9, 60)
     assert rows == [{"of": f"task {i}", "failure": "cannot start"} for i in range(3)]
@@ -144,7 +162,7 @@ def test_tuning_goes_on_behind_a_point_that_hangs(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(gpu.table, "path_of", lambda identity: tmp_path / "table.json")
     monkeypatch.setattr(gpu, "circumstances", lambda: {"time": "now"})
     monkeypatch.setattr(gpu.torch.cuda, "current_device", lambda: 0)
-    statuses = iter([-signal.SIGALRM, 1, -signal.SIGALRM, 0])
+    statuses = iter([-signal.SIGALRM, 1, -signal.SIGSEGV, 0])
     monkeypatch.setattr(gpu, "_run", lambda *_, **__: subprocess.CompletedProcess([], next(statuses), "a line\n", ""))
     report = gpu.run_tune(time.perf_counter() + 60, lambda result: None)
     first, second = list(gpu.tuning.grid())[:2]
@@ -153,7 +171,7 @@ def test_tuning_goes_on_behind_a_point_that_hangs(monkeypatch: pytest.MonkeyPatc
         second,
     ]
     assert report["passed"] is False
-    assert set(next(iter(report["wrong"].values())).values()) == {"it did not end"}
+    assert set(next(iter(report["wrong"].values())).values()) == {"it did not end, or ended the process"}
 
 
 PARENT = """
@@ -288,6 +306,7 @@ def test_the_sanitizer(
         return subprocess.CompletedProcess(command, statuses.get(len(commands) - 1, 0), said, "")
 
     monkeypatch.setattr(gpu, "_run", run)
+    monkeypatch.setattr(gpu.torch.cuda, "get_device_capability", lambda: (9, 0))
     report = gpu.run_sanitizer(time.perf_counter() + 60, lambda result: None)
     verdicts = [f"{check}: {others.get(i, 'clean')}" for i, check in enumerate(SANITIZED)]
     assert (report["passed"], report["summary"]) == (passed, "; ".join(verdicts))
@@ -297,6 +316,13 @@ def test_the_sanitizer(
     assert (lines[0], lines[19:22], lines[-1]) == ("line 0", ["line 19", "...", "line 80"], "line 99")
     late = gpu.run_sanitizer(time.perf_counter() + 5, lambda result: None)
     assert late == {"passed": None, "summary": "; ".join(f"{check}: not run for lack of time" for check in SANITIZED)}
+    monkeypatch.setattr(gpu.torch.cuda, "get_device_capability", lambda: (8, 0))
+    report = gpu.run_sanitizer(time.perf_counter() + 60, lambda result: None)
+    assert report["summary"].count("of cluster: not run, the device has no clusters") == 2
+    refusal = subprocess.CompletedProcess([], 255, "", "Error: Device not supported.")
+    monkeypatch.setattr(gpu, "_run", lambda *_: refusal)
+    report = gpu.run_sanitizer(time.perf_counter() + 60, lambda result: None)
+    assert (report["passed"], report["summary"]) == (None, "not run: Error: Device not supported.")
 
 
 # All parts

@@ -28,17 +28,38 @@ void lanes(int* out) {
   shared[hw::lane()] = 0;
 }
 
+// A warp copies numbers to shared memory.
+template <bool WAIT>
+void copy(int* out, const int* numbers) {
+  int* shared = reinterpret_cast<int*>(hw::shared_memory());
+  if (hw::lane() < 8) hw::copy_async(shared + 4 * hw::lane(), numbers + 4 * hw::lane());
+  if (WAIT) hw::copies_wait();
+  hw::block_barrier();
+  out[hw::lane()] = shared[hw::lane()];
+}
+
+// Half of a warp's lanes are at one instruction, half at another.
+void different_instructions(int* out) {
+  if (hw::lane() < 16)
+    hw::warp_barrier();
+  else
+    out[hw::lane()] = hw::shuffle_xor(hw::lane(), 1);
+}
+
 // Thread 0 of each block of a cluster stores its block's number at all its peers.
-template <bool START, bool WAIT>
-void broadcast(int* out, int bytes = 4) {
+template <bool START, bool WAIT, bool PUBLISH = true>
+void broadcast(int* out, int bytes = 4, int beyond = 0) {
   const int blocks = hw::blocks_x(), rank = hw::block_x();
   auto* barrier = reinterpret_cast<uint64_t*>(hw::shared_memory());
   int* values = reinterpret_cast<int*>(barrier + 1);
-  if (hw::thread() == 0) hw::mbarrier_init(barrier, 1);
+  if (hw::thread() == 0) {
+    hw::mbarrier_init(barrier, 1);
+    if (PUBLISH) hw::mbarrier_publish();
+  }
   START ? hw::cluster_barrier() : hw::block_barrier();
   if (hw::thread() == 0) {
     hw::mbarrier_expect(barrier, bytes * blocks);
-    for (int peer = 0; peer < blocks; ++peer) hw::remote_store(hw::address(values + rank), barrier, peer, rank);
+    for (int peer = 0; peer < blocks; ++peer) hw::remote_store(hw::address(values + rank + beyond), barrier, peer, rank);
   }
   if (!WAIT) hw::cluster_barrier();  // by which the stores need not have arrived
   while (WAIT && !hw::mbarrier_try_wait(barrier, 0)) continue;
@@ -89,7 +110,7 @@ extern "C" const char* rnnfast_run_fault(const char* name, int* out) {
   message.clear();
   const emulator::Launch warp{1, 1, 1, 32, 1, 128}, cluster{4, 1, 1, 32, 4, 64}, pair{2, 1, 1, 64, 1, 0};
   uint32_t flags[2] = {};
-  int numbers[64] = {};
+  alignas(16) int numbers[64] = {};
   races::watch("global memory", numbers, sizeof numbers);
   const std::string kernel = name;
   try {
@@ -101,6 +122,15 @@ extern "C" const char* rnnfast_run_fault(const char* name, int* out) {
     if (kernel == "broadcast without a wait") emulator::run(cluster, [&] { broadcast<true, false>(out); });
     if (kernel == "broadcast without a start") emulator::run(cluster, [&] { broadcast<false, true>(out); });
     if (kernel == "broadcast without all bytes") emulator::run(cluster, [&] { broadcast<true, true>(out, 3); });
+    if (kernel == "broadcast of what is not published")
+      emulator::run(cluster, [&] { broadcast<true, true, false>(out); });
+    if (kernel == "broadcast beyond the memory") emulator::run(cluster, [&] { broadcast<true, true>(out, 4, 16); });
+    if (kernel == "broadcast of too much") emulator::run(cluster, [&] { broadcast<true, true>(out, 1 << 20); });
+    if (kernel == "different instructions") emulator::run(warp, [&] { different_instructions(out); });
+    if (kernel == "copy" || kernel == "copy without a wait")
+      for (int i = 0; i < 32; ++i) numbers[i] = i;
+    if (kernel == "copy") emulator::run(warp, [&] { copy<true>(out, numbers); });
+    if (kernel == "copy without a wait") emulator::run(warp, [&] { copy<false>(out, numbers); });
     if (kernel == "relay") emulator::run(pair, [&] { relay<true, true>(out, numbers, flags); });
     if (kernel == "relay without a barrier") emulator::run(pair, [&] { relay<false, true>(out, numbers, flags); });
     if (kernel == "relay without a wait") emulator::run(pair, [&] { relay<true, false>(out, numbers, flags); });

@@ -20,17 +20,34 @@ def _run(emulated: ctypes.CDLL, kernel: str, seed: int) -> tuple[list[int], str]
 
 @pytest.mark.parametrize(
     ("kernel", "expected"),
-    [("neighbours", [(i + 1) % 64 for i in range(64)]), ("broadcast", [0, 1, 2, 3] * 4 + [0] * 48)],
+    [
+        ("neighbours", [(i + 1) % 64 for i in range(64)]),
+        ("broadcast", [0, 1, 2, 3] * 4 + [0] * 48),
+        ("copy", [*range(32)] + [0] * 32),
+    ],
 )
 def test_a_right_kernel_is_right_under_every_schedule(emulated, kernel, expected):
     for seed in SCHEDULES:
         assert _run(emulated, kernel, seed) == (expected, "")
 
 
-@pytest.mark.parametrize("kernel", ["neighbours without a barrier", "broadcast without a wait"])
+@pytest.mark.parametrize("kernel", ["neighbours without a barrier", "broadcast without a wait", "copy without a wait"])
 def test_a_missing_barrier_shows_as_a_wrong_number(emulated, kernel):
     right = _run(emulated, kernel.split(" without")[0], 0)
     assert any(_run(emulated, kernel, seed) != right for seed in SCHEDULES)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "message"),
+    [
+        ("broadcast of what is not published", "a remote store to a block that has published no mbarrier"),
+        ("broadcast beyond the memory", "a remote store beyond the shared memory: 72"),
+        ("broadcast of too much", "an mbarrier is to wait for more bytes than it can count"),
+        ("different instructions", "the lanes of a warp are at different warp-wide instructions"),
+    ],
+)
+def test_what_the_hardware_does_not_define_is_an_error(emulated, kernel, message):
+    assert message in _run(emulated, kernel, 0)[1]
 
 
 def test_a_barrier_that_not_all_reach_is_an_error(emulated):

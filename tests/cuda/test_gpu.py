@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -41,8 +42,15 @@ def _library() -> None:
     torch.ops.load_library(str(build.library()))
 
 
+@pytest.fixture(autouse=True)
+def _arithmetic(request: pytest.FixtureRequest) -> Iterator[None]:
+    """That of the test's compute type, in cuDNN, too, which would else judge float32 by its TF32."""
+    callspec = getattr(request.node, "callspec", None)
+    with tuning.arithmetic("float32" if callspec is None else callspec.params.get("compute_type", "float32")):
+        yield
+
+
 def _layer(compute_type: str, cell: str = "lstm", **shape: Any) -> list[Any]:
-    torch.backends.cuda.matmul.allow_tf32 = compute_type == "tf32"
     return random_layer(cell, dtype=DTYPES[compute_type], device="cuda", **shape)
 
 

@@ -126,7 +126,7 @@ def candidates(cell: str, hidden: int, batch: int, lanes: int, compute_type: str
     if ample and units <= RESIDENT[cell] and compute_type != "tf32":
         # Tensor cores give a tile of 32 units work for 4 warps, whose registers hold no odd H's addresses besides.
         warps = 4 if half and hidden % 16 == 0 else 8
-        step.append(Plan("resident", rows=16, units=32 if half else 16, warps=warps, depth=units))
+        step.append(Plan("resident", rows=16, units=min(32, units) if half else 16, warps=warps, depth=units))
     step.append(
         Plan(
             "step",
