@@ -153,6 +153,7 @@ def run(
     """What `rnn`, `lstm` and `gru` do, for any key of `rnnfast.cells.CELLS`; c_n is empty but for the LSTM."""
     directions = 2 if bidirectional else 1
     check(cell, input, h_0, c_0, weights, batch_sizes, directions)
+    batch_sizes = _unstrided(batch_sizes)
     token_ids = not input.is_floating_point()
     steps = input.shape[0] if batch_sizes is None else batch_sizes.shape[0]
     differentiable = chain((input, h_0, c_0), *weights)
@@ -239,6 +240,7 @@ def states(
     """
     directions = 2 if bidirectional else 1
     check("lstm", input, *checked_pair(hx), weights, batch_sizes, directions)
+    batch_sizes = _unstrided(batch_sizes)
     w_hh, token_ids, mapped = weights[0].w_hh, not input.is_floating_point(), is_transformed()
     tensors = [input, *hx, *(parameter for lane in weights for parameter in lane if parameter is not None)]
     # A transform of torch.func may want gradients of tensors that say nothing of them.
@@ -258,6 +260,11 @@ def states(
         h += rows.chunk(directions, dim=1)
         c += cells.unbind()
     return torch.stack(h, 1), torch.stack(c, 1)
+
+
+def _unstrided(batch_sizes: Tensor | None) -> Tensor | None:
+    """As all kernels read them, torch's, too, which does not ask."""
+    return None if batch_sizes is None else batch_sizes.contiguous()
 
 
 def _run_layers(

@@ -413,10 +413,13 @@ class Stack(nn.Module):
             pair = tuple(state) if isinstance(state, tuple | list) else (state,)
             expected = [(directions, batch, size) if batched else (directions, size) for size in parts]
             shapes = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in pair]
-            one_for_all = name == "reset_to" and batched and shapes == [(directions, 1, size) for size in parts]
-            if shapes != expected and not one_for_all:
+            takes_one = name == "reset_to" and batched  # column, for all sequences
+            one = [(directions, 1, size) if takes_one else None for size in parts]
+            fits = [got in these for got, *these in zip(shapes, expected, one, strict=False)]
+            if len(shapes) != len(expected) or not all(fits):
                 form = f"(h, c) of shapes {expected}" if is_lstm else f"h of shape {expected[0]}"
-                raise RuntimeError(f"{name}[{layer}] must be {form}, got {shapes}")
+                also = ", or with one column for all," if takes_one else ""
+                raise RuntimeError(f"{name}[{layer}] must be {form}{also} got {shapes}")
             pair = pair if batched else tuple(part.unsqueeze(1) for part in pair)
             states.append(tuple(part.expand(-1, batch, -1) for part in pair))
         return states

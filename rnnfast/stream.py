@@ -99,7 +99,7 @@ class Stream:
                 each.leave()
         # Taken over once the whole model has run: after an error the same steps can be fed again.
         call.check()
-        self._states.update(call.after)
+        self._states.update({key: _kept(state) for key, state in call.after.items()})
         self._started_from.update(call.started_from)
         return result
 
@@ -119,7 +119,8 @@ class Stream:
         except RuntimeError:
             _check_batch(layer, input, state)
             raise
-        output, self._states[""] = result
+        output, state = result
+        self._states[""] = _kept(state)
         is_ordinary = getattr(layer.step, "__func__", None) is DropIn.step  # neither a stack's, nor a subclass's own
         if steps == 1 and is_ordinary and not torch.compiler.is_compiling():
             self._steps = direct.steps_after(layer, input, self._states[""])
@@ -275,6 +276,14 @@ class _Followed:
     def after(self, layer: nn.Module, args: tuple[Any, ...], result: Any) -> None:
         if self.call.is_ours():
             self.call.after[_key(self.name, self.call.runs[self.name] - 1)] = result[1]
+
+
+def _kept(state: Any) -> Any:
+    """A state that a call with gradients can go on from, as from one made in inference mode it cannot."""
+    if not torch.is_inference_mode_enabled():
+        return state
+    with torch.inference_mode(False):
+        return map_state(state, lambda part: part.clone() if part.is_inference() else part)
 
 
 def _layers_with_state(module: nn.Module, stateless: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rnnfast
@@ -100,6 +100,17 @@ def test_token_ids_of_any_integer_type() -> None:
     expected = layer(ids)
     for dtype in (torch.int32, torch.int16, torch.uint8):
         torch.testing.assert_close(layer(ids.to(dtype)), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_batch_sizes_that_are_strided(name: str, backend: str) -> None:
+    """torch.nn's kernels would read others."""
+    layer, rows = getattr(rnnfast, name)(3, 4, backend=backend), torch.randn(9, 3)
+    sizes = torch.tensor([3, 3, 2, 1, 2, 0, 2])[::2]
+    expected = layer(PackedSequence(rows, sizes.clone(memory_format=torch.contiguous_format)))
+    found = layer(PackedSequence(rows, sizes))
+    torch.testing.assert_close(found[0].data, expected[0].data, rtol=0, atol=0)
+    torch.testing.assert_close(found[1], expected[1], rtol=0, atol=0)
 
 
 def test_packed_token_ids() -> None:

@@ -307,6 +307,18 @@ def test_what_code_for_torch_s_layers_asks_for() -> None:
     stack.flatten_parameters()
 
 
+def test_what_is_reset_to_may_have_one_column_for_all_part_by_part() -> None:
+    stack, input = rnnfast.Stack("lstm", INPUTS, [HIDDEN]), input_of().float()
+    steps, batch = input.shape[:2]
+    reset = torch.rand(steps, batch) < 0.3
+    one, each = torch.randn(1, 1, HIDDEN), torch.randn(1, batch, HIDDEN)
+    expected = stack(input, reset=reset, reset_to=[(one.expand(-1, batch, -1), each)])
+    found = stack(input, reset=reset, reset_to=[(one, each)])
+    torch.testing.assert_close(flat(found), flat(expected), rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match=r"\(h, c\) of shapes .*, or with one column for all, got "):
+        stack(input, reset=reset, reset_to=[(one, torch.randn(1, batch + 1, HIDDEN))])
+
+
 def test_autocast() -> None:
     for options in ({}, {"layer_norm": True, "zoneout": 0.1, "connection": "highway"}):
         stack, input = rnnfast.Stack("lstm", INPUTS, [HIDDEN, HIDDEN], **options), input_of().float()

@@ -199,6 +199,19 @@ def test_a_call_that_fails_midway_can_be_made_again() -> None:
             torch.testing.assert_close(stream(piece), unbroken(piece), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 5])
+@pytest.mark.parametrize("kind", ["LSTM", "Stack", "model"])
+def test_a_state_made_in_inference_mode_can_be_trained_from(kind: str, steps: int) -> None:
+    layer: Any = rnnfast.LSTM(5, 6) if kind == "LSTM" else rnnfast.Stack("gru", 5, [6])
+    model, ids = Tagger() if kind == "model" else layer, torch.randint(7, (BATCH, 1))
+    stream = rnnfast.Stream(model)
+    with torch.inference_mode():
+        for x in torch.randn(steps, BATCH, 5):
+            stream(ids if kind == "model" else x)
+    stream(ids if kind == "model" else torch.randn(2, BATCH, 5)).sum().backward()
+    assert all(parameter.grad is not None for name, parameter in model.named_parameters() if name != "begin")
+
+
 def test_truncated_backpropagation() -> None:
     layer = rnnfast.GRU(5, 8)
     input = torch.randn(STEPS, BATCH, 5, requires_grad=True)
