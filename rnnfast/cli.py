@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
         return 0
     except OSError as error:  # our own files tell more; this is the terminal, or a full disk behind `>`
-        note(f"error: {error}")
+        note(f"error: {error}" if error.filename else f"error: cannot write the output: {reason(error)}")
         return 2
     finally:
         _drop_unwritten()
@@ -155,9 +155,11 @@ def _train_parser() -> ArgumentParser:
             kind = str if hints[setting.name] == str | None else hints[setting.name]
             parser.add_argument(flag(setting.name), type=kind, default=setting.default, help=help)
     parser.add_argument("--out", type=str, metavar="DIR", help="the run's folder (default: a new one in runs/)")
-    parser.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
     parser.add_argument(
-        "--resume", type=str, metavar="DIR", help="continue the run in this folder, or from this checkpoint"
+        "--overwrite", action="store_true", help="replace the run that --out, or the folder of a --resume FILE, holds"
+    )
+    parser.add_argument(
+        "--resume", type=str, metavar="DIR", help="continue the run in this folder, or from this checkpoint file"
     )
     return parser
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from pathlib import Path
@@ -71,7 +72,8 @@ def atomic_write(path: Path, data: bytes) -> None:
         temporary = None
     except OSError as error:
         kept = f" ({path.name} is still the previous one)" if path.is_file() else ""
-        raise UserError(f"cannot write {path}: {reason(error)}{kept}; free space or choose another folder") from error
+        advice = "free space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "make it writable"
+        raise UserError(f"cannot write {path}: {reason(error)}{kept}; {advice} or choose another folder") from error
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)

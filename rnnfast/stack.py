@@ -418,8 +418,8 @@ class Stack(nn.Module):
             fits = [got in these for got, *these in zip(shapes, expected, one, strict=False)]
             if len(shapes) != len(expected) or not all(fits):
                 form = f"(h, c) of shapes {expected}" if is_lstm else f"h of shape {expected[0]}"
-                also = ", or with one column for all," if takes_one else ""
-                raise RuntimeError(f"{name}[{layer}] must be {form}{also} got {shapes}")
+                also = ", or with one column for all" if takes_one else ""
+                raise RuntimeError(f"{name}[{layer}] must be {form}{also}, got {shapes}")
             pair = pair if batched else tuple(part.unsqueeze(1) for part in pair)
             states.append(tuple(part.expand(-1, batch, -1) for part in pair))
         return states

@@ -163,7 +163,7 @@ AT_A_GLANCE = (
     Quote("stream", "one step of a stream, against torch.nn", "torch.nn"),
     Quote("stream", "one step of a stream, against ONNX Runtime", "onnxruntime"),
     Quote("stream", "the same where ONNX Runtime keeps the state, too", "onnxruntime, bound"),
-    Quote("generation", "greedy text, against the d2l chapter's loop", CHAPTER),
+    Quote("generation", "greedy text, against the loop of the book Dive into Deep Learning (d2l)", CHAPTER),
     Quote("generation", "the same against that loop without gradients", WITHOUT_GRADIENTS),
 )
 NAMES = {"rnn": "RNN", "lstm": "LSTM", "gru": "GRU", "onnxruntime": "ONNX Runtime", "jax": "JAX"}

@@ -275,7 +275,7 @@ def operations_are_counted(nn: Any) -> None:
         assert counter.get_total_flops() > 0
 
 
-@feature("a sequence's bits do not depend on the batch around it", "on a CPU")
+@feature("a sequence's bits do not depend on the batch around it", "on the cpu backend")
 def batch_invariance(nn: Any) -> None:
     for kind in (nn.RNN, nn.LSTM, nn.GRU):
         for hidden, batch in sizes():
@@ -284,7 +284,7 @@ def batch_invariance(nn: Any) -> None:
                 assert torch.equal(layer(x)[0][:, :1], layer(x[:, :1])[0])
 
 
-@feature("steps one by one are bit-for-bit equal to the whole sequence", "on a CPU")
+@feature("steps one by one are bit-for-bit equal to the whole sequence", "on the cpu backend")
 def chunk_invariance(nn: Any) -> None:
     for kind in (nn.RNN, nn.LSTM, nn.GRU):
         for hidden, batch in sizes():

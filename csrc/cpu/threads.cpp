@@ -73,7 +73,8 @@ thread_local Stalls stalls;
 
 int usable_threads(int pool) {
   pool_size = pool;
-  return pool <= 1 || forked.load() ? 1 : std::min(pool, processors());
+  const int usable = std::min(pool, processors());  // throws at one thread, too, where it has been told no number
+  return forked.load() ? 1 : std::max(1, usable);
 }
 
 void run_parallel(int threads, void (*body)(void*, int, int), void* context) {

@@ -82,7 +82,8 @@ def load(path: Path | str) -> Checkpoint:
         with path.open("rb") as file:
             start = file.read(9)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the checkpoint {path}: {reason(error)}") from error
+        advice = f"name the folder of a run, or its {FILE_NAME}"
+        raise UserError(f"cannot read the checkpoint {path}: {reason(error)}; {advice}") from error
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -96,7 +96,7 @@ class TrainConfig:
 
     def _check(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
-            raise UserError(f"{flag(name)} must be {expected}, not {getattr(self, name)}")
+            raise UserError(f"{flag(name)} must be {expected}, not {getattr(self, name)!r}")
 
     @classmethod
     def from_json(cls, values: dict[str, Any], where: str) -> TrainConfig:

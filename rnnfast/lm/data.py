@@ -149,7 +149,7 @@ def _read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read the text {path}: {reason(error)}") from error
+        raise UserError(f"cannot read the text {path}: {reason(error)}; it must be a file that can be read") from error
 
 
 def load_text(corpus: str | None) -> tuple[str, str]:
@@ -321,6 +321,7 @@ def check_length(num_tokens: int, batch_size: int, num_steps: int) -> None:
     needed = batch_size * num_steps + num_steps + 1
     if num_tokens < needed:
         raise UserError(
-            f"the text has {num_tokens} tokens, but one batch of {batch_size} rows of {num_steps} steps needs "
-            f"{needed}: take a longer one, more of it with --max-tokens (-1: all), or a smaller --batch-size or --steps"
+            f"there are {num_tokens} tokens to train on, but one batch of {batch_size} rows of {num_steps} steps needs "
+            f"{needed}: take a longer text, more of it with --max-tokens (-1: all), or a smaller --validation, "
+            "--batch-size or --steps"
         )

@@ -123,15 +123,13 @@ def train(
         out: the run's folder; None writes nothing.
         resume: continue from the checkpoint in `out`; if `out` is a checkpoint file, from that file, in its folder.
             Settings other than the run's length and reports must be the same.
-        overwrite: replace the run that `out` already holds.
+        overwrite: replace the run that `out` already holds; or the one in the folder of the file that `out` is.
         report: takes the lines of progress.
 
     Raises:
         UserError: bad input, a folder that cannot be written, a loss that is no longer finite.
         Interrupted: by Ctrl-C or SIGTERM, after saving.
     """
-    if resume and overwrite:
-        raise UserError("--resume continues a run, --overwrite replaces it: leave one of them out")
     if resume and out is None:
         raise ValueError("to resume a run, give its folder as `out`")
     folder = None if out is None else expanded(out)
@@ -139,6 +137,8 @@ def train(
     if resume and folder is not None:
         source = checkpoints.find(folder)
         folder = source.parent
+        if overwrite and source.name == checkpoints.FILE_NAME:
+            raise UserError("--resume continues a run, --overwrite replaces it: leave one of them out")
     elif folder is not None and folder.is_file():
         raise UserError(f"{folder} is a file, and a run needs a folder of its own: choose another --out")
     with nullcontext() if folder is None else held(folder):  # from before a checkpoint is read to after the last one
@@ -153,10 +153,12 @@ def _train(
     if source is not None:
         saved = checkpoints.load(source)
         _check_same(TrainConfig.from_json(saved.config, str(source)), config)
-    elif folder is not None and not overwrite and _has_trained(checkpoints.find(folder)):
-        raise UserError(
-            f"{folder} holds a run already: --resume {argument(folder)} continues it, --overwrite replaces it"
-        )
+    is_copy = source is not None and source.name != checkpoints.FILE_NAME
+    if folder is not None and (saved is None or is_copy) and not overwrite and _has_trained(checkpoints.find(folder)):
+        how = f"--resume {argument(folder)} continues it, --overwrite replaces it"
+        if source is not None:
+            how = f"--overwrite replaces it by the one that {source.name} goes on with; or move that file elsewhere"
+        raise UserError(f"{folder} holds a run already: {how}")
     if folder is not None and not overwrite:
         _check_own(folder, saved)
     check_backend(config.backend, pick_device(config.device))  # before a text is downloaded
@@ -172,11 +174,14 @@ def _train(
     if config.bidirectional:
         note("a bidirectional model reads the token it is to predict: its perplexity means nothing, it cannot generate")
     trainer = Trainer(config, corpus)
+    if config.warmup > (steps := config.epochs * len(trainer.batches)):
+        note(f"--warmup {config.warmup:,} is longer than the run, of {steps:,} steps: it never reaches its --lr")
     encode_prefix(config.prefix, corpus.vocab, config.tokens)  # an empty one is refused now, not in mid-run
     records: list[dict[str, Any]] = []
     if saved is not None and folder is not None:
         trainer.restore(saved, folder)
-        records = _read_log(folder / LOG, trainer.epoch)
+        if not is_copy or _is_of(folder, saved):  # else the log is another run's
+            records = _read_log(folder / LOG, trainer.epoch)
         if trainer.epoch >= config.epochs:
             more = "start a new run" if config.schedule == "cosine" else "--epochs N trains more"
             raise UserError(f"this run has finished its {trainer.epoch} epochs: {more}")
@@ -293,14 +298,19 @@ def _check_own(folder: Path, saved: checkpoints.Checkpoint | None) -> None:
     taken = [name for name in (CONFIG, LOG, CURVE) if (folder / name).exists()]
     if not taken or (folder / checkpoints.FILE_NAME).exists():
         return
-    if saved is not None and taken[0] == CONFIG:
-        with suppress(OSError, ValueError, TypeError):  # unreadable, no JSON, or no settings
-            written = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-            if written | dict.fromkeys(CHANGEABLE) == saved.config | dict.fromkeys(CHANGEABLE):
-                return
-    raise UserError(
-        f"{folder} holds a {taken[0]} but no run, which would replace it: choose another folder, or move it away"
-    )
+    if saved is None or not _is_of(folder, saved):
+        raise UserError(
+            f"{folder} holds a {taken[0]} but no run, which would replace it: choose another folder, or move it away"
+        )
+
+
+def _is_of(folder: Path, saved: checkpoints.Checkpoint) -> bool:
+    """Whether the settings in a folder are those of a run that was saved."""
+    try:
+        written = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        return bool(written | dict.fromkeys(CHANGEABLE) == saved.config | dict.fromkeys(CHANGEABLE))
+    except (OSError, ValueError, TypeError):  # unreadable, no JSON, or no settings
+        return False
 
 
 def argument(path: Path) -> str:

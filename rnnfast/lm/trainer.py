@@ -182,6 +182,7 @@ class Trainer:
         loss_sum: sum of those steps' losses.
         carry: the state that goes into the next step.
         tokens, seconds: trained on in all, and the time that took.
+        epoch_seconds: what the epoch in progress took of that.
     """
 
     def __init__(self, config: TrainConfig, corpus: Corpus) -> None:
@@ -215,7 +216,7 @@ class Trainer:
             factor = learning_rate_factor(config, config.epochs * len(self.batches))
             self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
         self.epoch = self.step = self.tokens = 0
-        self.seconds = 0.0
+        self.seconds = self.epoch_seconds = 0.0
         self.pace = math.inf  # of the last steps, in seconds each
         self.lr = config.lr  # of the last step
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -233,29 +234,32 @@ class Trainer:
         """
         self.epoch_rng = self.batches.generator.get_state()
         inputs, targets = self.batches.epoch()
-        tokens, seconds = self.tokens, self.seconds
-        began = time.perf_counter() - seconds  # of all that is counted
+        began, before = time.perf_counter() - self.epoch_seconds, self.seconds - self.epoch_seconds
         while self.step < len(inputs):
             first, start = self.step, time.perf_counter()
             some = slice(first, first + self._steps_at_once())
             self._train(inputs[some], targets[some])
             now, count = time.perf_counter(), self.step - first
-            self.seconds, self.pace = now - began, (now - start) / count
+            self._count_seconds(before, now - began)
+            self.pace = (now - start) / count
             after_steps(count, len(inputs))
         self.check_loss()  # waits for the device
-        self.seconds = time.perf_counter() - began
+        self._count_seconds(before, time.perf_counter() - began)
         record = {
             "epoch": self.epoch + 1,
             "perplexity": perplexity(self.loss_sum.item() / self.step),
-            "tokens_per_second": round((self.tokens - tokens) / (self.seconds - seconds), 1),
+            "tokens_per_second": round(inputs.numel() / self.epoch_seconds, 1),
             "lr": self.lr,
         }
         if self.validation is not None:
             record["validation_perplexity"] = evaluate(self.model, *self.validation, self.config.precision)
-        self.epoch, self.step, self.carry = self.epoch + 1, 0, None
+        self.epoch, self.step, self.epoch_seconds, self.carry = self.epoch + 1, 0, 0.0, None
         self.loss_sum.zero_()
         self.epoch_rng = self.batches.generator.get_state()
         return record
+
+    def _count_seconds(self, before: float, of_epoch: float) -> None:
+        self.seconds, self.epoch_seconds = before + of_epoch, of_epoch
 
     def _steps_at_once(self) -> int:
         """As many as a signal can wait for, and none beyond the step after which the loss is read."""
@@ -330,6 +334,7 @@ class Trainer:
             "step": self.step,
             "tokens": self.tokens,
             "seconds": self.seconds,
+            "epoch_seconds": self.epoch_seconds,
             "text_sha1": self.text_sha1(),
             "scheduler_steps": self.scheduler.last_epoch if self.scheduler else 0,
         }
@@ -366,7 +371,10 @@ class Trainer:
                     group["lr"] = self.config.lr * self.scheduler.lr_lambdas[0](steps)
             self.optimizer.load_state_dict({"state": states, "param_groups": groups})
             self.epoch, self.step = _number(progress, "epoch"), _number(progress, "step", most=len(self.batches))
-            self.tokens, self.seconds = _number(progress, "tokens"), _number(progress, "seconds", float, 10**9)
+            self.tokens = _number(progress, "tokens")
+            self.seconds, self.epoch_seconds = (
+                _number(progress, key, float, 10**9) for key in ("seconds", "epoch_seconds")
+            )
             self.loss_sum.copy_(tensors["loss_sum"])
             self.carry = self._carry(tensors) if self.carries and self.step else None
             self.epoch_rng = tensors["rng.epoch"]

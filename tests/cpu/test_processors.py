@@ -173,9 +173,11 @@ def test_threads_without_processors_are_left_out(split: Path) -> None:
 
 
 @needs_library
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("number", ["many", "0", "-2", "2.5", "2 "])
-def test_no_number_of_processors(number: str) -> None:
-    code = "import torch, rnnfast; torch.set_num_threads(2); rnnfast.GRU(2, 3, backend='cpu')(torch.randn(4, 2))"
+def test_no_number_of_processors(number: str, threads: int) -> None:
+    call = "rnnfast.GRU(2, 3, backend='cpu')(torch.randn(4, 2))"
+    code = f"import torch, rnnfast; torch.set_num_threads({threads}); {call}"
     done = run_python(code, number)
     assert done.returncode == 1
     assert f"RNNFAST_CPU_PROCESSORS={number}: give a number of processors, 1 or more" in done.stderr

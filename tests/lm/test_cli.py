@@ -136,7 +136,11 @@ def test_resume_takes_the_checkpoint_it_is_given(run: Path, capsys: pytest.Captu
     earlier = run / "earlier.safetensors"
     earlier.write_bytes((run / FILE_NAME).read_bytes())
     other = [*TRAIN, "--cell", "gru", "--epochs", "2", "--out", str(run), "--overwrite"]
-    assert main(other) == main(["train", "--resume", str(earlier), "--epochs", "3"]) == 0
+    resume = ["train", "--resume", str(earlier), "--epochs", "3"]
+    assert (main(other), main(resume)) == (0, 2)
+    assert "--overwrite replaces it by the one that earlier.safetensors goes on with" in capsys.readouterr().err
+    assert load(run).config["cell"] == "gru"
+    assert main([*resume, "--overwrite"]) == 0
     assert f"kept in {run}\n" in capsys.readouterr().out
     saved = load(run)
     assert (saved.config["cell"], saved.progress["epoch"]) == ("rnn", 3)
@@ -428,7 +432,7 @@ def test_output_on_a_full_disk_is_one_error() -> None:
         argv = [sys.executable, "-m", "rnnfast", "info"]
         done = subprocess.run(argv, env=BUFFERED, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2
-    assert done.stderr == "rnnfast: error: [Errno 28] No space left on device\n"
+    assert done.stderr == "rnnfast: error: cannot write the output: No space left on device\n"
 
 
 def test_a_process_without_terminal_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

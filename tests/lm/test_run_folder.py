@@ -135,7 +135,7 @@ def test_a_replaced_run_leaves_nothing_beside_the_new_ones_settings(
     train(replace(SMALL, epochs=2, cell="gru"), tmp_path, overwrite=True)
     monkeypatch.setattr(trainer_module, "train_steps", crash)
     with pytest.raises(ZeroDivisionError):
-        train(SMALL, tmp_path / "rnn.safetensors", resume=True)
+        train(SMALL, tmp_path / "rnn.safetensors", resume=True, overwrite=True)
     assert load(tmp_path).config["cell"] == json.loads((tmp_path / "config.json").read_text())["cell"] == "rnn"
 
 

@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import os
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -116,11 +117,58 @@ def test_a_checkpoint_named_by_its_file_is_the_one_that_goes_on(tmp_path: Path) 
     two_epochs = tmp_path / "two.safetensors"
     train(replace(SMALL, epochs=2), tmp_path / "other")
     (tmp_path / "other" / FILE_NAME).rename(two_epochs)
-    resumed = train(SMALL, two_epochs, resume=True)
+    with pytest.raises(
+        UserError, match=r"holds a run already: --overwrite replaces it by the one that two\.safetensors"
+    ):
+        train(SMALL, two_epochs, resume=True)
+    assert load(tmp_path).progress["epoch"] == 4
+    resumed = train(SMALL, two_epochs, resume=True, overwrite=True)
     assert_same_parameters(straight.model, resumed.model)
     assert [record["epoch"] for record in resumed.records] == [1, 2, 3, 4]  # the log is the folder's
     assert load(tmp_path).progress["epoch"] == 4
     assert load(two_epochs).progress["epoch"] == 2
+
+
+def test_a_run_that_replaces_another_has_a_log_of_its_own(tmp_path: Path) -> None:
+    train(replace(SMALL, epochs=3), tmp_path / "a")
+    train(replace(SMALL, cell="gru", epochs=2), tmp_path / "b")
+    copy = (tmp_path / "b" / FILE_NAME).rename(tmp_path / "a" / "copy.safetensors")
+    resumed = train(replace(SMALL, cell="gru"), copy, resume=True, overwrite=True)
+    assert [record["epoch"] for record in resumed.records] == [3, 4]
+    log = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    assert [record["epoch"] for record in log] == [3, 4]
+    assert load(tmp_path / "a").config["cell"] == "gru"
+
+
+def test_the_speed_of_an_epoch_is_of_all_its_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if it was interrupted behind its last step, as that of a small model always is."""
+    calls = []
+
+    def interrupting(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:  # all steps but the first
+            os.kill(os.getpid(), signal.SIGINT)
+        return train_steps(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_module, "train_steps", interrupting)
+        patch.setattr(trainer_module, "LOOK_EVERY", 10**6)
+        patch.setattr(trainer_module, "SECONDS_AT_ONCE", 1000.0)
+        with pytest.raises(Interrupted):
+            train(SMALL, tmp_path)
+    progress = load(tmp_path).progress
+    assert progress["epoch"] == 0
+    assert 0 < progress["epoch_seconds"] == progress["seconds"]
+    first, *_ = train(SMALL, tmp_path, resume=True).records
+    assert 0 < first["tokens_per_second"] < 1.01 * progress["tokens"] / progress["epoch_seconds"]
+
+
+@pytest.mark.usefixtures("matplotlib")
+def test_a_warm_up_longer_than_the_run_is_noted(capsys: pytest.CaptureFixture[str]) -> None:
+    train(replace(SMALL, epochs=1, warmup=10_000))
+    assert re.search(r"--warmup 10,000 is longer than the run, of \d+ steps: it never reaches", capsys.readouterr().err)
+    train(replace(SMALL, epochs=1, warmup=2))
+    assert "warmup" not in capsys.readouterr().err
 
 
 def test_a_log_ahead_of_its_checkpoint_is_cut_back(tmp_path: Path) -> None:
@@ -291,7 +339,7 @@ def test_parameters_that_are_not_finite_replace_no_checkpoint(tmp_path: Path, mo
         ({"hidden_size": 10**23}, r"--hidden-size must be below 2\^40"),
         ({"embedding_size": 10**23}, r"--embedding-size must be below 2\^40"),
         ({"hidden_size": None}, "--hidden-size must be of type int, not None"),
-        ({"cell": "cnn"}, r"--cell must be of type Literal\['rnn', .*\], not cnn"),
+        ({"cell": "cnn"}, r"--cell must be of type Literal\['rnn', .*\], not 'cnn'"),
         ({"lr": float("nan")}, "--lr must be a positive number"),
         ({"lr": float("inf")}, "--lr must be a positive number"),
         ({"lr": 4e38}, "--lr must be a positive number below 3.4e38"),
@@ -316,7 +364,7 @@ def test_settings_outside_their_range(settings: dict[str, Any], message: str) ->
 
 
 def test_texts_that_are_too_short() -> None:
-    with pytest.raises(UserError, match=r"the text has 40 tokens.*needs 51"):
+    with pytest.raises(UserError, match=r"there are 40 tokens.*needs 51"):
         train(replace(SMALL, max_tokens=40))
     for share, held_out in ((0.006, 9), (0.0001, 0)):
         with pytest.raises(UserError, match=rf"holds out {held_out} tokens.*needs 11: hold out more, .*--max-tokens"):
