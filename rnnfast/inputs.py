@@ -34,9 +34,9 @@ def check_step(input: Any, input_size: int) -> None:
         raise TypeError(f"a step takes a tensor, got {type(input).__name__}")
     refuse_nested(input)
     has_features = input.is_floating_point() or input.is_complex()
-    if not has_features and input.dim() != 1:
+    if not has_features and input.dim() > 1:
         raise RuntimeError(token_ids_error("a step", "1D", input))
-    if has_features and input.dim() != 2:
+    if input.dim() != 1 + has_features:
         raise RuntimeError(f"a step takes (B, {input_size}) input or (B,) token ids, got {tuple(input.shape)}")
 
 

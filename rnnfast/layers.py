@@ -302,10 +302,10 @@ class LSTM(DropIn[tuple[Tensor, Tensor]], nn.LSTM):
             raise TypeError(f"states takes a tensor, and lengths= for a ragged batch, got {type(input).__name__}")
         inputs.refuse_nested(input)
         has_features = input.is_floating_point() or input.is_complex()
-        if has_features and input.dim() != 3:
-            raise ValueError(f"states takes 3D batched input, got {input.dim()}D")
-        if not has_features and input.dim() != 2:
+        if not has_features and input.dim() > 2:
             raise ValueError(inputs.token_ids_error("states", "2D", input))
+        if input.dim() != 2 + has_features:
+            raise ValueError(f"states takes {2 + has_features}D batched input, got {input.dim()}D")
         input, hx = _after_pre_hooks(self, input, hx)
         sequences.check_reset_shape(reset, input, 2)
         if self.batch_first:
