@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+import os
 import re
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 from rnnfast import direct
 from rnnfast.inputs import map_state
 from rnnfast.layers import DropIn
+from rnnfast.rows import Rows, Selected, batch_of, cleared, indices_of, kept, mask_of, with_rows_of
 from rnnfast.stack import Stack
 from rnnfast.swap import hides_state, is_ours
 
@@ -31,7 +35,7 @@ class Stream:
     the model gives it, or from zeros; in later calls, from where it stopped. A layer that runs several times in a call,
     given no state, has a state for each of its runs, in their order. The rest of the model must treat each time step on
     its own, as linear layers, embeddings and layer norms do; a convolution over time does not. Cells are left alone,
-    because the model keeps their states itself.
+    because the model keeps their states itself. Streams of a compiled model, in several threads, run one at a time.
 
     Args:
         module: an `rnnfast.RNN`, `LSTM`, `GRU` or `Stack`; or a model with recurrent layers in it, ours or torch.nn's.
@@ -41,7 +45,7 @@ class Stream:
 
     Raises:
         RuntimeError: a layer is bidirectional, so its first output needs the last input; or it is in a module that is
-            quantized, compiled by torch.jit or exported, so its state cannot be seen.
+            quantized, compiled by torch.jit or exported, so its state cannot be seen; or it takes no `hx`.
         ValueError: there is no recurrent layer, or no module of a name in `stateless`; or a layer has a name such as
             "a[1]" beside a module "a".
         TypeError: the module is itself a torch.nn layer, which has no step; or `stateless` is no list.
@@ -59,16 +63,19 @@ class Stream:
                 f"{type(module).__name__} has no RNN, LSTM or GRU in it whose state could be kept; those of cells, and "
                 "of recurrences written by hand, are the model's own"
             )
+        self._is_compiled = any(map(_is_compiled, module.modules()))
         self._states: dict[str, Any] = {}
-        self._started_from: dict[str, Any] = {}
+        # Rows of a state, as a mask (B,), that go on from what the model gives in the next call, or from zeros.
+        self._anew: dict[str, Tensor] = {}
         self._steps: direct.Steps | None = None  # of a layer: where there are any, they have the state
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Feeds the next step or steps.
 
         Args:
-            args, kwargs: what the module takes. For a layer or a stack the input alone: a step, (B, I) or ids (B,), or
-                a chunk of T steps, (T, B, I) or ids (T, B), or with batch_first (B, T, ...).
+            args, kwargs: what the module takes. For a layer or a stack the input: a step, (B, I) or ids (B,), or a
+                chunk of T steps, (T, B, I) or ids (T, B), or with batch_first (B, T, ...); and for a chunk `lengths`,
+                0 for a sequence that waits, `reset` and `reset_to`, as in a call of the layer.
 
         Returns:
             For a layer or a stack, the output of the step (B, P) or of the chunk; for a model, what it returns.
@@ -76,11 +83,14 @@ class Stream:
         Raises:
             RuntimeError: a layer of the model ran again in the same call with a state that the model gave it, or more
                 or less often than before, left no state (as `LSTM.states` does), or runs under activation checkpointing
-                with gradients; or none ran where it could be seen; and what the module raises. The states are then
-                those before the call.
+                with gradients; or none, or not all that are compiled, ran where it could be seen; and what the module
+                raises. The states are then those before the call.
         """
         if not self._is_alone:
-            return self._call_model(*args, **kwargs)
+            if not self._is_compiled or torch.compiler.is_dynamo_compiling():
+                return self._call_model(*args, **kwargs)
+            with _one_at_a_time:  # compiled code does not tell the hooks of one call from those of another
+                return self._call_model(*args, **kwargs)
         if self._steps is not None and len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
             output = self._steps(args[0])
             if output is not None:
@@ -88,39 +98,41 @@ class Stream:
         return self._feed(*args, **kwargs)
 
     def _call_model(self, *args: Any, **kwargs: Any) -> Any:
-        call = _Call(dict(self._states), dict(self._started_from))
+        call = _Call(dict(self._states), dict(self._anew))
         followed = [_Followed(name, layer, call) for name, layer in self._layers.items()]
         try:
             for each in followed:
                 each.follow()
             result = self.module(*args, **kwargs)
         finally:
+            call.is_over = True  # first: an interrupt may come before the last hook is off
             for each in followed:
                 each.leave()
         # Taken over once the whole model has run: after an error the same steps can be fed again.
         call.check()
-        self._states.update({key: _kept(state) for key, state in call.after.items()})
-        self._started_from.update(call.started_from)
+        _check_compiled(self.module, [name for name in self._layers if name not in call.runs])
+        self._states.update({key: kept(state) for key, state in call.after.items()})
+        self._anew = {key: rows for key, rows in self._anew.items() if key not in call.after}
         return result
 
-    def _feed(self, *args: Any, **kwargs: Any) -> Tensor:
-        if len(args) != 1 or kwargs:
-            raise TypeError(
-                "a stream of a layer takes the input alone: it keeps the state, and all rows go on together"
-            )
+    def _feed(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) != 1 or kwargs.keys() - {"lengths", "reset", "reset_to"}:
+            raise TypeError("a stream of a layer takes the input, lengths=, reset= and reset_to=: it keeps the state")
         (input,) = args
         if not isinstance(input, Tensor):
             raise TypeError(f"a stream of a layer takes a tensor, got {type(input).__name__}")
         self._end_steps()
         layer: Any = self.module
         state, steps = self._states.get(""), input.dim() - (1 if input.is_floating_point() else 0)
+        if steps == 1 and kwargs:
+            raise TypeError(f"a step takes no {' or '.join(kwargs)}: give a chunk of one step")
         try:
-            result: tuple[Tensor, Any] = layer.step(input, state) if steps == 1 else layer(input, state)
+            result = layer.step(input, state) if steps == 1 else layer(input, state, **kwargs)
         except RuntimeError:
             _check_batch(layer, input, state)
             raise
-        output, state = result
-        self._states[""] = _kept(state)
+        output, state = _output_and_state(type(layer).__name__, result)
+        self._states[""] = kept(state)
         is_ordinary = getattr(layer.step, "__func__", None) is DropIn.step  # neither a stack's, nor a subclass's own
         if steps == 1 and is_ordinary and not torch.compiler.is_compiling():
             self._steps = direct.steps_after(layer, input, self._states[""])
@@ -134,11 +146,11 @@ class Stream:
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy, too: it goes on with this state, in memory of its own."""
         self._end_steps()
-        return self.__dict__ | {"_states": dict(self._states), "_started_from": dict(self._started_from)}
+        return self.__dict__ | {"_states": dict(self._states), "_anew": dict(self._anew)}
 
     @property
     def state(self) -> Any:
-        """The state after the last call, which can be saved and set again.
+        """The state after the last call, which can be saved and set again; it is no copy.
 
         For a layer h (L, B, P), or (h, c) for an LSTM; for a stack one for each layer; None before the first call. For
         a model a dict of such states by the layers' names; that of another run in the same call has "[1]", "[2]" and so
@@ -149,36 +161,78 @@ class Stream:
 
     @state.setter
     def state(self, state: Any) -> None:
-        if self._is_alone:
-            state = {} if state is None else {"": state}
+        if state is None:
+            state = {}
+        elif self._is_alone:
+            state = {"": state}
         if not isinstance(state, dict):
             raise TypeError(f"the state of a model is a dict by its layers' names, got {type(state).__name__}")
         unknown = {key for key in state if key not in self._layers and _name_of(key) not in self._layers}
         if unknown:
             raise ValueError(f"the model has no recurrent layer {', '.join(sorted(unknown))}")
-        self._states, self._started_from, self._steps = dict(state), {}, None
+        states = {key: kept(of_layer) for key, of_layer in state.items()}
+        self._states, self._anew, self._steps = states, {}, None
 
-    def reset(self, rows: Tensor | Sequence[int] | None = None) -> None:
+    def reset(self, rows: Rows | dict[str, Rows] | None = None) -> None:
         """Starts over: all sequences, or those in some rows of the batch.
 
+        Their state is zeros, until the next call takes the one that the model gives its layers, if it does.
+
         Args:
-            rows: indices into the batch of the layers, or a (B,) bool mask: where a model makes a batch of B F rows of
-                F frequencies, those of all F. None: all, and the next call may have another B.
+            rows: indices into the batch of the layers, or a (B,) bool mask. A dict of such by the names of layers, for
+                a model whose layers have different batches, as one of B rows and one of B F rows of F frequencies;
+                layers without a name in it go on. None: all, and the next call may have another B.
 
         Raises:
             IndexError: an index outside the batch, or a mask of another size.
+            RuntimeError: the layers' batches differ, and rows are not given by their names.
         """
         self._end_steps()
         if rows is None:
-            self._states.clear()
-            self._started_from.clear()
+            self._states, self._anew = {}, {}
             return
-        states = {}
-        for name, state in self._states.items():
-            start = self._started_from.get(name)
-            start = map_state(state, lambda part: part.new_zeros(()).expand_as(part)) if start is None else start
-            states[name] = map_state(state, lambda part, begin: _with_rows(part, rows, begin), start)
-        self._states = states
+        masks = {key: mask_of(of_layer, batch_of(self._states[key])) for key, of_layer in self._by_key(rows).items()}
+        self._states = self._states | {key: cleared(self._states[key], mask) for key, mask in masks.items()}
+        if not self._is_alone:
+            self._anew = self._anew | {key: mask | self._anew.get(key, mask) for key, mask in masks.items()}
+
+    def select(self, rows: Selected | dict[str, Selected]) -> None:
+        """Goes on with these rows of the batch, in this order: without some, with some of them twice, or with new ones.
+
+        Args:
+            rows: indices into the batch of the layers, with None for a sequence that starts, or a (B,) bool mask. A
+                dict of such by the names of layers, as in `reset`, and of all of them.
+
+        Raises:
+            IndexError, RuntimeError: as `reset`; or a dict lacks a layer.
+        """
+        self._end_steps()
+        states, anew = {}, {}
+        chosen = self._by_key(rows)
+        if missing := [key for key in self._states if key not in chosen]:
+            raise RuntimeError(f"rows to select are those of all layers: {', '.join(missing)} is missing")
+        for key, state in self._states.items():
+            batch = batch_of(state)
+            kept, new = indices_of(chosen[key], batch)
+            selected = map_state(state, lambda part, kept=kept: part.index_select(1, kept.to(part.device)))
+            states[key] = cleared(selected, new)
+            if not self._is_alone:
+                anew[key] = self._anew.get(key, torch.zeros(batch, dtype=torch.bool))[kept] | new
+        self._states, self._anew = states, anew
+
+    def _by_key(self, rows: Any) -> dict[str, Any]:
+        """Rows for each state, of those given for all or by the names of layers."""
+        if isinstance(rows, dict):
+            unknown = [name for name in rows if name not in self._layers and name not in self._states]
+            if unknown or self._is_alone:
+                raise ValueError(f"there is no layer {', '.join(map(repr, unknown or rows))} to give rows of")
+            names = {key: key if key in rows else _name_of(key) for key in self._states}  # of a run, or of all of them
+            return {key: rows[name] for key, name in names.items() if name in rows}
+        batches = {key: batch_of(state) for key, state in self._states.items()}
+        if len(set(batches.values())) > 1:
+            sizes = ", ".join(f"'{key}' {size}" for key, size in batches.items())
+            raise RuntimeError(f"the layers' batches differ ({sizes}): give rows in a dict by the names of layers")
+        return dict.fromkeys(self._states, rows)
 
     def detach(self) -> None:
         """Cuts the graph at the states, as truncated backpropagation through time does between chunks."""
@@ -189,17 +243,20 @@ class Stream:
 class _Call:
     """A call of a stream's model: the states before it, and those that its layers have left so far."""
 
-    def __init__(self, before: dict[str, Any], started_before: dict[str, Any]) -> None:
-        self.before, self.started_before = before, started_before
+    def __init__(self, before: dict[str, Any], anew: dict[str, Tensor]) -> None:
+        self.before, self.anew = before, anew
         self.after: dict[str, Any] = {}
-        self.started_from: dict[str, Any] = {}
+        self.is_over = False
         self.runs: dict[str, int] = {}  # of each layer
         self.thread = threading.get_ident()
         self.is_training = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
     def is_ours(self) -> bool:
-        """A thread that calls the same model meets the hooks of this call, too. (No compiler knows of threads.)"""
-        return torch.compiler.is_compiling() or threading.get_ident() == self.thread
+        """Another thread that calls the model meets the hooks of this call, too, and a later call those that an
+        interrupt has left. (No compiler knows of threads.)
+        """
+        is_mine = torch.compiler.is_dynamo_compiling() or threading.get_ident() == self.thread
+        return is_mine and not self.is_over
 
     def check(self) -> None:
         """Raises RuntimeError if not every layer that ran has left a state, as often as before."""
@@ -267,23 +324,57 @@ class _Followed:
                 "states apart"
             )
         call.runs[name], key = run + 1, _key(name, run)
-        if key not in call.before or key not in call.started_before:  # such a state was set
-            call.started_from[key] = given
+        state = call.before.get(key, given)
         if key in call.before:
-            _check_batch(layer, args[0] if args else kwargs.get("input"), call.before[key])
-        return args[:1], kwargs | {"hx": call.before.get(key, given)}
+            _check_batch(layer, args[0] if args else kwargs.get("input"), state)
+        if key in call.anew and given is not None:
+            begin = partial(with_rows_of, rows=call.anew[key])
+            state = map_state(state, begin, given)
+        return args[:1], kwargs | {"hx": state}
 
     def after(self, layer: nn.Module, args: tuple[Any, ...], result: Any) -> None:
         if self.call.is_ours():
-            self.call.after[_key(self.name, self.call.runs[self.name] - 1)] = result[1]
+            _, state = _output_and_state(f"layer '{self.name}'", result)
+            self.call.after[_key(self.name, self.call.runs[self.name] - 1)] = state
 
 
-def _kept(state: Any) -> Any:
-    """A state that a call with gradients can go on from, as from one made in inference mode it cannot."""
-    if not torch.is_inference_mode_enabled():
-        return state
-    with torch.inference_mode(False):
-        return map_state(state, lambda part: part.clone() if part.is_inference() else part)
+def _output_and_state(whose: str, result: Any) -> tuple[Any, Any]:
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise RuntimeError(f"{whose} returned no state: a stream follows layers that return (output, state)")
+    output, state = result
+    return output, state
+
+
+# ---- what can be followed ------------------------------------------------------------------------------------------
+
+_one_at_a_time = threading.Lock()
+
+
+def _forked() -> None:
+    """A child may have been forked while another thread held it, and has no such thread."""
+    global _one_at_a_time
+    _one_at_a_time = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_forked)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def _check_compiled(model: nn.Module, not_run: Sequence[str]) -> None:
+    """Raises if one of these layers is compiled: it may have run where its hooks were not asked."""
+    for name in not_run:
+        parts = name.split(".")
+        around = (".".join(parts[:count]) for count in range(len(parts) + 1))
+        if any(_is_compiled(model.get_submodule(path)) for path in around):
+            raise RuntimeError(
+                f"layer '{name}', which is compiled, was not seen to run, so no state was kept. What was compiled by a "
+                "call without the stream hides its layers: stream a model that is not compiled, or call "
+                "torch._dynamo.reset() and make no other call of the compiled one"
+            )
 
 
 def _layers_with_state(module: nn.Module, stateless: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:
@@ -307,6 +398,9 @@ def _layers_with_state(module: nn.Module, stateless: Sequence[str]) -> Iterator[
             continue
         if _name_of(name) in modules:
             raise ValueError(f"the name of layer '{name}' is that of a run of '{_name_of(name)}': give it another")
+        takes = inspect.signature(layer.forward).parameters
+        if "hx" not in takes and not any(each.kind is each.VAR_KEYWORD for each in takes.values()):
+            raise RuntimeError(f"layer '{name}' ({type(layer).__name__}) takes no hx, so no state can be given to it")
         if layer.bidirectional:
             which = f"layer '{name}'" if name else f"this {type(layer).__name__}"
             raise RuntimeError(
@@ -338,20 +432,3 @@ def _check_batch(layer: Any, input: Any, state: Any) -> None:
     size, kept = input.shape[0 if dims == 1 or layer.batch_first else 1], state.shape[1]
     if size != kept:
         raise RuntimeError(f"this stream has {kept} sequences, the input {size}: reset() lets it begin anew")
-
-
-def _with_rows(state: Tensor, rows: Tensor | Sequence[int], begin: Tensor) -> Tensor:
-    if not isinstance(rows, Tensor):
-        # Of floats, which may be a mask's, indexing would make integers. An empty list is float, too, and means no row.
-        rows = torch.as_tensor(rows)
-        rows = rows if rows.numel() else rows.long()
-    if rows.is_floating_point() or rows.dtype == torch.uint8:
-        raise TypeError(f"rows are integer indices or a bool mask, got {rows.dtype}; of a mask make rows.bool()")
-    state = state.clone()
-    try:
-        state[:, rows] = begin[:, rows].to(state.dtype)
-    except IndexError as error:
-        size = state.shape[1]
-        got = f"a mask {tuple(rows.shape)}" if rows.dtype == torch.bool else rows.tolist()
-        raise IndexError(f"rows are indices below {size}, the batch's, or a bool mask ({size},), got {got}") from error
-    return state

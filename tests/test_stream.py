@@ -158,6 +158,185 @@ def test_a_models_state_continues_in_another_stream() -> None:
         torch.testing.assert_close(other(ids), stream(ids), rtol=0, atol=0)
 
 
+class Speaker(nn.Module):
+    """Layers over B rows, which begin from what the model gives, and over B F rows of F frequencies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begin = nn.Linear(2, 6)
+        self.frames, self.bands = rnnfast.GRU(4, 6), rnnfast.LSTM(1, 5)
+
+    def forward(self, input: Tensor, who: Tensor) -> Tensor:  # (T, B, F), (B, 2)
+        output, _ = self.frames(input, self.begin(who).tanh()[None])
+        above, _ = self.bands(input.flatten(1)[..., None])
+        return torch.cat((output, above.unflatten(1, input.shape[1:]).flatten(2)), 2)
+
+
+def test_rows_of_layers_with_different_batches() -> None:
+    model, input, who = Speaker(), torch.randn(STEPS, 3, 4), torch.randn(3, 2)
+    stream = rnnfast.Stream(model)
+    with torch.no_grad():
+        stream(input, who)
+        with pytest.raises(RuntimeError, match=r"batches differ \('frames' 3, 'bands' 12\): give rows in a dict"):
+            stream.reset([1])
+        stream.reset({"frames": [1], "bands": range(4, 8)})
+        other = torch.randn(3, 2)  # somebody else
+        output, going_on = stream(input, other), rnnfast.Stream(model)
+        torch.testing.assert_close(output[:, 1], model(input, other)[:, 1])
+        going_on(input, who)
+        torch.testing.assert_close(output[:, ::2], going_on(input, who)[:, ::2])
+        with pytest.raises(RuntimeError, match="rows to select are those of all layers: bands is missing"):
+            stream.select({"frames": [0]})
+        stream.select({"frames": [2, None], "bands": [*range(8, 12), *[None] * 4]})
+        chosen = torch.stack((other[2], who[0]))
+        output = stream(input[:, [2, 0]], chosen)
+        torch.testing.assert_close(output[:, 0], going_on(input, who)[:, 2])
+        torch.testing.assert_close(output[:, 1], model(input[:, [2, 0]], chosen)[:, 1])
+
+
+def test_rows_begin_anew_in_training() -> None:
+    """From a beginning that is learned, chunk after chunk, with and without inference mode between."""
+    model, input, who = Speaker(), torch.randn(STEPS, 3, 4), torch.randn(3, 2)
+    stream = rnnfast.Stream(model)
+    for number in range(3):
+        with torch.inference_mode(number == 1):
+            output = stream(input, who)
+        if number != 1:
+            model.zero_grad()
+            output[:, 1].sum().backward()
+            assert model.begin.weight.grad is not None
+            assert model.begin.weight.grad.any()
+        stream.detach()
+        with torch.inference_mode(number == 0):
+            stream.reset({"frames": [1], "bands": range(4, 8)})
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "Stack", "model"])
+def test_rows_are_selected(kind: str) -> None:
+    layer: Any = rnnfast.GRU(5, 6) if kind != "Stack" else rnnfast.Stack("lstm", 5, [6, 4])
+    layer = rnnfast.LSTM(5, 6, num_layers=2) if kind == "LSTM" else layer
+    model = nn.Sequential(layer) if kind == "model" else layer
+    input, stream = torch.randn(4, STEPS, 3, 5), rnnfast.Stream(model)
+
+    def of(output: Any) -> Tensor:
+        result: Tensor = output[0] if kind == "model" else output
+        return result
+
+    with torch.no_grad():
+        stream(input[0])
+        stream.select([2, 0, 0])
+        beams = of(stream(input[1][:, [2, 0, 0]]))
+        expected, _ = layer(torch.cat((input[0], input[1])))
+        torch.testing.assert_close(beams, expected[STEPS:][:, [2, 0, 0]], rtol=0, atol=0)
+        stream.select(torch.tensor([True, True, False]))
+        stream.select([None, 1])
+        joined = of(stream(input[2][:, :2]))
+        torch.testing.assert_close(joined[:, 0], layer(input[2][:, :1])[0][:, 0], rtol=0, atol=0)
+        expected, _ = layer(torch.cat((input[0][:, :1], input[1][:, :1], input[2][:, 1:2])))
+        torch.testing.assert_close(joined[:, 1], expected[2 * STEPS :, 0], rtol=0, atol=0)
+        with pytest.raises(IndexError, match="rows are indices below 2"):
+            stream.select([2, None])
+        with pytest.raises(TypeError, match="rows are integer indices"):
+            stream.select([0.5])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("make", [lambda: rnnfast.LSTM(5, 6), lambda: rnnfast.Stack("gru", 5, [6])])
+def test_sequences_may_wait_or_begin_within_a_chunk(make: Any) -> None:
+    layer, input = make(), torch.randn(8, 3, 5)
+    stream, lengths = rnnfast.Stream(layer), [[4, 0, 3], [2, 4, 0]]
+    with torch.no_grad():
+        first, second = (stream(chunk, lengths=n) for chunk, n in zip(input.split(4), lengths, strict=True))
+        rows = [torch.cat((input[: lengths[0][b], b], input[4 : 4 + lengths[1][b], b])) for b in range(3)]
+        for b, row in enumerate(rows):
+            expected, _ = layer(row[:, None])
+            found = torch.cat((first[: lengths[0][b], b], second[: lengths[1][b], b]))
+            torch.testing.assert_close(found, expected[:, 0], rtol=0, atol=0)
+        reset = torch.zeros(4, 3, dtype=torch.bool)
+        reset[2, 1] = True
+        found = stream(input[:4], reset=reset)
+        torch.testing.assert_close(found[2:, 1], layer(input[2:4, 1:2])[0][:, 0], rtol=0, atol=0)
+
+
+def test_an_interrupt_that_leaves_hooks_leaves_no_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = Tagger(), torch.randint(7, (BATCH, STEPS))
+    stream = rnnfast.Stream(model)
+    with torch.no_grad():
+        expected = model(ids), stream(ids)
+        again = stream(ids)
+        stream.reset()
+        stream(ids)
+
+        def interrupted(self: Any) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(rnnfast.stream._Followed, "leave", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                stream(ids)
+        assert model.lower._forward_pre_hooks  # as an interrupt would leave them
+        torch.testing.assert_close(model(ids), expected[0], rtol=0, atol=0)
+        torch.testing.assert_close(stream(ids), again, rtol=0, atol=0)  # that call has not been
+
+
+def test_a_layer_that_takes_or_returns_no_state_is_refused() -> None:
+    class Taking(rnnfast.GRU):
+        def forward(self, input: Tensor) -> Any:  # type: ignore[override]
+            return super().forward(input)
+
+    class Returning(rnnfast.GRU):
+        def forward(self, input: Tensor, hx: Any = None) -> Any:  # type: ignore[override]
+            return super().forward(input, hx)[0]
+
+    with pytest.raises(RuntimeError, match=r"layer '0' \(Taking\) takes no hx, so no state can be given to it"):
+        rnnfast.Stream(nn.Sequential(Taking(4, 4)))
+    for module, whose in ((nn.Sequential(Returning(4, 4)), "layer '0'"), (Returning(4, 4), "Returning")):
+        with pytest.raises(RuntimeError, match=f"{whose} returned no state"):
+            rnnfast.Stream(module)(torch.randn(STEPS, BATCH, 4))
+
+
+def test_a_models_state_may_be_none() -> None:
+    model, ids = Tagger(), torch.randint(7, (BATCH, STEPS))
+    stream = rnnfast.Stream(model)
+    with torch.no_grad():
+        stream(ids)
+        stream.state = None
+        torch.testing.assert_close(stream(ids), model(ids), rtol=0, atol=0)
+
+
+def test_a_compiled_layer_that_hides_is_refused() -> None:
+    model, input = nn.Sequential(Halves(), Halves()), torch.randn(STEPS, BATCH, 4)
+    torch._dynamo.reset()
+    model[0].compile(backend="eager")
+    with torch.no_grad():
+        model(input)
+        with pytest.raises(RuntimeError, match=r"layer '0\.first', which is compiled, was not seen to run"):
+            rnnfast.Stream(model)(input)
+        torch._dynamo.reset()
+        stream, unbroken = rnnfast.Stream(model), rnnfast.Stream(nn.Sequential(Halves(), Halves()))
+        unbroken.module.load_state_dict(model.state_dict())
+        for piece in input.split(6):
+            torch.testing.assert_close(stream(piece), unbroken(piece))
+
+
+def test_streams_of_a_compiled_model_in_several_threads() -> None:
+    torch._dynamo.reset()
+    model, input = Halves(), torch.randn(2, STEPS, BATCH, 4)
+    compiled: Any = torch.compile(model, backend="eager")
+    expected = [rnnfast.Stream(model)(each) for each in input]
+    found: list[Any] = [None, None]
+
+    def run(which: int) -> None:
+        stream = rnnfast.Stream(compiled)
+        found[which] = torch.cat([stream(piece) for piece in input[which].split(1)])
+
+    threads = [threading.Thread(target=run, args=(which,)) for which in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    torch.testing.assert_close(found, expected)
+
+
 def test_a_models_rows_begin_anew_under_autocast() -> None:
     """The state that the model gives is of its parameters' type, those that follow are autocast's."""
     model, ids = Tagger(), torch.randint(7, (BATCH, STEPS))
@@ -403,8 +582,12 @@ def test_rows_are_reset_in_all_layers_or_in_none() -> None:
     with torch.no_grad():
         stream(torch.randn(STEPS, BATCH, 4, 2))
         before = stream.state
-        with pytest.raises(IndexError, match="rows are indices below 1"):
+        with pytest.raises(
+            RuntimeError, match=r"batches differ \('rnn' 3, 'rnn\[1\]' 1\): give rows in a dict by the names"
+        ):
             stream.reset([2])
+        with pytest.raises(IndexError, match="rows are indices below 1"):
+            stream.reset({"rnn": [2]})
     assert all(torch.equal(a, b) for key in before for a, b in zip(stream.state[key], before[key], strict=True))
 
 
