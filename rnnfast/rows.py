@@ -60,10 +60,10 @@ def indices_of(rows: Any, batch: int) -> tuple[Tensor, Tensor]:
         rows = mask_of(rows, batch).nonzero().flatten().tolist()
     new = [row is None for row in rows]
     mask_of([row for row in rows if row is not None], batch)  # checks them
-    kept = [0 if row is None else row % batch for row in rows]
     if not batch and any(new):
         raise RuntimeError("a batch without rows cannot be added to: reset() lets the stream begin with another one")
-    return torch.tensor(kept, dtype=torch.long), torch.tensor(new, dtype=torch.bool)
+    index = [0 if row is None else row % batch for row in rows]
+    return torch.tensor(index, dtype=torch.long), torch.tensor(new, dtype=torch.bool)
 
 
 def cleared(state: Any, mask: Tensor) -> Any:

@@ -213,11 +213,11 @@ class Stream:
             raise RuntimeError(f"rows to select are those of all layers: {', '.join(missing)} is missing")
         for key, state in self._states.items():
             batch = batch_of(state)
-            kept, new = indices_of(chosen[key], batch)
-            selected = map_state(state, lambda part, kept=kept: part.index_select(1, kept.to(part.device)))
+            index, new = indices_of(chosen[key], batch)
+            selected = map_state(state, lambda part, index=index: part.index_select(1, index.to(part.device)))
             states[key] = cleared(selected, new)
             if not self._is_alone:
-                anew[key] = self._anew.get(key, torch.zeros(batch, dtype=torch.bool))[kept] | new
+                anew[key] = self._anew.get(key, torch.zeros(batch, dtype=torch.bool))[index] | new
         self._states, self._anew = states, anew
 
     def _by_key(self, rows: Any) -> dict[str, Any]:
