@@ -86,9 +86,12 @@ struct ForwardPair {
   RNNFAST_DEVICE void fetch(const Walk& walk, const Input& input, Place at) {
     const ScanParams& p = walk.p;
     row = input.row;
-    if (row < 0) return;
-    if (input.gx_row < 0 || input.gx_row >= p.gx_rows) hw::fail("a token id is outside the vocabulary in row", row);
-    const Sum* from = static_cast<const Sum*>(p.gx) + walk.gate(input.gx_row, at.unit, kGates);
+    const bool there = row >= 0;
+    if (there && (input.gx_row < 0 || input.gx_row >= p.gx_rows))
+      hw::fail("a token id is outside the vocabulary in row", row);
+    // Where there is no step, any number: a way on which nothing is done with the id would wait for it, and with it for all that
+    // has been asked for since, in the middle of the next step.
+    const Sum* from = static_cast<const Sum*>(p.gx) + (there ? walk.gate(input.gx_row, at.unit, kGates) : 0);
 #pragma unroll
     for (int g = 0; g < kGates; ++g) gx[g] = from[int64_t{g} * p.hidden];
   }
@@ -155,9 +158,19 @@ struct BackwardPair {
     if (KIND == Kind::lstm && walk.p.d_c_n) d_c = hw::widen(static_cast<const Stored*>(walk.p.d_c_n)[state]);
   }
 
-  RNNFAST_DEVICE void fetch(const Walk& walk, int step, Place at) {
+  // The rows of a step and of the one before it.
+  struct Rows {
+    int row = -1, previous = -1;
+  };
+
+  // Reads where a step's rows are. On its own: what waits for this would wait for all that was asked for before it.
+  static RNNFAST_DEVICE Rows find(const Walk& walk, int step, Place at) {
+    return {walk.row(step, at.batch_row), kTape ? walk.row(step - 1, at.batch_row) : -1};
+  }
+
+  RNNFAST_DEVICE void fetch(const Walk& walk, const Rows& rows, Place at) {
     const ScanParams& p = walk.p;
-    row = walk.row(step, at.batch_row);
+    row = rows.row;
     if (row < 0) return;
     const Stored* output = static_cast<const Stored*>(p.output);
     if (p.d_output) d_output = static_cast<const Stored*>(p.d_output)[walk.output(row, at.unit)];
@@ -167,7 +180,7 @@ struct BackwardPair {
       const Stored* from = static_cast<const Stored*>(p.tape) + walk.tape(row, at.unit, kTape);
 #pragma unroll
       for (int k = 0; k < kTape; ++k) tape[k] = from[int64_t{k} * p.hidden];
-      const int previous = walk.row(step - 1, at.batch_row);
+      const int previous = rows.previous;
       const int64_t initial = walk.state(at.batch_row, at.unit);
       if constexpr (KIND == Kind::lstm) {
         const Stored* cells = static_cast<const Stored*>(p.tape) + int64_t{4} * p.hidden;

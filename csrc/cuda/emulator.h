@@ -402,8 +402,16 @@ void hold(Word&) {}
 
 using Address = uint32_t;
 inline Address address(const void* shared) { return static_cast<Address>(static_cast<const char*>(shared) - shared_memory()); }
+template <class Value>
+const Value* at(Address address) {
+  static const Value none{};
+  if (size_t{address} + sizeof(Value) <= emulator::machine()->current->block->shared.size())
+    return reinterpret_cast<const Value*>(shared_memory() + address);
+  emulator::machine()->failure = "a load from beyond the shared memory";
+  return &none;
+}
 inline Vec16 load_shared(Address from) {
-  if (from + 16 <= emulator::machine()->current->block->shared.size()) return load_vector(shared_memory() + from);
+  if (size_t{from} + 16 <= emulator::machine()->current->block->shared.size()) return load_vector(shared_memory() + from);
   emulator::machine()->failure = "a load from beyond the shared memory";
   return {};
 }
@@ -413,7 +421,9 @@ inline void copy(const emulator::Copy& copy) { *static_cast<Vec16*>(copy.to) = *
 // At once, or not before they are waited for.
 inline void copy_async(void* shared, const void* global) {
   emulator::Machine& m = *emulator::machine();
-  if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16)
+  if (size_t{address(shared)} + 16 > m.current->block->shared.size())
+    m.failure = "a copy beyond the shared memory";
+  else if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16)
     m.failure = "misaligned async copy";
   else if (m.random() % 2)
     copy({shared, global});
@@ -483,7 +493,7 @@ inline void remote_store(Address local, uint64_t* barrier, int rank, uint32_t va
   char* there = peer.shared.data();
   if (!peer.has_published) m.failure = "a remote store to a block that has published no mbarrier";
   if (local % 4 || address(barrier) % 8) m.failure = "misaligned remote store";
-  if (local + 4 > peer.shared.size()) return fail("a remote store beyond the shared memory", local);
+  if (size_t{local} + 4 > peer.shared.size()) return fail("a remote store beyond the shared memory", local);
   auto* its_barrier = reinterpret_cast<uint64_t*>(there + address(barrier));
   races::access(its_barrier, 8, false);
   m.in_flight.push_back({there + local, its_barrier, value, races::send(there + local, 4)});

@@ -26,7 +26,7 @@ RNNFAST_KERNEL(kStepThreads) step_kernel(const StepParams s) {
     if (s.product) pair.d_h += static_cast<const Sum*>(s.product)[state];
     if (KIND == Kind::lstm) pair.d_c = c;
     Sum d_gates[BackwardPair<M, KIND>::kInput] = {};
-    pair.fetch(walk, p.steps - 1 - s.step, at);
+    pair.fetch(walk, pair.find(walk, p.steps - 1 - s.step, at), at);
     if (pair.row >= 0) {
       pair.step(walk, d_gates);
       pair.store(walk, at, d_gates);

@@ -64,8 +64,9 @@ RNNFAST_DEVICE float widen(float16 x) { return __half2float(x); }
 
 RNNFAST_DEVICE void narrow(float x, float& out) { out = x; }
 RNNFAST_DEVICE void narrow(double x, double& out) { out = x; }
-RNNFAST_DEVICE void narrow(float x, bfloat16& out) { out = __float2bfloat16_rn(x); }
-RNNFAST_DEVICE void narrow(float x, float16& out) { out = __float2half_rn(x); }
+// As one of two, which is an instruction of the usual kind; of one it is one of the few slow ones.
+RNNFAST_DEVICE void narrow(float x, bfloat16& out) { out = __floats2bfloat162_rn(x, 0.0f).x; }
+RNNFAST_DEVICE void narrow(float x, float16& out) { out = __floats2half2_rn(x, 0.0f).x; }
 
 // Rounds to TF32's 10 bits of mantissa, ties away from zero; mma alone would cut them off.
 RNNFAST_DEVICE float round_tf32(float x) {
@@ -137,6 +138,12 @@ RNNFAST_DEVICE Address address(const void* shared) {
   return address;
 }
 
+// What lies there.
+template <class Value>
+RNNFAST_DEVICE const Value* at(Address address) {
+  return static_cast<const Value*>(__cvta_shared_to_generic(address));
+}
+
 // 16 bytes of shared memory in one piece.
 RNNFAST_DEVICE Vec16 load_shared(Address from) {
   Vec16 v;
@@ -197,22 +204,15 @@ RNNFAST_DEVICE void mbarrier_expect(uint64_t* barrier, int bytes) {
 }
 
 // Whether the phase of this parity is over, after waiting for it as long as the hardware likes to; what peers stored is then seen.
-// All that they store is shared memory. An acquire of everything would have each warp empty the multiprocessor's L1 at each step,
-// so it is restricted to shared memory where the compiler can: the words are of PTX 8.6, which CUDA 12.8 is sure to have.
-#if __CUDACC_VER_MAJOR__ > 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 8)
-#define RNNFAST_WAIT_SEMANTICS "relaxed"
-#define RNNFAST_ACQUIRE_SHARED "@complete fence.acquire.sync_restrict::shared::cluster.cluster;\n"
-#else
-#define RNNFAST_WAIT_SEMANTICS "acquire"
-#define RNNFAST_ACQUIRE_SHARED ""
-#endif
+// All that they store is this block's shared memory, so it acquires for the block, as CUTLASS's waits do. An acquire for the
+// cluster would have each warp empty the multiprocessor's L1 at each step, and a fence restricted to shared memory has it wait for
+// all that it has asked memory for.
 RNNFAST_DEVICE bool mbarrier_try_wait(uint64_t* barrier, int parity) {
   uint32_t done;
   asm volatile(
       "{\n"
       ".reg .pred complete;\n"
-      "mbarrier.try_wait.parity." RNNFAST_WAIT_SEMANTICS ".cluster.shared::cta.b64 complete, [%1], %2;\n"
-      RNNFAST_ACQUIRE_SHARED
+      "mbarrier.try_wait.parity.shared::cta.b64 complete, [%1], %2;\n"
       "selp.u32 %0, 1, 0, complete;\n"
       "}"
       : "=r"(done)

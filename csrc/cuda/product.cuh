@@ -50,8 +50,8 @@ struct RegisterWalk {
 // one, and at least l.chunks if it is of a later one.
 struct GroupChunks {
   int first, before;
-  RNNFAST_DEVICE GroupChunks(const Layout& l, const WarpShare& share, int i)
-      : first(i * l.chunks_per_warp), before(share.split - first * l.splits) {}
+  RNNFAST_DEVICE GroupChunks(const Layout& l, const WarpShare& share, int i) : GroupChunks(l, share.split, i * l.chunks_per_warp) {}
+  RNNFAST_DEVICE GroupChunks(const Layout& l, int split, int first) : first(first), before(split - first * l.splits) {}
   RNNFAST_DEVICE int first_after(int in_registers) const { return first < in_registers ? in_registers : first; }
 };
 
@@ -74,8 +74,9 @@ RNNFAST_DEVICE void reduce_scatter(Sum* v) {
   }
 }
 
-// On plain arithmetic: a lane multiplies its 8 bytes of each chunk, for four rows and eight columns at a time.
-template <class M>
+// On plain arithmetic: a lane multiplies its 8 bytes of each chunk, for up to MOST_ROWS (4 or 5) rows and eight columns at a time:
+// weights in shared memory are read once for all of them.
+template <class M, int MOST_ROWS>
 class PlainProduct {
  public:
   static constexpr int kVector = 8 / sizeof(typename M::Sum);  // values of a lane's vector
@@ -84,14 +85,13 @@ class PlainProduct {
   using Sum = typename M::Sum;
   static constexpr int kColumns = group_columns(false);
   static constexpr int kRegisterChunks = register_chunks(false, sizeof(Sum));
-  static constexpr int kRowTile = 4;
   struct alignas(8) Vector {
     Sum at[kVector];
   };
   Vector weights_[kRegisterChunks][kColumns];
   Vector* shared_;
 
-  RNNFAST_DEVICE Vector* slot(int index) { return shared_ + index * kColumns * 32 + hw::lane(); }
+  static RNNFAST_DEVICE Vector load(hw::Address from) { return *hw::at<Vector>(from); }
 
   static RNNFAST_DEVICE void multiply_add(Sum& sum, const Vector& a, const Vector& b) {
 #pragma unroll
@@ -99,45 +99,59 @@ class PlainProduct {
   }
 
   template <int ROWS, class Put>
-  RNNFAST_DEVICE void tile(const Layout& l, const WarpShare& share, int group, int row, const char* operand, Put put) {
-    const GroupChunks of_group(l, share, group);
+  RNNFAST_DEVICE void tile(const Layout& l, int split, int group, int first, int row, hw::Address operand, Put put) {
+    hw::hold(first);  // so that what follows from it is computed here, and takes no registers meanwhile
+    const GroupChunks of_group(l, split, first);
     Sum sums[ROWS * kColumns] = {};
-    Vector x[ROWS];
-    const auto read = [&](int chunk) {
-#pragma unroll
-      for (int r = 0; r < ROWS; ++r)
-        x[r] = *reinterpret_cast<const Vector*>(operand + (row + r) * l.stride + chunk * 256 + hw::lane() * 8);
-    };
+    hw::Address from = operand + of_group.before * 256;
     if (of_group.first < kRegisterChunks) {
 #pragma unroll
       for (int m = 0; m < kRegisterChunks; ++m) {
         const int chunk = of_group.before + m * l.splits;
         if (static_cast<unsigned>(chunk) < static_cast<unsigned>(l.chunks)) {
-          read(chunk);
 #pragma unroll
-          for (int c = 0; c < kColumns; ++c)
+          for (int r = 0; r < ROWS; ++r) {
+            const Vector x = load(from + m * l.apart + (row + r) * l.stride);
 #pragma unroll
-            for (int r = 0; r < ROWS; ++r) multiply_add(sums[r * kColumns + c], weights_[m][c], x[r]);
+            for (int c = 0; c < kColumns; ++c) multiply_add(sums[r * kColumns + c], weights_[m][c], x);
+          }
         }
       }
     }
     const int first_shared = of_group.first_after(kRegisterChunks);
-    const Vector* weights = slot(first_shared - kRegisterChunks);
+    // The warp's in each group: the last round may not reach it.
+    const int chunks = l.chunks_per_warp - (split + (l.chunks_per_warp - 1) * l.splits >= l.chunks);
+    int thread = hw::thread();
+    hw::hold(thread);  // likewise
+    const int slot = (thread >> 5) * l.slots + first_shared - kRegisterChunks;
+    hw::Address weights = hw::address(shared_) + (slot * kColumns * 32 + (thread & 31)) * 8;
+    from += first_shared * l.apart;
 #pragma unroll 1
-    for (int chunk = of_group.before + first_shared * l.splits; chunk < l.chunks; chunk += l.splits, weights += kColumns * 32) {
-      read(chunk);
+    for (int left = of_group.first + chunks - first_shared; left > 0; --left, from += l.apart, weights += kColumns * 256) {
+      Vector x[ROWS];
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) x[r] = load(from + (row + r) * l.stride);
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
-        const Vector w = weights[c * 32];
+        const Vector w = load(weights + c * 256);
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) multiply_add(sums[r * kColumns + c], w, x[r]);
       }
     }
-    reduce_scatter<ROWS * kColumns, 16>(sums);
-    constexpr int kCopies = 32 / (ROWS * kColumns);  // lanes that hold the same sum
-    const int index = hw::lane() / kCopies;
-    const int first_column = (share.first_group + group * l.group_warps) * kColumns;
-    if (hw::lane() % kCopies == 0) put(share.split, row + index / kColumns, first_column, index % kColumns, sums[0]);
+    hand_over<ROWS>(split, group, row, sums, put);
+  }
+
+  // Sums are halved from step to step of their reduction: rows go by powers of two, and each sum's tree is the same in all.
+  template <int ROWS, class Put>
+  RNNFAST_DEVICE void hand_over(int split, int group, int row, Sum* sums, Put put) {
+    constexpr int kRows = ROWS >= 4 ? 4 : ROWS >= 2 ? 2 : 1;
+    reduce_scatter<kRows * kColumns, 16>(sums);
+    constexpr int kCopies = 32 / (kRows * kColumns);  // lanes that hold the same sum
+    int lane = hw::lane();
+    hw::hold(lane);
+    const int index = lane / kCopies;
+    if (lane % kCopies == 0) put(split, row + index / kColumns, group * kColumns, index % kColumns, sums[0]);
+    if constexpr (ROWS > kRows) hand_over<ROWS - kRows>(split, group, row + kRows, sums + kRows * kColumns, put);
   }
 
  public:
@@ -145,7 +159,8 @@ class PlainProduct {
   // is a whole vector or none, which is read in one piece, all of a thread's at once; else a number waits for the one before.
   template <class Run>
   RNNFAST_DEVICE void load(const Layout& l, char* shared, bool whole, Run run) {
-    shared_ = reinterpret_cast<Vector*>(shared) + hw::warp() * l.slots * kColumns * 32;
+    shared_ = reinterpret_cast<Vector*>(shared);
+    Vector* slots = shared_ + hw::warp() * l.slots * kColumns * 32 + hw::lane();
     const WarpShare share(l);
     // The lane's vectors of a chunk, of all columns of a group.
     const auto read = [&](int group, int chunk, bool used, Vector (&w)[kColumns]) {
@@ -173,25 +188,36 @@ class PlainProduct {
         Vector w[kColumns];
         read(group, chunk, true, w);
 #pragma unroll
-        for (int c = 0; c < kColumns; ++c) slot(m - kRegisterChunks)[c * 32] = w[c];
+        for (int c = 0; c < kColumns; ++c) slots[((m - kRegisterChunks) * kColumns + c) * 32] = w[c];
       }
     }
   }
 
   struct Begun {
     WarpShare share;
-    const char* operand;
+    hw::Address operand;
   };
-  RNNFAST_DEVICE Begun begin(const Layout& l, const char* operand) const { return {WarpShare(l), operand}; }
+  RNNFAST_DEVICE Begun begin(const Layout& l, const char* operand) const {
+    return {WarpShare(l), hw::address(operand + hw::lane() * 8)};
+  }
 
   template <class Put>
   RNNFAST_DEVICE void multiply(const Layout& l, const Begun& begun, Put put) {
     const auto [share, operand] = begun;
-    for (int i = 0; i < l.groups_per_warp; ++i) {
-      if (share.first_group + i * l.group_warps >= l.groups) break;
+    int first = 0;
+    for (int group = share.first_group; group < l.groups; group += l.group_warps, first += l.chunks_per_warp) {
       int row = 0;
-      for (; row + kRowTile <= l.rows; row += kRowTile) tile<kRowTile>(l, share, i, row, operand, put);
-      for (; row < l.rows; ++row) tile<1>(l, share, i, row, operand, put);
+      // Five at once, rather than four and one.
+      if constexpr (MOST_ROWS == 5) {
+        if (l.rows % 4 == 1 && l.rows > 1) {
+          tile<5>(l, share.split, group, first, 0, operand, put);
+          row = 5;
+        }
+      }
+      for (; row + 4 <= l.rows; row += 4) tile<4>(l, share.split, group, first, row, operand, put);
+      if (l.rows - row == 3) tile<3>(l, share.split, group, first, row, operand, put);
+      if (l.rows - row == 2) tile<2>(l, share.split, group, first, row, operand, put);
+      if (l.rows - row == 1) tile<1>(l, share.split, group, first, row, operand, put);
     }
   }
 };
@@ -362,15 +388,16 @@ RNNFAST_DEVICE bool in_vectors(const Stored* matrix, int columns) {
   return columns % Product::kVector == 0 && reinterpret_cast<uintptr_t>(matrix) % (Product::kVector * sizeof(Stored)) == 0;
 }
 
-template <class M, bool TENSOR_CORES>
+template <class M, int MOST_ROWS, bool TENSOR_CORES>
 struct ChooseProduct {
-  using Type = PlainProduct<M>;
+  using Type = PlainProduct<M, MOST_ROWS>;
 };
-template <class M>
-struct ChooseProduct<M, true> {
+template <class M, int MOST_ROWS>
+struct ChooseProduct<M, MOST_ROWS, true> {
   using Type = TensorCoreProduct<M>;
 };
-template <class M>
-using Product = typename ChooseProduct<M, M::kTensorCores>::Type;
+// Five rows at once leave a cluster's kernels without a spill, and no others.
+template <class M, Exchange EXCHANGE>
+using Product = typename ChooseProduct<M, EXCHANGE == Exchange::cluster ? 5 : 4, M::kTensorCores>::Type;
 
 }  // namespace rnnfast::cuda

@@ -57,9 +57,10 @@ RNNFAST_DEVICE void scan_forward(const ScanParams& p) {
   X<typename M::Operand> exchange(p, shared);
   BlockSums<Sum> sums(p, shared);
 
-  Product<M> product;
+  using ItsProduct = Product<M, X<typename M::Operand>::kKind>;
+  ItsProduct product;
   const Stored* w_hh = static_cast<const Stored*>(p.w_hh) + int64_t{walk.lane} * kGates * p.hidden * p.hidden;
-  product.load(l, shared, in_vectors<Product<M>>(w_hh, p.hidden), [&](int column, int k) -> WeightRun<Stored> {
+  product.load(l, shared, in_vectors<ItsProduct>(w_hh, p.hidden), [&](int column, int k) -> WeightRun<Stored> {
     const int gate = quotient(column, l.per_unit), unit = (team.rank - gate) * l.units + column;
     if (unit >= p.hidden) return {nullptr, 0};
     return {w_hh + (int64_t{gate} * p.hidden + unit) * p.hidden + k, p.hidden - k};
@@ -152,12 +153,13 @@ RNNFAST_DEVICE void scan_backward(const ScanParams& p) {
   std::conditional_t<kScatter, BlockExchange<Operand>, X<Operand>> exchange(p, shared);
   std::conditional_t<kScatter, ClusterSums<Sum>, BlockSums<Sum>> sums(p, shared);
 
-  Product<M> product;
+  using ItsProduct = Product<M, X<typename M::Operand>::kKind>;
+  ItsProduct product;
   const Stored* w_hh = static_cast<const Stored*>(p.w_hh) + int64_t{walk.lane} * kGates * p.hidden * p.hidden;
   const int first_unit = kScatter ? 0 : team.rank * l.units;  // of the columns
   const int first_block = kScatter ? team.rank : 0, blocks = kScatter ? 1 : l.blocks;  // of the operand
   // A lane's vector lies within one gate of one block: a block's units are a multiple of its length.
-  product.load(l, shared, in_vectors<Product<M>>(w_hh, p.hidden), [&](int column, int k) -> WeightRun<Stored> {
+  product.load(l, shared, in_vectors<ItsProduct>(w_hh, p.hidden), [&](int column, int k) -> WeightRun<Stored> {
     const int unit = first_unit + column, block = quotient(k, l.per_unit / kGates);
     const int gate = quotient(k, l.per_unit) - block * kGates, from = (first_block - block * (kGates - 1) - gate) * l.units + k;
     if (unit >= p.hidden || k >= blocks * l.slice) return {nullptr, 0};
@@ -175,10 +177,16 @@ RNNFAST_DEVICE void scan_backward(const ScanParams& p) {
   sums.start();
 
   for (int step = 0; step <= p.steps; ++step) {
+    typename BackwardPair<M, KIND>::Rows rows[kPairs];
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) {
       const Share<kPairs> share(p, team, j);
-      if (share.real) pairs[j].fetch(walk, p.steps - 1 - step, share.at);
+      if (share.real) rows[j] = pairs[j].find(walk, p.steps - 1 - step, share.at);
+    }
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) {
+      const Share<kPairs> share(p, team, j);
+      if (share.real) pairs[j].fetch(walk, rows[j], share.at);
     }
     if (step > 0) {
       const auto begun = product.begin(l, exchange.here(step));
