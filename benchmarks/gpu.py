@@ -123,7 +123,7 @@ def run_tune(deadline: float, save: Save) -> Report:
         if done.returncode == 0:
             break
         said += _last_lines(done, 1)
-        if done.returncode < 0:
+        if done.returncode < 0 and "the time is over" not in done.stdout:  # else it ended in no point
             _leave_out_next_point(identity, path)
     return so_far()
 
@@ -167,9 +167,11 @@ def run_sanitizer(deadline: float, save: Save) -> Report:
             command = [sanitizer, "--tool", tool, *options, *more, *_own("--small-layers", kernel)]
             done = _run(command, limit, UNCACHED)
             report[f"{tool} {kernel}"] = {"exit_status": done.returncode, "said": _ends(done, 20)}
-            refusal = next((line for line in _lines(done) if "not supported" in line.lower()), None)
+            refusal = next((line for line in _lines(done) if "device not supported" in line.lower()), None)
             if refusal is not None and done.returncode not in (0, NOT_CLEAN, STOPPED):
-                return {**report, "passed": report["passed"] and None, "summary": f"not run: {refusal}"}
+                report["passed"] = report["passed"] and None
+                report["summary"] += f"{'; ' if report['summary'] else ''}{tool}: not run: {refusal}"
+                return report
             if done.returncode == STOPPED:
                 found, report["passed"] = "not ended in its time", report["passed"] and None
             elif done.returncode:

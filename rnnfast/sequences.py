@@ -320,6 +320,7 @@ def check_reset_shape(reset: Tensor | None, input: Tensor, steps_and_batch: int)
 def of_packed(packed: PackedSequence) -> Segments:
     """The plan of a PackedSequence, whose data are its ragged rows: a segment for each sequence."""
     data, batch_sizes, columns, _ = packed
+    batch_sizes = batch_sizes.contiguous()  # as the kernels read them
     if columns is None:
         columns = _count(batch_sizes[0].item(), data.device)
     steps, batch = batch_sizes.numel(), columns.numel()

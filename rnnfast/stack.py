@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.types import Device
 
 from rnnfast import dispatch, functional, inputs, sequences
-from rnnfast.autocast import cast, dtype_of_products
+from rnnfast.autocast import autocast_dtype, cast, dtype_of_products
 from rnnfast.backends.reference import Extension, Norms
 from rnnfast.cells import CELLS
 from rnnfast.direct.plans import is_hooked
@@ -314,9 +314,9 @@ class Stack(nn.Module):
         if self.input_dropout > 0 and self.training and not rows.is_floating_point():
             raise ValueError("input_dropout drops features of floating input; give the stack embedded token ids")
         weight, segments = self._parameter("weight_ih_l0"), masks.segments
-        dtype = dtype_of_products(weight)
-        if dtype != weight.dtype:
-            rows, states, resets = map_state((rows, states, resets), lambda part: cast(part, dtype))
+        dtype, autocast = dtype_of_products(weight), autocast_dtype(weight.device.type)
+        if autocast is not None:
+            rows, states, resets = map_state((rows, states, resets), lambda part: cast(part, autocast))
         request, backend = self._request(rows), dispatch.asked(self.backend)
         extended = dispatch.choose_name(backend, None, *request) if request.extensions else None
         final: list[State] = []

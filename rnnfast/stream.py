@@ -52,9 +52,7 @@ class Stream:
     """
 
     def __init__(self, module: nn.Module, stateless: Sequence[str] = ()) -> None:
-        if isinstance(module, nn.RNNBase) and not is_ours(module):
-            name = type(module).__name__
-            raise TypeError(f"a torch.nn {name} has no step: make it an rnnfast.{name}, or rnnfast.accelerate it")
+        _check_is_ours(module)
         self.module = module
         self._is_alone = isinstance(module, nn.RNNBase | Stack)
         self._layers = dict(_layers_with_state(module, stateless))
@@ -124,6 +122,8 @@ class Stream:
         self._end_steps()
         layer: Any = self.module
         state, steps = self._states.get(""), input.dim() - (1 if input.is_floating_point() else 0)
+        if steps == 1:
+            _check_is_ours(layer)  # it may have been restored
         if steps == 1 and kwargs:
             raise TypeError(f"a step takes no {' or '.join(kwargs)}: give a chunk of one step")
         try:
@@ -133,7 +133,8 @@ class Stream:
             raise
         output, state = _output_and_state(type(layer).__name__, result)
         self._states[""] = kept(state)
-        is_ordinary = getattr(layer.step, "__func__", None) is DropIn.step  # neither a stack's, nor a subclass's own
+        # Neither a stack's, nor a subclass's own, nor that of a layer which has none any more.
+        is_ordinary = getattr(getattr(layer, "step", None), "__func__", None) is DropIn.step
         if steps == 1 and is_ordinary and not torch.compiler.is_compiling():
             self._steps = direct.steps_after(layer, input, self._states[""])
         return output
@@ -336,6 +337,12 @@ class _Followed:
         if self.call.is_ours():
             _, state = _output_and_state(f"layer '{self.name}'", result)
             self.call.after[_key(self.name, self.call.runs[self.name] - 1)] = state
+
+
+def _check_is_ours(module: Any) -> None:
+    if isinstance(module, nn.RNNBase) and not is_ours(module):
+        name = type(module).__name__
+        raise TypeError(f"a torch.nn {name} has no step: make it an rnnfast.{name}, or rnnfast.accelerate it")
 
 
 def _output_and_state(whose: str, result: Any) -> tuple[Any, Any]:

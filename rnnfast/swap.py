@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from rnnfast import cell_modules, compiling, dispatch, layers
+from rnnfast.direct.plans import all_plans
 
 _OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.RNN: layers.RNN,
@@ -179,6 +180,7 @@ def restore(model: nn.Module) -> None:
                 "first remove what replaced it, such as a library's hooks"
             )
     for _, module in accelerated:
+        all_plans.pop(id(module), None)  # who follows it would ask for what is gone
         for name in {"forward", "backend", *_bound_names(module)}:
             delattr(module, name)
 

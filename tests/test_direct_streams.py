@@ -251,6 +251,32 @@ def test_a_state_made_in_inference_mode_can_be_trained_from() -> None:
     assert layer.weight_hh_l0.grad is not None
 
 
+@pytest.mark.parametrize("module", [rnnfast.LSTM(5, 17), rnnfast.Stack("gru", 5, [6])], ids=["LSTM", "Stack"])
+def test_a_compiled_stream_is_one_graph(module: Any) -> None:
+    stream, expected = rnnfast.Stream(module), rnnfast.Stream(module)
+    compiled: Any = torch.compile(lambda x: stream(x), fullgraph=True, backend="aot_eager")
+    for x in INPUT[:3]:
+        torch.testing.assert_close(compiled(x), expected(x))
+
+
+def test_the_stream_of_a_restored_layer() -> None:
+    """It has no step any more, and says so before anything has run; chunks are as torch.nn's."""
+    layer = torch.nn.GRU(5, 6)
+    rnnfast.accelerate(layer)
+    stream = rnnfast.Stream(layer)
+    with torch.no_grad():
+        for x in INPUT[:3]:
+            stream(x)
+        state = stream.state
+        rnnfast.restore(layer)
+        with pytest.raises(TypeError, match=r"a torch\.nn GRU has no step: .* or rnnfast\.accelerate it"):
+            stream(INPUT[3])
+        assert torch.equal(stream.state, state)
+        torch.testing.assert_close(stream(INPUT[3:5]), layer(INPUT[:5])[0][3:])
+        rnnfast.accelerate(layer)
+        torch.testing.assert_close(stream(INPUT[5]), layer(INPUT[:6])[0][5])
+
+
 def test_a_compiled_stream() -> None:
     layer = make()
     stream, state = stepping(layer), state_after(layer)

@@ -111,6 +111,9 @@ def test_batch_sizes_that_are_strided(name: str, backend: str) -> None:
     found = layer(PackedSequence(rows, sizes))
     torch.testing.assert_close(found[0].data, expected[0].data, rtol=0, atol=0)
     torch.testing.assert_close(found[1], expected[1], rtol=0, atol=0)
+    stack = rnnfast.Stack("lstm", 3, [4], layer_norm=True)
+    packed = PackedSequence(rows, sizes.clone(memory_format=torch.contiguous_format))
+    torch.testing.assert_close(stack(PackedSequence(rows, sizes))[0].data, stack(packed)[0].data, rtol=0, atol=0)
 
 
 def test_packed_token_ids() -> None:

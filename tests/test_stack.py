@@ -333,6 +333,10 @@ def test_autocast() -> None:
         assert stack.weight_hh_l0.grad.dtype == torch.float32
         with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="float64"):
             stack(input.double())  # which autocast never casts
+        half = copy.deepcopy(stack).bfloat16()
+        with torch.autocast("cpu", torch.bfloat16):
+            casts = seeded(half, input)[0]
+        torch.testing.assert_close(casts, seeded(half, input.bfloat16())[0], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -180,8 +180,10 @@ def _train(
     records: list[dict[str, Any]] = []
     if saved is not None and folder is not None:
         trainer.restore(saved, folder)
-        if not is_copy or _is_of(folder, saved):  # else the log is another run's
+        if _has_log_of(folder, saved, is_copy):
             records = _read_log(folder / LOG, trainer.epoch)
+        elif (folder / LOG).exists():
+            note(f"the {LOG} in {folder} is another run's: a new one is started")
         if trainer.epoch >= config.epochs:
             more = "start a new run" if config.schedule == "cosine" else "--epochs N trains more"
             raise UserError(f"this run has finished its {trainer.epoch} epochs: {more}")
@@ -192,7 +194,7 @@ def _train(
         # Before the first step: a disk without room costs no training, and a run to be replaced stays until it is.
         # Settings and log come next, and never stand beside another run's checkpoint.
         (saved or trainer.checkpoint()).save(folder / checkpoints.FILE_NAME)
-        if saved is None:
+        if saved is None or is_copy:
             with suppress(OSError):  # a curve that cannot be removed cannot be drawn either, which is said at the end
                 (folder / CURVE).unlink(missing_ok=True)
     run = None if folder is None else Run(folder, trainer, records)
@@ -308,9 +310,19 @@ def _is_of(folder: Path, saved: checkpoints.Checkpoint) -> bool:
     """Whether the settings in a folder are those of a run that was saved."""
     try:
         written = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        return bool(written | dict.fromkeys(CHANGEABLE) == saved.config | dict.fromkeys(CHANGEABLE))
+        defaults, any_will_do = TrainConfig().to_json(), dict.fromkeys(CHANGEABLE)
+        return bool(defaults | written | any_will_do == defaults | saved.config | any_will_do)
     except (OSError, ValueError, TypeError):  # unreadable, no JSON, or no settings
         return False
+
+
+def _has_log_of(folder: Path, saved: checkpoints.Checkpoint, is_copy: bool) -> bool:
+    """Whether the log in a folder is that of a run that was saved, there or in a copy."""
+    if not is_copy:  # but for a run that a copy was about to replace when it was killed
+        return not (folder / CONFIG).exists() or _is_of(folder, saved)
+    kept = checkpoints.find(folder)
+    replaced = checkpoints.load(kept) if kept.exists() else saved
+    return replaced.progress.get("text_sha1") == saved.progress.get("text_sha1") and _is_of(folder, saved)
 
 
 def argument(path: Path) -> str:

@@ -372,9 +372,9 @@ class Trainer:
             self.optimizer.load_state_dict({"state": states, "param_groups": groups})
             self.epoch, self.step = _number(progress, "epoch"), _number(progress, "step", most=len(self.batches))
             self.tokens = _number(progress, "tokens")
-            self.seconds, self.epoch_seconds = (
-                _number(progress, key, float, 10**9) for key in ("seconds", "epoch_seconds")
-            )
+            self.seconds = _number(progress, "seconds", float, 10**9)
+            # Which older checkpoints lack.
+            self.epoch_seconds = _number({"epoch_seconds": 0.0} | progress, "epoch_seconds", float, 10**9)
             self.loss_sum.copy_(tensors["loss_sum"])
             self.carry = self._carry(tensors) if self.carries and self.step else None
             self.epoch_rng = tensors["rng.epoch"]

@@ -319,10 +319,11 @@ def test_the_sanitizer(
     monkeypatch.setattr(gpu.torch.cuda, "get_device_capability", lambda: (8, 0))
     report = gpu.run_sanitizer(time.perf_counter() + 60, lambda result: None)
     assert report["summary"].count("of cluster: not run, the device has no clusters") == 2
+    monkeypatch.setattr(gpu.torch.cuda, "get_device_capability", lambda: (9, 0))
     refusal = subprocess.CompletedProcess([], 255, "", "Error: Device not supported.")
     monkeypatch.setattr(gpu, "_run", lambda *_: refusal)
     report = gpu.run_sanitizer(time.perf_counter() + 60, lambda result: None)
-    assert (report["passed"], report["summary"]) == (None, "not run: Error: Device not supported.")
+    assert (report["passed"], report["summary"]) == (None, "memcheck: not run: Error: Device not supported.")
 
 
 # All parts

@@ -140,6 +140,34 @@ def test_a_run_that_replaces_another_has_a_log_of_its_own(tmp_path: Path) -> Non
     assert load(tmp_path / "a").config["cell"] == "gru"
 
 
+def test_a_log_of_the_same_settings_and_another_text_is_another_runs(tmp_path: Path) -> None:
+    texts = [tmp_path / "one.txt", tmp_path / "two.txt"]
+    for text, words in zip(texts, ("some words of a text ", "other words, and a text "), strict=True):
+        text.write_text(words * 60)
+    one, two = (replace(SMALL, corpus=str(text), epochs=2) for text in texts)
+    train(one, tmp_path / "a")
+    train(two, tmp_path / "b")
+    copy = (tmp_path / "b" / FILE_NAME).rename(tmp_path / "a" / "copy.safetensors")
+    resumed = train(replace(two, epochs=3), copy, resume=True, overwrite=True)
+    assert [record["epoch"] for record in resumed.records] == [3]
+
+
+def test_a_copy_that_was_killed_as_it_replaced_a_run_takes_no_log_of_it(tmp_path: Path) -> None:
+    train(replace(SMALL, epochs=2), tmp_path / "a")
+    train(replace(SMALL, cell="gru", epochs=2), tmp_path / "b")
+    (tmp_path / "b" / FILE_NAME).replace(tmp_path / "a" / FILE_NAME)  # as far as it had come
+    resumed = train(replace(SMALL, cell="gru"), tmp_path / "a", resume=True)
+    assert [record["epoch"] for record in resumed.records] == [3, 4]
+
+
+def test_a_checkpoint_that_does_not_know_the_time_of_its_epoch(tmp_path: Path) -> None:
+    train(replace(SMALL, epochs=2), tmp_path)
+    saved = load(tmp_path)
+    del saved.progress["epoch_seconds"]
+    saved.save(tmp_path / FILE_NAME)
+    assert len(train(SMALL, tmp_path, resume=True).records) == 4
+
+
 def test_the_speed_of_an_epoch_is_of_all_its_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Even if it was interrupted behind its last step, as that of a small model always is."""
     calls = []
