@@ -7,9 +7,10 @@ tape is therefore empty, and its backward runs the forward once more.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,8 +22,32 @@ from rnnfast.autocast import autocast_dtype, without_autocast
 from rnnfast.derivatives import gradients_below_autograd
 
 Lane = Sequence["Tensor | None"]  # w_ih, w_hh, b_ih, b_hh, w_hr
+Result = tuple[Tensor, Tensor, Tensor]  # output, h_n, c_n
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without cuDNN's hint to call flatten_parameters(), which would change nothing."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")
+        yield
+
+
+def _quiet_under_autocast(layers: Callable[..., Result]) -> Callable[..., Result]:
+    """Weights that autocast has made are not in one piece."""
+
+    @functools.wraps(layers)
+    def run(cell: str, input: Tensor, *more: Any) -> Result:
+        if not input.is_cuda or autocast_dtype("cuda") is None:
+            return layers(cell, input, *more)
+        with _quiet():
+            return layers(cell, input, *more)
+
+    return run
+
+
+@_quiet_under_autocast
+@without_autocast
 def layers(
     cell: str,
     input: Tensor,
@@ -33,27 +58,8 @@ def layers(
     bidirectional: bool,
     dropout: float = 0.0,
     training: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Result:
     """Layers x directions, as `rnnfast.functional` takes and returns them."""
-    arguments = cell, input, h_0, c_0, weights, batch_sizes, bidirectional, dropout, training
-    if h_0.is_cuda and autocast_dtype("cuda") is not None:
-        with _quiet():  # weights that autocast has made are not in one piece
-            return _layers(*arguments)
-    return _layers(*arguments)
-
-
-@without_autocast
-def _layers(
-    cell: str,
-    input: Tensor,
-    h_0: Tensor,
-    c_0: Tensor | None,
-    weights: Sequence[Lane],
-    batch_sizes: Tensor | None,
-    bidirectional: bool,
-    dropout: float,
-    training: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
     directions = 2 if bidirectional else 1
     if batch_sizes is not None and not len(input):  # cuDNN takes no empty batch
         # Nothing, but of all that the results of any other batch depend on: so the gradients are zeros.
@@ -162,11 +168,3 @@ def _scan(
     outputs, h_n, c_n = zip(*parts, strict=True)
     output = torch.cat(outputs, -1)
     return output.flatten(0, -2), torch.cat(h_n), torch.cat(c_n)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without cuDNN's hint to call flatten_parameters(), which would change nothing."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")
-        yield
