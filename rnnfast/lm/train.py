@@ -321,7 +321,10 @@ def _has_log_of(folder: Path, saved: checkpoints.Checkpoint, is_copy: bool) -> b
     if not is_copy:  # but for a run that a copy was about to replace when it was killed
         return not (folder / CONFIG).exists() or _is_of(folder, saved)
     kept = checkpoints.find(folder)
-    replaced = checkpoints.load(kept) if kept.exists() else saved
+    try:
+        replaced = checkpoints.load(kept) if kept.exists() else saved
+    except UserError:  # damaged, so nobody knows
+        return False
     return replaced.progress.get("text_sha1") == saved.progress.get("text_sha1") and _is_of(folder, saved)
 
 

@@ -160,6 +160,17 @@ def test_a_copy_that_was_killed_as_it_replaced_a_run_takes_no_log_of_it(tmp_path
     assert [record["epoch"] for record in resumed.records] == [3, 4]
 
 
+def test_a_copy_replaces_a_damaged_checkpoint(tmp_path: Path) -> None:
+    train(replace(SMALL, epochs=2), tmp_path)
+    copy = tmp_path / "copy.safetensors"
+    copy.write_bytes((tmp_path / FILE_NAME).read_bytes())
+    (tmp_path / FILE_NAME).write_bytes(copy.read_bytes()[:1000])
+    with pytest.raises(UserError, match="holds a run already"):
+        train(SMALL, copy, resume=True)
+    assert len(train(SMALL, copy, resume=True, overwrite=True).records) == 2
+    assert load(tmp_path).progress["epoch"] == 4
+
+
 def test_a_checkpoint_that_does_not_know_the_time_of_its_epoch(tmp_path: Path) -> None:
     train(replace(SMALL, epochs=2), tmp_path)
     saved = load(tmp_path)
