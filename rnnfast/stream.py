@@ -354,13 +354,13 @@ def _output_and_state(whose: str, result: Any) -> tuple[Any, Any]:
 
 # ---- what can be followed ------------------------------------------------------------------------------------------
 
-_one_at_a_time = threading.Lock()
+_one_at_a_time = threading.RLock()  # a model may have a stream in it
 
 
 def _forked() -> None:
     """A child may have been forked while another thread held it, and has no such thread."""
     global _one_at_a_time
-    _one_at_a_time = threading.Lock()
+    _one_at_a_time = threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows

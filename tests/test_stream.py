@@ -550,3 +550,28 @@ def test_a_layer_that_leaves_no_state_is_refused() -> None:
     with pytest.raises(RuntimeError, match="layer 'rnn' left no state: a stream follows calls and `step`, not"):
         stream(torch.randn(2, 3, 3))
     assert not stream.state
+
+
+def test_a_compiled_model_with_a_compiled_stream_in_it() -> None:
+    """One waits for another thread's, not for its own."""
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.own, inner = rnnfast.GRU(4, 4), nn.Sequential(Halves())
+            inner.compile(backend="eager")
+            self.stream = [rnnfast.Stream(inner)]
+
+        def forward(self, input: Tensor) -> Tensor:
+            result: Tensor = self.stream[0](self.own(input)[0])
+            return result
+
+    torch._dynamo.reset()
+    model, input = Outer(), torch.randn(STEPS, BATCH, 4)
+    model.own.compile(backend="eager")
+    stream = rnnfast.Stream(model)
+    with torch.no_grad():
+        pieces = torch.cat([stream(piece) for piece in input.split(5)])
+        model.stream[0].reset()
+        stream.reset()
+        torch.testing.assert_close(pieces, stream(input))
