@@ -3,8 +3,9 @@
 //
 //   start()              once, after both buffers of the operand have been filled
 //   wait(step)           the operand of `step` is complete, here(step) points to it
-//   place(step, row, k)  where a value of the operand of `step` goes: found before the value is, for which peers wait
-//   send(step, place, further, value)   stores the value that lies `further` values behind the place; whole warps call it
+//   place(row, k)        where a value goes, in the first buffer: found before the value is, for which peers wait
+//   send(step, place, further, value)   stores a value of the operand of `step` that lies `further` values behind the place; whole
+//                        warps call it
 //   sent(step)           this thread has sent all of its values
 //   finish()             before the block ends
 //
@@ -46,14 +47,14 @@ class BlockExchange {
   RNNFAST_DEVICE BlockExchange(const ScanParams& p, char* shared) : layout_(p.layout), shared_(shared) {}
 
   RNNFAST_DEVICE char* here(int step) {
-    return shared_ + layout_.operand_at + (step & 1) * layout_.rows * layout_.stride;
+    return shared_ + layout_.operand_at + buffer_of(layout_, step);
   }
   RNNFAST_DEVICE void start() { hw::block_barrier(); }
   RNNFAST_DEVICE void wait(int) { hw::block_barrier(); }
-  RNNFAST_DEVICE Operand* place(int step, int row, int k) {
-    return reinterpret_cast<Operand*>(here(step) + row * layout_.stride) + k;
+  RNNFAST_DEVICE Operand* place(int row, int k) { return reinterpret_cast<Operand*>(here(0) + row * layout_.stride) + k; }
+  RNNFAST_DEVICE void send(int step, Operand* place, int further, Operand value) {
+    place[buffer_of(layout_, step) / int{sizeof(Operand)} + further] = value;
   }
-  RNNFAST_DEVICE void send(int, Operand* place, int further, Operand value) { place[further] = value; }
   RNNFAST_DEVICE void sent(int) {}
   RNNFAST_DEVICE void finish() {}
 };
@@ -64,7 +65,8 @@ class BlockExchange {
 //   put(step, split, row, first, column, sum)   a sum of the product, from the warp that has it: of a column of the group that
 //                                      begins at the `first`, all of whose columns are of one block's units
 //   wait(step)                         all sums of the step are there
-//   of(step, row, column)              a sum, of all parts
+//   find(step, row, column)            where a sum's parts are: found before they are, as a place is
+//   of(found)                          the sum
 //   finish()                           before the block ends
 //
 // The block's own product, whose depth may be split over warps.
@@ -79,25 +81,26 @@ class BlockSums {
 
   RNNFAST_DEVICE void start() {}
   RNNFAST_DEVICE void put(int, int split, int row, int first, int column, Sum sum) {
-    sums_[(split * layout_.rows + row) * layout_.sum_stride + first + column] = sum;
+    sums_[split * layout_.sums_apart + row * layout_.sum_stride + first + column] = sum;
   }
   RNNFAST_DEVICE void wait(int) { hw::block_barrier(); }
-  RNNFAST_DEVICE Sum of(int step, int row, int column) const {
+  RNNFAST_DEVICE const Sum* find(int, int row, int column) const { return sums_ + row * layout_.sum_stride + column; }
+  RNNFAST_DEVICE Sum of(const Sum* found) const {
     Sum sum[1];
-    of(step, row, column, 0, sum);
+    of(found, 0, sum);
     return sum[0];
   }
   // Of COUNT columns that lie `apart`, side by side rather than one after the other.
   template <int COUNT>
-  RNNFAST_DEVICE void of(int, int row, int column, int apart, Sum (&sum)[COUNT]) const {
-    const Sum* from = sums_ + row * layout_.sum_stride + column;
-    const int next = layout_.rows * layout_.sum_stride;
+  RNNFAST_DEVICE void of(const Sum* found, int apart, Sum (&sum)[COUNT]) const {
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i) sum[i] = 0;
+    for (int i = 0; i < COUNT; ++i) sum[i] = found[i * apart];
 #pragma unroll 1
-    for (int s = 0; s < layout_.splits; ++s, from += next)
+    for (int left = layout_.splits - 1; left > 0; --left) {
+      found += layout_.sums_apart;
 #pragma unroll
-      for (int i = 0; i < COUNT; ++i) sum[i] += from[i * apart];
+      for (int i = 0; i < COUNT; ++i) sum[i] += found[i * apart];
+    }
   }
   RNNFAST_DEVICE void finish() {}
 };

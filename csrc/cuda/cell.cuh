@@ -22,29 +22,31 @@ struct Walk {
 
   RNNFAST_DEVICE Walk(const ScanParams& p, int lane) : p(p), lane(lane), reversed(p.bidirectional && (lane & 1)) {}
 
-  // The row of `batch_row` at the i-th step walked (the t-th of time), or -1 where its sequence has no such step.
+  // The row of `batch_row` at the i-th step walked, or -1 where its sequence has no such step.
   RNNFAST_DEVICE int row(int i, int batch_row) const {
-    if (i < 0 || i >= p.steps) return -1;
-    return row_at(reversed ? p.steps - 1 - i : i, batch_row);
+    hw::hold(i);  // or what follows from it is kept from step to step
+    const bool there = static_cast<unsigned>(i) < static_cast<unsigned>(p.steps);
+    const int t = reversed ? p.steps - 1 - i : i;
+    int row = t * p.batch + batch_row;
+    if (p.offsets && there) {
+      row = static_cast<int>(p.offsets[t]) + batch_row;
+      if (row >= static_cast<int>(p.offsets[t + 1])) row = -1;
+    }
+    return there ? row : -1;
   }
 
-  RNNFAST_DEVICE int row_at(int t, int batch_row) const {
-    const int first = p.offsets ? p.offsets[t] : t * p.batch;
-    return p.offsets && batch_row >= p.offsets[t + 1] - first ? -1 : first + batch_row;
-  }
-
-  // Places in the tensors of docs/design.md.
+  // Places in the tensors of docs/design.md. Only what may pass 2^31 is computed in 64 bits: a row's length does not.
   RNNFAST_DEVICE int64_t state(int batch_row, int unit) const {
     return int64_t{lane * p.batch + batch_row} * p.hidden + unit;
   }
   RNNFAST_DEVICE int64_t output(int row, int unit) const {
-    return (int64_t{row} * p.lanes + lane) * p.hidden + unit;
+    return int64_t{row} * (p.lanes * p.hidden) + (lane * p.hidden + unit);
   }
   RNNFAST_DEVICE int64_t tape(int row, int unit, int values) const {
-    return (int64_t{lane} * p.rows + row) * values * p.hidden + unit;
+    return (int64_t{lane} * p.rows + row) * (values * p.hidden) + unit;
   }
-  RNNFAST_DEVICE int64_t gate(int64_t row, int unit, int gates) const {
-    return (row * p.lanes + lane) * gates * p.hidden + unit;
+  RNNFAST_DEVICE int64_t gate(int row, int unit, int gates) const {
+    return int64_t{row} * (p.lanes * gates * p.hidden) + (lane * gates * p.hidden + unit);
   }
 };
 
@@ -53,47 +55,48 @@ struct Place {
   int batch_row, unit;
 };
 
+// A pair's input, which any thread may fetch.
+template <class M, Kind KIND>
+struct Input {
+  using Sum = typename M::Sum;
+  static constexpr int kGates = gates_of(KIND);
+
+  int row = -1;  // of the step that was found last, or -1 where the sequence has no such step
+
+  // Finds a step's row, and has take(from) fetch its token id, if there are any. On its own: what waits for an id waits for all
+  // that was asked for before it.
+  template <class Take>
+  RNNFAST_DEVICE void find(const Walk& walk, int step, Place at, Take take) {
+    row = at.batch_row < walk.p.batch ? walk.row(step, at.batch_row) : -1;
+    if (walk.p.ids && row >= 0) take(walk.p.ids + row);
+  }
+
+  // Has take(gate, from) fetch what the input adds to each gate of the step that was found, given its token id.
+  template <class Take>
+  RNNFAST_DEVICE void fetch(const Walk& walk, int64_t id, Place at, Take take) const {
+    const ScanParams& p = walk.p;
+    if (row < 0) return;
+    if (p.ids && (id < 0 || id >= p.gx_rows)) hw::fail("a token id is outside the vocabulary in row", row);
+    const int gx_row = p.ids ? static_cast<int>(id) : row;
+    const Sum* from = static_cast<const Sum*>(p.gx) + walk.gate(gx_row, at.unit, kGates);
+#pragma unroll
+    for (int g = 0; g < kGates; ++g) take(g, from + int64_t{g} * p.hidden);
+  }
+};
+
 template <class M, Kind KIND>
 struct ForwardPair {
   using Stored = typename M::Stored;
   using Sum = typename M::Sum;
   static constexpr int kGates = gates_of(KIND), kTape = tape_of(KIND), kSaved = kTape ? kTape : 1;
 
-  // Where a step's input is.
-  struct Input {
-    int row = -1;  // -1 where the sequence has no such step
-    int64_t gx_row = 0;
-  };
-
   Sum h = 0, c = 0;
-  Sum gx[kGates];  // of the step that was fetched last
-  int row = -1;    // likewise
 
   // Reads h_0 and c_0 as h and c.
   RNNFAST_DEVICE void start(const Walk& walk, Place at) {
     const int64_t state = walk.state(at.batch_row, at.unit);
     h = hw::widen(static_cast<const Stored*>(walk.p.h_0)[state]);
     if (KIND == Kind::lstm) c = hw::widen(static_cast<const Stored*>(walk.p.c_0)[state]);
-  }
-
-  // Reads where the input of a step is. On its own, so that a thread asks for the token ids of all its pairs at once.
-  static RNNFAST_DEVICE Input find(const Walk& walk, int step, Place at) {
-    const int row = walk.row(step, at.batch_row);
-    return {row, walk.p.ids && row >= 0 ? walk.p.ids[row] : row};
-  }
-
-  // Reads what the input adds to the gates of the step that was found.
-  RNNFAST_DEVICE void fetch(const Walk& walk, const Input& input, Place at) {
-    const ScanParams& p = walk.p;
-    row = input.row;
-    const bool there = row >= 0;
-    if (there && (input.gx_row < 0 || input.gx_row >= p.gx_rows))
-      hw::fail("a token id is outside the vocabulary in row", row);
-    // Where there is no step, any number: a way on which nothing is done with the id would wait for it, and with it for all that
-    // has been asked for since, in the middle of the next step.
-    const Sum* from = static_cast<const Sum*>(p.gx) + (there ? walk.gate(input.gx_row, at.unit, kGates) : 0);
-#pragma unroll
-    for (int g = 0; g < kGates; ++g) gx[g] = from[int64_t{g} * p.hidden];
   }
 
   // What b_hh adds to a recurrent product; 0 beyond the layer's units.
@@ -103,9 +106,9 @@ struct ForwardPair {
     return hw::widen(static_cast<const Stored*>(p.b_hh)[(int64_t{walk.lane} * kGates + gate) * p.hidden + unit]);
   }
 
-  // Takes the step that was fetched, given the recurrent products with b_hh; saves what the tape is to hold. Peers wait for h:
+  // Takes a step, given its input and the recurrent products with b_hh; saves what the tape is to hold. Peers wait for h:
   // it is sent before anything is stored.
-  RNNFAST_DEVICE void step(const Walk& walk, const Sum (&gh)[kGates], Sum (&saved)[kSaved]) {
+  RNNFAST_DEVICE void step(const Walk& walk, const Sum (&gx)[kGates], const Sum (&gh)[kGates], Sum (&saved)[kSaved]) {
     if constexpr (KIND == Kind::rnn) {
       const Sum x = gx[0] + gh[0];
       h = walk.p.relu ? relu(x) : hw::Functions::tanh(x);
@@ -124,7 +127,7 @@ struct ForwardPair {
   }
 
   // Stores the output and the tape of the step that was taken, at its row.
-  RNNFAST_DEVICE void store(const Walk& walk, Place at, const Sum (&saved)[kSaved]) const {
+  RNNFAST_DEVICE void store(const Walk& walk, int row, Place at, const Sum (&saved)[kSaved]) const {
     const ScanParams& p = walk.p;
     hw::narrow(h, static_cast<Stored*>(p.output)[walk.output(row, at.unit)]);
     if (kTape && p.tape) {

@@ -14,9 +14,12 @@ namespace rnnfast::cuda {
 // The mbarriers of the two buffers.
 class Arrivals {
   uint64_t* barriers_;
+  int expects_ = hw::thread() == hw::threads() - 1;
 
  public:
-  RNNFAST_DEVICE Arrivals(const Layout& l, char* shared) : barriers_(reinterpret_cast<uint64_t*>(shared + l.barrier_at)) {}
+  RNNFAST_DEVICE Arrivals(const Layout& l, char* shared) : barriers_(reinterpret_cast<uint64_t*>(shared + l.barrier_at)) {
+    hw::keep(expects_);
+  }
 
   RNNFAST_DEVICE uint64_t* of(int step) { return barriers_ + (step & 1); }
 
@@ -29,9 +32,10 @@ class Arrivals {
     hw::cluster_barrier();
   }
 
-  // Bytes may arrive before they are expected: the phase stays open for thread 0's own arrival.
+  // Bytes may arrive before they are expected: the phase stays open for the last thread's own arrival, which is the likeliest to be
+  // early, for it takes a pair only where all do.
   RNNFAST_DEVICE void wait(int step, int bytes) {
-    if (hw::thread() == 0) hw::mbarrier_expect(of(step), bytes);
+    if (expects_) hw::mbarrier_expect(of(step), bytes);
     const Watchdog watchdog;
     while (!hw::mbarrier_try_wait(of(step), (step - 1) >> 1 & 1))
       watchdog.look("what the cluster's blocks send did not arrive for step", step);
@@ -50,12 +54,12 @@ class ClusterExchange {
   // Which of them it begins with.
   static RNNFAST_DEVICE int first() { return hw::lane() & (kApart - 1); }
 
-  // Each block begins with itself, so that not all send to one at a time; `blocks` is a power of two.
+  // Each block begins with itself and no two are at the same peer at a time; `blocks` is a power of two.
   template <int COUNT>
   RNNFAST_DEVICE void send_word(int step, hw::Address place, uint32_t word, int from) {
 #pragma unroll
     for (int i = 0; i < COUNT; ++i)
-      hw::remote_store(place, arrivals_.of(step), (hw::block_x() + first() + from + i * kApart) & (layout_.blocks - 1), word);
+      hw::remote_store(place, arrivals_.of(step), hw::block_x() ^ first() ^ (from + i * kApart), word);
   }
   // By fours, for a jump between two stores takes longer than they do.
   RNNFAST_DEVICE void send_word(int step, hw::Address place, uint32_t word) {
@@ -79,7 +83,7 @@ class ClusterExchange {
       : layout_(p.layout), shared_(shared), arrivals_(p.layout, shared) {}
 
   RNNFAST_DEVICE char* here(int step) {
-    return shared_ + layout_.operand_at + (step & 1) * layout_.rows * layout_.stride;
+    return shared_ + layout_.operand_at + buffer_of(layout_, step);
   }
 
   RNNFAST_DEVICE void start() { arrivals_.start(); }
@@ -88,12 +92,12 @@ class ClusterExchange {
     arrivals_.wait(step, layout_.blocks * layout_.rows * layout_.slice * int{sizeof(Operand)});
   }
 
-  RNNFAST_DEVICE hw::Address place(int step, int row, int k) {
-    return hw::address(here(step) + row * layout_.stride + (k - first()) * sizeof(Operand));
+  RNNFAST_DEVICE hw::Address place(int row, int k) {
+    return hw::address(here(0) + row * layout_.stride + (k - first()) * sizeof(Operand));
   }
 
   RNNFAST_DEVICE void send(int step, hw::Address place, int further, Operand value) {
-    place += further * int{sizeof(Operand)};
+    place += buffer_of(layout_, step) + further * int{sizeof(Operand)};
     if constexpr (sizeof(Operand) == 2) {
       // The least that travels is four bytes, the values of two lanes, which share the peers.
       const uint32_t mine = bits<uint16_t>(value);
@@ -141,10 +145,12 @@ class ClusterSums {
     arrivals_.wait(step, parts() * layout_.rows * layout_.units * int{sizeof(Sum)});
   }
 
-  RNNFAST_DEVICE Sum of(int step, int row, int unit) const {
+  RNNFAST_DEVICE const Sum* find(int step, int row, int unit) const { return part(step, 0, row, unit); }
+  RNNFAST_DEVICE Sum of(const Sum* found) const {
+    const int next = layout_.rows * layout_.units;
     Sum sum = 0;
 #pragma unroll 4
-    for (int i = 0; i < parts(); ++i) sum += *part(step, i, row, unit);
+    for (int i = 0; i < parts(); ++i, found += next) sum += *found;
     return sum;
   }
 

@@ -75,10 +75,11 @@ struct Block {
   int arrived = 0, generation = 0;
 };
 
-// An asynchronous copy of 16 bytes.
+// An asynchronous copy.
 struct Copy {
   void* to;
   const void* from;
+  size_t bytes;
 };
 
 struct Fiber {
@@ -399,6 +400,8 @@ inline Vec16 load_vector(const void* from) {
 
 template <class Word>
 void hold(Word&) {}
+template <class Word>
+void keep(Word&) {}
 
 using Address = uint32_t;
 inline Address address(const void* shared) { return static_cast<Address>(static_cast<const char*>(shared) - shared_memory()); }
@@ -417,19 +420,29 @@ inline Vec16 load_shared(Address from) {
 }
 
 // In one piece, which the race detector sees.
-inline void copy(const emulator::Copy& copy) { *static_cast<Vec16*>(copy.to) = *static_cast<const Vec16*>(copy.from); }
+inline void copy(const emulator::Copy& copy) {
+  if (copy.bytes == 16)
+    *static_cast<Vec16*>(copy.to) = *static_cast<const Vec16*>(copy.from);
+  else if (copy.bytes == 8)
+    *static_cast<uint64_t*>(copy.to) = *static_cast<const uint64_t*>(copy.from);
+  else
+    *static_cast<uint32_t*>(copy.to) = *static_cast<const uint32_t*>(copy.from);
+}
 // At once, or not before they are waited for.
-inline void copy_async(void* shared, const void* global) {
+inline void copy_async(Address shared, const void* global, size_t bytes) {
   emulator::Machine& m = *emulator::machine();
-  if (size_t{address(shared)} + 16 > m.current->block->shared.size())
+  if (size_t{shared} + bytes > m.current->block->shared.size())
     m.failure = "a copy beyond the shared memory";
-  else if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16)
+  else if (shared % bytes || reinterpret_cast<uintptr_t>(global) % bytes)
     m.failure = "misaligned async copy";
   else if (m.random() % 2)
-    copy({shared, global});
+    copy({shared_memory() + shared, global, bytes});
   else
-    m.current->copies.push_back({shared, global});
+    m.current->copies.push_back({shared_memory() + shared, global, bytes});
 }
+inline void copy_async(void* shared, const void* global) { copy_async(address(shared), global, 16); }
+template <class Value>
+void copy_async(Address shared, const Value* global) { copy_async(shared, global, sizeof(Value)); }
 inline void copies_wait() {
   for (const emulator::Copy& each : emulator::machine()->current->copies) copy(each);
   emulator::machine()->current->copies.clear();

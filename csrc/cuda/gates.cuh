@@ -39,15 +39,18 @@ RNNFAST_KERNEL(kStepThreads) step_kernel(const StepParams s) {
     ForwardPair<M, KIND> pair;
     pair.h = h;
     if (KIND == Kind::lstm) pair.c = c;
-    pair.fetch(walk, pair.find(walk, s.step, at), at);
-    if (pair.row < 0) return;
-    Sum gh[kGates];
+    Input<M, KIND> input;
+    int64_t id = 0;
+    input.find(walk, s.step, at, [&](const int64_t* from) { id = *from; });
+    if (input.row < 0) return;
+    Sum gx[kGates], gh[kGates];
+    input.fetch(walk, id, at, [&](int g, const Sum* from) { gx[g] = *from; });
 #pragma unroll
     for (int g = 0; g < kGates; ++g)
       gh[g] = static_cast<const Sum*>(s.product)[gates + g * p.hidden] + pair.bias(walk, g, at.unit);
     Sum saved[ForwardPair<M, KIND>::kSaved];
-    pair.step(walk, gh, saved);
-    pair.store(walk, at, saved);
+    pair.step(walk, gx, gh, saved);
+    pair.store(walk, input.row, at, saved);
     h = pair.h;
     if (KIND == Kind::lstm) c = pair.c;
     hw::narrow(pair.h, static_cast<Stored*>(s.operand)[state]);

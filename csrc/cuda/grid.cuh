@@ -29,7 +29,7 @@ class GridExchange {
   RNNFAST_DEVICE GridExchange(const ScanParams& p, char* shared) : p_(p), layout_(p.layout), shared_(shared) {}
 
   RNNFAST_DEVICE char* here(int step) {
-    return shared_ + layout_.operand_at + (step & 1) * layout_.rows * layout_.stride;
+    return shared_ + layout_.operand_at + buffer_of(layout_, step);
   }
 
   RNNFAST_DEVICE void start() { hw::block_barrier(); }
@@ -50,10 +50,10 @@ class GridExchange {
     hw::block_barrier();
   }
 
-  RNNFAST_DEVICE Operand* place(int step, int row, int k) {
-    return reinterpret_cast<Operand*>(there(step) + row * row_bytes()) + k;
+  RNNFAST_DEVICE Operand* place(int row, int k) { return reinterpret_cast<Operand*>(there(0) + row * row_bytes()) + k; }
+  RNNFAST_DEVICE void send(int step, Operand* place, int further, Operand value) {
+    place[(step & 1) * layout_.rows * (row_bytes() / int{sizeof(Operand)}) + further] = value;
   }
-  RNNFAST_DEVICE void send(int, Operand* place, int further, Operand value) { place[further] = value; }
 
   RNNFAST_DEVICE void sent(int step) {
     hw::block_barrier();

@@ -130,6 +130,12 @@ RNNFAST_DEVICE void hold(Word& value) {
   asm volatile("" : "+r"(value));
 }
 
+// Has a value stay in its register: what comes from a shuffle is not computed anew. Whole warps call it.
+template <class Word>
+RNNFAST_DEVICE void keep(Word& value) {
+  value = __shfl_sync(0xffffffffu, value, lane());
+}
+
 // Where something lies in this block's shared memory. Of a pointer the compiler finds the block's own part before each load.
 using Address = uint32_t;
 RNNFAST_DEVICE Address address(const void* shared) {
@@ -157,6 +163,11 @@ RNNFAST_DEVICE Vec16 load_shared(Address from) {
 // 16 bytes from global memory, as the L2 has them, to shared memory; complete after copies_wait().
 RNNFAST_DEVICE void copy_async(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
+}
+// A number, likewise, by way of the L1.
+template <class Value>
+RNNFAST_DEVICE void copy_async(Address shared, const Value* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared), "l"(global), "n"(sizeof(Value)) : "memory");
 }
 RNNFAST_DEVICE void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 

@@ -68,9 +68,11 @@ void launch(void (*kernel)(Params), const LaunchShape& s, const Params& params, 
 }
 #endif
 
-template <class M, Kind KIND, template <class> class X>
+template <class M, Kind KIND, template <class> class X, int PAIRS = most_pairs_per_thread(M::kTensorCores)>
 void run_kind(bool backward, const LaunchShape& shape, const ScanParams& params, void* stream) {
-  launch(backward ? &scan_kernel<M, KIND, X, true> : &scan_kernel<M, KIND, X, false>, shape, params, stream);
+  if constexpr (PAIRS > 1)
+    if (params.layout.pairs < PAIRS) return run_kind<M, KIND, X, PAIRS - 1>(backward, shape, params, stream);
+  launch(backward ? &scan_kernel<M, KIND, X, true, PAIRS> : &scan_kernel<M, KIND, X, false, PAIRS>, shape, params, stream);
 }
 
 template <class M, template <class> class X>

@@ -55,7 +55,7 @@ constexpr int chunk_bytes(bool mma) { return mma ? 64 : 256; }
 constexpr int chunk_words(bool mma) { return mma ? 8 : 2 * group_columns(false); }  // a lane's
 // How many chunks a warp keeps in registers: 64, 48 and (float64) 32 registers a thread, as many as compile without spills.
 constexpr int register_chunks(bool mma, int sum_bytes) { return mma ? 8 : sum_bytes == 8 ? 2 : 3; }
-constexpr int pairs_per_thread(bool mma) { return mma ? 2 : 1; }
+constexpr int most_pairs_per_thread(bool mma) { return mma ? 2 : 1; }
 
 struct Layout {
   int blocks, units, rows, warps;
@@ -67,10 +67,11 @@ struct Layout {
   int stride;                         // bytes from one row of the operand to the next
   int pieces;                         // of 16 bytes, in a row as the team has it, without padding
   float per_unit, per_split, per_piece;  // 1 / units, 1 / splits, 1 / pieces: a division takes a GPU some twenty instructions
+  int pairs;                          // of a row and a unit, that a thread takes
   int rows_at_once;                   // rows whose pairs the threads take side by side
   int slots;                          // chunks that a warp keeps in shared memory
-  int sum_stride;                     // from one row of the block's own sums to the next
-  int sums_at, operand_at, barrier_at, bias_at, shared_bytes;
+  int sum_stride, sums_apart;         // from one row of the block's own sums to the next, and from one split's to the next
+  int sums_at, operand_at, barrier_at, bias_at, input_at, id_at, row_at, shared_bytes;
 };
 
 inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
@@ -101,18 +102,25 @@ inline Layout make_layout(int gates, int hidden, ComputeType compute_type, Pass 
   // A warp stores the sums of eight columns and four pairs of rows at a time, or of four rows and eight columns: these then lie
   // in different banks.
   l.sum_stride = mma ? l.columns + 4 : l.columns + (40 - l.columns % 32) % 32;
+  l.sums_apart = rows * l.sum_stride;
   // Sums that come from peers have two buffers: a peer may be a step ahead.
   const int row_sums = pass == Pass::backward_scatter ? 2 * l.columns : l.sum_stride;
   const int sums = l.splits * rows * row_sums * sum_bytes(compute_type);
   l.operand_at = l.sums_at + round_up(sums, 128);
   l.barrier_at = l.operand_at + 2 * rows * l.stride;
-  l.rows_at_once = rows / std::max(1, ceil_div(rows * l.units, warps * 32));
+  l.pairs = std::max(1, ceil_div(rows * l.units, warps * 32));
+  l.rows_at_once = rows / l.pairs;
   l.per_unit = 1.0f / l.units;
   l.per_split = 1.0f / l.splits;
   l.pieces = blocks * l.slice * operand_bytes(compute_type) / 16;
   l.per_piece = 1.0f / l.pieces;
   l.bias_at = l.barrier_at + 16;
-  l.shared_bytes = l.bias_at + (pass == Pass::forward ? l.columns * sum_bytes(compute_type) : 0);
+  // Forward, b_hh of each column; what the input adds to it, for two steps, laid out as the sums; the rows' token ids, for two steps;
+  // and the rows of four steps, with one behind each that is never there.
+  l.input_at = l.bias_at + l.columns * sum_bytes(compute_type);
+  l.id_at = l.input_at + 2 * l.sums_apart * sum_bytes(compute_type);
+  l.row_at = l.id_at + 2 * rows * 8;
+  l.shared_bytes = pass == Pass::forward ? l.row_at + 4 * (rows + 1) * 4 : l.bias_at;
   return l;
 }
 
@@ -121,9 +129,12 @@ inline const char* flaw(const Layout& l, ComputeType compute_type) {
   const bool mma = tensor_cores(compute_type);
   if (l.blocks < 1 || l.rows < 1 || l.warps < 1 || l.warps > kMaxWarps) return "a team has blocks, rows and up to 16 warps";
   if (mma && l.rows % kMmaRows) return "tensor cores take rows by eight";
-  if (l.rows * l.units > pairs_per_thread(mma) * l.warps * 32) return "there are too many states for the threads of a block";
+  if (l.pairs > most_pairs_per_thread(mma)) return "there are too many states for the threads of a block";
   return nullptr;
 }
+
+// From the first buffer of the operand to that of a step, in bytes.
+RNNFAST_HD int buffer_of(const Layout& l, int step) { return (step & 1) * l.rows * l.stride; }
 
 // Everything a scan kernel is given. Tensors are those of docs/design.md; null is absent.
 struct ScanParams {

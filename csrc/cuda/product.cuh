@@ -1,7 +1,7 @@
 // The product of a step, operand (rows, depth) times weights (depth, columns), with the weights resident: the first of a
-// warp's chunks, group by group, in registers, the others in shared memory. begin(), before the operand is waited for, finds
-// what multiply() needs. Each sum goes to put(split, row, first, column, sum), of which block.cuh tells; a row's sums do not
-// depend on the rows beside it.
+// warp's chunks, group by group, in registers, the others in shared memory. begin(), before the operand is waited for, finds what
+// multiply() needs; where registers are left it is kept for all steps. Each sum goes to put(split, row, first, column, sum), of
+// which block.cuh tells; a row's sums do not depend on the rows beside it.
 #pragma once
 
 #include "layout.h"
@@ -13,6 +13,7 @@ namespace rnnfast::cuda {
 // made, which may be before a wait, and not where it is used.
 struct WarpShare {
   int split, first_group;
+  WarpShare() = default;
   RNNFAST_DEVICE explicit WarpShare(const Layout& l) : first_group(quotient(hw::warp(), l.per_split)) {
     split = hw::warp() - first_group * l.splits;
     if (first_group >= l.group_warps) first_group = l.groups;  // a warp left over
@@ -202,8 +203,9 @@ class PlainProduct {
   }
 
   template <class Put>
-  RNNFAST_DEVICE void multiply(const Layout& l, const Begun& begun, Put put) {
-    const auto [share, operand] = begun;
+  RNNFAST_DEVICE void multiply(const Layout& l, const Begun& begun, int buffer, Put put) {
+    const WarpShare& share = begun.share;
+    const hw::Address operand = begun.operand + buffer;
     int first = 0;
     for (int group = share.first_group; group < l.groups; group += l.group_warps, first += l.chunks_per_warp) {
       int row = 0;
@@ -321,63 +323,77 @@ class TensorCoreProduct {
   struct Begun {
     WarpShare share;
     hw::Address first_chunk;
+    int chunks;       // the warp's in each group: the last round may not reach it
+    int row, column;  // of the lane's first sum, within a tile
+    RNNFAST_DEVICE void keep() {
+      hw::keep(share.split);
+      hw::keep(share.first_group);
+      hw::keep(first_chunk);
+      hw::keep(chunks);
+      hw::keep(row);
+      hw::keep(column);
+    }
   };
   RNNFAST_DEVICE Begun begin(const Layout& l, const char* operand) const {
     const WarpShare share(l);
-    return {share, hw::address(operand + hw::lane() / 4 * l.stride + hw::lane() % 4 * 16 + share.split * 64)};
+    const int chunks = l.chunks_per_warp - (share.split + (l.chunks_per_warp - 1) * l.splits >= l.chunks);
+    return {share, hw::address(operand + hw::lane() / 4 * l.stride + hw::lane() % 4 * 16 + share.split * 64), chunks,
+            hw::lane() % 4 * 2, hw::lane() / 4};
   }
 
   // Shared memory answers many loads in hardly more time than one, and registers are few: chunks in registers are multiplied by
-  // fours, loads first, with a predicate for each and no jump between them; of the others a chunk's three loads go together.
+  // fours, loads first, all of them or with a predicate for each and no jump between them; of the others a chunk's three loads go
+  // together. `used`: which of the chunks in registers, a bit for each.
+  template <bool ALL>
+  RNNFAST_DEVICE void multiply_registers(float (&sums)[2][4], uint32_t used, hw::Address& from, int apart) {
+#pragma unroll
+    for (int m = 0; m < kRegisterChunks; m += kAtOnce) {
+      if (!ALL && !(used >> m & ((1 << kAtOnce) - 1))) continue;
+      hw::Vec16 x[kAtOnce] = {};
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j)
+        if (ALL || used >> (m + j) & 1) {
+          x[j] = hw::load_shared(from);
+          from += apart;
+        }
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j)
+        if (ALL || used >> (m + j) & 1) multiply_add(sums, weights_[m + j].word, x[j]);
+    }
+  }
+
   template <class Put>
-  RNNFAST_DEVICE void multiply(const Layout& l, const Begun& begun, Put put) {
-    const auto [share, first_chunk] = begun;
+  RNNFAST_DEVICE void multiply(const Layout& l, const Begun& begun, int buffer, Put put) {
     hw::warp_barrier();
-    for (int i = 0; i < l.groups_per_warp; ++i) {
-      const int group = share.first_group + i * l.group_warps;
-      if (group >= l.groups) break;
-      for (int row = 0; row < l.rows; row += kMmaRows) {
+    int first = 0;  // of the group's chunks, counted over all of the warp's
+    for (int group = begun.share.first_group; group < l.groups; group += l.group_warps, first += l.chunks_per_warp) {
+      int row = 0;
+      do {  // a team has rows
         float sums[2][4] = {};
-        hw::Address from = first_chunk + row * l.stride;
-        int nth = i;
-        hw::hold(nth);  // so that what follows from it is computed here, and takes no registers meanwhile
-        const GroupChunks of_group(l, share, nth);
-        // The warp's in each group: the last round may not reach it.
-        const int chunks = l.chunks_per_warp - (share.split + (l.chunks_per_warp - 1) * l.splits >= l.chunks);
-        const int first_shared = of_group.first_after(kRegisterChunks);
-        // Which of the chunks in registers are this group's, a bit for each.
-        const uint32_t all_chunks = (1u << (chunks < kRegisterChunks ? chunks : kRegisterChunks)) - 1;
-        uint32_t used = of_group.first < kRegisterChunks ? all_chunks << of_group.first : 0;
-        hw::hold(used);  // as one register, not as a register for each bit
-#pragma unroll
-        for (int m = 0; m < kRegisterChunks; m += kAtOnce) {
-          if (!(used >> m & ((1 << kAtOnce) - 1))) continue;
-          hw::Vec16 x[kAtOnce] = {};
-#pragma unroll
-          for (int j = 0; j < kAtOnce; ++j)
-            if (used >> (m + j) & 1) {
-              x[j] = hw::load_shared(from);
-              from += l.apart;
-            }
-#pragma unroll
-          for (int j = 0; j < kAtOnce; ++j)
-            if (used >> (m + j) & 1) multiply_add(sums, weights_[m + j].word, x[j]);
+        hw::Address from = begun.first_chunk + buffer + row * l.stride;
+        if (first == 0 && begun.chunks >= kRegisterChunks) {
+          multiply_registers<true>(sums, 0, from, l.apart);
+        } else if (first < kRegisterChunks) {
+          const int count = begun.chunks < kRegisterChunks ? begun.chunks : kRegisterChunks;
+          multiply_registers<false>(sums, ((1u << count) - 1) << first, from, l.apart);
         }
-        hw::Address weights = hw::address(slot(first_shared - kRegisterChunks));
+        int first_shared = first < kRegisterChunks ? kRegisterChunks : first;
+        int left = first + begun.chunks - first_shared;
+        if (left > 0) {
+          hw::hold(first_shared);  // so that what follows from it is computed here
+          hw::Address weights = hw::address(slot(first_shared - kRegisterChunks));
 #pragma unroll 1
-        for (int left = of_group.first + chunks - first_shared; left > 0; --left, from += l.apart, weights += 1024) {
-          const hw::Vec16 x = hw::load_shared(from), w[2] = {hw::load_shared(weights), hw::load_shared(weights + 512)};
-          hw::warp_barrier();  // or the compiler has the last of them wait for the first mma
-          multiply_add(sums, bits<Fragment>(w).word, x);
+          for (; left > 0; --left, from += l.apart, weights += 1024) {
+            const hw::Vec16 x = hw::load_shared(from), w[2] = {hw::load_shared(weights), hw::load_shared(weights + 512)};
+            hw::warp_barrier();  // or the compiler has the last of them wait for the first mma
+            multiply_add(sums, bits<Fragment>(w).word, x);
+          }
         }
-        uint32_t lane = hw::lane();
-        hw::hold(lane);  // likewise
 #pragma unroll
-        for (int s = 0; s < 4; ++s) {
-          const int column = lane / 4 + s / 2 * 8, r = row + lane % 4 * 2 + s % 2;
-          put(share.split, r, group * 16, column, sums[0][s] + sums[1][s]);
-        }
-      }
+        for (int s = 0; s < 4; ++s)
+          put(begun.share.split, row + begun.row + s % 2, group * 16, begun.column + s / 2 * 8, sums[0][s] + sums[1][s]);
+        row += kMmaRows;
+      } while (row < l.rows);
     }
   }
 };

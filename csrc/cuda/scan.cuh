@@ -7,35 +7,13 @@
 #include "cell.cuh"
 #include "cluster.cuh"
 #include "grid.cuh"
+#include "input.cuh"
 #include "layout.h"
 #include "math.cuh"
 #include "product.cuh"
+#include "share.cuh"
 
 namespace rnnfast::cuda {
-
-// The place of this block in its team and of the team in the grid.
-struct Team {
-  int rank, first_row;
-  RNNFAST_DEVICE explicit Team(const Layout& l) : rank(hw::block_x()), first_row(hw::block_y() * l.rows) {}
-};
-
-// The j-th of the pairs that this thread keeps from the first step to the last: one unit, in rows that lie evenly apart.
-template <int PAIRS>
-struct Share {
-  int row, unit;     // within the team's rows and the block's units
-  bool owned, real;  // in this thread's share; and in the layer, not padding
-  Place at;          // within the layer
-
-  RNNFAST_DEVICE Share(const ScanParams& p, const Team& team, int j) {
-    const Layout& l = p.layout;
-    const int first = quotient(hw::thread(), l.per_unit);
-    row = first + j * l.rows_at_once;
-    unit = hw::thread() - first * l.units;
-    at = {team.first_row + row, team.rank * l.units + unit};
-    owned = first < l.rows_at_once && row < l.rows;
-    real = owned && at.batch_row < p.batch && at.unit < p.hidden;
-  }
-};
 
 template <class X>
 RNNFAST_DEVICE void clear_operands(const Layout& l, X& exchange) {
@@ -45,15 +23,16 @@ RNNFAST_DEVICE void clear_operands(const Layout& l, X& exchange) {
 }
 
 // A row that is not there keeps its state: a sequence that has ended, or a reversed one that has not begun.
-template <class M, Kind KIND, template <class> class X>
+template <class M, Kind KIND, template <class> class X, int PAIRS>
 RNNFAST_DEVICE void scan_forward(const ScanParams& p) {
   using Stored = typename M::Stored;
   using Sum = typename M::Sum;
-  constexpr int kGates = gates_of(KIND), kPairs = pairs_per_thread(M::kTensorCores);
+  constexpr int kGates = gates_of(KIND);
   const Layout& l = p.layout;
   char* shared = hw::shared_memory();
   const Walk walk(p, hw::block_z());
   const Team team(l);
+  const Shares<kRoomy<M>> shares(p, team);
   X<typename M::Operand> exchange(p, shared);
   BlockSums<Sum> sums(p, shared);
 
@@ -66,7 +45,8 @@ RNNFAST_DEVICE void scan_forward(const ScanParams& p) {
     return {w_hh + (int64_t{gate} * p.hidden + unit) * p.hidden + k, p.hidden - k};
   });
 
-  // In shared memory: registers are full, and all that a step reads and stores passes through the L1.
+  Inputs<M, KIND, PAIRS> inputs(walk, team, shared);
+  // In shared memory: registers are full.
   Sum* bias = reinterpret_cast<Sum*>(shared + l.bias_at);
   for (int i = hw::thread(); i < l.columns; i += hw::threads())
     bias[i] = ForwardPair<M, KIND>::bias(walk, i / l.units, team.rank * l.units + i % l.units);
@@ -77,59 +57,71 @@ RNNFAST_DEVICE void scan_forward(const ScanParams& p) {
       reinterpret_cast<typename M::Operand*>(exchange.here(0) + row * l.stride)[k] =
           M::operand(hw::widen(static_cast<const Stored*>(p.h_0)[walk.state(team.first_row + row, k)]));
   }
-  ForwardPair<M, KIND> pairs[kPairs];
+  ForwardPair<M, KIND> pairs[PAIRS];
 #pragma unroll
-  for (int j = 0; j < kPairs; ++j) {
-    const Share<kPairs> share(p, team, j);
-    if (!share.real) continue;
-    pairs[j].start(walk, share.at);
-    pairs[j].fetch(walk, pairs[j].find(walk, 0, share.at), share.at);
-  }
+  for (int j = 0; j < PAIRS; ++j)
+    if (const Share share = shares[j]; share.real) pairs[j].start(walk, share.at);
+  inputs.start();
   exchange.start();
+  // Where in shared memory a pair's numbers are, and the value it sends goes.
+  struct {
+    const Sum *sums, *input, *bias;
+    decltype(exchange.place(0, 0)) place;
+    int row;
+  } found[PAIRS];
+  const auto find = [&] {
+#pragma unroll
+    for (int j = 0; j < PAIRS; ++j) {
+      const Share share = shares[j];
+      found[j] = {sums.find(0, share.row, share.unit), inputs.find(share), bias + share.unit,
+                  exchange.place(share.row, team.rank * l.slice + share.unit), share.real ? share.row : l.rows};
+    }
+  };
+  auto begun = product.begin(l, exchange.here(0));
+  if constexpr (kRoomy<M>) {
+    begun.keep();
+    find();
+  }
 
-  for (int step = 0; step < p.steps; ++step) {
-    const auto begun = product.begin(l, exchange.here(step));
-    if (step > 0) exchange.wait(step);
-    product.multiply(l, begun, [&](auto... of_sum) { sums.put(step, of_sum...); });
+  for (int step = 0;;) {
+    product.multiply(l, begun, kRoomy<M> ? buffer_of(l, step) : 0, [&](auto... of_sum) { sums.put(step, of_sum...); });
+    if constexpr (!kRoomy<M>) find();
+    inputs.wait();
     sums.wait(step);
-    Sum saved[kPairs][ForwardPair<M, KIND>::kSaved];
+    Sum saved[PAIRS][ForwardPair<M, KIND>::kSaved];
+    int rows[PAIRS];
 #pragma unroll
-    for (int j = 0; j < kPairs; ++j) {
-      const Share<kPairs> share(p, team, j);
-      if (!share.owned) continue;
-      const auto place = exchange.place(step + 1, share.row, team.rank * l.slice + share.unit);
-      if (pairs[j].row >= 0) {
-        Sum gh[kGates];
-        sums.of(step, share.row, share.unit, l.units, gh);
+    for (int j = 0; j < PAIRS; ++j) {
+      rows[j] = -1;
+      if (!shares[j].owned) continue;
+      rows[j] = inputs.row(step, found[j].row);
+      // Read for rows that are not there, too: a row's number would be waited for first.
+      Sum gx[kGates], gh[kGates], b_hh[kGates];
 #pragma unroll
-        for (int g = 0; g < kGates; ++g) gh[g] += bias[g * l.units + share.unit];
-        pairs[j].step(walk, gh, saved[j]);
+      for (int g = 0; g < kGates; ++g) {
+        b_hh[g] = found[j].bias[g * l.units];
+        gx[g] = inputs.of(step, found[j].input, g);
       }
-      if (step + 1 < p.steps) exchange.send(step + 1, place, 0, M::operand(pairs[j].h));
+      sums.of(found[j].sums, l.units, gh);
+#pragma unroll
+      for (int g = 0; g < kGates; ++g) gh[g] += b_hh[g];
+      if (rows[j] >= 0) pairs[j].step(walk, gx, gh, saved[j]);
+      if (step + 1 < p.steps) exchange.send(step + 1, found[j].place, 0, M::operand(pairs[j].h));
     }
     if (step + 1 < p.steps) exchange.sent(step + 1);
-    // The next step's input is on its way while what the peers send is, and while it is multiplied.
-    typename ForwardPair<M, KIND>::Input next[kPairs];
 #pragma unroll
-    for (int j = 0; j < kPairs; ++j) {
-      const Share<kPairs> share(p, team, j);
-      if (share.real) next[j] = pairs[j].find(walk, step + 1, share.at);
-    }
-#pragma unroll
-    for (int j = 0; j < kPairs; ++j) {
-      const Share<kPairs> share(p, team, j);
-      if (pairs[j].row >= 0) pairs[j].store(walk, share.at, saved[j]);
-    }
-#pragma unroll
-    for (int j = 0; j < kPairs; ++j) {
-      const Share<kPairs> share(p, team, j);
-      pairs[j].fetch(walk, next[j], share.at);
-    }
+    for (int j = 0; j < PAIRS; ++j)
+      if (rows[j] >= 0) pairs[j].store(walk, rows[j], shares[j].at, saved[j]);
+    if (++step == p.steps) break;
+    // On its way while what the peers send is, and while it is multiplied.
+    inputs.fetch(step);
+    if constexpr (!kRoomy<M>) begun = product.begin(l, exchange.here(step));
+    exchange.wait(step);
   }
 
 #pragma unroll
-  for (int j = 0; j < kPairs; ++j) {
-    const Share<kPairs> share(p, team, j);
+  for (int j = 0; j < PAIRS; ++j) {
+    const Share share = shares[j];
     if (share.real) pairs[j].finish(walk, share.at);
   }
   exchange.finish();
@@ -138,18 +130,20 @@ RNNFAST_DEVICE void scan_forward(const ScanParams& p) {
 // The walk in reverse. At step i the operand is the gradient of the recurrent products of step i - 1 (in this order); a row
 // that is not there keeps its gradient. The last turn takes no step: it brings the gradient of the initial state.
 // Where the cluster's blocks exchange sums, the operand is the block's own.
-template <class M, Kind KIND, template <class> class X>
+template <class M, Kind KIND, template <class> class X, int PAIRS>
 RNNFAST_DEVICE void scan_backward(const ScanParams& p) {
   using Stored = typename M::Stored;
   using Sum = typename M::Sum;
   using Operand = typename M::Operand;
-  constexpr int kGates = gates_of(KIND), kPairs = pairs_per_thread(M::kTensorCores);
+  constexpr int kGates = gates_of(KIND);
   constexpr bool kScatter =
       pass_of(X<Operand>::kKind, kGates, sizeof(Operand), sizeof(Sum), M::kTensorCores, true) == Pass::backward_scatter;
+  constexpr bool kRoomyHere = kRoomy<M> && PAIRS == 1;  // a pair takes more registers than forward
   const Layout& l = p.layout;
   char* shared = hw::shared_memory();
   const Walk walk(p, hw::block_z());
   const Team team(l);
+  const Shares<kRoomyHere> shares(p, team);
   std::conditional_t<kScatter, BlockExchange<Operand>, X<Operand>> exchange(p, shared);
   std::conditional_t<kScatter, ClusterSums<Sum>, BlockSums<Sum>> sums(p, shared);
 
@@ -167,40 +161,45 @@ RNNFAST_DEVICE void scan_backward(const ScanParams& p) {
   });
   clear_operands(l, exchange);
 
-  BackwardPair<M, KIND> pairs[kPairs];
+  BackwardPair<M, KIND> pairs[PAIRS];
 #pragma unroll
-  for (int j = 0; j < kPairs; ++j) {
-    const Share<kPairs> share(p, team, j);
+  for (int j = 0; j < PAIRS; ++j) {
+    const Share share = shares[j];
     if (share.real) pairs[j].start(walk, share.at);
   }
   exchange.start();
   sums.start();
+  typename ItsProduct::Begun begun;
+  if constexpr (kRoomyHere) {
+    begun = product.begin(l, exchange.here(0));
+    begun.keep();
+  }
 
   for (int step = 0; step <= p.steps; ++step) {
-    typename BackwardPair<M, KIND>::Rows rows[kPairs];
+    typename BackwardPair<M, KIND>::Rows rows[PAIRS];
 #pragma unroll
-    for (int j = 0; j < kPairs; ++j) {
-      const Share<kPairs> share(p, team, j);
+    for (int j = 0; j < PAIRS; ++j) {
+      const Share share = shares[j];
       if (share.real) rows[j] = pairs[j].find(walk, p.steps - 1 - step, share.at);
     }
 #pragma unroll
-    for (int j = 0; j < kPairs; ++j) {
-      const Share<kPairs> share(p, team, j);
+    for (int j = 0; j < PAIRS; ++j) {
+      const Share share = shares[j];
       if (share.real) pairs[j].fetch(walk, rows[j], share.at);
     }
     if (step > 0) {
-      const auto begun = product.begin(l, exchange.here(step));
+      if constexpr (!kRoomyHere) begun = product.begin(l, exchange.here(step));
       exchange.wait(step);
-      product.multiply(l, begun, [&](auto... of_sum) { sums.put(step, of_sum...); });
+      product.multiply(l, begun, kRoomyHere ? buffer_of(l, step) : 0, [&](auto... of_sum) { sums.put(step, of_sum...); });
       sums.wait(step);
     }
-    Sum d_gates[kPairs][BackwardPair<M, KIND>::kInput] = {};
+    Sum d_gates[PAIRS][BackwardPair<M, KIND>::kInput] = {};
 #pragma unroll
-    for (int j = 0; j < kPairs; ++j) {
-      const Share<kPairs> share(p, team, j);
+    for (int j = 0; j < PAIRS; ++j) {
+      const Share share = shares[j];
       if (!share.owned) continue;
-      const auto place = exchange.place(step + 1, share.row, (team.rank - first_block) * l.slice + share.unit);
-      if (step > 0) pairs[j].d_h += sums.of(step, share.row, share.unit);
+      const auto place = exchange.place(share.row, (team.rank - first_block) * l.slice + share.unit);
+      if (step > 0) pairs[j].d_h += sums.of(sums.find(step, share.row, share.unit));
       if (pairs[j].row >= 0) pairs[j].step(walk, d_gates[j]);
       if (step < p.steps) {
 #pragma unroll
@@ -209,27 +208,27 @@ RNNFAST_DEVICE void scan_backward(const ScanParams& p) {
     }
     if (step < p.steps) exchange.sent(step + 1);
 #pragma unroll
-    for (int j = 0; j < kPairs; ++j) {
-      const Share<kPairs> share(p, team, j);
+    for (int j = 0; j < PAIRS; ++j) {
+      const Share share = shares[j];
       if (pairs[j].row >= 0) pairs[j].store(walk, share.at, d_gates[j]);
     }
   }
 
 #pragma unroll
-  for (int j = 0; j < kPairs; ++j) {
-    const Share<kPairs> share(p, team, j);
+  for (int j = 0; j < PAIRS; ++j) {
+    const Share share = shares[j];
     if (share.real) pairs[j].finish(walk, share.at);
   }
   exchange.finish();
   sums.finish();
 }
 
-template <class M, Kind KIND, template <class> class X, bool BACKWARD>
+template <class M, Kind KIND, template <class> class X, bool BACKWARD, int PAIRS>
 RNNFAST_KERNEL(kMaxWarps * 32) scan_kernel(const ScanParams p) {
   if constexpr (BACKWARD)
-    scan_backward<M, KIND, X>(p);
+    scan_backward<M, KIND, X, PAIRS>(p);
   else
-    scan_forward<M, KIND, X>(p);
+    scan_forward<M, KIND, X, PAIRS>(p);
 }
 
 }  // namespace rnnfast::cuda

@@ -92,14 +92,16 @@ def _parse(report: str) -> list[Kernel]:
 
 
 def _readable(mangled: str) -> str:
-    """Such as "BFloat16 lstm backward", from template arguments as the ABI spells them."""
+    """Such as "BFloat16 lstm backward 1" (pairs a thread takes in a scan), from template arguments as the ABI spells them."""
     compute_type, kind, backward = (
         re.search(pattern, mangled) for pattern in (r"_kernelINS0_\d+(\w+?)ELNS", r"4KindE(\d)", r"Lb([01])E")
     )
+    pairs = re.search(r"Lb[01]ELi(\d)E", mangled)
     assert compute_type is not None
     assert kind is not None
     assert backward is not None
-    return f"{compute_type[1]} {KINDS[int(kind[1])]} {'backward' if backward[1] == '1' else 'forward'}"
+    name = f"{compute_type[1]} {KINDS[int(kind[1])]} {'backward' if backward[1] == '1' else 'forward'}"
+    return f"{name} {pairs[1]}" if pairs else name
 
 
 if __name__ == "__main__":
