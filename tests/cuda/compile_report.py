@@ -92,7 +92,7 @@ def _parse(report: str) -> list[Kernel]:
 
 
 def _readable(mangled: str) -> str:
-    """Such as "BFloat16 lstm backward 1" (pairs a thread takes in a scan), from template arguments as the ABI spells them."""
+    """Such as "BFloat16 lstm backward 1" (pairs a thread takes), from template arguments as the ABI spells them."""
     compute_type, kind, backward = (
         re.search(pattern, mangled) for pattern in (r"_kernelINS0_\d+(\w+?)ELNS", r"4KindE(\d)", r"Lb([01])E")
     )
