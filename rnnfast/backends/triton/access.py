@@ -28,10 +28,31 @@ def step_rows(t, T, B, offsets):
 
 
 @triton.jit
-def load_gates(base, rows, valid, ids, stride, unit, H, GATES: tl.constexpr):
-    """The gates' input pre-activations of some rows: rows of gx, or for token ids rows of the table w_ih^T + b_ih."""
+def three_steps(t, direction, T, B, offsets):
+    """`step_rows` of step t and of the two after it in a direction.
+
+    Who loops over steps keeps those of packed sequences, loaded ahead, and otherwise asks for them at each step: what
+    is linear in t is then added up from step to step, without a multiplication.
+    """
+    return (
+        step_rows(t, T, B, offsets),
+        step_rows(t + direction, T, B, offsets),
+        step_rows(t + 2 * direction, T, B, offsets),
+    )
+
+
+@triton.jit
+def gx_rows(rows, valid, ids):
+    """Which rows of gx are some rows' input: the same, or for token ids rows of the table w_ih^T + b_ih."""
     if ids is not None:
         rows = tl.load(ids + rows, mask=valid, other=0)
+    return rows
+
+
+@triton.jit
+def load_gates(base, rows, valid, ids, stride, unit, H, GATES: tl.constexpr):
+    """The gates' input pre-activations of some rows; `ids` is None for rows that come from `gx_rows`."""
+    rows = gx_rows(rows, valid, ids)
     x = ()
     for g in tl.static_range(GATES):
         at = base + (rows * stride)[:, None] + (g * H + unit)[None, :]

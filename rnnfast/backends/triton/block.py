@@ -2,6 +2,10 @@
 
 The state never leaves the program; the only traffic a step is gx in and the output (and tape) out. Units are padded to
 a power of two; `w_hh` comes padded with zeros, (D, G, UNITS, UNITS), so padded units never reach a real one.
+
+What a step takes is latency: that of the exchange of the state between warps, of the sums, and of the gates' math, one
+after the other. So warps exchange all they can at once, since they wait for one another each time; what is loaded is
+asked for a step before it is used, and what is stored goes while the exchanged state is under way.
 """
 
 # mypy: ignore-errors
@@ -10,19 +14,68 @@ a power of two; `w_hh` comes padded with zeros, (D, G, UNITS, UNITS), so padded 
 import triton
 import triton.language as tl
 
-from rnnfast.backends.triton.access import SLICES, load_gates, load_step, step_rows
+from rnnfast.backends.triton.access import SLICES, gx_rows, load_gates, load_step, step_rows, three_steps
 
 
 @triton.jit
-def product(a, w, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """Returns a (rows, K) times w (K, units), accumulated in float32, by `tl.dot` or as multiplications and a sum.
+def operands(values, DOT: tl.constexpr):
+    """Values (rows, K) as they are multiplied by w (K, units): with `tl.dot` as they are, else (rows, K, 1) each.
+
+    Without `tl.dot` warps exchange them here: four of them at once, three in two turns.
+    """
+    if DOT:
+        return values
+    elif len(values) == 4:
+        pairs = tl.join(tl.join(values[0], values[1]), tl.join(values[2], values[3]))
+        pair_0, pair_1 = tl.split(pairs[:, :, None, :, :])
+        value_0, value_1 = tl.split(pair_0)
+        value_2, value_3 = tl.split(pair_1)
+        return value_0, value_1, value_2, value_3
+    elif len(values) == 3:
+        value_0, value_1 = tl.split(tl.join(values[0], values[1])[:, :, None, :])
+        return value_0, value_1, values[2][:, :, None]
+    else:
+        return (values[0][:, :, None],)
+
+
+@triton.jit
+def add_3(a_0, a_1, a_2, b_0, b_1, b_2):
+    return a_0 + b_0, a_1 + b_1, a_2 + b_2
+
+
+@triton.jit
+def add_4(a_0, a_1, a_2, a_3, b_0, b_1, b_2, b_3):
+    return a_0 + b_0, a_1 + b_1, a_2 + b_2, a_3 + b_3
+
+
+@triton.jit
+def sum_in_halves(terms):
+    """The sum of (rows, K, units) over K, in two chains of additions, each of which waits for the one before."""
+    count: tl.constexpr = min(2, terms.shape[1])
+    halves = tl.reshape(terms, (terms.shape[0], count, terms.shape[1] // count, terms.shape[2]))
+    return tl.sum(tl.sum(halves, axis=2), axis=1)
+
+
+@triton.jit
+def products(a, w, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """Returns an operand times each gate's w (K, units), accumulated in float32: by `tl.dot`, or multiplied and summed.
 
     `tl.dot` pads rows to 16 and needs tensor cores to pay; for float32 as such the sum keeps w in registers.
     """
+    p = ()
+    for g in tl.static_range(len(w)):
+        if DOT:
+            p = p + (tl.dot(a.to(w[g].dtype), w[g], input_precision=PRECISION),)
+        else:
+            p = p + (a * w[g][None, :, :].to(tl.float32),)
     if DOT:
-        return tl.dot(a.to(w.dtype), w, input_precision=PRECISION)
+        return p
+    elif len(w) == 4:
+        return tl.reduce(p, 1, add_4)
+    elif len(w) == 3:
+        return tl.reduce(p, 1, add_3)
     else:
-        return tl.sum(a[:, :, None] * w[None, :, :].to(tl.float32), axis=1)
+        return (sum_in_halves(p[0]),)
 
 
 @triton.jit(do_not_specialize=["T", "B", "D", "N"], do_not_specialize_on_alignment=SLICES)
@@ -81,25 +134,28 @@ def scan_forward(
     if tape is not None:
         tape += lane64 * N * TAPE * H
 
-    first = backwards * (T - 1)
-    start, size = step_rows(first, T, B, offsets)
-    x = load_gates(gx, start + row, row < size, ids, gx_stride, unit, H, GATES)
-    for i in range(T):
-        # The next step's rows are asked for before this step's arithmetic, which hides their latency.
-        t_next = first + (i + 1) * (1 - 2 * backwards)
-        start_next, size_next = step_rows(t_next, T, B, offsets)
-        x_next = load_gates(gx, start_next + row, row < size_next, ids, gx_stride, unit, H, GATES)
+    direction = tl.cast(1 - 2 * backwards, tl.int64)
+    first = tl.cast(backwards * (T - 1), tl.int64)
+    # A step ends with the product for the next one, so an empty step comes first, for the product of h_0.
+    now, then, later = three_steps(first - direction, direction, T, B, offsets)
+    rows_next = gx_rows(then[0] + row, row < then[1], ids)
+    x = ()
+    a = ()
+    for _ in tl.static_range(GATES):
+        x = x + (tl.zeros_like(h),)
+        a = a + (tl.zeros_like(h),)
+    for i in range(-1, T):
+        t = first + i * direction
+        if offsets is None:
+            now, then, later = three_steps(t, direction, T, B, offsets)
+        start, size = now
+        x_next = load_gates(gx, rows_next, row < then[1], None, gx_stride, unit, H, GATES)
 
-        a = ()
-        for g in tl.static_range(GATES):
-            p = product(h, w[g], DOT, PRECISION)
-            if b_hh is not None:
-                p += b[g][None, :]
-            a = a + (p,)
         h_new, c_new, saved = CELL(x, a, h, c)
         valid = (row < size)[:, None] & in_units[None, :]
         h = tl.where(valid, h_new, h)
         c = tl.where(valid, c_new, c)
+        operand = operands((h,), DOT)[0]
 
         at_row = (start + row)[:, None]
         tl.store(output + at_row * D * H + unit[None, :], h.to(output.dtype.element_ty), mask=valid)
@@ -107,9 +163,16 @@ def scan_forward(
             for s in tl.static_range(TAPE):
                 saved_at = tape + at_row * TAPE * H + (s * H + unit)[None, :]
                 tl.store(saved_at, saved[s].to(tape.dtype.element_ty), mask=valid)
+        rows_next = gx_rows(later[0] + row, row < later[1], ids)
+        now = then
+        then = later
+        later = step_rows(t + 3 * direction, T, B, offsets)
+
+        p = products(operand, w, DOT, PRECISION)
+        a = ()
+        for g in tl.static_range(GATES):
+            a = a + (p[g] + b[g][None, :] if b_hh is not None else p[g],)
         x = x_next
-        start = start_next
-        size = size_next
 
     tl.store(h_n + state, h.to(h_n.dtype.element_ty), mask=in_batch)
     if c_0 is not None:
@@ -182,23 +245,22 @@ def scan_backward(
     if tape is not None:
         tape += lane64 * N * TAPE * H
 
-    direction = 1 - 2 * backwards
-    first = (1 - backwards) * (T - 1)
-    start, size = step_rows(first, T, B, offsets)
-    start_before, size_before = step_rows(first - direction, T, B, offsets)
-    read = load_step(
-        tape, output, d_output, row, unit, start, size, start_before, size_before, h_first, c_first, H, stride,
-        TAPE,
-    )  # fmt: skip
+    direction = tl.cast(2 * backwards - 1, tl.int64)
+    first = tl.cast((1 - backwards) * (T - 1), tl.int64)
+    now, then, later = three_steps(first, direction, T, B, offsets)
+    read = load_step(tape, output, d_output, row, unit, *now, *then, h_first, c_first, H, stride, TAPE)
     for i in range(T):
-        start_next, size_next = step_rows(first - (i + 2) * direction, T, B, offsets)
-        read_next = load_step(
-            tape, output, d_output, row, unit, start_before, size_before, start_next, size_next, h_first, c_first,
-            H, stride, TAPE,
-        )  # fmt: skip
+        t = first + i * direction
+        if offsets is None:
+            now, then, later = three_steps(t, direction, T, B, offsets)
+        start, size = now
+        latest = step_rows(t + 3 * direction, T, B, offsets)
+        read_next = load_step(tape, output, d_output, row, unit, *then, *later, h_first, c_first, H, stride, TAPE)
 
         saved, h_after, d_out, h_before, c_before = read
         d_x, d_g, d_direct, d_c_before = CELL(d_h + d_out, d_c, saved, h_after, h_before, c_before)
+        operand = operands(d_g, DOT)
+
         valid = (row < size)[:, None] & in_units[None, :]
         at_row = (start + row)[:, None]
         for g in tl.static_range(GATES):
@@ -210,19 +272,18 @@ def scan_backward(
 
         if DOT:
             for g in tl.static_range(GATES):
-                d_direct = tl.dot(d_g[g].to(w[g].dtype), w[g], acc=d_direct, input_precision=PRECISION)
+                d_direct = tl.dot(operand[g].to(w[g].dtype), w[g], acc=d_direct, input_precision=PRECISION)
         else:
-            terms = d_g[0][:, :, None] * w[0][None, :, :].to(tl.float32)
+            terms = operand[0] * w[0][None, :, :].to(tl.float32)
             for g in tl.static_range(1, GATES):
-                terms += d_g[g][:, :, None] * w[g][None, :, :].to(tl.float32)
-            d_direct += tl.sum(terms, axis=1)
+                terms += operand[g] * w[g][None, :, :].to(tl.float32)
+            d_direct += sum_in_halves(terms) if GATES == 1 else tl.sum(terms, axis=1)
         d_h = tl.where(valid, d_direct, d_h)
         d_c = tl.where(valid, d_c_before, d_c)
         read = read_next
-        start = start_before
-        size = size_before
-        start_before = start_next
-        size_before = size_next
+        now = then
+        then = later
+        later = latest
 
     tl.store(d_h_0 + state, d_h.to(d_h_0.dtype.element_ty), mask=in_batch)
     if c_0 is not None:

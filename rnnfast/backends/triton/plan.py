@@ -35,12 +35,13 @@ class Plan(NamedTuple):
         """What the kernel is compiled for: the cell's sizes, these tiles, and the warps."""
         sizes = {"GATES": CELLS[cell].gates, "TAPE": CELLS[cell].tape, "ROWS": self.rows, "UNITS": self.units}
         constants: dict[str, int | bool] = {**sizes, "num_warps": self.warps}
-        if self.kernel == "shared":
-            # A program fills a multiprocessor's shared memory, so it may have all of its registers, too. By itself,
-            # ptxas spills rather than take more than half of them.
-            return {**constants, "DOT": True, "maxnreg": min(MOST_REGISTERS, REGISTERS // (32 * self.warps))}
-        if self.kernel == "registers":
-            return {**constants, "DOT": False}
+        if self.kernel in ("registers", "shared"):
+            constants["DOT"] = self.kernel == "shared"
+            if torch.version.hip is None:
+                # A program may have all registers of a multiprocessor. By itself, ptxas leaves half of them to others,
+                # and for that spills, or waits for each value it reads before it asks for the next.
+                constants["maxnreg"] = min(MOST_REGISTERS, REGISTERS // (32 * self.warps))
+            return constants
         if self.kernel in ("resident", "step"):
             return {**constants, "DEPTH": self.depth, "RESIDENT": self.kernel == "resident"}
         return constants
@@ -74,14 +75,14 @@ def card(device: torch.device) -> Card:
 
 # The block scan's sizes: H padded to a power of two, and the warps that run a program. In registers W_hh is float32, a
 # program has one batch row and the product is multiply and sum; the fewest warps that hold it exchange least. In shared
-# memory (half types only) it has 16 rows and the product runs on tensor cores.
+# memory (half types only) it has 16 rows and the product runs on tensor cores; more than 8 warps read more of it.
 IN_REGISTERS = {
     "rnn_tanh": {16: 1, 32: 1, 64: 2, 128: 4},
     "rnn_relu": {16: 1, 32: 1, 64: 2, 128: 4},
-    "lstm": {16: 1, 32: 2, 64: 8},
+    "lstm": {16: 1, 32: 2, 64: 4},
     "gru": {16: 1, 32: 1, 64: 4},
 }
-IN_SHARED_MEMORY = {"rnn_tanh": {256: 16}, "rnn_relu": {256: 16}, "lstm": {128: 8}, "gru": {128: 16}}
+IN_SHARED_MEMORY = {"rnn_tanh": {256: 8}, "rnn_relu": {256: 8}, "lstm": {128: 8}, "gru": {128: 8}}
 # The largest padded H for which a program of the step scan keeps its units' share of W_hh (160 KB with its operand).
 RESIDENT = {"rnn_tanh": 1024, "rnn_relu": 1024, "lstm": 512, "gru": 512}
 # Shared memory of a program that these last two ask for: that of sm_80, which sm_90 and sm_100 exceed.

@@ -30,10 +30,16 @@ CHAIN = tl.constexpr(64)
 
 
 @triton.jit
-def wait_for_peers(arrivals, expected):
-    """A barrier among the programs that share `arrivals`, a counter that only grows; `expected` is its next goal."""
+def arrive(arrivals):
+    """The first half of a barrier among the programs that share `arrivals`: others may read what was written before."""
     tl.debug_barrier()
-    seen = tl.atomic_add(arrivals, 1, sem="acq_rel") + 1
+    tl.atomic_add(arrivals, 1, sem="release")
+
+
+@triton.jit
+def wait_for_peers(arrivals, expected):
+    """The second half: `arrivals`, which only grows, reaches `expected`. What comes between them hides latency."""
+    seen = tl.atomic_add(arrivals, 0, sem="acquire")
     while seen < expected:
         seen = tl.atomic_add(arrivals, 0, sem="acquire")
     tl.debug_barrier()
@@ -120,7 +126,9 @@ def scan_forward(
     FMA: tl.constexpr,
     SYNCHRONISE: tl.constexpr,
 ):
-    """h_state (2, D, B, padded) holds the states before even and odd steps, c_state (D, B, H) the cell state."""
+    """h_state (2, D, B, padded) holds the states before even and odd steps; c_state (D, B, H) the cell state, from one
+    launch to the next: within a launch a program keeps what is only its own.
+    """
     lane = tl.program_id(2)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
@@ -147,11 +155,17 @@ def scan_forward(
             for g in tl.static_range(GATES):
                 w = w + (load_weights(w_hh, g, k + j * PIECE, unit, padded, ALONG_UNITS=FMA),)
 
+    direction = 1 - 2 * backwards
+    first = backwards * (T - 1)
+    if SYNCHRONISE:
+        arrivals += (lane * tl.num_programs(1) + tl.program_id(1)) * 16
+    start, size = step_rows(first + first_step * direction, T, B, offsets)
+    x = load_gates(gx, start + row, row < size, ids, gx_stride, unit, H, GATES)
+    h = tl.load(h_state + (first_step % 2) * h_size + h_row + unit[None, :], mask=in_batch, other=0.0)
+    c = h
+    if c_state is not None:
+        c = tl.load(c_state + state, mask=in_batch, other=0.0)
     for i in range(first_step, last_step):
-        t = backwards * (T - 1) + i * (1 - 2 * backwards)
-        start, size = step_rows(t, T, B, offsets)
-        x = load_gates(gx, start + row, row < size, ids, gx_stride, unit, H, GATES)
-
         # Read again at each step, because kept through the loop its registers make half types spill with Triton 3.9.
         b = ()
         if b_hh is not None:
@@ -160,11 +174,6 @@ def scan_forward(
 
         # h is read past the first-level cache, which other programs' writes do not reach.
         h_read = h_state + (i % 2) * h_size + h_row
-        h = tl.load(h_read + unit[None, :], mask=in_batch, other=0.0, cache_modifier=".cg")
-        c = h
-        if c_state is not None:
-            c = tl.load(c_state + state, mask=in_batch, other=0.0)
-
         a = ()
         for _ in tl.static_range(GATES):
             a = a + (tl.zeros((ROWS, UNITS), tl.float32),)
@@ -199,7 +208,9 @@ def scan_forward(
         h = tl.where(valid, h_new, h)
         c = tl.where(valid, c_new, c)
         tl.store(h_state + ((i + 1) % 2) * h_size + h_row + unit[None, :], h, mask=in_batch)
-        if c_state is not None:
+        if SYNCHRONISE:
+            arrive(arrivals)
+        if c_state is not None and not SYNCHRONISE:
             tl.store(c_state + state, c, mask=in_batch)
         at_row = (start + row)[:, None]
         tl.store(output + at_row * D * H + unit[None, :], h.to(output.dtype.element_ty), mask=valid)
@@ -213,8 +224,9 @@ def scan_forward(
             if c_state is not None:
                 tl.store(c_n + state, c.to(c_n.dtype.element_ty), mask=in_batch)
         if SYNCHRONISE:
-            tile = lane * tl.num_programs(1) + tl.program_id(1)
-            wait_for_peers(arrivals + tile * 16, (i + 1 - first_step).to(tl.int64) * tl.num_programs(0))
+            start, size = step_rows(first + (i + 1) * direction, T, B, offsets)
+            x = load_gates(gx, start + row, row < size, ids, gx_stride, unit, H, GATES)
+            wait_for_peers(arrivals, (i + 1 - first_step).to(tl.int64) * tl.num_programs(0))
 
 
 @triton.jit(
@@ -259,7 +271,7 @@ def scan_backward(
     """Steps 0..T: step i adds to d_h what step i - 1's gates send back through W_hh, then runs the cell's backward.
 
     Step T has no rows of its own and so leaves the gradient of the initial state. d_h_state (D, B, H) holds the part
-    of the gradient that does not pass through W_hh, d_c_state that of the cell state.
+    of the gradient that does not pass through W_hh, d_c_state that of the cell state, from one launch to the next.
     """
     lane = tl.program_id(2)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -294,17 +306,22 @@ def scan_backward(
             for g in tl.static_range(GATES):
                 w = w + (load_weights(w_hh, g, k + j * PIECE, unit, padded, ALONG_UNITS=True),)
 
+    if SYNCHRONISE:
+        arrivals += (lane * tl.num_programs(1) + tl.program_id(1)) * 16
+    d_h = tl.load(d_h_state + state, mask=in_batch, other=0.0)
+    d_c = d_h
+    if c_0 is not None:
+        d_c = tl.load(d_c_state + state, mask=in_batch, other=0.0)
     direction = 1 - 2 * backwards
+    first = (1 - backwards) * (T - 1)
+    start, size = step_rows(first - first_step * direction, T, B, offsets)
+    start_before, size_before = step_rows(first - (first_step + 1) * direction, T, B, offsets)
+    saved, h_after, d_out, h_before, c_before = load_step(
+        tape, output, d_output, row, unit, start, size, start_before, size_before, h_first, c_first, H, stride, TAPE
+    )
     for i in range(first_step, last_step):
-        t = (1 - backwards) * (T - 1) - i * direction
-        start, size = step_rows(t, T, B, offsets)
-        start_before, size_before = step_rows(t - direction, T, B, offsets)
+        t = first - i * direction
         start_done, size_done = step_rows(t + direction, T, B, offsets)
-        saved, h_after, d_out, h_before, c_before = load_step(
-            tape, output, d_output, row, unit, start, size, start_before, size_before, h_first, c_first, H, stride,
-            TAPE,
-        )  # fmt: skip
-
         d_back = tl.zeros((ROWS, UNITS), tl.float32)
         for g in tl.static_range(GATES):
             if g == GATES - 1 and d_g_last is not None:
@@ -327,10 +344,7 @@ def scan_backward(
                     d_back = add_product(d_back, d_k, w_k, FMA, PRECISION)
 
         # Added last, so that its size adds nothing to the rounding errors of the sum.
-        d_h = tl.load(d_h_state + state, mask=in_batch, other=0.0) + d_back
-        d_c = d_h
-        if c_0 is not None:
-            d_c = tl.load(d_c_state + state, mask=in_batch, other=0.0)
+        d_h += d_back
         d_x, d_g, d_direct, d_c_before = CELL(d_h + d_out, d_c, saved, h_after, h_before, c_before)
         valid = (row < size)[:, None] & in_units[None, :]
         at_row = (start + row)[:, None]
@@ -340,16 +354,24 @@ def scan_backward(
         if d_g_last is not None:
             d_last_at = d_g_last + at_row * stride + unit[None, :]
             tl.store(d_last_at, d_g[GATES - 1].to(d_gx.dtype.element_ty), mask=valid)
+        if SYNCHRONISE:
+            arrive(arrivals)
         d_h = tl.where(valid, d_direct, d_h)
         d_c = tl.where(valid, d_c_before, d_c)
-        tl.store(d_h_state + state, d_h, mask=in_batch)
-        if c_0 is not None:
-            tl.store(d_c_state + state, d_c, mask=in_batch)
+        if not SYNCHRONISE:
+            tl.store(d_h_state + state, d_h, mask=in_batch)
+            if c_0 is not None:
+                tl.store(d_c_state + state, d_c, mask=in_batch)
 
         if i == T:
             tl.store(d_h_0 + state, d_h.to(d_h_0.dtype.element_ty), mask=in_batch)
             if c_0 is not None:
                 tl.store(d_c_0 + state, d_c.to(d_c_0.dtype.element_ty), mask=in_batch)
         if SYNCHRONISE:
-            tile = lane * tl.num_programs(1) + tl.program_id(1)
-            wait_for_peers(arrivals + tile * 16, (i + 1 - first_step).to(tl.int64) * tl.num_programs(0))
+            start, size = start_before, size_before
+            start_before, size_before = step_rows(t - 2 * direction, T, B, offsets)
+            saved, h_after, d_out, h_before, c_before = load_step(
+                tape, output, d_output, row, unit, start, size, start_before, size_before, h_first, c_first, H, stride,
+                TAPE,
+            )  # fmt: skip
+            wait_for_peers(arrivals, (i + 1 - first_step).to(tl.int64) * tl.num_programs(0))
