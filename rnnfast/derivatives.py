@@ -28,6 +28,15 @@ def needs_gradient(tensors: Iterable[Any]) -> bool:
     return needed and (torch.compiler.is_compiling() or not torch.is_inference_mode_enabled())
 
 
+def with_own_node(state: Tensor) -> Tensor:
+    """A state that one operator returned beside others, with a node of its own in the graph.
+
+    Of an operator with several results, autograd calls a hook on one that is not used, with None. The result has the
+    memory of the state, which nobody else may hold, but is no view: a view cannot be detached in place.
+    """
+    return torch.unsafe_chunk(state, 1)[0] if state.requires_grad else state
+
+
 class Function(_SingleLevelFunction):
     """torch's autograd.Function, but for the level it runs at."""
 

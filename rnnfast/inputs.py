@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnfast import sequences
@@ -114,3 +114,18 @@ def map_state(state: Any, function: Callable[..., Tensor], *others: Any) -> Any:
     if isinstance(state, tuple | list):
         return tuple(map_state(part, function, *rest) for part, *rest in zip(state, *others, strict=True))
     return function(state, *others)
+
+
+_CHECKS = (
+    "check_input",
+    "check_forward_args",
+    "check_hidden_size",
+    "get_expected_hidden_size",
+    "get_expected_cell_size",
+)
+
+
+def has_own_checks(kind: type) -> bool:
+    """Whether a class derived from torch.nn's layers has checks of its own, which its calls must make."""
+    base = next((base for base in (nn.LSTM, nn.GRU, nn.RNN) if issubclass(kind, base)), None)
+    return base is not None and any(getattr(kind, name, None) is not getattr(base, name, None) for name in _CHECKS)

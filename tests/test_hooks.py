@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -150,3 +151,40 @@ def test_generation_has_the_weights_of_now() -> None:
     assert list(lm.generate(model, [1, 2], 40)) == text
     prune.remove(model.rnn, "weight_hh_l0")
     assert list(lm.generate(model, [1, 2], 40)) == text
+
+
+@pytest.mark.parametrize(("name", "used"), [(n, u) for n in ("RNN", "GRU", "LSTM") for u in (0, 1)] + [("LSTM", 2)])
+def test_hooks_on_states_are_called_where_these_are_used(name: str, used: int) -> None:
+    """Not with None, in the first call as in those after it, which go another way."""
+    layer, input = getattr(rnnfast, name)(INPUTS, HIDDEN), torch.randn(STEPS, BATCH, INPUTS)
+    for _ in range(3):
+        output, states = layer(input)
+        assert_hooks_are_called(layer, [output, *(states if name == "LSTM" else [states])], used, hooked=slice(1, None))
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_hooks_on_states_of_cells_are_called_where_these_are_used(used: int) -> None:
+    cell, input = rnnfast.LSTMCell(INPUTS, HIDDEN), torch.randn(BATCH, INPUTS)
+    for _ in range(3):
+        assert_hooks_are_called(cell, cell(input), used)
+
+
+def assert_hooks_are_called(module: nn.Module, results: Any, used: int, hooked: slice = slice(None)) -> None:
+    """A hook that halves the gradient of a result is called if that is the one that is used."""
+    weights = list(module.parameters())
+    expected = torch.autograd.grad(results[used].sum(), weights, retain_graph=True)
+    called: list[int] = []
+
+    def halve(index: int, gradient: Tensor) -> Tensor:
+        called.append(index)
+        return gradient * 0.5
+
+    indices = range(len(results))[hooked]
+    for index in indices:
+        results[index].register_hook(functools.partial(halve, index))
+    found = torch.autograd.grad(results[used].sum(), weights)
+    assert called == [used] * (used in indices)
+    factor = 0.5 if used in indices else 1
+    torch.testing.assert_close(found, [factor * gradient for gradient in expected])
+    for index in indices:
+        results[index].detach_()  # which no view allows

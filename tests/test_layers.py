@@ -223,6 +223,27 @@ def errors() -> list[Any]:
     ]
 
 
+@pytest.mark.parametrize("name", ["GRU", "LSTM"])
+def test_a_subclass_makes_its_own_checks_in_every_call(name: str) -> None:
+    class Checked(getattr(rnnfast, name)):  # type: ignore[misc]
+        def check_forward_args(self, input: Tensor, hidden: Any, batch_sizes: Tensor | None) -> None:
+            super().check_forward_args(input, hidden, batch_sizes)
+            if not input.isfinite().all():
+                raise ValueError("infinite input")
+
+    layer, input = Checked(3, 4), torch.randn(5, 2, 3)
+    for _ in range(3):
+        layer(input)
+        layer(nn.utils.rnn.pack_padded_sequence(input, torch.tensor([5, 2])))
+        layer(torch.zeros(5, 2, dtype=torch.long))
+        with torch.no_grad():
+            layer(input)
+        with pytest.raises(ValueError, match="infinite input"):
+            layer(input / 0)
+        with pytest.raises(ValueError, match="infinite input"):
+            layer(nn.utils.rnn.pack_padded_sequence(input / 0, torch.tensor([5, 2])))
+
+
 @pytest.mark.parametrize(("input", "state", "error", "message"), errors())
 @pytest.mark.parametrize("name", LAYERS)
 def test_errors_are_clear(name: str, input: Any, state: Any, error: type[Exception], message: str) -> None:

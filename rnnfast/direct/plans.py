@@ -20,6 +20,7 @@ from rnnfast import dispatch, functional, scan
 from rnnfast.backends import cpu
 from rnnfast.backends.cpu import packing
 from rnnfast.cells import CELLS
+from rnnfast.inputs import has_own_checks
 
 _base: Any = torch._C.TensorBase
 version_of, address_of = _base._version.__get__, _base.data_ptr
@@ -196,7 +197,7 @@ def prepare(module: Any, input: Tensor) -> None:
     It has just done a general call, which has checked its weights.
     """
     asked = dispatch.asked(module.backend)
-    if asked not in (dispatch.AUTO, "cpu") or is_observed():
+    if asked not in (dispatch.AUTO, "cpu") or is_observed() or has_own_checks(type(module)):
         return
     plan = all_plans.get(id(module))
     if plan is not None and plan is plan_of(module) and plan.signature == signature_of(plan.weights):

@@ -116,4 +116,4 @@ def declines(request: Request) -> str | None:
     """Returns why this backend cannot run a `rnnfast.dispatch.Request`, or None."""
     if request.dtype in (torch.float32, torch.float64, torch.bfloat16):
         return None
-    return f"it computes in float32, float64 and bfloat16, the weights are {request.dtype}"
+    return f"it computes in float32, float64 and bfloat16, this call in {request.dtype}"
