@@ -7,6 +7,7 @@ the dispatcher and hands transforms on.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,15 +29,6 @@ def needs_gradient(tensors: Iterable[Any]) -> bool:
     return needed and (torch.compiler.is_compiling() or not torch.is_inference_mode_enabled())
 
 
-def with_own_node(state: Tensor) -> Tensor:
-    """A state that one operator returned beside others, with a node of its own in the graph.
-
-    Of an operator with several results, autograd calls a hook on one that is not used, with None. The result has the
-    memory of the state, which nobody else may hold, but is no view: a view cannot be detached in place.
-    """
-    return torch.unsafe_chunk(state, 1)[0] if state.requires_grad else state
-
-
 class Function(_SingleLevelFunction):
     """torch's autograd.Function, but for the level it runs at."""
 
@@ -45,6 +37,30 @@ class Function(_SingleLevelFunction):
     @staticmethod
     def _compiled_autograd_key(ctx: Any) -> tuple[int]:
         return (ctx._autograd_function_id,)
+
+
+class _Hooks(OrderedDict[int, Callable[[Tensor], Any]]):
+    """A tensor's hooks, which are not called where there is no gradient."""
+
+    def __setitem__(self, key: int, hook: Callable[[Tensor], Any]) -> None:
+        super().__setitem__(key, lambda gradient: None if gradient is None else hook(gradient))
+
+
+def results_have_nodes_of_their_own(function: type[Function]) -> type[Function]:
+    """Hooks on a result, where only others are used, are not called, as if each came from a function of its own.
+
+    Of a function with several results, autograd calls them with None. `Tensor.register_hook` asks the result's node to
+    take the dict that its hooks are in.
+    """
+    node: Any = function._backward_cls
+    take = node._register_hook_dict
+
+    def register(self: Any, result: Tensor) -> None:
+        result._backward_hooks = _Hooks(result._backward_hooks or {})
+        take(self, result)
+
+    node._register_hook_dict = register
+    return function
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +81,7 @@ class Formula:
     weights: tuple[int, ...]
 
 
+@results_have_nodes_of_their_own
 class Scan(Function):
     """A forward scan: apply(formula, the operator's arguments...)."""
 

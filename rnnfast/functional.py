@@ -19,7 +19,7 @@ from torch import Tensor
 from rnnfast import dispatch
 from rnnfast.backends import torch_nn
 from rnnfast.cells import CELLS
-from rnnfast.derivatives import needs_gradient, with_own_node
+from rnnfast.derivatives import needs_gradient
 from rnnfast.inputs import checked_pair
 from rnnfast.scan import Weights, lstm_states, scan_layer, stack_lanes
 from rnnfast.sequences import is_known
@@ -280,8 +280,7 @@ def _run_layers(
 ) -> tuple[Tensor, Tensor, Tensor]:
     directions = 2 if bidirectional else 1
     if len(weights) == directions:
-        rows, *states = scan_layer(backend, rows, weights, h_0, c_0, batch_sizes, cell, bidirectional)
-        return rows, *(states if is_traced() else map(with_own_node, states))
+        return scan_layer(backend, rows, weights, h_0, c_0, batch_sizes, cell, bidirectional)
     h_n, c_n = [], []
     for start in range(0, len(weights), directions):
         lanes = slice(start, start + directions)

@@ -14,7 +14,6 @@ from torch._C._autograd import _top_saved_tensors_default_hooks
 from rnnfast import derivatives, scan
 from rnnfast.backends import cpu
 from rnnfast.backends.cpu import DONE, backward_call, forward_call
-from rnnfast.derivatives import with_own_node
 from rnnfast.direct.loops import Loop, SharedWeights, loop_of
 from rnnfast.direct.plans import Layer, Packed, Plan, address_of, addresses, is_observed, is_plain, signature_of
 
@@ -50,7 +49,7 @@ def run(
         finals.append(states)
         if dropout > 0 and index + 1 < len(layers):
             rows = F.dropout(rows, dropout)
-    h_n, *c_n = map(with_own_node, finals[0]) if len(layers) == 1 else map(torch.cat, zip(*finals, strict=True))
+    h_n, *c_n = finals[0] if len(layers) == 1 else map(torch.cat, zip(*finals, strict=True))
     return rows, (h_n, *c_n) if c_n else h_n
 
 
@@ -64,7 +63,7 @@ def run_cell(
     next_h, _, *next_c = _scan(layers[0], _of_loop(plan, ids, 1, batch, layers), None, batch, input, h, c)
     if next_h is None:
         plan.packed.pop(ids, None)
-    return tuple(map(with_own_node, (next_h, *next_c))) if next_c and next_h is not None else next_h
+    return (next_h, *next_c) if next_c and next_h is not None else next_h
 
 
 def _layers(plan: Plan, ids: bool) -> list[Layer] | None:
@@ -116,6 +115,7 @@ def _empty_like(tensor: Tensor) -> Tensor:
     )
 
 
+@derivatives.results_have_nodes_of_their_own
 class _Scan(derivatives.Function):
     """One layer of one direction: `derivatives.Scan` of the cpu backend, but a call each forward and backward.
 
