@@ -5,8 +5,9 @@
 // which stay in registers and shared memory from the first step to the last, and then the cell's math for each pair of a row
 // and a unit. What the team's blocks exchange is the operand, or the sums, as `Pass` tells.
 //
-// The product's columns are dealt to warps in groups, and its depth in chunks: of 256 bytes on plain arithmetic, where the 32
-// lanes of a warp split the depth and each holds 8 bytes a column, of 64 bytes on tensor cores, two mma deep.
+// The product's columns are dealt to warps in groups, and its depth in chunks. On plain arithmetic a lane holds 8 bytes of each of
+// eight columns, and the lanes of a warp split the depth, a chunk of 256 bytes; or, for a block's own gate gradients, which are few,
+// eight lanes split it, a chunk of 64 bytes, and four times eight columns are a group. On tensor cores a chunk is two mma deep.
 #pragma once
 
 #include <algorithm>
@@ -50,9 +51,12 @@ constexpr int kStepThreads = 256;  // of the kernel of one step
 constexpr int kMmaRows = 8;
 constexpr int kMaxGridYz = 65535;  // blocks of a launch along y or z
 
-constexpr int group_columns(bool mma) { return mma ? 16 : 8; }
-constexpr int chunk_bytes(bool mma) { return mma ? 64 : 256; }
-constexpr int chunk_words(bool mma) { return mma ? 8 : 2 * group_columns(false); }  // a lane's
+constexpr int kLaneColumns = 8;  // on plain arithmetic
+constexpr int depth_lanes(Pass pass) { return pass == Pass::backward_scatter ? 8 : 32; }
+constexpr int least_columns(bool mma) { return mma ? 16 : kLaneColumns; }  // a block's units are a multiple of them
+constexpr int group_columns(bool mma, Pass pass) { return mma ? 16 : kLaneColumns * 32 / depth_lanes(pass); }
+constexpr int chunk_bytes(bool mma, Pass pass) { return mma ? 64 : 8 * depth_lanes(pass); }
+constexpr int chunk_words(bool mma) { return mma ? 8 : 2 * kLaneColumns; }  // a lane's
 // How many chunks a warp keeps in registers: 64, 48 and (float64) 32 registers a thread, as many as compile without spills.
 constexpr int register_chunks(bool mma, int sum_bytes) { return mma ? 8 : sum_bytes == 8 ? 2 : 3; }
 constexpr int most_pairs_per_thread(bool mma) { return mma ? 2 : 1; }
@@ -83,18 +87,18 @@ inline Layout make_layout(int gates, int hidden, ComputeType compute_type, Pass 
   l.blocks = blocks;
   l.rows = rows;
   l.warps = warps;
-  l.units = round_up(ceil_div(hidden, blocks), group_columns(mma));
+  l.units = round_up(ceil_div(hidden, blocks), least_columns(mma));
   l.slice = (pass == Pass::forward ? 1 : gates) * l.units;
-  const int chunk = chunk_bytes(mma) / operand_bytes(compute_type);
+  const int chunk = chunk_bytes(mma, pass) / operand_bytes(compute_type);
   l.depth = round_up((pass == Pass::backward_scatter ? 1 : blocks) * l.slice, chunk);
   l.chunks = l.depth / chunk;
   l.columns = (pass == Pass::forward ? gates : pass == Pass::backward_gather ? 1 : blocks) * l.units;
-  l.groups = l.columns / group_columns(mma);
+  l.groups = ceil_div(l.columns, group_columns(mma, pass));
   l.splits = std::max(1, std::min(l.chunks, warps / l.groups));
   l.group_warps = warps / l.splits;
   l.groups_per_warp = ceil_div(l.groups, l.group_warps);
   l.chunks_per_warp = ceil_div(l.chunks, l.splits);
-  l.apart = l.splits * chunk_bytes(mma);
+  l.apart = l.splits * chunk_bytes(mma, pass);
   // Eight lanes, over two rows, then read 128 bytes that lie in different banks.
   l.stride = round_up(l.depth * operand_bytes(compute_type), 128) + 64;
   l.slots = std::max(0, l.groups_per_warp * l.chunks_per_warp - register_chunks(mma, sum_bytes(compute_type)));

@@ -56,7 +56,8 @@ struct GroupChunks {
   RNNFAST_DEVICE int first_after(int in_registers) const { return first < in_registers ? in_registers : first; }
 };
 
-// Sums COUNT values over the warp in a fixed tree; lane l ends up with the sum of value l * COUNT / 32 in v[0].
+// Sums COUNT values over 2 * OFFSET neighbouring lanes in a fixed tree; the l-th of them ends up with the sums of values
+// l * COUNT / (2 * OFFSET) and on.
 template <int COUNT, int OFFSET, class Sum>
 RNNFAST_DEVICE void reduce_scatter(Sum* v) {
   if constexpr (OFFSET > 0) {
@@ -76,15 +77,15 @@ RNNFAST_DEVICE void reduce_scatter(Sum* v) {
 }
 
 // On plain arithmetic: a lane multiplies its 8 bytes of each chunk, for up to MOST_ROWS (4 or 5) rows and eight columns at a time:
-// weights in shared memory are read once for all of them.
-template <class M, int MOST_ROWS>
+// weights in shared memory are read once for all of them. LANES lanes split a chunk; the next take the next eight columns.
+template <class M, int MOST_ROWS, int LANES>
 class PlainProduct {
  public:
   static constexpr int kVector = 8 / sizeof(typename M::Sum);  // values of a lane's vector
 
  private:
   using Sum = typename M::Sum;
-  static constexpr int kColumns = group_columns(false);
+  static constexpr int kColumns = kLaneColumns, kGroup = kColumns * 32 / LANES, kChunk = 8 * LANES;  // columns, columns, bytes
   static constexpr int kRegisterChunks = register_chunks(false, sizeof(Sum));
   struct alignas(8) Vector {
     Sum at[kVector];
@@ -104,7 +105,7 @@ class PlainProduct {
     hw::hold(first);  // so that what follows from it is computed here, and takes no registers meanwhile
     const GroupChunks of_group(l, split, first);
     Sum sums[ROWS * kColumns] = {};
-    hw::Address from = operand + of_group.before * 256;
+    hw::Address from = operand + of_group.before * kChunk;
     if (of_group.first < kRegisterChunks) {
 #pragma unroll
       for (int m = 0; m < kRegisterChunks; ++m) {
@@ -139,20 +140,26 @@ class PlainProduct {
         for (int r = 0; r < ROWS; ++r) multiply_add(sums[r * kColumns + c], w, x[r]);
       }
     }
-    hand_over<ROWS>(split, group, row, sums, put);
+    hand_over<ROWS>(l, split, group, row, sums, put);
   }
 
   // Sums are halved from step to step of their reduction: rows go by powers of two, and each sum's tree is the same in all.
   template <int ROWS, class Put>
-  RNNFAST_DEVICE void hand_over(int split, int group, int row, Sum* sums, Put put) {
+  RNNFAST_DEVICE void hand_over(const Layout& l, int split, int group, int row, Sum* sums, Put put) {
     constexpr int kRows = ROWS >= 4 ? 4 : ROWS >= 2 ? 2 : 1;
-    reduce_scatter<kRows * kColumns, 16>(sums);
-    constexpr int kCopies = 32 / (kRows * kColumns);  // lanes that hold the same sum
+    reduce_scatter<kRows * kColumns, LANES / 2>(sums);
+    constexpr int kSums = kRows * kColumns;
+    constexpr int kCopies = LANES > kSums ? LANES / kSums : 1;  // lanes that hold the same sum
+    constexpr int kHeld = LANES > kSums ? 1 : kSums / LANES;    // sums that a lane holds
     int lane = hw::lane();
     hw::hold(lane);
-    const int index = lane / kCopies;
-    if (lane % kCopies == 0) put(split, row + index / kColumns, group * kColumns, index % kColumns, sums[0]);
-    if constexpr (ROWS > kRows) hand_over<ROWS - kRows>(split, group, row + kRows, sums + kRows * kColumns, put);
+    const int first = group * kGroup + lane / LANES * kColumns, index = lane % LANES / kCopies * kHeld;
+    if (lane % kCopies == 0 && (kGroup == kColumns || first < l.columns)) {
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i)
+        put(split, row + (index + i) / kColumns, first, (index + i) % kColumns, sums[i]);
+    }
+    if constexpr (ROWS > kRows) hand_over<ROWS - kRows>(l, split, group, row + kRows, sums + kRows * kColumns, put);
   }
 
  public:
@@ -165,10 +172,10 @@ class PlainProduct {
     const WarpShare share(l);
     // The lane's vectors of a chunk, of all columns of a group.
     const auto read = [&](int group, int chunk, bool used, Vector (&w)[kColumns]) {
-      const int k = (chunk * 32 + hw::lane()) * kVector;
+      const int k = (chunk * LANES + hw::lane() % LANES) * kVector, first = group * kGroup + hw::lane() / LANES * kColumns;
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
-        const auto from = run(group * kColumns + c, k);
+        const auto from = run(first + c, k);
         if (whole) {
           w[c] = used && from.count > 0 ? *reinterpret_cast<const Vector*>(from.first) : Vector{};
         } else {
@@ -199,7 +206,7 @@ class PlainProduct {
     hw::Address operand;
   };
   RNNFAST_DEVICE Begun begin(const Layout& l, const char* operand) const {
-    return {WarpShare(l), hw::address(operand + hw::lane() * 8)};
+    return {WarpShare(l), hw::address(operand + hw::lane() % LANES * 8)};
   }
 
   template <class Put>
@@ -404,16 +411,16 @@ RNNFAST_DEVICE bool in_vectors(const Stored* matrix, int columns) {
   return columns % Product::kVector == 0 && reinterpret_cast<uintptr_t>(matrix) % (Product::kVector * sizeof(Stored)) == 0;
 }
 
-template <class M, int MOST_ROWS, bool TENSOR_CORES>
+template <class M, int MOST_ROWS, int LANES, bool TENSOR_CORES>
 struct ChooseProduct {
-  using Type = PlainProduct<M, MOST_ROWS>;
+  using Type = PlainProduct<M, MOST_ROWS, LANES>;
 };
-template <class M, int MOST_ROWS>
-struct ChooseProduct<M, MOST_ROWS, true> {
+template <class M, int MOST_ROWS, int LANES>
+struct ChooseProduct<M, MOST_ROWS, LANES, true> {
   using Type = TensorCoreProduct<M>;
 };
 // Five rows at once leave a cluster's kernels without a spill, and no others.
-template <class M, Exchange EXCHANGE>
-using Product = typename ChooseProduct<M, EXCHANGE == Exchange::cluster ? 5 : 4, M::kTensorCores>::Type;
+template <class M, Exchange EXCHANGE, Pass PASS>
+using Product = typename ChooseProduct<M, EXCHANGE == Exchange::cluster ? 5 : 4, depth_lanes(PASS), M::kTensorCores>::Type;
 
 }  // namespace rnnfast::cuda

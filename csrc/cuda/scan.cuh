@@ -36,7 +36,7 @@ RNNFAST_DEVICE void scan_forward(const ScanParams& p) {
   X<typename M::Operand> exchange(p, shared);
   BlockSums<Sum> sums(p, shared);
 
-  using ItsProduct = Product<M, X<typename M::Operand>::kKind>;
+  using ItsProduct = Product<M, X<typename M::Operand>::kKind, Pass::forward>;
   ItsProduct product;
   const Stored* w_hh = static_cast<const Stored*>(p.w_hh) + int64_t{walk.lane} * kGates * p.hidden * p.hidden;
   product.load(l, shared, in_vectors<ItsProduct>(w_hh, p.hidden), [&](int column, int k) -> WeightRun<Stored> {
@@ -136,8 +136,8 @@ RNNFAST_DEVICE void scan_backward(const ScanParams& p) {
   using Sum = typename M::Sum;
   using Operand = typename M::Operand;
   constexpr int kGates = gates_of(KIND);
-  constexpr bool kScatter =
-      pass_of(X<Operand>::kKind, kGates, sizeof(Operand), sizeof(Sum), M::kTensorCores, true) == Pass::backward_scatter;
+  constexpr Pass kPass = pass_of(X<Operand>::kKind, kGates, sizeof(Operand), sizeof(Sum), M::kTensorCores, true);
+  constexpr bool kScatter = kPass == Pass::backward_scatter;
   constexpr bool kRoomyHere = kRoomy<M> && PAIRS == 1;  // a pair takes more registers than forward
   const Layout& l = p.layout;
   char* shared = hw::shared_memory();
@@ -147,7 +147,7 @@ RNNFAST_DEVICE void scan_backward(const ScanParams& p) {
   std::conditional_t<kScatter, BlockExchange<Operand>, X<Operand>> exchange(p, shared);
   std::conditional_t<kScatter, ClusterSums<Sum>, BlockSums<Sum>> sums(p, shared);
 
-  using ItsProduct = Product<M, X<typename M::Operand>::kKind>;
+  using ItsProduct = Product<M, X<Operand>::kKind, kPass>;
   ItsProduct product;
   const Stored* w_hh = static_cast<const Stored*>(p.w_hh) + int64_t{walk.lane} * kGates * p.hidden * p.hidden;
   const int first_unit = kScatter ? 0 : team.rank * l.units;  // of the columns
