@@ -7,6 +7,7 @@ the dispatcher and hands transforms on.
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -40,10 +41,18 @@ class Function(_SingleLevelFunction):
 
 
 class _Hooks(OrderedDict[int, Callable[[Tensor], Any]]):
-    """A tensor's hooks, which are not called where there is no gradient."""
+    """A tensor's hooks, which are not called where there is no gradient.
+
+    But for those of `register_multi_grad_hook`, which count the calls that autograd makes, with None as with gradients.
+    """
 
     def __setitem__(self, key: int, hook: Callable[[Tensor], Any]) -> None:
-        super().__setitem__(key, lambda gradient: None if gradient is None else hook(gradient))
+        @functools.wraps(hook)
+        def called(gradient: Tensor | None) -> Any:
+            return None if gradient is None else hook(gradient)
+
+        counts = getattr(hook, "__module__", None) == torch.autograd.graph.__name__
+        super().__setitem__(key, hook if counts else called)
 
 
 def results_have_nodes_of_their_own(function: type[Function]) -> type[Function]:
@@ -124,6 +133,7 @@ class Scan(Function):
         return (None, *(d if need else None for d, need in zip(gradients, needs, strict=True)), *rest)
 
 
+@results_have_nodes_of_their_own
 class ScanBackward(Function):
     """A backward scan: apply(formula, the operator's arguments...).
 

@@ -351,15 +351,17 @@ def _run(layer: Any, data: Tensor, hx: Any, batch_sizes: Tensor | None) -> tuple
     weights = functional.lane_weights(layer)
     # Within a transform a layer does not hold the weights that it is given: of another dtype, the operator checks them.
     has_features = data.is_floating_point() or data.is_complex()
-    own_checks = has_features and inputs.has_own_checks(type(layer))
-    if has_features and not own_checks and layer._flat_weights[0].dtype == weights[0].w_ih.dtype:
+    checked = has_features and layer._flat_weights[0].dtype == weights[0].w_ih.dtype
+    own_checks = checked and inputs.has_own_checks(type(layer))
+    if checked and not own_checks:
         layer.check_input(data, batch_sizes)
     if hx is None:
         hx = _zero_state(layer, _batch(data, batch_sizes), weights[0].w_hh.dtype, data.device)
     elif batch_sizes is None or sequences.is_known(batch_sizes):  # else the operator looks when it runs
         _check_state_size(layer, hx, _batch(data, batch_sizes))
     if own_checks:
-        layer.check_forward_args(data, hx, batch_sizes)
+        as_given = data.transpose(0, 1) if layer.batch_first and batch_sizes is None else data
+        layer.check_forward_args(as_given, hx, batch_sizes)
     data, hx, weights = _autocast(data, hx, weights)
     result: tuple[Tensor, Any] = _FUNCTIONS[layer.mode](
         data,

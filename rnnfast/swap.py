@@ -39,6 +39,7 @@ _TAKING_PART = (
     "check_input",
     "check_forward_args",
     "get_expected_hidden_size",
+    "get_expected_cell_size",
     "check_hidden_size",
     "permute_hidden",
     "_update_flat_weights",

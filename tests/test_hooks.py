@@ -185,3 +185,26 @@ def assert_hooks_are_called(module: nn.Module, results: Any, used: int) -> None:
     found = torch.autograd.grad(results[used].sum(), weights)
     assert called == [used, used]
     torch.testing.assert_close(found, tuple(0.25 * gradient for gradient in expected))
+
+
+@pytest.mark.parametrize("used", [(0,), (1,), (2,), (0, 2), (0, 1, 2)])
+def test_a_hook_on_several_results_is_called_with_those_that_are_used(used: tuple[int, ...]) -> None:
+    layer, input = rnnfast.LSTM(INPUTS, HIDDEN), torch.randn(STEPS, BATCH, INPUTS)
+    for _ in range(3):
+        output, states = layer(input)
+        results, seen = (output, *states), []
+        torch.autograd.graph.register_multi_grad_hook(
+            results, lambda gradients, seen=seen: seen.append([g is not None for g in gradients])
+        )
+        torch.stack([results[index].sum() for index in used]).sum().backward()
+        assert seen == [[index in used for index in range(3)]]
+
+
+def test_gradients_of_gradients_are_hooked_likewise() -> None:
+    layer, input = rnnfast.LSTM(INPUTS, HIDDEN, bidirectional=True), torch.randn(STEPS, BATCH, INPUTS)
+    states = [torch.randn(2, BATCH, HIDDEN, requires_grad=True) for _ in range(2)]
+    d_h_0, d_c_0 = torch.autograd.grad(layer(input, tuple(states))[0].pow(2).sum(), states, create_graph=True)
+    seen: list[Tensor | None] = []
+    d_c_0.register_hook(seen.append)
+    d_h_0.sum().backward()
+    assert seen == []

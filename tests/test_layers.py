@@ -223,25 +223,34 @@ def errors() -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("name", ["GRU", "LSTM"])
-def test_a_subclass_makes_its_own_checks_in_every_call(name: str) -> None:
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_subclass_makes_its_own_checks_in_every_call(name: str, batch_first: bool) -> None:
     class Checked(getattr(rnnfast, name)):  # type: ignore[misc]
         def check_forward_args(self, input: Tensor, hidden: Any, batch_sizes: Tensor | None) -> None:
             super().check_forward_args(input, hidden, batch_sizes)
+            seen.append(input.shape)
             if not input.isfinite().all():
                 raise ValueError("infinite input")
 
-    layer, input = Checked(3, 4), torch.randn(5, 2, 3)
+    seen: list[torch.Size] = []
+    layer, input = Checked(3, 4, batch_first=batch_first), torch.randn(5, 2, 3)
+    packed, of_infinities = (pack_padded_sequence(x, torch.tensor([2, 1, 1, 1, 1]), True) for x in (input, input / 0))
     for _ in range(3):
         layer(input)
-        layer(nn.utils.rnn.pack_padded_sequence(input, torch.tensor([5, 2])))
+        layer(input[0])
+        layer(packed)
         layer(torch.zeros(5, 2, dtype=torch.long))
         with torch.no_grad():
             layer(input)
-        with pytest.raises(ValueError, match="infinite input"):
-            layer(input / 0)
-        with pytest.raises(ValueError, match="infinite input"):
-            layer(nn.utils.rnn.pack_padded_sequence(input / 0, torch.tensor([5, 2])))
+        for wrong in (input / 0, of_infinities):
+            with pytest.raises(ValueError, match="infinite input"):
+                layer(wrong)
+    unbatched = (1, 2, 3) if batch_first else (2, 1, 3)
+    assert seen == 3 * [input.shape, unbatched, packed.data.shape, input.shape, input.shape, packed.data.shape]
+    # Within a transform the weights may have another type than the layer's, as torch's check of the input sees it.
+    weights = {key: value.double() for key, value in layer.named_parameters()}
+    torch.func.grad(lambda w: torch.func.functional_call(layer, w, (input.double(),))[0].sum())(weights)
 
 
 @pytest.mark.parametrize(("input", "state", "error", "message"), errors())
