@@ -18,7 +18,7 @@ def _evaluate(device: torch.device, name: str, x: torch.Tensor) -> torch.Tensor:
 
     y = torch.empty_like(x, device=device)
     kernels.evaluate[(triton.cdiv(x.numel(), 1024),)](
-        x.to(device), y, x.numel(), FUNCTION=getattr(kernels, name), BLOCK=1024
+        x.to(device), y, x.numel(), FUNCTION=getattr(kernels, name), BLOCK=1024, enable_fp_fusion=True
     )
     return y.cpu()
 
@@ -27,17 +27,19 @@ def _evaluate(device: torch.device, name: str, x: torch.Tensor) -> torch.Tensor:
 def test_accuracy(device, name):
     """From the smallest values (relative accuracy near 0) to saturation, tanh is within 4 ulp of float64.
 
-    A GPU's exp(x) is a power of 2 whose exponent, x log2(e), is rounded to float32: x is off by up to half an ulp,
-    which makes exp(x) off by up to |x| ulp. sigmoid is exp(x) for x << 0; in tanh it disappears beside 1. That power
-    of 2, 1 + exp and the quotient make up to 6 ulp. A GPU's power of 2 is 0 where it is subnormal, and sigmoid with it.
+    A GPU's exp(x) is a power of 2 whose exponent, x log2(e), is rounded to float32, as log2(e) itself is: that makes
+    exp(x) off by up to 1.25 |x| ulp. sigmoid is exp(x) for x << 0; in tanh it disappears beside 1. That power of 2,
+    1 + exp and the quotient make up to 8 ulp. A GPU's power of 2 is 0 where it is subnormal, and sigmoid with it.
     """
-    magnitude = torch.cat((torch.logspace(-37, 2, 4000), torch.linspace(0.3, 10, 4000)))
+    magnitude = torch.cat(
+        (torch.logspace(-37, 2, 4000), torch.linspace(0.3, 10, 4000), torch.linspace(44.3, 44.8, 4000))
+    )
     x = torch.cat((magnitude, -magnitude))
     truth = getattr(torch, name)(x.double())
     rounded = truth.abs().float()
     ulp = (torch.nextafter(rounded, torch.tensor(torch.inf)) - rounded).double()
     error = (_evaluate(device, name, x).double() - truth).abs()
-    bound = 6 + x.abs() if name == "sigmoid" else 4
+    bound = 8 + 1.25 * x.abs() if name == "sigmoid" else 4
     subnormal = truth.abs() < torch.finfo(x.dtype).tiny
     assert (error <= torch.where(subnormal, truth.abs(), bound * ulp)).all()
 

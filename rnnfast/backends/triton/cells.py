@@ -23,7 +23,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 @triton.jit
 def sigmoid(x):
     # A power of a negative number only, so nothing overflows.
-    e = tl.exp2(-LOG2_E * tl.abs(x))
+    e = tl.exp2(tl.abs(x) * -LOG2_E)
     return tl.where(x >= 0, 1.0, e) / (1.0 + e)
 
 
@@ -31,17 +31,17 @@ def sigmoid(x):
 def tanh(x):
     """Within 4 ulp everywhere: near 0 the exponential formula cancels, so there an odd polynomial takes over.
 
-    The polynomial x + x^3 Q(x^2) is our own minimax fit of the relative error on |x| < 0.625 (4.4e-9 before rounding).
+    The polynomial x + x^3 Q(x^2) is our own minimax fit of the relative error on |x| < 0.75 (3.3e-8 before rounding).
     """
-    e = tl.exp2(-2.0 * LOG2_E * tl.abs(x))
+    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2_E))
     root = tl.rsqrt(1.0 + e)  # one instruction of a GPU, where a division takes five
     large = 1.0 - 2.0 * e * (root * root)
     y = x * x
-    q = -0.005705245155035706 * y + 0.02063930618245
-    q = q * y - 0.05373977767734933
-    q = q * y + 0.13331442879265681
-    q = q * y - 0.33333281963627875
-    return tl.where(tl.abs(x) < 0.625, x + x * (y * q), tl.where(x < 0, -large, large))
+    q = -0.004769489634782076 * y + 0.019664913415908813
+    q = q * y - 0.0533902570605278
+    q = q * y + 0.13326521217823029
+    q = q * y - 0.3333306908607483
+    return tl.where(tl.abs(x) < 0.75, x + x * (y * q), tl.where(x < 0, -large, large))
 
 
 @triton.jit

@@ -148,9 +148,12 @@ def _launch_steps(
 
 
 def _run_at_once(how: Plan, shape: ScanShape, device: torch.device) -> bool:
-    """Whether all programs surely run at the same time: one on each multiprocessor. The interpreter's take turns."""
+    """Whether all programs surely run at the same time: one on each multiprocessor. The interpreter's take turns.
+
+    Not on AMD: there a barrier waits for no stores, and a release, one thread's, for those of its own wave alone.
+    """
     count = programs(how, shape.hidden, shape.batch, shape.lanes)
-    return device.type == "cuda" and count <= card(device).multiprocessors
+    return device.type == "cuda" and torch.version.hip is None and count <= card(device).multiprocessors
 
 
 forward = partial(gpu_scan.forward, "triton", DTYPES, scan_forward)

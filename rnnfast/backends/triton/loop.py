@@ -170,7 +170,7 @@ class Loop:
         """Makes the buffers ready for a scan that starts from h and c."""
         numbers = [0 if tensor is None else tensor.data_ptr() for tensor in addresses]
         numbers += [0] * (gates.ADDRESSES - len(numbers))
-        gates.begin[(1,)](self.table, shape.steps, shape.rows, *numbers, num_warps=1)
+        gates.begin[(1,)](self.table, shape.steps, shape.rows, *numbers, num_warps=1, enable_fp_fusion=True)
         if self.graph is None:
             self.w_hh = w_hh
         else:
