@@ -27,7 +27,8 @@ struct Walk {
     hw::hold(i);  // or what follows from it is kept from step to step
     const bool there = static_cast<unsigned>(i) < static_cast<unsigned>(p.steps);
     const int t = reversed ? p.steps - 1 - i : i;
-    int row = t * p.batch + batch_row;
+    // Unsigned: of a packed batch, which does not use it, it may be more than an int holds.
+    int row = static_cast<int>(static_cast<unsigned>(t) * p.batch + batch_row);
     if (p.offsets && there) {
       row = static_cast<int>(p.offsets[t]) + batch_row;
       if (row >= static_cast<int>(p.offsets[t + 1])) row = -1;

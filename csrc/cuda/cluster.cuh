@@ -34,8 +34,10 @@ class Arrivals {
 
   // Bytes may arrive before they are expected: the phase stays open for the last thread's own arrival, which is the likeliest to be
   // early, for it takes a pair only where all do.
-  RNNFAST_DEVICE void wait(int step, int bytes) {
+  RNNFAST_DEVICE void expect(int step, int bytes) {
     if (expects_) hw::mbarrier_expect(of(step), bytes);
+  }
+  RNNFAST_DEVICE void wait(int step) {
     const Watchdog watchdog;
     while (!hw::mbarrier_try_wait(of(step), (step - 1) >> 1 & 1))
       watchdog.look("what the cluster's blocks send did not arrive for step", step);
@@ -88,9 +90,7 @@ class ClusterExchange {
 
   RNNFAST_DEVICE void start() { arrivals_.start(); }
 
-  RNNFAST_DEVICE void wait(int step) {
-    arrivals_.wait(step, layout_.blocks * layout_.rows * layout_.slice * int{sizeof(Operand)});
-  }
+  RNNFAST_DEVICE void wait(int step) { arrivals_.wait(step); }
 
   RNNFAST_DEVICE hw::Address place(int row, int k) {
     return hw::address(here(0) + row * layout_.stride + (k - first()) * sizeof(Operand));
@@ -108,7 +108,10 @@ class ClusterExchange {
     }
   }
 
-  RNNFAST_DEVICE void sent(int) {}
+  // Before what is stored and fetched, for which no peer's values should wait.
+  RNNFAST_DEVICE void sent(int step) {
+    arrivals_.expect(step, layout_.blocks * layout_.rows * layout_.slice * int{sizeof(Operand)});
+  }
 
   // A block's shared memory must outlive its peers' stores.
   RNNFAST_DEVICE void finish() { hw::cluster_barrier(); }
@@ -142,7 +145,8 @@ class ClusterSums {
   }
 
   RNNFAST_DEVICE void wait(int step) {
-    arrivals_.wait(step, parts() * layout_.rows * layout_.units * int{sizeof(Sum)});
+    arrivals_.expect(step, parts() * layout_.rows * layout_.units * int{sizeof(Sum)});
+    arrivals_.wait(step);
   }
 
   RNNFAST_DEVICE const Sum* find(int step, int row, int unit) const { return part(step, 0, row, unit); }

@@ -119,8 +119,7 @@ ScanParams make_params(const Tensor& h_0, const Tensor& output, const OptionalTe
 // `team` is kernel, blocks, rows and warps, as in `Plan.team` of rnnfast/backends/cuda/launch.py.
 void run(ScanParams& p, const Tensor& h_0, Cell cell, ComputeType compute_type, bool backward, const Ints& team) {
   const auto kernel = static_cast<Kernel>(team.at(0));
-  const Pass pass = pass_of(kernel, {cell, p.hidden, p.batch, p.lanes, compute_type, backward});
-  p.layout = make_layout(gate_count(cell), p.hidden, compute_type, pass, static_cast<int>(team.at(1)),
+  p.layout = make_layout(gate_count(cell), p.hidden, compute_type, exchange_of(kernel), backward, static_cast<int>(team.at(1)),
                          static_cast<int>(team.at(2)), static_cast<int>(team.at(3)));
   const Layout& l = p.layout;
   if (const char* reason = flaw(l, compute_type)) STD_TORCH_CHECK(false, "no scan can be run so: ", reason);

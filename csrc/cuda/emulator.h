@@ -58,7 +58,7 @@ constexpr int kWarp = 32;
 constexpr int kIdleRounds = 1000;
 constexpr int kMostBytes = (1 << 20) - 1;  // that an mbarrier may wait for, or be ahead by
 
-enum class WarpWide { none, shuffle, barrier, mma };
+enum class WarpWide { none, shuffle, keep, barrier, mma };
 
 // What a warp's lanes lay down for one another. Two sets, used in turn: a lane may run one instruction ahead.
 struct Warp {
@@ -263,8 +263,8 @@ inline uint64_t (*exchange(WarpWide instruction, Write write))[6] {
   if (warp.arrived == 0) of_all = instruction;
   if (of_all != instruction) machine()->failure = "the lanes of a warp are at different warp-wide instructions";
   write(values[self->thread % kWarp]);
-  // Of mma, nothing says that it orders memory; that a shuffle does is more than CUDA promises.
-  meet(warp.arrived, warp.generation, kWarp, instruction != WarpWide::mma);
+  // Of mma and keep(), nothing says that they order memory; that a shuffle does is more than CUDA promises.
+  meet(warp.arrived, warp.generation, kWarp, instruction == WarpWide::shuffle || instruction == WarpWide::barrier);
   return values;
 }
 
@@ -401,7 +401,9 @@ inline Vec16 load_vector(const void* from) {
 template <class Word>
 void hold(Word&) {}
 template <class Word>
-void keep(Word&) {}
+void keep(Word&) {
+  emulator::exchange(emulator::WarpWide::keep, [](uint64_t*) {});
+}
 
 using Address = uint32_t;
 inline Address address(const void* shared) { return static_cast<Address>(static_cast<const char*>(shared) - shared_memory()); }

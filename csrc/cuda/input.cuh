@@ -18,13 +18,13 @@ class Inputs {
   const Walk& walk_;
   const Layout& layout_;
   const Shares<kRoomy<M>, true> shares_;
-  Sum* input_;    // of a step and of the next, (2, rows, sum_stride)
+  Sum* input_;    // of a step and of the next, (2, rows, sum_stride); across the grid of one at a time
   int64_t* ids_;  // of the two steps that were found last, (2, rows)
   int* rows_;     // (kRows, rows + 1)
   Input<M, KIND> found_[PAIRS];
 
   RNNFAST_DEVICE Sum* place(int step, int row, int column) const {
-    return input_ + (step & 1) * layout_.sums_apart + row * layout_.sum_stride + column;
+    return input_ + (step & 1) * layout_.inputs_apart + row * layout_.sum_stride + column;
   }
   RNNFAST_DEVICE int* row_place(int step, int row) const { return rows_ + (step & (kRows - 1)) * (layout_.rows + 1) + row; }
   RNNFAST_DEVICE int64_t* id(int step, int row) const { return ids_ + (step & 1) * layout_.rows + row; }
@@ -81,7 +81,7 @@ class Inputs {
   // Where a pair's input is in the first buffer, and a gate's of a step.
   RNNFAST_DEVICE const Sum* find(const Share& share) const { return place(0, share.row, share.unit); }
   RNNFAST_DEVICE Sum of(int step, const Sum* found, int gate) const {
-    return found[(step & 1) * layout_.sums_apart + gate * layout_.units];
+    return found[(step & 1) * layout_.inputs_apart + gate * layout_.units];
   }
 };
 

@@ -75,14 +75,17 @@ struct Layout {
   int rows_at_once;                   // rows whose pairs the threads take side by side
   int slots;                          // chunks that a warp keeps in shared memory
   int sum_stride, sums_apart;         // from one row of the block's own sums to the next, and from one split's to the next
+  int inputs_apart;                   // from the input of one step to the next's, 0 where they share a buffer
   int sums_at, operand_at, barrier_at, bias_at, input_at, id_at, row_at, shared_bytes;
 };
 
 inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 inline int round_up(int a, int b) { return ceil_div(a, b) * b; }
 
-inline Layout make_layout(int gates, int hidden, ComputeType compute_type, Pass pass, int blocks, int rows, int warps) {
+inline Layout make_layout(int gates, int hidden, ComputeType compute_type, Exchange exchange, bool backward, int blocks, int rows,
+                          int warps) {
   const bool mma = tensor_cores(compute_type);
+  const Pass pass = pass_of(exchange, gates, operand_bytes(compute_type), sum_bytes(compute_type), mma, backward);
   Layout l{};
   l.blocks = blocks;
   l.rows = rows;
@@ -119,10 +122,12 @@ inline Layout make_layout(int gates, int hidden, ComputeType compute_type, Pass 
   l.pieces = blocks * l.slice * operand_bytes(compute_type) / 16;
   l.per_piece = 1.0f / l.pieces;
   l.bias_at = l.barrier_at + 16;
-  // Forward, b_hh of each column; what the input adds to it, for two steps, laid out as the sums; the rows' token ids, for two steps;
-  // and the rows of four steps, with one behind each that is never there.
+  // Forward, b_hh of each column; what the input adds to it, for two steps, laid out as the sums (for one across the grid, where a
+  // barrier lies between a step's cell and the next one's fetch); the rows' token ids, for two steps; and the rows of four steps,
+  // with one behind each that is never there.
+  l.inputs_apart = exchange == Exchange::grid ? 0 : l.sums_apart;
   l.input_at = l.bias_at + l.columns * sum_bytes(compute_type);
-  l.id_at = l.input_at + 2 * l.sums_apart * sum_bytes(compute_type);
+  l.id_at = l.input_at + (l.sums_apart + l.inputs_apart) * sum_bytes(compute_type);
   l.row_at = l.id_at + 2 * rows * 8;
   l.shared_bytes = pass == Pass::forward ? l.row_at + 4 * (rows + 1) * 4 : l.bias_at;
   return l;

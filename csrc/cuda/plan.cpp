@@ -64,7 +64,7 @@ Layout check_layout(const Problem& p, const DeviceLimits& d, Kernel kernel, int 
     why_not = "a team has a block, a row and a warp at least";
     return {};
   }
-  const Layout l = make_layout(gate_count(p.cell), p.hidden, p.compute_type, pass_of(kernel, p), blocks, rows, warps);
+  const Layout l = make_layout(gate_count(p.cell), p.hidden, p.compute_type, exchange_of(kernel), p.backward, blocks, rows, warps);
   const int64_t all_blocks = blocks * all_teams(p, rows);
   why_not.clear();
   if (const char* reason = flaw(l, p.compute_type))

@@ -25,10 +25,11 @@ struct Problem {
 enum class Kernel { block, cluster, grid, steps };
 
 // What the scan of a problem exchanges on this kernel, which is not Kernel::steps.
+inline Exchange exchange_of(Kernel kernel) {
+  return kernel == Kernel::block ? Exchange::block : kernel == Kernel::cluster ? Exchange::cluster : Exchange::grid;
+}
 inline Pass pass_of(Kernel kernel, const Problem& p) {
-  const Exchange exchange =
-      kernel == Kernel::block ? Exchange::block : kernel == Kernel::cluster ? Exchange::cluster : Exchange::grid;
-  return pass_of(exchange, gate_count(p.cell), operand_bytes(p.compute_type), sum_bytes(p.compute_type),
+  return pass_of(exchange_of(kernel), gate_count(p.cell), operand_bytes(p.compute_type), sum_bytes(p.compute_type),
                  tensor_cores(p.compute_type), p.backward);
 }
 

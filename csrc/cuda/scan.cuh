@@ -112,7 +112,7 @@ RNNFAST_DEVICE void scan_forward(const ScanParams& p) {
 #pragma unroll
     for (int j = 0; j < PAIRS; ++j)
       if (rows[j] >= 0) pairs[j].store(walk, rows[j], shares[j].at, saved[j]);
-    if (++step == p.steps) break;
+    if (++step >= p.steps) break;
     // On its way while what the peers send is, and while it is multiplied.
     inputs.fetch(step);
     if constexpr (!kRoomy<M>) begun = product.begin(l, exchange.here(step));

@@ -96,7 +96,8 @@ void absent_peer(uint32_t* flags, int step) {
 void absent_bytes() {
   Arrivals arrivals(Layout{}, hw::shared_memory());
   arrivals.start();
-  arrivals.wait(1, 4);
+  arrivals.expect(1, 4);
+  arrivals.wait(1);
 }
 
 }  // namespace
