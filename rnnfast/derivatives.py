@@ -55,11 +55,10 @@ class _Hooks(OrderedDict[int, Callable[[Tensor], Any]]):
         super().__setitem__(key, hook if counts else called)
 
 
-def results_have_nodes_of_their_own(function: type[Function]) -> type[Function]:
-    """Hooks on a result, where only others are used, are not called, as if each came from a function of its own.
+def hooks_skip_unused_results(function: type[Function]) -> type[Function]:
+    """A decorator: hooks on a result, where only others are used, are not called, rather than with None.
 
-    Of a function with several results, autograd calls them with None. `Tensor.register_hook` asks the result's node to
-    take the dict that its hooks are in.
+    `Tensor.register_hook` asks the result's node to take the dict that its hooks are in.
     """
     node: Any = function._backward_cls
     take = node._register_hook_dict
@@ -90,7 +89,7 @@ class Formula:
     weights: tuple[int, ...]
 
 
-@results_have_nodes_of_their_own
+@hooks_skip_unused_results
 class Scan(Function):
     """A forward scan: apply(formula, the operator's arguments...)."""
 
@@ -133,7 +132,7 @@ class Scan(Function):
         return (None, *(d if need else None for d, need in zip(gradients, needs, strict=True)), *rest)
 
 
-@results_have_nodes_of_their_own
+@hooks_skip_unused_results
 class ScanBackward(Function):
     """A backward scan: apply(formula, the operator's arguments...).
 

@@ -10,6 +10,15 @@ from torch.nn.utils.rnn import PackedSequence
 
 from rnnfast import sequences
 
+# torch.nn's methods that look at what a layer is given.
+CHECKS = (
+    "check_input",
+    "check_forward_args",
+    "check_hidden_size",
+    "get_expected_hidden_size",
+    "get_expected_cell_size",
+)
+
 
 def check_kind(input: Any, lengths: Any = None, reset: Any = None, reset_to: Any = None) -> None:
     """Raises TypeError or ValueError unless the input is of a kind that a layer takes, and the others go with it."""
@@ -116,16 +125,7 @@ def map_state(state: Any, function: Callable[..., Tensor], *others: Any) -> Any:
     return function(state, *others)
 
 
-_CHECKS = (
-    "check_input",
-    "check_forward_args",
-    "check_hidden_size",
-    "get_expected_hidden_size",
-    "get_expected_cell_size",
-)
-
-
 def has_own_checks(kind: type) -> bool:
     """Whether a class derived from torch.nn's layers has checks of its own, which its calls must make."""
     base = next((base for base in (nn.LSTM, nn.GRU, nn.RNN) if issubclass(kind, base)), None)
-    return base is not None and any(getattr(kind, name, None) is not getattr(base, name, None) for name in _CHECKS)
+    return base is not None and any(getattr(kind, name, None) is not getattr(base, name, None) for name in CHECKS)

@@ -20,6 +20,7 @@ from torch import nn
 
 from rnnfast import cell_modules, compiling, dispatch, layers
 from rnnfast.direct.plans import all_plans
+from rnnfast.inputs import CHECKS
 
 _OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.RNN: layers.RNN,
@@ -36,11 +37,7 @@ _METHODS = "forward", "step", "states", "__prepare_scriptable__"
 # What of a class takes part in a call: a subclass that changes none of it computes what torch.nn's does.
 _TAKING_PART = (
     "forward",
-    "check_input",
-    "check_forward_args",
-    "get_expected_hidden_size",
-    "get_expected_cell_size",
-    "check_hidden_size",
+    *CHECKS,
     "permute_hidden",
     "_update_flat_weights",
     "_weights_have_changed",

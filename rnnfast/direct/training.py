@@ -115,7 +115,7 @@ def _empty_like(tensor: Tensor) -> Tensor:
     )
 
 
-@derivatives.results_have_nodes_of_their_own
+@derivatives.hooks_skip_unused_results
 class _Scan(derivatives.Function):
     """One layer of one direction: `derivatives.Scan` of the cpu backend, but a call each forward and backward.
 
