@@ -65,8 +65,8 @@ class BlockExchange {
 //   put(step, split, row, first, column, sum)   a sum of the product, from the warp that has it: of a column of the group that
 //                                      begins at the `first`, all of whose columns are of one block's units
 //   wait(step)                         all sums of the step are there
-//   find(step, row, column)            where a sum's parts are: found before they are, as a place is
-//   of(found)                          the sum
+//   find(row, column)                  where a sum's parts are, in the first buffer: found before they are, as a place is
+//   of(step, found)                    the sum
 //   finish()                           before the block ends
 //
 // The block's own product, whose depth may be split over warps.
@@ -84,15 +84,15 @@ class BlockSums {
     sums_[split * layout_.sums_apart + row * layout_.sum_stride + first + column] = sum;
   }
   RNNFAST_DEVICE void wait(int) { hw::block_barrier(); }
-  RNNFAST_DEVICE const Sum* find(int, int row, int column) const { return sums_ + row * layout_.sum_stride + column; }
-  RNNFAST_DEVICE Sum of(const Sum* found) const {
+  RNNFAST_DEVICE const Sum* find(int row, int column) const { return sums_ + row * layout_.sum_stride + column; }
+  RNNFAST_DEVICE Sum of(int step, const Sum* found) const {
     Sum sum[1];
-    of(found, 0, sum);
+    of(step, found, 0, sum);
     return sum[0];
   }
   // Of COUNT columns that lie `apart`, side by side rather than one after the other.
   template <int COUNT>
-  RNNFAST_DEVICE void of(const Sum* found, int apart, Sum (&sum)[COUNT]) const {
+  RNNFAST_DEVICE void of(int, const Sum* found, int apart, Sum (&sum)[COUNT]) const {
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) sum[i] = found[i * apart];
 #pragma unroll 1

@@ -149,9 +149,10 @@ class ClusterSums {
     arrivals_.wait(step);
   }
 
-  RNNFAST_DEVICE const Sum* find(int step, int row, int unit) const { return part(step, 0, row, unit); }
-  RNNFAST_DEVICE Sum of(const Sum* found) const {
+  RNNFAST_DEVICE const Sum* find(int row, int unit) const { return part(0, 0, row, unit); }
+  RNNFAST_DEVICE Sum of(int step, const Sum* found) const {
     const int next = layout_.rows * layout_.units;
+    found += (step & 1) * parts() * next;
     Sum sum = 0;
 #pragma unroll 4
     for (int i = 0; i < parts(); ++i, found += next) sum += *found;

@@ -73,7 +73,7 @@ RNNFAST_DEVICE void scan_forward(const ScanParams& p) {
 #pragma unroll
     for (int j = 0; j < PAIRS; ++j) {
       const Share share = shares[j];
-      found[j] = {sums.find(0, share.row, share.unit), inputs.find(share), bias + share.unit,
+      found[j] = {sums.find(share.row, share.unit), inputs.find(share), bias + share.unit,
                   exchange.place(share.row, team.rank * l.slice + share.unit), share.real ? share.row : l.rows};
     }
   };
@@ -102,7 +102,7 @@ RNNFAST_DEVICE void scan_forward(const ScanParams& p) {
         b_hh[g] = found[j].bias[g * l.units];
         gx[g] = inputs.of(step, found[j].input, g);
       }
-      sums.of(found[j].sums, l.units, gh);
+      sums.of(step, found[j].sums, l.units, gh);
 #pragma unroll
       for (int g = 0; g < kGates; ++g) gh[g] += b_hh[g];
       if (rows[j] >= 0) pairs[j].step(walk, gx, gh, saved[j]);
@@ -199,7 +199,7 @@ RNNFAST_DEVICE void scan_backward(const ScanParams& p) {
       const Share share = shares[j];
       if (!share.owned) continue;
       const auto place = exchange.place(share.row, (team.rank - first_block) * l.slice + share.unit);
-      if (step > 0) pairs[j].d_h += sums.of(sums.find(step, share.row, share.unit));
+      if (step > 0) pairs[j].d_h += sums.of(step, sums.find(share.row, share.unit));
       if (pairs[j].row >= 0) pairs[j].step(walk, d_gates[j]);
       if (step < p.steps) {
 #pragma unroll
