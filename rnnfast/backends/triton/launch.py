@@ -55,10 +55,10 @@ def scan_forward(
     if how.kernel in ("registers", "shared"):
         _launch_block(block.scan_forward, how, shape, (*first, h_0, c_0, *last), constants)
     else:
-        h_state = h_0.new_zeros(2, shape.lanes, shape.batch, how.padded(shape.hidden), dtype=torch.float32)
-        h_state[0, ..., : shape.hidden] = h_0
-        c_state = None if c_0 is None else c_0.to(torch.float32, copy=True)
-        tensors = (*first, *last, h_state, c_state)
+        operand = h_0.new_zeros(2, shape.lanes, shape.batch, how.padded(shape.hidden))
+        operand[0, ..., : shape.hidden] = h_0
+        h_state, c_state = (None if state is None else state.to(torch.float32, copy=True) for state in (h_0, c_0))
+        tensors = (*first, *last, operand, h_state, c_state)
         _launch_steps(step.scan_forward, h_0.device, how, shape, shape.steps, tensors, constants)
 
 

@@ -8,9 +8,9 @@ The same kernel is launched in one of two ways:
 - once a step, anywhere else: the launch order is the barrier. Triton's interpreter runs programs one after another, so
   there this is the only way.
 
-The state passes between programs through global memory in float32. `w_hh` comes padded with zeros to `padded` units, a
-multiple of all tiles, (D, G, padded, padded); a program reads its share of it once (RESIDENT: DEPTH = padded) or again
-at each step.
+The state passes between programs through global memory, as the product takes it, in the type of `w_hh`. That comes
+padded with zeros to `padded` units, a multiple of all tiles, (D, G, padded, padded); a program reads its share of it
+once (RESIDENT: DEPTH = padded) or again at each step.
 
 FMA: products are float32 without TF32, chains of multiply-adds and not tensor cores'. Their rounding errors grow with
 the chain, so each CHAIN of k has a sum of its own. The forward then takes each gate's `w_hh` transposed, because tiles
@@ -103,6 +103,7 @@ def scan_forward(
     h_n,
     c_n,
     tape,
+    operand,
     h_state,
     c_state,
     arrivals,
@@ -126,8 +127,8 @@ def scan_forward(
     FMA: tl.constexpr,
     SYNCHRONISE: tl.constexpr,
 ):
-    """h_state (2, D, B, padded) holds the states before even and odd steps; c_state (D, B, H) the cell state, from one
-    launch to the next: within a launch a program keeps what is only its own.
+    """`operand` (2, D, B, padded) holds h before even and odd steps, as it is multiplied; h_state and c_state (D, B, H)
+    the states from one launch to the next: within a launch a program keeps what is only its own.
     """
     lane = tl.program_id(2)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -155,25 +156,24 @@ def scan_forward(
             for g in tl.static_range(GATES):
                 w = w + (load_weights(w_hh, g, k + j * PIECE, unit, padded, ALONG_UNITS=FMA),)
 
+    b = ()
+    if b_hh is not None:
+        for g in tl.static_range(GATES):
+            b = b + (tl.load(b_hh + (lane * GATES + g) * H + unit, mask=in_units, other=0.0).to(tl.float32),)
+
     direction = 1 - 2 * backwards
     first = backwards * (T - 1)
     if SYNCHRONISE:
         arrivals += (lane * tl.num_programs(1) + tl.program_id(1)) * 16
     start, size = step_rows(first + first_step * direction, T, B, offsets)
     x = load_gates(gx, start + row, row < size, ids, gx_stride, unit, H, GATES)
-    h = tl.load(h_state + (first_step % 2) * h_size + h_row + unit[None, :], mask=in_batch, other=0.0)
+    h = tl.load(h_state + state, mask=in_batch, other=0.0)
     c = h
     if c_state is not None:
         c = tl.load(c_state + state, mask=in_batch, other=0.0)
     for i in range(first_step, last_step):
-        # Read again at each step, because kept through the loop its registers make half types spill with Triton 3.9.
-        b = ()
-        if b_hh is not None:
-            for g in tl.static_range(GATES):
-                b = b + (tl.load(b_hh + (lane * GATES + g) * H + unit, mask=in_units, other=0.0).to(tl.float32),)
-
         # h is read past the first-level cache, which other programs' writes do not reach.
-        h_read = h_state + (i % 2) * h_size + h_row
+        h_read = operand + (i % 2) * h_size + h_row
         a = ()
         for _ in tl.static_range(GATES):
             a = a + (tl.zeros((ROWS, UNITS), tl.float32),)
@@ -207,11 +207,14 @@ def scan_forward(
         valid = (row < size)[:, None] & in_units[None, :]
         h = tl.where(valid, h_new, h)
         c = tl.where(valid, c_new, c)
-        tl.store(h_state + ((i + 1) % 2) * h_size + h_row + unit[None, :], h, mask=in_batch)
+        h_at = operand + ((i + 1) % 2) * h_size + h_row + unit[None, :]
+        tl.store(h_at, h.to(operand.dtype.element_ty), mask=in_batch)
         if SYNCHRONISE:
             arrive(arrivals)
-        if c_state is not None and not SYNCHRONISE:
-            tl.store(c_state + state, c, mask=in_batch)
+        else:
+            tl.store(h_state + state, h, mask=in_batch)
+            if c_state is not None:
+                tl.store(c_state + state, c, mask=in_batch)
         at_row = (start + row)[:, None]
         tl.store(output + at_row * D * H + unit[None, :], h.to(output.dtype.element_ty), mask=valid)
         if tape is not None:
