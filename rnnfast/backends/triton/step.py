@@ -56,6 +56,19 @@ def load_weights(w_hh, g, k, unit, padded, ALONG_UNITS: tl.constexpr):
 
 
 @triton.jit
+def load_states(states, in_batch, k, PIECES: tl.constexpr):
+    """Pieces of rows of h, of the units k and as many after them, and so on: asked for all at once.
+
+    They are read past the first-level cache, which other programs' writes do not reach.
+    """
+    h = ()
+    for j in tl.static_range(PIECES):
+        at = states + (k + j * k.shape[0])[None, :]
+        h = h + (tl.load(at, mask=in_batch[:, None], other=0.0, cache_modifier=".cg"),)
+    return h
+
+
+@triton.jit
 def opaque(x):
     """Returns the float32 x, by an instruction of NVIDIA's cards that does nothing, which LLVM cannot look into.
 
@@ -171,18 +184,19 @@ def scan_forward(
     c = h
     if c_state is not None:
         c = tl.load(c_state + state, mask=in_batch, other=0.0)
+    # Asked for as soon as peers have written it, before x moves to where the product's result lies; in float32 its
+    # registers are missing elsewhere.
+    AT_ONCE: tl.constexpr = RESIDENT and not FMA
+    if AT_ONCE:
+        h_k = load_states(operand + (first_step % 2) * h_size + h_row, row < B, k, DEPTH // PIECE)
     for i in range(first_step, last_step):
-        # h is read past the first-level cache, which other programs' writes do not reach.
         h_read = operand + (i % 2) * h_size + h_row
         a = ()
         for _ in tl.static_range(GATES):
             a = a + (tl.zeros((ROWS, UNITS), tl.float32),)
         if RESIDENT:
-            # All of h is asked for before the first product.
-            h_k = ()
-            for j in tl.static_range(DEPTH // PIECE):
-                h_at = h_read + (k + j * PIECE)[None, :]
-                h_k = h_k + (tl.load(h_at, mask=(row < B)[:, None], other=0.0, cache_modifier=".cg"),)
+            if not AT_ONCE:
+                h_k = load_states(h_read, row < B, k, DEPTH // PIECE)
             for j in tl.static_range(DEPTH // PIECE):
                 sums = ()
                 for g in tl.static_range(GATES):
@@ -190,12 +204,11 @@ def scan_forward(
                 a = sums
         else:
             for k_first in range(0, H, DEPTH):
-                h_at = h_read + (k_first + k)[None, :]
-                h_k = tl.load(h_at, mask=(row < B)[:, None], other=0.0, cache_modifier=".cg")
+                h_part = load_states(h_read, row < B, k_first + k, 1)[0]
                 sums = ()
                 for g in tl.static_range(GATES):
                     w_k = load_weights(w_hh, g, k_first + k, unit, padded, ALONG_UNITS=FMA)
-                    sums = sums + (add_product(a[g], h_k, w_k, FMA, PRECISION),)
+                    sums = sums + (add_product(a[g], h_part, w_k, FMA, PRECISION),)
                 a = sums
         if b_hh is not None:
             sums = ()
@@ -230,6 +243,8 @@ def scan_forward(
             start, size = step_rows(first + (i + 1) * direction, T, B, offsets)
             x = load_gates(gx, start + row, row < size, ids, gx_stride, unit, H, GATES)
             wait_for_peers(arrivals, (i + 1 - first_step).to(tl.int64) * tl.num_programs(0))
+            if AT_ONCE:
+                h_k = load_states(operand + ((i + 1) % 2) * h_size + h_row, row < B, k, DEPTH // PIECE)
 
 
 @triton.jit(
