@@ -35,5 +35,6 @@ STABLE_TORCH_LIBRARY_IMPL(rnnfast, CompositeExplicitAutograd, m) {  // they take
   m.impl("fma_peak_cpu", TORCH_BOX(&rnnfast::fma_peak_cpu));
   m.impl("product_limit_cpu", TORCH_BOX(&rnnfast::product_limit_cpu));
   m.impl("weight_limit_cpu", TORCH_BOX(&rnnfast::weight_limit_cpu));
+  m.impl("read_limit_cpu", TORCH_BOX(&rnnfast::read_limit_cpu));
   m.impl("gate_limit_cpu", TORCH_BOX(&rnnfast::gate_limit_cpu));
 }

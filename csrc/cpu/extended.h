@@ -20,13 +20,6 @@ RNNFAST_INLINE Vec<T> select(const bool* flags, int n, Vec<T> x, Vec<T> y) {
   return set != 0 ? x : y;
 }
 
-template <class T>
-RNNFAST_INLINE T total(Vec<T> v) {
-  T sum = 0;
-  for (int e = 0; e < Lanes<T>::count; ++e) sum += v[e];
-  return sum;
-}
-
 // A row's mean, and one over its standard deviation.
 template <class T>
 struct Moments {

@@ -350,6 +350,7 @@ const Kernels kernels{
     nullptr,
     nullptr,  // the limits are told in float32
     nullptr,
+    nullptr,
 #if defined(__AMX_BF16__)
     &unit,
 #else
@@ -397,6 +398,7 @@ const Kernels kernels{
     widen_all,
     narrow_all,
     near_product,
+    read_weights,
     near_gates,
     nullptr,
 #endif

@@ -66,6 +66,7 @@ struct Kernels {
   void (*narrow)(float* wide, void* half, int64_t count);
   // For the benchmarks, in float32: see limit_kernels.h.
   double (*near_product)(int64_t batch, int64_t depth, int64_t rounds);
+  double (*read_weights)(const float* data, int64_t lines, bool fetch, int64_t rounds);
   double (*near_gates)(Cell cell, bool backward, int64_t rounds);
   const MatrixUnit* matrix_unit;  // null where the instruction set has none
 };

@@ -29,6 +29,37 @@ inline double near_product(int64_t batch, int64_t depth, int64_t rounds) {
   return 2.0 * double(rounds) * double(batch * depth) * double(vectors * V);
 }
 
+// Reads `lines` cache lines, a multiple of 8, from the first to the last or back, fetching those AHEAD lines on.
+template <bool BACK, int AHEAD>
+void read_lines(const float* data, int64_t lines) {
+  constexpr int LINE = 16, SUMS = 8, STEP = BACK ? -LINE : LINE;
+  F32 sums[SUMS] = {};
+  const float* at = BACK ? data + (lines - 1) * LINE : data;
+  for (int64_t line = 0; line < lines; line += SUMS, at += SUMS * STEP) {
+#pragma GCC unroll 8
+    for (int i = 0; i < SUMS; ++i) {
+      if (AHEAD) __builtin_prefetch(at + (i + AHEAD) * STEP, 0, 3);
+#pragma GCC unroll 4
+      for (int lane = 0; lane < LINE; lane += LANES<float>) sums[i] += load(at + i * STEP + lane);
+    }
+  }
+  for (const F32& sum : sums) asm volatile("" : : "m"(sum));
+}
+
+// Reads so many lines `rounds` times, back and forth, as scans walk through weights: what is still near is read first. Returns the
+// bytes read. Some processors are quicker where all fetching is left to them.
+inline double read_weights(const float* data, int64_t lines, bool fetch, int64_t rounds) {
+  constexpr int FAR = 64;
+  for (int64_t round = 0; round < rounds; ++round) {
+    const bool back = round % 2 != 0;
+    if (fetch)
+      back ? read_lines<true, FAR>(data, lines) : read_lines<false, FAR>(data, lines);
+    else
+      back ? read_lines<true, 0>(data, lines) : read_lines<false, 0>(data, lines);
+  }
+  return 64.0 * double(lines) * double(rounds);
+}
+
 // The gate math of a few vectors of units, `rounds` times. Returns the units done.
 inline double near_gates(Cell cell, bool backward, int64_t rounds) {
   constexpr int V = LANES<float>, VECTORS = 8, PARTS = 8;

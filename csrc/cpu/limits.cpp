@@ -1,10 +1,12 @@
 #include "limits.h"
 
+#include <algorithm>
 #include <chrono>
 #include <numeric>
 #include <vector>
 
 #include "kernels.h"
+#include "memory.h"
 #include "ops.h"
 #include "tensors.h"
 #include "threads.h"
@@ -62,12 +64,12 @@ RNNFAST_FMA_LOOP(loop_scalar, , 8, float, same, multiply_add)
 Loop widest() { return {loop_scalar, 8, 1}; }
 #endif
 
-// 1e-9 of what all threads do a second, each with one call of `work`, which returns how much it has done.
+// 1e-9 of what all threads do a second, each with one call of work(thread), which returns how much it has done.
 template <class Work>
 double giga_a_second(const Work& work) {
   std::vector<double> done(static_cast<size_t>(available_threads()));
   const auto start = std::chrono::steady_clock::now();
-  run_parallel(int(done.size()), [&](int thread, int) { done[size_t(thread)] = work(); });
+  run_parallel(int(done.size()), [&](int thread, int) { done[size_t(thread)] = work(thread); });
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
   return 1e-9 * std::accumulate(done.begin(), done.end(), 0.0) / seconds.count();
 }
@@ -76,7 +78,7 @@ double giga_a_second(const Work& work) {
 
 double fma_peak_cpu(int64_t rounds) {
   const Loop loop = widest();
-  return giga_a_second([&] {
+  return giga_a_second([&](int) {
     float numbers[] = {0.5f, 1.0f};
     loop.run(rounds, numbers);
     asm volatile("" : : "m"(numbers));
@@ -87,7 +89,7 @@ double fma_peak_cpu(int64_t rounds) {
 double product_limit_cpu(int64_t batch, int64_t depth, int64_t rounds) {
   check(batch > 0 && depth > 0, "a product needs rows and a depth");
   const Kernels& kernels = choose_kernels(DType::float32);
-  return giga_a_second([&] { return kernels.near_product(batch, depth, rounds); });
+  return giga_a_second([&](int) { return kernels.near_product(batch, depth, rounds); });
 }
 
 double weight_limit_cpu(int64_t batch, int64_t depth, int64_t rounds) {
@@ -95,13 +97,27 @@ double weight_limit_cpu(int64_t batch, int64_t depth, int64_t rounds) {
   if (!unit) return product_limit_cpu(batch, depth, rounds);
   check(batch > 0 && depth > 0, "a product needs rows and a depth");
   const int64_t as_much = 1 + batch * depth * rounds / 2048;  // as a product of vectors computes
-  return giga_a_second([&] { return unit->near_product(as_much); });
+  return giga_a_second([&](int) { return unit->near_product(as_much); });
+}
+
+double read_limit_cpu(int64_t bytes, int64_t rounds) {
+  constexpr int64_t LINE = 64, LINES = 8;
+  const Kernels& kernels = choose_kernels(DType::float32);
+  const int threads = available_threads();
+  const int64_t lines = std::max<int64_t>(1, bytes / (threads * LINE * LINES)) * LINES;
+  const Scratch memory(size_t(threads * lines * LINE));
+  const auto share = [&](int thread) { return reinterpret_cast<float*>(memory.data() + thread * lines * LINE); };
+  run_parallel(threads, [&](int thread, int) { std::fill_n(share(thread), lines * LINE / int64_t(sizeof(float)), 0.5f); });
+  double best = 0;
+  for (const bool fetch : {false, true})
+    best = std::max(best, giga_a_second([&](int thread) { return kernels.read_weights(share(thread), lines, fetch, rounds); }));
+  return best;
 }
 
 double gate_limit_cpu(Text cell, bool backward, int64_t rounds) {
   const Kernels& kernels = choose_kernels(DType::float32);
   const Cell which = parse_cell(cell);
-  return 1e9 * giga_a_second([&] { return kernels.near_gates(which, backward, rounds); });
+  return 1e9 * giga_a_second([&](int) { return kernels.near_gates(which, backward, rounds); });
 }
 
 }  // namespace rnnfast

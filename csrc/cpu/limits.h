@@ -18,6 +18,9 @@ double product_limit_cpu(int64_t batch, int64_t depth, int64_t rounds);
 // The same of gradients of weights: on the matrix unit where there is one, on vectors else.
 double weight_limit_cpu(int64_t batch, int64_t depth, int64_t rounds);
 
+// GB/s that all threads read weights of so many bytes with, each its share of them, `rounds` times: from whichever cache holds them.
+double read_limit_cpu(int64_t bytes, int64_t rounds);
+
 // Units a second, in float32, whose gate math is done forward or backward on operands that stay in the first-level cache;
 // `rounds` rounds of a few vectors.
 double gate_limit_cpu(Text cell, bool backward, int64_t rounds);

@@ -200,7 +200,10 @@ RNNFAST_INLINE void multiply(int64_t k_units, const O* const (&row)[R], const O*
       in_order();
       const typename P::Unit ak = P::broadcast(row[r] + at * P::depth);
 #pragma GCC unroll 6
-      for (int c = 0; c < NV; ++c) sum[r][c] = P::add(sum[r][c], ak, wk[c]);
+      for (int c = 0; c < NV; ++c) {
+        sum[r][c] = P::add(sum[r][c], ak, wk[c]);
+        in_place(sum[r][c]);
+      }
     }
   };
   // Two at a time: a core whose other thread is busy is short of instructions, and this saves some that are no products.

@@ -111,6 +111,27 @@ RNNFAST_INLINE void in_order() {
 #endif
 }
 
+// Keeps GCC from copying a sum of a loop to another register, and back at its end.
+template <class V>
+RNNFAST_INLINE void in_place([[maybe_unused]] V& x) {
+#if defined(__aarch64__) && !defined(__clang__)
+  asm("" : "+w"(x));
+#endif
+}
+
+// The sum of the lanes of a vector: of its halves, of theirs, and so on, as each addition of a chain waits for the one before.
+template <class T, int LANES = Lanes<T>::count, class V>
+RNNFAST_INLINE T total(const V& v) {
+  if constexpr (LANES == 2) {
+    return v[0] + v[1];
+  } else {
+    typedef T Half __attribute__((vector_size(LANES / 2 * sizeof(T))));  // GCC drops the attribute of an alias
+    Half halves[2];
+    std::memcpy(halves, &v, sizeof halves);
+    return total<T, LANES / 2>(halves[0] + halves[1]);
+  }
+}
+
 // c - a b, rounded as `fma` is.
 #if defined(__AVX512F__)
 RNNFAST_INLINE F32 fnma(F32 a, F32 b, F32 c) { return (F32)_mm512_fnmadd_ps((__m512)a, (__m512)b, (__m512)c); }

@@ -28,6 +28,7 @@ TURN_SECONDS = 0.002  # short work is repeated within a turn until it takes this
 SLOW_CALL = 0.1  # seconds; such a call is its own warm-up
 # A few milliseconds each on any processor.
 FMA_ROUNDS, PRODUCT_ROUNDS, GATE_ROUNDS = 500_000, 2_000_000, 2_000
+READ_BYTES, LEAST_READS = 200e6, 4  # of weights, in all, but each so many times
 FULL_BATCH = 48  # rows that a product runs at full speed with
 NEAR_DEPTH = 256  # of a panel of weights that stays in the second-level cache
 
@@ -122,6 +123,8 @@ class Work:
     Attributes:
         batch, depth: rows of a step, and how long the sums of its product are.
         recurrent_flops: operations of the products that go step by step.
+        recurrent_bytes: of the weights that each of these steps reads.
+        reads: how many steps read them.
         parallel_flops: of those that take all steps at once, but for the next.
         weight_flops: of the gradients of weights.
         forward_units, backward_units: units whose gate math is done.
@@ -131,6 +134,8 @@ class Work:
     batch: int
     depth: int
     recurrent_flops: float
+    recurrent_bytes: int
+    reads: int
     parallel_flops: float
     weight_flops: float
     forward_units: float
@@ -147,10 +152,12 @@ class Limits(NamedTuple):
     Attributes:
         fma_peak: GFLOP/s in float32, or None without the compiled library, which holds the loops.
         seconds: the least that the work could have taken; None where it was not asked for.
+        reading: GB/s that weights as large as the work's were read with; None where none are read step by step.
     """
 
     fma_peak: float | None
     seconds: float | None
+    reading: float | None = None
 
 
 NO_LIMITS = Limits(None, None)
@@ -169,19 +176,24 @@ def alternate_with_limits(
         return alternate(turns, seconds, rest), NO_LIMITS
     peaks: list[float] = []
     least: list[float] = []
+    readings: list[float] = []
 
     def find() -> None:
         peaks.append(operators.fma_peak_cpu(FMA_ROUNDS))
-        if work is not None:
-            least.append(_least_seconds(work, operators))
+        if work is None:
+            return
+        if work.reads:
+            rounds = max(LEAST_READS, math.ceil(READ_BYTES / work.recurrent_bytes))
+            readings.append(operators.read_limit_cpu(work.recurrent_bytes, rounds))
+        least.append(_least_seconds(work, operators, readings[-1] if readings else math.inf))
 
     samples = alternate({**turns, "limits": timed(find)}, seconds, rest)
     del samples["limits"]
-    return samples, Limits(statistics.median(peaks), statistics.median(least) if least else None)
+    return samples, Limits(*(statistics.median(found) if found else None for found in (peaks, least, readings)))
 
 
-def _least_seconds(work: Work, operators: Any) -> float:
-    """The work at the speed of products and gate math whose operands are near."""
+def _least_seconds(work: Work, operators: Any, reading: float) -> float:
+    """The work at the speed of products and gate math whose operands are near; or of reading its weights, in GB/s."""
 
     def seconds_of(flops: float, limit: Any, batch: int) -> float:
         if not flops:
@@ -193,7 +205,9 @@ def _least_seconds(work: Work, operators: Any) -> float:
         cell = cell_named(work.cell).name
         return units / float(operators.gate_limit_cpu(cell, backward, GATE_ROUNDS)) if units else 0.0
 
-    seconds = seconds_of(work.recurrent_flops, operators.product_limit_cpu, min(work.batch, FULL_BATCH))
+    recurrent = seconds_of(work.recurrent_flops, operators.product_limit_cpu, min(work.batch, FULL_BATCH))
+    # Weights can be read while others are multiplied.
+    seconds = max(recurrent, work.reads * work.recurrent_bytes / (1e9 * reading))
     seconds += seconds_of(work.parallel_flops, operators.product_limit_cpu, FULL_BATCH)
     seconds += seconds_of(work.weight_flops, operators.weight_limit_cpu, FULL_BATCH)
     return seconds + gates(work.forward_units, False) + gates(work.backward_units, True)
@@ -274,6 +288,7 @@ def _limit_operators() -> Any:
     _library.define("fma_peak_cpu(int rounds) -> float")
     _library.define("product_limit_cpu(int batch, int depth, int rounds) -> float")
     _library.define("weight_limit_cpu(int batch, int depth, int rounds) -> float")
+    _library.define("read_limit_cpu(int bytes, int rounds) -> float")
     _library.define("gate_limit_cpu(str cell, bool backward, int rounds) -> float")
     return torch.ops.rnnfast
 

@@ -47,9 +47,13 @@ class PipelineCase:
         cell = cell_named(self.cell)
         units = float(tokens * self.hidden_size)
         recurrent, head = 2 * units * cell.gates * self.hidden_size, 2 * units * vocab_size
+        size = 4 * self.hidden_size * cell.gates * self.hidden_size  # bytes of the recurrent weights
         if self.what == "generation":  # the head waits for the layer, and the next step for it
-            return Work(self.cell, 1, self.hidden_size, recurrent + head, 0.0, 0.0, units, 0.0)
-        return Work(self.cell, BATCH, self.hidden_size, 2 * recurrent, 2 * head, recurrent + head, units, units)
+            size += 4 * self.hidden_size * vocab_size
+            return Work(self.cell, 1, self.hidden_size, recurrent + head, size, tokens, 0.0, 0.0, units, 0.0)
+        steps = 2 * tokens // BATCH  # forward and backward
+        sizes = self.cell, BATCH, self.hidden_size
+        return Work(*sizes, 2 * recurrent, size, steps, 2 * head, recurrent + head, units, units)
 
     def config(self, corpus: str, backend: str) -> lm.TrainConfig:
         """The chapter's settings."""

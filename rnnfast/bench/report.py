@@ -96,6 +96,7 @@ class Row:
             "share_of_fma_peak": self.share,
             "limit_seconds": self.limits.seconds,
             "share_of_limit": self.share_of_limit,
+            "weights_gb_s": self.limits.reading,
             "tokens_per_second": self.rate,
         }
 

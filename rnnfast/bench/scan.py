@@ -40,8 +40,9 @@ class ScanCase:
         """The recurrent product, 2 B H G H a step; backward its transpose, as many."""
         units = float(self.steps * self.batch * self.hidden_size)
         gate_math = (units, 0.0) if self.direction == "forward" else (0.0, units)
-        flops = 2 * units * self._cell.gates * self.hidden_size
-        return Work(self.cell, self.batch, self.hidden_size, flops, 0.0, 0.0, *gate_math)
+        weights = self._cell.gates * self.hidden_size**2
+        flops = 2.0 * self.steps * self.batch * weights
+        return Work(self.cell, self.batch, self.hidden_size, flops, 4 * weights, self.steps, 0.0, 0.0, *gate_math)
 
     @property
     def _cell(self) -> Cell:

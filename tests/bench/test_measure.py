@@ -1,5 +1,7 @@
 """The clockwork of the benchmarks: turns, quartiles, comparisons."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -82,7 +84,7 @@ def test_fma_peak_is_a_speed_where_the_library_is() -> None:
 
 
 class _Machine:
-    """Products at 100 GFLOP/s, at a tenth of that where there is one row only; gate math of 1e9 units a second."""
+    """Products at 100 GFLOP/s, a tenth of that for one row only, weights at 2 GB/s, gate math of 1e9 units a second."""
 
     def fma_peak_cpu(self, rounds: int) -> float:
         return 120.0
@@ -94,6 +96,10 @@ class _Machine:
         assert batch > 1
         return 400.0
 
+    def read_limit_cpu(self, bytes: int, rounds: int) -> float:
+        assert bytes * rounds >= 200e6
+        return 2.0
+
     def gate_limit_cpu(self, cell: str, backward: bool, rounds: int) -> float:
         assert cell == "rnn_tanh"
         return 2e9 if backward else 1e9
@@ -102,12 +108,14 @@ class _Machine:
 def test_the_limit_is_that_of_the_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "_limit_operators", _Machine)
     flops = {"recurrent_flops": 1e10, "parallel_flops": 2e11, "weight_flops": 2e11}
-    work = Work("rnn", 1, 64, **flops, forward_units=1e9, backward_units=1e9)
+    work = Work("rnn", 1, 64, **flops, recurrent_bytes=10**6, reads=100, forward_units=1e9, backward_units=1e9)
     assert work.flops == 4.1e11
     samples, limits = alternate_with_limits({"a": lambda calls: 1.0}, 0.0, work=work)
     assert list(samples) == ["a"]
-    assert limits == (120.0, pytest.approx(1 + 2 + 0.5 + 1 + 0.5))
-    assert alternate_with_limits({"a": lambda calls: 1.0}, 0.0)[1] == (120.0, None)
+    assert limits == (120.0, pytest.approx(1 + 2 + 0.5 + 1 + 0.5), 2.0)
+    _, limits = alternate_with_limits({"a": lambda calls: 1.0}, 0.0, work=replace(work, reads=6000))
+    assert limits.seconds == pytest.approx(3 + 2 + 0.5 + 1 + 0.5)  # reading takes longer than the product
+    assert alternate_with_limits({"a": lambda calls: 1.0}, 0.0)[1] == (120.0, None, None)
 
 
 @pytest.mark.parametrize("cell", ["rnn", "rnn_relu", "lstm", "gru"])
@@ -115,7 +123,7 @@ def test_limits_are_found_where_the_library_is(cell: str) -> None:
     if (reason := cpu.why_not()) is not None:
         pytest.skip(reason)
     flops = dict.fromkeys(("recurrent_flops", "parallel_flops", "weight_flops"), 1e6)
-    work = Work(cell, 3, 40, **flops, forward_units=1e4, backward_units=1e4)
+    work = Work(cell, 3, 40, **flops, recurrent_bytes=10**5, reads=10, forward_units=1e4, backward_units=1e4)
     _, limits = alternate_with_limits({"a": lambda calls: 1.0}, 0.0, work=work)
     assert limits.seconds is not None
     assert 0 < limits.seconds < 1

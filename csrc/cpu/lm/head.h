@@ -21,11 +21,13 @@ void head_rows(const HeadArgs& x, int64_t first, int64_t end) {
       for (int r = 0; r < GROUP; ++r) sums[r] = fma(load(weight[r] + j), h, sums[r]);
     }
     const int rest = int(x.columns - j);
-    for (int r = 0; rest && r < GROUP; ++r)
-      sums[r] = fma(load(weight[r] + j, rest), load(hidden + j, rest), sums[r]);
-    for (int r = 0; r < min64(GROUP, end - row); ++r) {
-      T sum = 0;
-      for (int e = 0; e < V; ++e) sum += sums[r][e];
+#pragma GCC unroll 8
+    for (int r = 0; r < GROUP; ++r)
+      if (rest) sums[r] = fma(load(weight[r] + j, rest), load(hidden + j, rest), sums[r]);
+#pragma GCC unroll 8
+    for (int r = 0; r < GROUP; ++r) {
+      if (r >= end - row) break;
+      const T sum = total<T>(sums[r]);
       x.logits[row + r] = x.bias ? sum + *at<T>(x.bias, row + r) : sum;
     }
   }
