@@ -120,15 +120,15 @@ RNNFAST_INLINE void in_place([[maybe_unused]] V& x) {
 }
 
 // The sum of the lanes of a vector: of its halves, of theirs, and so on, as each addition of a chain waits for the one before.
-template <class T, int LANES = Lanes<T>::count, class V>
+template <class T, int COUNT = Lanes<T>::count, class V>
 RNNFAST_INLINE T total(const V& v) {
-  if constexpr (LANES == 2) {
+  if constexpr (COUNT == 2) {
     return v[0] + v[1];
   } else {
-    typedef T Half __attribute__((vector_size(LANES / 2 * sizeof(T))));  // GCC drops the attribute of an alias
+    typedef T Half __attribute__((vector_size(COUNT / 2 * sizeof(T))));  // GCC drops the attribute of an alias
     Half halves[2];
     std::memcpy(halves, &v, sizeof halves);
-    return total<T, LANES / 2>(halves[0] + halves[1]);
+    return total<T, COUNT / 2>(halves[0] + halves[1]);
   }
 }
 

@@ -70,13 +70,13 @@ class LayerCase:
         Backward: as many for the gradients of the states and inputs, and again for those of the weights.
         """
         units = float(sum(self.lengths()) * self.hidden_size)
-        recurrent = 2 * units * self.gates * self.hidden_size
+        weights = self.gates * self.hidden_size**2
+        recurrent = 2.0 * sum(self.lengths()) * weights
         inputs = 2 * units * self.gates * (0 if self.token_ids else self.inputs)
         sizes = self.cell, self.batch, self.hidden_size
-        size = 4 * self.gates * self.hidden_size**2  # bytes of the recurrent weights
         if self.direction == FORWARD:
-            return Work(*sizes, recurrent, size, self.steps, inputs, 0.0, units, 0.0)
-        return Work(*sizes, 2 * recurrent, size, 2 * self.steps, 2 * inputs, recurrent + inputs, units, units)
+            return Work(*sizes, recurrent, 4 * weights, self.steps, inputs, 0.0, units, 0.0)
+        return Work(*sizes, 2 * recurrent, 4 * weights, 2 * self.steps, 2 * inputs, recurrent + inputs, units, units)
 
 
 class Contestant(NamedTuple):

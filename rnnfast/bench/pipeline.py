@@ -46,14 +46,13 @@ class PipelineCase:
         """Layer and head, of token ids: no input product. Loss, clipping and update are not in it."""
         cell = cell_named(self.cell)
         units = float(tokens * self.hidden_size)
-        recurrent, head = 2 * units * cell.gates * self.hidden_size, 2 * units * vocab_size
-        size = 4 * self.hidden_size * cell.gates * self.hidden_size  # bytes of the recurrent weights
+        weights, of_head = cell.gates * self.hidden_size**2, self.hidden_size * vocab_size
+        recurrent, head = 2.0 * tokens * weights, 2.0 * tokens * of_head
         if self.what == "generation":  # the head waits for the layer, and the next step for it
-            size += 4 * self.hidden_size * vocab_size
+            size = 4 * (weights + of_head)
             return Work(self.cell, 1, self.hidden_size, recurrent + head, size, tokens, 0.0, 0.0, units, 0.0)
-        steps = 2 * tokens // BATCH  # forward and backward
-        sizes = self.cell, BATCH, self.hidden_size
-        return Work(*sizes, 2 * recurrent, size, steps, 2 * head, recurrent + head, units, units)
+        sizes, steps = (self.cell, BATCH, self.hidden_size), 2 * tokens // BATCH  # forward and backward
+        return Work(*sizes, 2 * recurrent, 4 * weights, steps, 2 * head, recurrent + head, units, units)
 
     def config(self, corpus: str, backend: str) -> lm.TrainConfig:
         """The chapter's settings."""

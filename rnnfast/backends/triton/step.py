@@ -186,8 +186,8 @@ def scan_forward(
         c = tl.load(c_state + state, mask=in_batch, other=0.0)
     # Asked for as soon as peers have written it, before x moves to where the product's result lies; in float32 its
     # registers are missing elsewhere.
-    AT_ONCE: tl.constexpr = RESIDENT and not FMA
-    if AT_ONCE:
+    EARLY: tl.constexpr = RESIDENT and not FMA
+    if EARLY:
         h_k = load_states(operand + (first_step % 2) * h_size + h_row, row < B, k, DEPTH // PIECE)
     for i in range(first_step, last_step):
         h_read = operand + (i % 2) * h_size + h_row
@@ -195,7 +195,7 @@ def scan_forward(
         for _ in tl.static_range(GATES):
             a = a + (tl.zeros((ROWS, UNITS), tl.float32),)
         if RESIDENT:
-            if not AT_ONCE:
+            if not EARLY:
                 h_k = load_states(h_read, row < B, k, DEPTH // PIECE)
             for j in tl.static_range(DEPTH // PIECE):
                 sums = ()
@@ -243,7 +243,7 @@ def scan_forward(
             start, size = step_rows(first + (i + 1) * direction, T, B, offsets)
             x = load_gates(gx, start + row, row < size, ids, gx_stride, unit, H, GATES)
             wait_for_peers(arrivals, (i + 1 - first_step).to(tl.int64) * tl.num_programs(0))
-            if AT_ONCE:
+            if EARLY:
                 h_k = load_states(operand + ((i + 1) % 2) * h_size + h_row, row < B, k, DEPTH // PIECE)
 
 
