@@ -292,11 +292,10 @@ class Backward {
   }
 
   void through_projection(const Item& item, const Local& local, int64_t lane, int64_t step) const {
-    alignas(64) static constexpr T zeros[MAX_VECTORS * V] = {};
     const int64_t t = s.time(lane, step), rows = alive(s, item, t), first_row = s.offset_at(t) + item.first;
     for (int64_t r = 0; r < rows; ++r) {
       local.a[r] = d.state_row(lane, first_row + r);
-      local.start[r] = zeros;
+      local.start[r] = ZEROS<O>;
     }
     const Slice slice = slice_of(units_.count(), local.member, local.members);
     for (int64_t p = slice.first; p < slice.end; ++p) {

@@ -104,6 +104,8 @@ Tensor direct_layer_cpu(Tensor w_ih, Tensor w_hh, OptionalTensor w_hr, Text cell
   return kept;
 }
 
+Tensor direct_empty_cpu(Tensor like, std::vector<int64_t> sizes) { return empty(like, sizes); }
+
 }  // namespace rnnfast
 
 using namespace rnnfast;

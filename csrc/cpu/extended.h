@@ -90,9 +90,8 @@ void multiply_rows(Walk<O>& walk, const Panels& panels, int64_t depth, int64_t s
                    int64_t stride) {
   using T = typename Product<O>::T;
   constexpr int V = LANES<O>;
-  alignas(64) static constexpr T zeros[MAX_VECTORS * V] = {};
   const T* start[MAX_ROWS];
-  for (const T*& from : start) from = zeros;
+  for (const T*& from : start) from = ZEROS<O>;
   int64_t lane = -1, n = 0;
   walk.begin(step);
   for (Piece piece; walk.take(piece);) {

@@ -427,10 +427,9 @@ class Forward {
 
   void project(const Item& item, const Local& local, int64_t lane, int64_t step) const {
     const int64_t t = s.time(lane, step), rows = alive(s, item, t), first_row = s.offset_at(t) + item.first;
-    alignas(64) static constexpr T zeros[MAX_VECTORS * V] = {};
     for (int64_t r = 0; r < rows; ++r) {
       local.a[r] = unprojected + (lane * s.batch + item.first + r) * hidden_stride;
-      local.start[r] = zeros;
+      local.start[r] = ZEROS<O>;
     }
     const Panels& panels = packed.projection;
     const Slice slice = slice_of(panels.count(), local.member, local.members);

@@ -317,14 +317,24 @@ void widen_all(float* wide, void* half, int64_t count) { convert_row(wide, stati
 void narrow_all(float* wide, void* half, int64_t count) { convert_row(static_cast<bf16*>(half), wide, count); }
 #endif
 
-template <class F32_, class F64_, class BF16_, class... Args>
-auto by_dtype(DType dtype, F32_ f32, F64_ f64, BF16_ bf16_, const Args&... args) {
+// f(S{}, O{}) for the types of a tensor's elements and of its products' operands.
+template <class F>
+auto by_types([[maybe_unused]] DType dtype, F f) {
+#if defined(__AVX512BF16__)
+  return f(bf16{}, bf16{});  // what the processor's bfloat16 product makes different from plain AVX-512
+#else
   switch (dtype) {
-    case DType::float32: return f32(args...);
-    case DType::float64: return f64(args...);
-    default: return bf16_(args...);
+    case DType::float32: return f(float{}, float{});
+    case DType::float64: return f(double{}, double{});
+    default: return f(bf16{}, float{});
   }
+#endif
 }
+// NAME<S, O>(x) or NAME<S, O>(x, threads), for the types that x tells.
+#define RNNFAST_BY_TYPES(NAME, DTYPE)                                                                          \
+  [](const auto& x, auto... threads) {                                                                         \
+    return by_types(DTYPE, [&](auto s, auto o) { return NAME<decltype(s), decltype(o)>(x, threads...); });     \
+  }
 
 #if defined(__AMX_BF16__)
 constexpr MatrixUnit unit{multiply_pieces, near_pieces};
@@ -332,17 +342,16 @@ constexpr MatrixUnit unit{multiply_pieces, near_pieces};
 
 extern const Kernels kernels;
 const Kernels kernels{
+    RNNFAST_BY_TYPES(forward, x.shape.dtype),
+    RNNFAST_BY_TYPES(backward, x.shape.dtype),
+    RNNFAST_BY_TYPES(pack, x.shape.dtype),
+    RNNFAST_BY_TYPES(weight_gradients, x.shape.dtype),
+    RNNFAST_BY_TYPES(pack_backward, x.shape.dtype),
+    RNNFAST_BY_TYPES(gates_bytes, x.dtype),
+    RNNFAST_BY_TYPES(extended_forward, x.scan.shape.dtype),
+    RNNFAST_BY_TYPES(extended_backward, x.scan.shape.dtype),
+    RNNFAST_BY_TYPES(extended_pack, x.scan.shape.dtype),
 #if defined(__AVX512BF16__)
-    // What the processor's bfloat16 product makes different from plain AVX-512.
-    forward<bf16, bf16>,
-    backward<bf16, bf16>,
-    pack<bf16, bf16>,
-    weight_gradients<bf16, bf16>,
-    pack_backward<bf16, bf16>,
-    gates_bytes<bf16, bf16>,
-    extended_forward<bf16, bf16>,
-    extended_backward<bf16, bf16>,
-    extended_pack<bf16, bf16>,
     nullptr,  // generation is in float32 or float64
     nullptr,  // the loss is in float32
     nullptr,  // and so is descent
@@ -357,38 +366,6 @@ const Kernels kernels{
     nullptr,
 #endif
 #else
-    [](const ForwardArgs& x, int threads) {
-      by_dtype(x.shape.dtype, forward<float, float>, forward<double, double>, forward<bf16, float>, x, threads);
-    },
-    [](const BackwardArgs& x, int threads) {
-      by_dtype(x.shape.dtype, backward<float, float>, backward<double, double>, backward<bf16, float>, x, threads);
-    },
-    [](const ForwardArgs& x) {
-      return by_dtype(x.shape.dtype, pack<float, float>, pack<double, double>, pack<bf16, float>, x);
-    },
-    [](const BackwardArgs& x, int threads) {
-      by_dtype(x.shape.dtype, weight_gradients<float, float>, weight_gradients<double, double>, weight_gradients<bf16, float>, x,
-               threads);
-    },
-    [](const BackwardArgs& x, int threads) {
-      return by_dtype(x.shape.dtype, pack_backward<float, float>, pack_backward<double, double>, pack_backward<bf16, float>, x,
-                      threads);
-    },
-    [](const ScanShape& s) {
-      return by_dtype(s.dtype, gates_bytes<float, float>, gates_bytes<double, double>, gates_bytes<bf16, float>, s);
-    },
-    [](const ExtendedForwardArgs& x, int threads) {
-      by_dtype(x.scan.shape.dtype, extended_forward<float, float>, extended_forward<double, double>,
-               extended_forward<bf16, float>, x, threads);
-    },
-    [](const ExtendedBackwardArgs& x, int threads) {
-      by_dtype(x.scan.shape.dtype, extended_backward<float, float>, extended_backward<double, double>,
-               extended_backward<bf16, float>, x, threads);
-    },
-    [](const ExtendedForwardArgs& x) {
-      return by_dtype(x.scan.shape.dtype, extended_pack<float, float>, extended_pack<double, double>,
-                      extended_pack<bf16, float>, x);
-    },
     [](const ForwardArgs* layers, int64_t count, const HeadArgs& head, int threads, bool (*next)(void*), void* context) {
       const auto run = head.dtype == DType::float64 ? generate<double> : generate<float>;
       run(layers, count, head, threads, next, context);
@@ -403,5 +380,6 @@ const Kernels kernels{
     nullptr,
 #endif
 };
+#undef RNNFAST_BY_TYPES
 
 }  // namespace rnnfast::RNNFAST_ISA

@@ -14,7 +14,6 @@ namespace rnnfast::RNNFAST_ISA {
 inline double near_product(int64_t batch, int64_t depth, int64_t rounds) {
   constexpr int V = LANES<float>;
   const int vectors = most_vectors(batch);
-  alignas(64) static constexpr float zeros[MAX_VECTORS * V] = {};
   alignas(64) float sums[MAX_ROWS * MAX_VECTORS * V];
   const int64_t numbers = (batch + vectors * V) * depth;
   const Scratch memory(size_t(numbers) * sizeof(float));
@@ -23,7 +22,7 @@ inline double near_product(int64_t batch, int64_t depth, int64_t rounds) {
   for (int64_t round = 0; round < rounds; ++round)
     for_tiles(batch, vectors, [&](int64_t row, int count, int64_t, int64_t) {
       const float *a[MAX_ROWS], *start[MAX_ROWS];
-      for (int r = 0; r < count; ++r) a[r] = rows + (row + r) * depth, start[r] = zeros;
+      for (int r = 0; r < count; ++r) a[r] = rows + (row + r) * depth, start[r] = ZEROS<float>;
       tile_function<float>(count, vectors)(depth, a, panel, start, 0, nullptr, sums, vectors * V, nullptr);
     });
   return 2.0 * double(rounds) * double(batch * depth) * double(vectors * V);

@@ -69,21 +69,14 @@ class Unwanted {
     for (int i = 0; i < count_; ++i) std::free(blocks_[i].data);
   }
   void add(Block block) { blocks_[count_++] = block; }
-  // Those given back longest ago go first.
-  void drop_until_large_kept_are(size_t bytes) {
-    for (int i = 0; kept_bytes > bytes;) {
-      if (large_bytes(kept[i]))
+  // Of the large ones, or of the small ones, those given back longest ago go first.
+  void drop_until_kept_are(bool large, size_t bytes) {
+    const size_t& now = large ? kept_bytes : small_kept_bytes;
+    for (int i = 0; now > bytes;) {
+      if ((large_bytes(kept[i]) > 0) == large)
         add(remove(i));
       else
         ++i;
-    }
-  }
-  void drop_until_small_kept_are(size_t bytes) {
-    for (int i = 0; small_kept_bytes > bytes;) {
-      if (large_bytes(kept[i]))
-        ++i;
-      else
-        add(remove(i));
     }
   }
 
@@ -122,7 +115,7 @@ Block take_block(size_t bytes, bool briefly) {
     block = remove(best);
   } else {
     const size_t used = used_bytes + large_bytes(block);
-    unwanted.drop_until_large_kept_are(std::max(most_used, used) - used);
+    unwanted.drop_until_kept_are(true, std::max(most_used, used) - used);
     void* data = nullptr;
     if (posix_memalign(&data, alignment, capacity))
       throw std::runtime_error("no memory for a block of " + std::to_string(capacity) + " bytes");
@@ -144,8 +137,8 @@ void give_back(Block block) {
   used_bytes -= large_bytes(block);
   if (large_bytes(block) > most_kept_bytes) return unwanted.add(block);
   const size_t small_bytes = block.capacity - large_bytes(block);
-  unwanted.drop_until_large_kept_are(most_kept_bytes - large_bytes(block));
-  unwanted.drop_until_small_kept_are(SMALL_KEPT - small_bytes);
+  unwanted.drop_until_kept_are(true, most_kept_bytes - large_bytes(block));
+  unwanted.drop_until_kept_are(false, SMALL_KEPT - small_bytes);
   if (kept_count == MOST_KEPT) unwanted.add(remove(0));
   kept[kept_count++] = {block, now, false};
   kept_bytes += large_bytes(block);

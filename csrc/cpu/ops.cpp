@@ -10,15 +10,13 @@
 namespace rnnfast {
 namespace {
 
-// What stands at the start of packed weights, before the panels.
-struct PackedHeader {
+// What stands at the start of packed weights, before the panels, which are aligned as it is.
+struct alignas(64) PackedHeader {
   ScanShape layer;
   size_t panels;  // bytes
   uint64_t magic;
   static constexpr uint64_t MAGIC = 0x7473616673616e6eULL;
-  static constexpr size_t BYTES = 192;
 };
-static_assert(sizeof(PackedHeader) <= PackedHeader::BYTES);
 
 // Large ones begin with a huge page: what lies in one spreads evenly over a core's second-level cache.
 char* packed_base(const Tensor& packed) {
@@ -99,13 +97,13 @@ Tensor scan_cpu_pack(Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTens
                    nullptr,      nullptr,    nullptr,    nullptr,    nullptr,    nullptr,    nullptr};
   const Kernels& kernels = choose_kernels(header.layer.dtype);
   header.panels = kernels.pack(args);
-  const size_t bytes = PackedHeader::BYTES + header.panels;
+  const size_t bytes = sizeof header + header.panels;
   const size_t room = bytes < HUGE_PAGE / 4 ? bytes : (bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE + HUGE_PAGE;
   Tensor packed = torch::stable::new_empty(w_hh, {int64_t(room)}, ScalarType::Byte);
   wish_huge_pages(packed.mutable_data_ptr(), room);
   char* base = packed_base(packed);
   std::memcpy(base, &header, sizeof header);
-  args.packed = base + PackedHeader::BYTES;
+  args.packed = base + sizeof header;
   kernels.pack(args);
   return packed;
 }
@@ -116,9 +114,9 @@ PackedWeights unpack(const Tensor& packed) {
   PackedHeader header{};
   char* base = packed_base(packed);
   const int64_t room = packed.numel() - (base - static_cast<const char*>(packed.const_data_ptr()));
-  if (room >= int64_t(PackedHeader::BYTES)) std::memcpy(&header, base, sizeof header);
-  check(header.magic == PackedHeader::MAGIC && room >= int64_t(PackedHeader::BYTES + header.panels), WRONG);
-  return {header.layer, base + PackedHeader::BYTES};
+  if (room >= int64_t(sizeof header)) std::memcpy(&header, base, sizeof header);
+  check(header.magic == PackedHeader::MAGIC && room >= int64_t(sizeof header + header.panels), WRONG);
+  return {header.layer, base + sizeof header};
 }
 
 std::tuple<Tensor, Tensor, Tensor> scan_cpu_packed(Tensor input, Tensor packed, Tensor h_0, OptionalTensor c_0,

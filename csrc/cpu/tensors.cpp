@@ -1,7 +1,7 @@
 // Tensors of blocks from memory.h.
-#include "direct.h"
-#include "memory.h"
 #include "tensors.h"
+
+#include "memory.h"
 
 // torch's, from 2.11 on; null in 2.10, for which torch/csrc/stable/c/shim.h is included here. Weak, as the library loads there
 // too, and visible: what is hidden and weak is null everywhere.
@@ -71,7 +71,5 @@ Tensor empty(const Tensor& like, const Sizes& sizes) {
   check(status == AOTI_TORCH_SUCCESS, "torch does not take ", bytes, " bytes for a tensor");
   return Tensor(tensor);
 }
-
-Tensor direct_empty_cpu(Tensor like, std::vector<int64_t> sizes) { return empty(like, sizes); }
 
 }  // namespace rnnfast

@@ -9,12 +9,10 @@
 #include <optional>
 #include <sstream>
 #include <stdexcept>
-#include <string>
 #include <vector>
 
 #include "../scan.h"
 #include "../text.h"
-#include "memory.h"
 
 namespace rnnfast {
 

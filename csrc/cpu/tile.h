@@ -52,6 +52,9 @@ RNNFAST_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 // ---- the tile ------------------------------------------------------------------------------------------------------
 
 constexpr int MAX_VECTORS = 4;
+// What the sums of a tile start from where there is nothing before them.
+template <class O>
+alignas(64) constexpr typename Product<O>::T ZEROS[MAX_VECTORS * LANES<O>] = {};
 // Vectors of two panels, one after the other, that are multiplied at once with so few rows: those of one would be too few sums to
 // hide how long a product takes.
 constexpr int PAIR = 6;

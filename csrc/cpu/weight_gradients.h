@@ -336,7 +336,6 @@ class WeightGradients {
         pack_rows<O>(buffers.w + panel_offset<O>(panels, p, k) + i * panels.width(p) * V, panels.width(p),
                      [&](int64_t r) { return rows[i + r]; }, n, p * panels.vectors * V, factor.columns);
     }
-    alignas(64) static constexpr T zeros[MAX_VECTORS * V] = {};
     const Sums of_factor = sums_of(buffers, factor);
     const auto multiply = [&](int64_t p, int64_t m, int count) {
       T* const sums = of_factor.data + m * of_factor.stride + p * panels.vectors * V;
@@ -344,7 +343,7 @@ class WeightGradients {
       const T* start[MAX_ROWS];
       for (int r = 0; r < count; ++r) {
         a[r] = buffers.a + (m + r) * buffers.a_stride;
-        start[r] = begins ? zeros : sums + r * of_factor.stride;
+        start[r] = begins ? ZEROS<O> : sums + r * of_factor.stride;
       }
       tile_function<O>(count, panels.width(p))(units<O>(k), a, buffers.w + panel_offset<O>(panels, p, k), start, 0, nullptr, sums,
                                                of_factor.stride, nullptr);

@@ -119,10 +119,11 @@ ScanParams make_params(const Tensor& h_0, const Tensor& output, const OptionalTe
 // `team` is kernel, blocks, rows and warps, as in `Plan.team` of rnnfast/backends/cuda/launch.py.
 void run(ScanParams& p, const Tensor& h_0, Cell cell, ComputeType compute_type, bool backward, const Ints& team) {
   const auto kernel = static_cast<Kernel>(team.at(0));
-  p.layout = make_layout(gate_count(cell), p.hidden, compute_type, exchange_of(kernel), backward, static_cast<int>(team.at(1)),
-                         static_cast<int>(team.at(2)), static_cast<int>(team.at(3)));
+  const int blocks = static_cast<int>(team.at(1)), rows = static_cast<int>(team.at(2)), warps = static_cast<int>(team.at(3));
+  const char* reason = flaw(p.hidden, compute_type, blocks, rows, warps);
+  STD_TORCH_CHECK(!reason, "no scan can be run so: ", reason);
+  p.layout = make_layout(gate_count(cell), p.hidden, compute_type, exchange_of(kernel), backward, blocks, rows, warps);
   const Layout& l = p.layout;
-  if (const char* reason = flaw(l, compute_type)) STD_TORCH_CHECK(false, "no scan can be run so: ", reason);
   const int lane_teams = ceil_div(p.batch, l.rows);
   const LaunchShape shape{l.blocks, lane_teams, p.lanes, l.warps * 32, kernel == Kernel::cluster ? l.blocks : 1,
                           kernel == Kernel::grid, l.shared_bytes};

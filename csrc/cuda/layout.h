@@ -82,6 +82,20 @@ struct Layout {
 inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 inline int round_up(int a, int b) { return ceil_div(a, b) * b; }
 
+inline int units_of_block(int hidden, int blocks, bool mma) { return round_up(ceil_div(hidden, blocks), least_columns(mma)); }
+
+// Why no device can run such a team, null if it is sound. Of one that is not, make_layout must not be asked: it divides by these
+// numbers, and its sums of bytes may be more than an int holds.
+inline const char* flaw(int hidden, ComputeType compute_type, int blocks, int rows, int warps) {
+  const bool mma = tensor_cores(compute_type);
+  if (std::min({blocks, rows, warps}) < 1 || warps > kMaxWarps)
+    return "a team has a block, a row and a warp at least, and up to 16 warps";
+  if (mma && rows % kMmaRows) return "tensor cores take rows by eight";
+  if (int64_t{rows} * units_of_block(hidden, blocks, mma) > warps * 32 * most_pairs_per_thread(mma))
+    return "there are too many states for the threads of a block";
+  return nullptr;
+}
+
 inline Layout make_layout(int gates, int hidden, ComputeType compute_type, Exchange exchange, bool backward, int blocks, int rows,
                           int warps) {
   const bool mma = tensor_cores(compute_type);
@@ -90,7 +104,7 @@ inline Layout make_layout(int gates, int hidden, ComputeType compute_type, Excha
   l.blocks = blocks;
   l.rows = rows;
   l.warps = warps;
-  l.units = round_up(ceil_div(hidden, blocks), least_columns(mma));
+  l.units = units_of_block(hidden, blocks, mma);
   l.slice = (pass == Pass::forward ? 1 : gates) * l.units;
   const int chunk = chunk_bytes(mma, pass) / operand_bytes(compute_type);
   l.depth = round_up((pass == Pass::backward_scatter ? 1 : blocks) * l.slice, chunk);
@@ -131,15 +145,6 @@ inline Layout make_layout(int gates, int hidden, ComputeType compute_type, Excha
   l.row_at = l.id_at + 2 * rows * 8;
   l.shared_bytes = pass == Pass::forward ? l.row_at + 4 * (rows + 1) * 4 : l.bias_at;
   return l;
-}
-
-// Why no device can run a team laid out so; null if it is sound.
-inline const char* flaw(const Layout& l, ComputeType compute_type) {
-  const bool mma = tensor_cores(compute_type);
-  if (l.blocks < 1 || l.rows < 1 || l.warps < 1 || l.warps > kMaxWarps) return "a team has blocks, rows and up to 16 warps";
-  if (mma && l.rows % kMmaRows) return "tensor cores take rows by eight";
-  if (l.pairs > most_pairs_per_thread(mma)) return "there are too many states for the threads of a block";
-  return nullptr;
 }
 
 // From the first buffer of the operand to that of a step, in bytes.

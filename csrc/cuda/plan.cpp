@@ -33,7 +33,9 @@ int clusters_at_once(const DeviceLimits& d, int blocks) {
 double step_time(const Problem& p, const DeviceLimits& d, Kernel kernel, const Layout& l) {
   const bool mma = tensor_cores(p.compute_type);
   const double arithmetic = 1.0 * l.rows * l.columns * l.depth / multiply_adds(p.compute_type, d.capability);
-  const int row_tiles = mma ? l.rows / kMmaRows : l.rows / 4 + l.rows % 4;
+  // As product.cuh cuts them: each reads the weights in shared memory once.
+  const bool five_at_once = kernel == Kernel::cluster && l.rows % 4 == 1 && l.rows > 1;
+  const int row_tiles = mma ? l.rows / kMmaRows : five_at_once ? l.rows / 4 : ceil_div(l.rows, 4);
   const double weights_read = 1.0 * l.warps * l.slots * chunk_words(mma) * 128 * row_tiles;
   const double operand_read = 1.0 * l.groups * l.rows * l.depth * operand_bytes(p.compute_type);
   const double product = std::max(arithmetic, (weights_read + operand_read) / kSharedBytes) / kClock;
@@ -60,16 +62,14 @@ double steps_time(const Problem& p, const DeviceLimits& d) {
 
 Layout check_layout(const Problem& p, const DeviceLimits& d, Kernel kernel, int blocks, int rows, int warps,
                     std::string& why_not) {
-  if (std::min({blocks, rows, warps}) < 1) {  // which the layout divides by
-    why_not = "a team has a block, a row and a warp at least";
+  if (const char* reason = flaw(p.hidden, p.compute_type, blocks, rows, warps)) {
+    why_not = reason;
     return {};
   }
   const Layout l = make_layout(gate_count(p.cell), p.hidden, p.compute_type, exchange_of(kernel), p.backward, blocks, rows, warps);
   const int64_t all_blocks = blocks * all_teams(p, rows);
   why_not.clear();
-  if (const char* reason = flaw(l, p.compute_type))
-    why_not = reason;
-  else if (std::max(teams(p, rows), p.lanes) > kMaxGridYz)
+  if (std::max(teams(p, rows), p.lanes) > kMaxGridYz)
     why_not = "a launch has at most " + std::to_string(kMaxGridYz) + " lanes and teams of a lane";
   else if (kernel == Kernel::block && blocks != 1)
     why_not = "a block scan's team is one block";
@@ -103,9 +103,10 @@ std::vector<Plan> make_plans(const Problem& p, const DeviceLimits& d) {
     plans.push_back(plan);
   };
   const bool mma = tensor_cores(p.compute_type);
-  for (int rows = mma ? kMmaRows : 1; rows <= 128; rows = mma || rows >= 8 ? 2 * rows : rows + 1) {
+  const int most_rows = kMaxWarps * 32 * most_pairs_per_thread(mma) / least_columns(mma);  // of a block with the fewest units
+  for (int rows = mma ? kMmaRows : 1; rows <= most_rows; rows = mma || rows >= 8 ? 2 * rows : rows + 1) {
     consider(Kernel::block, 1, rows);
-    for (int blocks = 2; blocks <= 16; blocks *= 2) consider(Kernel::cluster, blocks, rows);
+    for (int blocks = 2; blocks <= kMaxCluster; blocks *= 2) consider(Kernel::cluster, blocks, rows);
     for (int blocks = 2; blocks <= d.multiprocessors; ++blocks) consider(Kernel::grid, blocks, rows);
     if (rows >= p.batch) break;
   }

@@ -53,3 +53,15 @@ def test_opcheck():
     layer = random_layer("lstm", 9, 4, 3, torch.float32, lanes=2)
     layer = [t.requires_grad_() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in layer]
     torch.library.opcheck(torch.ops.rnnfast.scan_cuda.default, (*layer, True))
+
+
+@pytest.mark.parametrize(
+    "team", [Plan("cluster", 0, 1, 4), Plan("cluster", 2, 0, 4), Plan("cluster", 2, 1, 0), Plan("block", 1, 999, 1)]
+)
+def test_a_team_that_no_device_can_run_is_refused(schedule, monkeypatch, team):
+    use(monkeypatch, team, "float32")
+    library = cuda.register("CPU")
+    *layer, cell, both = random_layer("gru", 9, 4, 3, torch.float32)
+    with pytest.raises(RuntimeError, match="no scan can be run so: "):
+        scan("cuda", layer[0], Weights(*layer[1:6]), *layer[6:], cell, both)
+    library._destroy()

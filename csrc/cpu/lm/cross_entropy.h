@@ -202,7 +202,7 @@ class LinearCrossEntropy {
       const bool direct = there == width * V;
       for_tiles(n, width, [&](int64_t row, int count, int64_t, int64_t) {
         const float *a[MAX_ROWS], *start[MAX_ROWS];
-        for (int r = 0; r < count; ++r) a[r] = local.logits + (row + r) * stride, start[r] = zeros();
+        for (int r = 0; r < count; ++r) a[r] = local.logits + (row + r) * stride, start[r] = ZEROS<float>;
         float* const out = d->hidden + (first + row) * x.columns + column;
         tile_function<float>(count, width)(x.classes, a, memory.by_column + panel_offset<float>(columns, p, x.classes), start, 0,
                                            nullptr, direct ? out : local.tile, direct ? x.columns : width * V, nullptr);
@@ -221,18 +221,16 @@ class LinearCrossEntropy {
       for_tiles(n, width, [&](int64_t row, int count, int64_t, int64_t) {
         const float *a[MAX_ROWS], *start[MAX_ROWS];
         float* const sums = local.sums + row * width * V;
-        for (int r = 0; r < count; ++r) a[r] = transposed + (row + r) * K_BLOCK, start[r] = block ? sums + r * width * V : zeros();
+        for (int r = 0; r < count; ++r) {
+          a[r] = transposed + (row + r) * K_BLOCK;
+          start[r] = block ? sums + r * width * V : ZEROS<float>;
+        }
         tile_function<float>(count, width)(k, a, local.hidden, start, 0, nullptr, sums, width * V, nullptr);
       });
     }
     for (int64_t row = 0; row < n; ++row)
       convert_row(d->weight + (first + row) * x.columns + column, local.sums + row * width * V,
                   min64(width * V, x.columns - column));
-  }
-
-  static const float* zeros() {
-    alignas(64) static constexpr float all[MAX_VECTORS * V] = {};
-    return all;
   }
 };
 

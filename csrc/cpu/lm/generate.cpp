@@ -16,8 +16,6 @@
 namespace rnnfast {
 namespace {
 
-using torch::headeronly::ScalarType;
-
 // A NaN counts as the greatest, as in torch.argmax.
 int64_t argmax(const std::vector<double>& logits) {
   int64_t best = 0;
@@ -98,7 +96,7 @@ std::tuple<Tensor, Tensor, Tensor> generate_cpu(std::vector<Tensor> packed, Opti
   require("c_0", c_0, type, {depth, 1, features});
   check(length >= 0 && (!top_k || *top_k >= 1) && (!top_p || (*top_p > 0 && *top_p <= 1)),
         "length must not be negative, top_k must be positive, and top_p in (0, 1]");
-  if (uniforms) require("uniforms, a draw for each token,", uniforms, ScalarType::Double, {length});
+  require("uniforms, a draw for each token,", uniforms, ScalarType::Double, {length});
   check(vocab <= known && token >= 0 && token < known, "a token is outside the vocabulary of the first layer");
   const int64_t element = int64_t(head_weight.element_size());
   const Kernels& kernels = choose_kernels(dtype);
@@ -167,11 +165,11 @@ std::tuple<Tensor, Tensor, Tensor> generate_cpu(std::vector<Tensor> packed, Opti
       return --count % TOKENS > 0;
     }
   };
-  const char* table = embedding ? static_cast<const char*>(embedding->const_data_ptr()) : nullptr;
+  const char* table = static_cast<const char*>(data(embedding));
   const int64_t row_bytes = embedding ? embedding->size(1) * element : 0;
   Loop loop{{temperature, top_k, top_p, {}, {}},
             std::vector<double>(size_t(vocab), 0.0),
-            uniforms ? static_cast<const double*>(uniforms->const_data_ptr()) : nullptr,
+            static_cast<const double*>(data(uniforms)),
             static_cast<int64_t*>(ids.mutable_data_ptr()),
             length,
             token,
@@ -181,8 +179,7 @@ std::tuple<Tensor, Tensor, Tensor> generate_cpu(std::vector<Tensor> packed, Opti
             {}};
   if (length < 1) return {ids, h_n, c_n};
   if (table) layers[0].input = table + token * row_bytes;
-  const HeadArgs head{vocab, features, dtype, head_weight.const_data_ptr(),
-                      head_bias ? head_bias->const_data_ptr() : nullptr, layers.back().output, loop.logits.data()};
+  const HeadArgs head{vocab, features, dtype, data(head_weight), data(head_bias), layers.back().output, loop.logits.data()};
   const auto next = [](void* context) {
     Loop& loop = *static_cast<Loop*>(context);
     try {

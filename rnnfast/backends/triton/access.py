@@ -1,4 +1,4 @@
-"""How the scan kernels address memory: the rows of a step, the gates' inputs, and what the backward reads.
+"""How the scan kernels address memory: the rows of a step, the gates' inputs, the tape, and what the backward reads.
 
 Rows are time-major, as in `PackedSequence.data`; row numbers are 64-bit. Optional pointers are None, which a kernel
 sees while it is compiled.
@@ -58,6 +58,14 @@ def load_gates(base, rows, valid, ids, stride, unit, H, GATES: tl.constexpr):
         at = base + (rows * stride)[:, None] + (g * H + unit)[None, :]
         x = x + (tl.load(at, mask=valid[:, None] & (unit < H)[None, :], other=0.0).to(tl.float32),)
     return x
+
+
+@triton.jit
+def store_tape(tape, saved, at_row, unit, valid, H, TAPE: tl.constexpr):
+    """Stores what the backward reads of one step, whose rows are `at_row`, (rows, 1)."""
+    for s in tl.static_range(TAPE):
+        at = tape + at_row * TAPE * H + (s * H + unit)[None, :]
+        tl.store(at, saved[s].to(tape.dtype.element_ty), mask=valid)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ asked for a step before it is used, and what is stored goes while the exchanged 
 import triton
 import triton.language as tl
 
-from rnnfast.backends.triton.access import SLICES, gx_rows, load_gates, load_step, step_rows, three_steps
+from rnnfast.backends.triton.access import SLICES, gx_rows, load_gates, load_step, step_rows, store_tape, three_steps
 
 
 @triton.jit
@@ -160,9 +160,7 @@ def scan_forward(
         at_row = (start + row)[:, None]
         tl.store(output + at_row * D * H + unit[None, :], h.to(output.dtype.element_ty), mask=valid)
         if tape is not None:
-            for s in tl.static_range(TAPE):
-                saved_at = tape + at_row * TAPE * H + (s * H + unit)[None, :]
-                tl.store(saved_at, saved[s].to(tape.dtype.element_ty), mask=valid)
+            store_tape(tape, saved, at_row, unit, valid, H, TAPE)
         rows_next = gx_rows(later[0] + row, row < later[1], ids)
         now = then
         then = later

@@ -11,7 +11,7 @@ earlier replays, entries 1 and 2 are T and N, and the others are addresses.
 import triton
 import triton.language as tl
 
-from rnnfast.backends.triton.access import load_gates, load_step, step_rows
+from rnnfast.backends.triton.access import load_gates, load_step, step_rows, store_tape
 
 FIRST_ADDRESS = tl.constexpr(3)
 ADDRESSES = 8
@@ -132,8 +132,7 @@ def step_forward(
     tl.store(output + lane64 * H + at_row * D * H + unit[None, :], h.to(dtype), mask=valid)
     if SAVE:
         tape = address(table, 5, dtype, ALIGNED) + lane64 * N * TAPE * H
-        for s in tl.static_range(TAPE):
-            tl.store(tape + at_row * TAPE * H + (s * H + unit)[None, :], saved[s].to(dtype), mask=valid)
+        store_tape(tape, saved, at_row, unit, valid, H, TAPE)
 
 
 @triton.jit(do_not_specialize=["i", "B", "D"])

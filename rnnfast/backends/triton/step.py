@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from triton.language.target_info import is_cuda
 
-from rnnfast.backends.triton.access import SLICES, load_gates, load_step, step_rows
+from rnnfast.backends.triton.access import SLICES, load_gates, load_step, step_rows, store_tape
 
 CHAIN = tl.constexpr(64)
 
@@ -231,9 +231,7 @@ def scan_forward(
         at_row = (start + row)[:, None]
         tl.store(output + at_row * D * H + unit[None, :], h.to(output.dtype.element_ty), mask=valid)
         if tape is not None:
-            for s in tl.static_range(TAPE):
-                saved_at = tape + at_row * TAPE * H + (s * H + unit)[None, :]
-                tl.store(saved_at, saved[s].to(tape.dtype.element_ty), mask=valid)
+            store_tape(tape, saved, at_row, unit, valid, H, TAPE)
 
         if i == T - 1:
             tl.store(h_n + state, h.to(h_n.dtype.element_ty), mask=in_batch)
