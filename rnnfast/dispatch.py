@@ -99,23 +99,23 @@ class Backend(NamedTuple):
         missing = [name for name in request.extensions if name not in self.extensions]
         if missing:
             reason = f"it has no {' or '.join(missing)}, which the reference has"
-        if reason is None and self.name not in _loaded:
-            with _loading:
-                reason = self._why_not_loaded()
-        return reason
+        return self.why_not_loaded() if reason is None else reason
 
-    def _why_not_loaded(self) -> str | None:
-        """Loads it, unless another thread has done so meanwhile."""
+    def why_not_loaded(self) -> str | None:
+        """Why this backend cannot be loaded, or None once it is."""
         if self.name in _loaded:
             return None
-        reason = self.why_not()
-        if reason is None:
-            try:
-                self.load()
-            except RuntimeError as error:
-                return str(error)
-            _loaded.add(self.name)
-        return reason
+        with _loading:
+            if self.name in _loaded:  # another thread has done so meanwhile
+                return None
+            reason = self.why_not()
+            if reason is None:
+                try:
+                    self.load()
+                except RuntimeError as error:
+                    return str(error)
+                _loaded.add(self.name)
+            return reason
 
 
 def _nothing(*_: object) -> None:
@@ -186,6 +186,10 @@ def _forked() -> None:
 
 if hasattr(os, "register_at_fork"):  # not on Windows
     os.register_at_fork(after_in_child=_forked)
+
+
+def is_loaded(backend: str) -> bool:
+    return backend in _loaded
 
 
 class _Context(threading.local):

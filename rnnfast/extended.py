@@ -22,7 +22,17 @@ from rnnfast.backends import reference
 from rnnfast.backends.reference import Extension, Norms
 from rnnfast.batching import ROWS, ROWS_OF_LANES, STATES
 from rnnfast.cells import CELLS
-from rnnfast.scan import Weights, call, contiguous, define, empty_or_like, is_plain_inference, library, stack_lanes
+from rnnfast.scan import (
+    Weights,
+    call,
+    contiguous,
+    define,
+    empty_or_like,
+    is_plain_inference,
+    library,
+    load_when_called,
+    stack_lanes,
+)
 from rnnfast.tracing import is_mapped
 
 # D lanes: the gains (D, G*H) but for gain_c (D, H), bias_c (D, H), peepholes (D, 3, H), recurrent_mask (D, B, P),
@@ -225,6 +235,7 @@ for _backend, _fake, _kept in (
         definition,
         (_TENSORS, _LEAVES, _WEIGHTS),
     )
+load_when_called("cpu", _FORMULAS["cpu"].op, _FORMULAS["cpu"].backward_op)
 library.impl("scan_extended_reference", _forward_of_reference, "CompositeExplicitAutograd")
 library.impl("scan_extended_reference_backward", _backward_of_reference, "CompositeExplicitAutograd")
 flops.count(f"scan_extended_{_backend}" for _backend in _FORMULAS)

@@ -15,7 +15,7 @@ import torch
 from torch import _C, Tensor
 from torch.autograd import forward_ad
 
-from rnnfast import batching, derivatives, flops
+from rnnfast import batching, derivatives, dispatch, flops
 from rnnfast.autocast import without_autocast
 from rnnfast.backends import reference, torch_nn
 from rnnfast.cells import CELLS
@@ -288,6 +288,28 @@ def define(
     return formula
 
 
+def load_when_called(backend: str, *ops: Any) -> None:
+    """Implements operators of a backend until it is loaded.
+
+    A program that was exported, compiled ahead of time or traced calls them in a process where nobody has asked for it.
+    """
+    for op in ops:
+        library.impl(op, partial(_load_and_call, backend, op), "CompositeExplicitAutograd")
+
+
+def _load_and_call(backend: str, op: Any, *arguments: Any) -> Any:
+    name, was_loaded = op.name(), dispatch.is_loaded(backend)
+    reason = dispatch.BACKENDS[backend].why_not_loaded()
+    if reason is not None:
+        raise RuntimeError(
+            f"this program calls {name}, but {reason}. Make it with backend='reference' to run it everywhere"
+        )
+    if was_loaded:  # its own implementation was passed by
+        devices = {str(argument.device) for argument in arguments if isinstance(argument, Tensor)}
+        raise NotImplementedError(f"{name} has no implementation for these tensors, on {' and '.join(sorted(devices))}")
+    return op(*arguments)
+
+
 _SIZES = 9, 8, (1, 2, 3, 4, 5)  # of _LAYER
 FORMULAS: dict[str, derivatives.Formula] = {}
 for _backend in BACKEND_NAMES:
@@ -310,6 +332,9 @@ for _backend in WITH_STATES:
         _SIZES,
     )
     library.impl(f"scan_{_backend}_states", partial(_states, _backend), "CompositeExplicitAutograd")
+for _backend in ("cpu", "triton", "cuda"):
+    load_when_called(_backend, FORMULAS[_backend].op, FORMULAS[_backend].backward_op)
+load_when_called("cpu", FORMULAS["cpu_states"].backward_op)
 for _name, _implementation in (
     ("scan_reference", reference.forward),
     ("scan_reference_backward", reference.backward),
