@@ -19,7 +19,8 @@ Members M, lanes D, rows N, rows of the first step B, inputs I, gates times hidd
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +43,23 @@ class Place(NamedTuple):
 
 ROWS, ROWS_OF_LANES, STATES = Place(0, "rows"), Place(1, "rows"), Place(1, "states")
 _LAYER_PLACES = (ROWS, None, None, None, None, None, STATES, STATES)
+
+
+def or_no_members(rule: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
+    """Lets a rule map no members, too, such as a sampled batch that came out empty: as one of zeros, then cut off."""
+
+    @wraps(rule)
+    def mapped(info: Any, in_dims: Dims, *arguments: Any) -> tuple[Any, Any]:
+        if info.batch_size > 0:
+            return rule(info, in_dims, *arguments)
+        filled = [
+            argument if dim is None else argument.new_zeros([*argument.shape[:dim], 1, *argument.shape[dim + 1 :]])
+            for argument, dim in zip(arguments, in_dims, strict=True)
+        ]
+        results, dims = rule(info._replace(batch_size=1), in_dims, *filled)
+        return tuple(t if dim is None else t.narrow(dim, 0, 0) for t, dim in zip(results, dims, strict=True)), dims
+
+    return mapped
 
 
 def map_forward(every: bool, op: Any, info: Any, in_dims: Dims, *arguments: Any) -> tuple[Any, Any]:

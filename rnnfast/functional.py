@@ -163,7 +163,7 @@ def run(
 
     rows = input.long() if token_ids else input
     if batch_sizes is None:
-        rows = rows.reshape(-1) if token_ids else rows.reshape(-1, rows.shape[-1])
+        rows = rows.flatten(0, 1)
     rows, h_n, c_n = _run_layers(
         chosen, cell, rows, h_0, c_0, weights, batch_sizes, bidirectional, dropout if training else 0.0
     )

@@ -284,7 +284,7 @@ def define(
         library.impl(each, derivatives.kernel(function, formula, op), "Autograd")
         torch.library.register_fake(f"rnnfast::{each}", fake_of_each, lib=library)
     for each, op, rule in zip(names, ops, rules or (), strict=False):
-        torch.library.register_vmap(f"rnnfast::{each}", partial(rule, op), lib=library)
+        torch.library.register_vmap(f"rnnfast::{each}", batching.or_no_members(partial(rule, op)), lib=library)
     return formula
 
 

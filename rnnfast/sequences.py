@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import _C, Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from rnnfast.batching import or_no_members
 from rnnfast.imports import after_import
 from rnnfast.tracing import is_jit_traced, is_mapped
 
@@ -242,7 +243,7 @@ def _mapped_plan(
 ) -> tuple[Tensor, ...]:
     *plan, ends, counts = torch.ops.rnnfast.cut.default(lengths, reset, steps, batch, device)
     # What follows the segments' states follows all of them, used or not.
-    segments = counts[2].to(device)
+    segments = counts[2:].to(device)  # (1,): torch cannot map a number over no members
     return *plan, torch.where(ends < segments, ends, ends - segments + plan[2].shape[-1])
 
 
@@ -304,7 +305,7 @@ _library.define(
 )
 _library.impl("cut", _padded_plan, "CompositeExplicitAutograd")
 torch.library.register_fake("rnnfast::cut", _fake_padded_plan, lib=_library)
-torch.library.register_vmap("rnnfast::cut", _map_plan, lib=_library)
+torch.library.register_vmap("rnnfast::cut", or_no_members(_map_plan), lib=_library)
 
 
 def check_reset_shape(reset: Tensor | None, input: Tensor, steps_and_batch: int) -> None:

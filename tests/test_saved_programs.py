@@ -60,7 +60,11 @@ def call(layer: Any, *inputs: Any) -> Any:
 
 CASES: dict[str, tuple[Callable[[], Any], Callable[..., Any], tuple[Tensor, ...]]] = {
     "scan": (lambda: rnnfast.GRU(5, 7, num_layers=2), call, (torch.randn(4, 3, 5),)),
-    "step": (lambda: rnnfast.RNN(5, 7), lambda layer, x, h: layer.step(x, h), (torch.randn(3, 5), torch.zeros(1, 3, 7))),
+    "step": (
+        lambda: rnnfast.RNN(5, 7),
+        lambda layer, x, h: layer.step(x, h),
+        (torch.randn(3, 5), torch.zeros(1, 3, 7)),
+    ),
     "lengths": (
         lambda: rnnfast.LSTM(5, 7),
         lambda layer, x, n: layer(x, lengths=n)[0],
@@ -101,7 +105,7 @@ def test_a_program_compiled_ahead_of_time(tmp_path: Path) -> None:
 def test_a_backend_that_cannot_be_loaded_is_named() -> None:
     weights = (torch.zeros(1, 7, 5), torch.zeros(1, 7, 7))
     arguments = (torch.zeros(12, 5), *weights, None, None, None, torch.zeros(1, 3, 7), None, None, "rnn_tanh", False)
-    with pytest.raises(RuntimeError, match="this program calls rnnfast::scan_cuda, but .* backend='reference'"):
+    with pytest.raises(RuntimeError, match=r"this program calls rnnfast::scan_cuda, but .* backend='reference'"):
         torch.ops.rnnfast.scan_cuda.default(*arguments, False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -256,6 +257,35 @@ def test_vmap_over_lengths_of_a_stack(options: Any) -> None:
     assert_same(vmap(grad(loss), in_dims)(*arguments), expected)
     total = grad(lambda parameters: vmap(loss, in_dims)(parameters, *arguments[1:]).sum())(arguments[0])
     assert_same(total, tree_map(lambda t: t.sum(0), expected))
+
+
+@pytest.mark.parametrize("in_dims", [(None, 0, 0), (0, None, None), (0, 0, 0)], ids=["inputs", "weights", "both"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_vmap_over_no_members(name: str, in_dims: Any, backend: str) -> None:
+    """As in a step of differentially private training whose Poisson sample came out empty."""
+    layer, lengths = build(name, True, backend), torch.tensor([[2, 5, 0, 1]])
+    parameters, input = parameters_of(layer), torch.randn(1, 5, 4, 2, dtype=torch.float64)
+    whole = ({key: p[None] for key, p in parameters.items()}, input, lengths)
+    shared = (parameters, input[0], lengths[0])
+    arguments = [one if dim is None else all_ for one, all_, dim in zip(shared, whole, in_dims, strict=True)]
+    none = [a if dim is None else tree_map(lambda t: t[:0], a) for a, dim in zip(arguments, in_dims, strict=True)]
+
+    def loss(ragged: bool, parameters: Parameters, input: Tensor, lengths: Tensor) -> Tensor:
+        results = functional_call(layer, parameters, (input,), {"lengths": lengths} if ragged else {})
+        # torch itself cannot add two numbers over no members.
+        return torch.cat([t.flatten() for t in tree_leaves(results[0] if ragged else results)]).square().sum()
+
+    plain, ragged = partial(loss, False), partial(loss, True)
+    # Nor has its index_select, with indices of each member's own, a gradient over none: no ragged input's, or state's.
+    for function in (plain, grad(plain), grad(plain, 1), ragged, grad(ragged)):
+        of_none, of_one = (tree_leaves(vmap(function, in_dims)(*which)) for which in (none, arguments))
+        assert [t.shape for t in of_none] == [(0, *t.shape[1:]) for t in of_one]
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_vmap_of_a_stack_over_no_members(cell: str, backend: str) -> None:
+    stack = rnnfast.Stack(cell, 2, [3, 2], layer_norm=True, backend=backend)
+    assert vmap(lambda input: stack(input)[0])(torch.randn(0, 5, 4, 2)).shape == (0, 5, 4, 2)
 
 
 def test_what_vmap_over_lengths_does_not_do() -> None:
