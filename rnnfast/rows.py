@@ -16,7 +16,7 @@ Selected = Tensor | Sequence[int | None]
 
 
 def kept(state: Any) -> Any:
-    """A state that a call with gradients can go on from, as from one made in inference mode it cannot."""
+    """The state; of what was made in inference mode, which a call with gradients cannot use, a copy."""
 
     def copied(part: Any) -> Any:
         if torch.compiler.is_compiling() or not isinstance(part, Tensor) or not part.is_inference():
@@ -35,15 +35,9 @@ def batch_of(state: Any) -> int:
 
 def mask_of(rows: Any, batch: int) -> Tensor:
     """Of the rows, (B,), on the CPU."""
-    if not isinstance(rows, Tensor):
-        # Of floats, which may be a mask's, indexing would make integers. An empty list is float, too, and means no row.
-        rows = torch.as_tensor(rows)
-        rows = rows if rows.numel() else rows.long()
-    if rows.is_floating_point() or rows.dtype == torch.uint8:
-        raise TypeError(f"rows are integer indices or a bool mask, got {rows.dtype}; of a mask make rows.bool()")
-    mask = torch.zeros(batch, dtype=torch.bool)
+    rows, mask = _tensor_of(rows), torch.zeros(batch, dtype=torch.bool)
     try:
-        mask[rows.cpu()] = True
+        mask[rows] = True
     except IndexError as error:
         got = f"a mask {tuple(rows.shape)}" if rows.dtype == torch.bool else rows.tolist()
         raise IndexError(
@@ -54,16 +48,32 @@ def mask_of(rows: Any, batch: int) -> Tensor:
 
 def indices_of(rows: Any, batch: int) -> tuple[Tensor, Tensor]:
     """Rows to select, and which of them are new ones, whose index means nothing."""
-    if isinstance(rows, Tensor):
-        rows = rows.tolist()
-    if rows and all(isinstance(row, bool) for row in rows):
-        rows = mask_of(rows, batch).nonzero().flatten().tolist()
-    new = [row is None for row in rows]
-    mask_of([row for row in rows if row is not None], batch)  # checks them
-    if not batch and any(new):
+    rows = rows if isinstance(rows, Tensor) else [*rows]
+    new = torch.tensor([False] * rows.numel() if isinstance(rows, Tensor) else [row is None for row in rows]).bool()
+    old = _tensor_of([row for row in rows if row is not None] if new.any() else rows)
+    if old.dim() != 1:
+        raise IndexError(f"rows to select have one dimension, got {tuple(old.shape)}")
+    if old.dtype == torch.bool and new.any():
+        raise TypeError("a mask adds no rows: give a list of indices, with None for a new row")
+    mask = mask_of(old, batch)  # checks them
+    if old.dtype == torch.bool:
+        old, new = mask.nonzero().flatten(), new[mask]
+    if not batch and new.any():
         raise RuntimeError("a batch without rows cannot be added to: reset() lets the stream begin with another one")
-    index = [0 if row is None else row % batch for row in rows]
-    return torch.tensor(index, dtype=torch.long), torch.tensor(new, dtype=torch.bool)
+    index = torch.zeros(len(new), dtype=torch.long)
+    index[~new] = torch.where(old < 0, old + batch, old)
+    return index, new
+
+
+def _tensor_of(rows: Any) -> Tensor:
+    """Indices or a mask, on the CPU."""
+    indices = rows if isinstance(rows, Tensor) else torch.as_tensor(rows)
+    if not indices.numel() and indices.is_floating_point():
+        indices = indices.long()  # of an empty list, which is float and means no row
+    # Of floats, which may be a mask's, indexing would make integers.
+    if indices.is_floating_point() or indices.dtype == torch.uint8:
+        raise TypeError(f"rows are integer indices or a bool mask, got {indices.dtype}; of a mask make rows.bool()")
+    return (indices if indices.dtype == torch.bool else indices.long()).cpu()
 
 
 def cleared(state: Any, mask: Tensor) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -110,6 +111,17 @@ def test_rows_of_layers_with_different_batches() -> None:
         torch.testing.assert_close(output[:, 1], model(input[:, [2, 0]], chosen)[:, 1])
 
 
+def test_rows_reset_one_after_the_other_begin_anew_once() -> None:
+    model, input, who = Speaker(), torch.randn(STEPS, 3, 4), torch.randn(3, 2)
+    stream, other = rnnfast.Stream(model), rnnfast.Stream(model)
+    with torch.no_grad():
+        stream(input, who)
+        stream.reset({"frames": [0], "bands": range(4)})
+        stream.reset({"frames": [2], "bands": range(8, 12)})
+        for _ in range(2):  # from what the model gives, and on from there
+            torch.testing.assert_close(stream(input, who)[:, ::2], other(input, who)[:, ::2])
+
+
 def test_rows_begin_anew_in_training() -> None:
     """From a beginning that is learned, chunk after chunk, with and without inference mode between."""
     model, input, who = Speaker(), torch.randn(STEPS, 3, 4), torch.randn(3, 2)
@@ -156,6 +168,47 @@ def test_rows_are_selected(kind: str) -> None:
             stream.select([0.5])  # type: ignore[list-item]
 
 
+@pytest.mark.parametrize("kept", [[0, 2], [2, 0, 2], [-1], []])
+@pytest.mark.parametrize("make", [torch.tensor, list, tuple, np.array])
+def test_rows_are_selected_by_indices_of_any_kind(kept: list[int], make: Any) -> None:
+    stream = rnnfast.Stream(rnnfast.GRU(5, 6))
+    stream(torch.randn(3, 5))
+    before = stream.state
+    stream.select(make(kept))
+    assert torch.equal(stream.state, before[:, kept])
+
+
+@pytest.mark.parametrize(
+    "make", [torch.tensor, list, tuple, np.array, lambda mask: [*torch.tensor(mask)], lambda mask: [*np.array(mask)]]
+)
+def test_rows_are_selected_by_masks_of_any_kind(make: Any) -> None:
+    stream = rnnfast.Stream(rnnfast.GRU(5, 6))
+    stream(torch.randn(3, 5))
+    before = stream.state
+    stream.select(make([True, False, True]))
+    assert torch.equal(stream.state, before[:, [0, 2]])
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "message"),
+    [
+        (torch.tensor([1, 0, 1], dtype=torch.uint8), TypeError, "of a mask make rows.bool"),
+        ((row for row in [0, 2]), TypeError, "got generator: make a list of it"),
+        (torch.tensor([[0, 2]]), IndexError, r"have one dimension, got \(1, 2\)"),
+        (torch.tensor(1), IndexError, r"have one dimension, got \(\)"),
+        ([True, None, False], TypeError, "a mask adds no rows"),
+        ([True, False], IndexError, r"a bool mask \(3,\), got a mask \(2,\)"),
+    ],
+)
+def test_rows_that_select_nothing_clear_are_refused(rows: Any, error: type[Exception], message: str) -> None:
+    stream = rnnfast.Stream(rnnfast.GRU(5, 6))
+    stream(torch.randn(3, 5))
+    before = stream.state
+    with pytest.raises(error, match=message):
+        stream.select(rows)
+    assert stream.state is before
+
+
 @pytest.mark.parametrize("make", [lambda: rnnfast.LSTM(5, 6), lambda: rnnfast.Stack("gru", 5, [6])])
 def test_sequences_may_wait_or_begin_within_a_chunk(make: Any) -> None:
     layer, input = make(), torch.randn(8, 3, 5)
@@ -183,6 +236,22 @@ def test_a_models_rows_begin_anew_under_autocast() -> None:
         again = stream(ids)
     torch.testing.assert_close(again[1], first[1])
     assert not torch.equal(again[0], first[0])
+
+
+@pytest.mark.parametrize("what", ["reset", "state"])
+def test_rows_that_were_to_begin_anew_are_forgotten_with_their_state(what: str) -> None:
+    model, ids = Tagger(), torch.randint(7, (BATCH, STEPS))
+    stream, other = rnnfast.Stream(model), rnnfast.Stream(model)
+    with torch.no_grad():
+        stream(ids)
+        other(ids)
+        stream.reset([1])
+        if what == "reset":
+            stream.reset()
+            torch.testing.assert_close(stream(ids[:2]), model(ids[:2]), rtol=0, atol=0)  # a batch without such a row
+        else:
+            stream.state = other.state
+            torch.testing.assert_close(stream(ids), other(ids), rtol=0, atol=0)
 
 
 def test_a_state_that_is_set_has_a_beginning_of_its_own() -> None:
