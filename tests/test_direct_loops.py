@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import rnnfast
+from rnnfast.backends import cpu
 from rnnfast.direct import loops, plans
 
 NAMES = ("RNNCell", "LSTMCell", "GRUCell", "RNN", "LSTM", "GRU")
@@ -161,6 +162,29 @@ def test_several_backward_passes_through_one_loop() -> None:
 
     both(modules, run)
     assert_same_gradients(*modules)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_rows_that_fill_their_memory_write_nothing_behind_it(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, _ = pair("GRU", 3, 5)
+    empty, behind = cpu.empty, []
+
+    def followed_by_sevens(like: Tensor, *sizes: int) -> Tensor:
+        if like.dtype != torch.uint8:
+            return empty(like, *sizes)
+        memory = empty(like, sizes[0] + 4096).fill_(7)
+        behind.append(memory[sizes[0] :])
+        return memory[: sizes[0]]
+
+    monkeypatch.setattr(cpu, "empty", followed_by_sevens)
+    monkeypatch.setattr(loops, "_MOST_ROWS", 8)
+    state, found = None, []
+    for input in torch.randn(1 + 8 // (2 * steps), steps, 2, 3):  # the first call makes its own gradients
+        output, state = ours(input, state)
+        found.append(output)
+    loss_of(found).backward()
+    assert behind
+    assert all((memory == 7).all() for memory in behind)
 
 
 def test_a_pass_that_wants_no_weights(direct_call_names: list[str]) -> None:

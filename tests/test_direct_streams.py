@@ -277,6 +277,16 @@ def test_the_stream_of_a_restored_layer() -> None:
         torch.testing.assert_close(stream(INPUT[5]), layer(INPUT[:6])[0][5])
 
 
+def test_a_layer_restored_between_two_steps() -> None:
+    layer = torch.nn.LSTM(5, 17)
+    rnnfast.accelerate(layer)
+    stream = stepping(layer)
+    rnnfast.restore(layer)
+    with torch.no_grad(), pytest.raises(TypeError, match=r"a torch\.nn LSTM has no step"):
+        stream(INPUT[4])
+    torch.testing.assert_close(stream.state, state_after(layer))
+
+
 def test_a_compiled_stream() -> None:
     layer = make()
     stream, state = stepping(layer), state_after(layer)

@@ -46,14 +46,23 @@ def test_a_backend_is_loaded_once_by_many_threads() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_child_that_was_forked_while_a_backend_was_loaded_may_load_one() -> None:
+def test_a_child_that_was_forked_while_a_lock_was_held_finds_it_free() -> None:
     code = """if True:
-        import os
-        from rnnfast import dispatch
-        with dispatch._loading:
-            child = os.fork()
-            if child == 0:
-                os._exit(not dispatch._loading.acquire(timeout=5))
+        import os, threading
+        from rnnfast import dispatch, stream
+        from rnnfast.lm.generate import _modes
+        locks = dispatch._loading, stream._one_at_a_time, _modes
+        held, end = threading.Event(), threading.Event()
+        def hold():
+            with locks[0].lock, locks[1].lock, locks[2].lock:
+                held.set()
+                end.wait()
+        threading.Thread(target=hold).start()
+        held.wait()
+        child = os.fork()
+        if child == 0:
+            os._exit(not all(lock.lock.acquire(timeout=5) for lock in locks))
+        end.set()
         raise SystemExit(os.waitpid(child, 0)[1])
     """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

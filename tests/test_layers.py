@@ -102,6 +102,14 @@ def test_token_ids_of_any_integer_type() -> None:
         torch.testing.assert_close(layer(ids.to(dtype)), expected, rtol=0, atol=0)
 
 
+def test_token_ids_of_no_sequences(backend: str) -> None:
+    layer = rnnfast.GRU(7, 4, backend=backend)
+    for _ in range(2):
+        output, state = layer(torch.zeros(5, 0, dtype=torch.long))
+        assert output.shape == (5, 0, 4)
+        assert state.shape == (1, 0, 4)
+
+
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
 def test_batch_sizes_that_are_strided(name: str, backend: str) -> None:
     """torch.nn's kernels would read others."""

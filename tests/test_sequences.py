@@ -495,5 +495,5 @@ def test_errors_are_clear() -> None:
     first = make("GRU", batch_first=True)
     with pytest.raises(ValueError, match=r"shape without features, \(4, 9\), got \(9, 4\)"):
         first(input.transpose(0, 1), reset=reset)
-    with pytest.raises(ValueError, match=r"reset must have the shape \(9, 4\), got \(4, 9\)"):
+    with pytest.raises(ValueError, match=r"shape without features, \(9, 4\), got \(4, 9\)"):
         rnnfast.sequences.cut(STEPS, BATCH, reset=reset.t())

@@ -75,6 +75,8 @@ def test_layers_have_their_own_sizes_and_take_token_ids(backend: str) -> None:
     one_hot = F.one_hot(ids, INPUTS).double()
     torch.testing.assert_close((output, states), stack(one_hot))
     torch.testing.assert_close(normalised(ids), normalised(one_hot))
+    for narrow in (torch.int32, torch.uint8):
+        torch.testing.assert_close(normalised(ids.to(narrow)), normalised(ids), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("connection", ["residual", "highway"])
@@ -199,6 +201,14 @@ def test_zoneout_of_one_keeps_the_state() -> None:
     for stack in (make("lstm", zoneout=1.0), make("lstm", zoneout=1.0).eval()):
         state = [(random(1, BATCH, HIDDEN), random(1, BATCH, HIDDEN))]
         torch.testing.assert_close(flat(stack(input_of(), state)[1]), flat(state))
+
+
+@pytest.mark.parametrize("zoneout", [(1.0, 0.0), (0.0, 1.0)])
+def test_zoneout_of_one_part_alone(zoneout: tuple[float, float]) -> None:
+    for stack in (make("lstm", zoneout=zoneout), make("lstm", zoneout=zoneout).eval()):
+        before = random(1, BATCH, HIDDEN), random(1, BATCH, HIDDEN)
+        (after,) = stack(input_of(), [before])[1]
+        assert [torch.allclose(*parts) for parts in zip(before, after, strict=True)] == [p == 1 for p in zoneout]
 
 
 def test_explain_tells_who_runs_it_and_why() -> None:

@@ -144,6 +144,13 @@ def test_mistakes_are_told() -> None:
         (RuntimeError, "reset_to has dtype", input, None, resets | {"reset_to": double}),
         (RuntimeError, r"hx\[0\] must be .*got \[\(1, 1, 6\)", input, state_of(stack, 1), {}),
         (RuntimeError, r"hx\[0\] must be \(h, c\) of shapes \[\(1, 6\), \(1, 6\)\]", input[:, 0], hx, {}),
+        (
+            RuntimeError,
+            r"reset_to\[0\] must be \(h, c\) of shapes \[\(1, 6\), \(1, 6\)\], got",
+            input[:, 0],
+            None,
+            {"reset": reset[:, 0], "reset_to": state_of(stack, 1)},
+        ),
         (ValueError, "give an unbatched one", input[:, 0], None, {"lengths": [3]}),
         (ValueError, r"without features, \(7,\)", input[:, 0], None, resets),
         (ValueError, "Expected token ids to be 1D or 2D, got 3D", input.long(), None, {}),

@@ -13,6 +13,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, vmap
 
 import rnnfast
+from rnnfast import dispatch
 
 STEPS, BATCH, INPUTS, HIDDEN = 5, 3, 4, 6
 
@@ -108,6 +109,22 @@ def test_higher_derivatives_and_transforms() -> None:
     expected = torch.autograd.functional.jacobian(function, tuple(detached))
     torch.testing.assert_close(torch.func.jacrev(function, (0, 1))(*detached), expected)
     torch.testing.assert_close(torch.func.jacfwd(function, (0, 1))(*detached), expected)
+
+
+def test_what_a_transform_may_differentiate_asks_for_gradients_of_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within vmap no tensor says that a gradient is wanted; a GPU's backends would give none."""
+    asked, choose_name = [], dispatch.choose_name
+    monkeypatch.setattr(dispatch, "choose_name", lambda *given: (asked.append(given[-1]), choose_name(*given))[1])
+    layer = rnnfast.LSTM(INPUTS, HIDDEN).requires_grad_(False)
+    inputs = torch.randn(3, STEPS, BATCH, INPUTS)
+
+    def total(inputs: Tensor) -> Tensor:
+        return vmap(lambda input: layer.states(input)[1].sum())(inputs).sum()
+
+    assert grad(total)(inputs).any()
+    with torch.no_grad():
+        total(inputs)
+    assert asked == [(dispatch.CELL_STATE_GRADIENTS,), (dispatch.CELL_STATES,)]
 
 
 def test_torch_func_in_any_order(backend: str) -> None:

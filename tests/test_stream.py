@@ -508,8 +508,8 @@ def test_a_layer_whose_state_cannot_be_seen_is_refused(kind: str) -> None:
     with pytest.raises(RuntimeError, match=r"'hidden(\.0)?' is quantized, compiled by torch\.jit or exported"):
         rnnfast.Stream(model)
     assert rnnfast.Stream(model, stateless=["hidden"])._layers.keys() == {"seen"}
-    cells = torch.jit.script(nn.Sequential(nn.LSTMCell(4, 4)))
-    assert rnnfast.Stream(nn.ModuleDict({"cells": cells, "seen": nn.GRU(4, 4)}))._layers.keys() == {"seen"}
+    for cells in (torch.jit.script(nn.Sequential(nn.LSTMCell(4, 4))), torch.ao.nn.quantized.dynamic.LSTMCell(4, 4)):
+        assert rnnfast.Stream(nn.ModuleDict({"cells": cells, "seen": nn.GRU(4, 4)}))._layers.keys() == {"seen"}
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

@@ -64,6 +64,7 @@ def test_lanes_that_are_no_directions_and_no_rows() -> None:
     assert (output.shape, tape.shape) == ((0, 8), (2, 0, 0))
     gradients = operator("torch", backward=True)(None, h_n, None, *list(values.values())[:-1], output, tape, True, True)
     assert torch.equal(gradients[6], h_n)
+    assert gradients[6].data_ptr() != h_n.data_ptr()  # an operator's results share no memory with what it is given
     assert not any(gradient.any() for i, gradient in enumerate(gradients) if i != 6)
 
 

@@ -257,6 +257,8 @@ def test_vmap_over_lengths_of_a_stack(options: Any) -> None:
     assert_same(vmap(grad(loss), in_dims)(*arguments), expected)
     total = grad(lambda parameters: vmap(loss, in_dims)(parameters, *arguments[1:]).sum())(arguments[0])
     assert_same(total, tree_map(lambda t: t.sum(0), expected))
+    of_inputs = grad(lambda input: vmap(loss, in_dims)(arguments[0], input, *arguments[2:]).sum())(input)
+    assert_same(of_inputs, loop(grad(loss, 1), in_dims, *arguments))
 
 
 @pytest.mark.parametrize("in_dims", [(None, 0, 0), (0, None, None), (0, 0, 0)], ids=["inputs", "weights", "both"])
@@ -471,3 +473,18 @@ def test_weights_of_another_dtype(name: str, form: str) -> None:
     torch.testing.assert_close(vmap(loss)(ensemble), loss(given).expand(MEMBERS))
     with pytest.raises((ValueError, RuntimeError), match="dtype"):
         grad(loss)(parameters_of(layer))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_eager_autograd_through_two_vmaps(name: str, backend: str, plain: Any) -> None:
+    """Behind the outer one what the inner one is given does not say that a gradient is wanted."""
+    layer = build(name, False, backend)
+    members = ensemble_of(parameters_of(layer))
+    leaves = [parameter.requires_grad_() for parameter in members.values()]
+    inputs = torch.randn(MEMBERS, 3, 2, 2, dtype=torch.float64)
+    per_sample = vmap(vmap(grad(loss_of(layer)), (None, 0)), (0, None))
+
+    def gradients() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(norm(per_sample(members, inputs)), leaves)
+
+    assert_same(gradients(), plain(gradients))

@@ -25,6 +25,20 @@ def test_ratios_at_the_limit_are_the_most_there_is_to_win() -> None:
     assert _row("b", ours=0.0125, torch=0.02, limit=None).ratio_at_limit("torch.nn") is None
 
 
+def test_at_the_limit_a_series_has_its_own_peer_and_every_point_or_none() -> None:
+    report = Report("layers", "layers", [_row("a", 0.0125, 0.02, 0.04), _row("b", 0.0125, 0.08, 0.04)])
+    ratios = {name: [ratio for _, ratio in points] for name, points in report.series_at_limit().items()}
+    assert ratios == {
+        "torch.nn": pytest.approx([2.0, 8.0]),
+        "jax": pytest.approx([4.0, 4.0]),
+        "the best peer": pytest.approx([2.0, 4.0]),
+    }
+    report.rows[1] = _row("b", 0.0125, 0.08, 0.04, limit=None)
+    assert report.series_at_limit() == {}
+    alone = Report("layers", "layers", [_row("a", 0.0125, 0.02)])
+    assert list(alone.series()) == ["torch.nn"]
+
+
 def test_the_summary_has_the_limit_beside_each_ratio() -> None:
     report = Report("layers", "layers", [_row("a", 0.0125, 0.02, 0.04), _row("b", 0.0125, 0.08, 0.04)])
     summary = report.summary()

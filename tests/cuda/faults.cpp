@@ -92,6 +92,21 @@ void absent_peer(uint32_t* flags, int step) {
   GridExchange<float>(p, hw::shared_memory()).wait(step);
 }
 
+// Waits for a peer that other work keeps from beginning.
+void late_peer(uint32_t* flags) {
+  if (hw::block_x() == 0) return absent_peer(flags, 1);
+  while (hw::clock_high() < 100) emulator::yield();
+  if (hw::thread() < 2) hw::flag_release(flags + hw::thread(), 1);
+}
+
+// Looks at a clock that is behind, as that of another multiprocessor, on which a thread that was preempted goes on.
+void clock_behind() {
+  emulator::machine()->nanoseconds = uint64_t{50} << 31;
+  const Watchdog watchdog;
+  emulator::machine()->nanoseconds = 0;
+  watchdog.look("the clock is behind", 0);
+}
+
 // Waits for bytes that no block of the cluster sends.
 void absent_bytes() {
   Arrivals arrivals(Layout{}, hw::shared_memory());
@@ -138,6 +153,12 @@ extern "C" const char* rnnfast_run_fault(const char* name, int* out) {
     if (kernel == "half a barrier") emulator::run({1, 1, 1, 64, 1, 64}, [&] { half_a_barrier(out); });
     if (kernel == "absent peer") emulator::run({2, 1, 1, 32, 1, 64}, [&] { absent_peer(flags, 1); });
     if (kernel == "peer gone") emulator::run({2, 1, 1, 32, 1, 64}, [&] { absent_peer(flags, 2); });
+    if (kernel == "peer a step ahead") {
+      flags[0] = flags[1] = 2;
+      emulator::run({2, 1, 1, 32, 1, 64}, [&] { absent_peer(flags, 1); });
+    }
+    if (kernel == "late peer") emulator::run({2, 1, 1, 32, 1, 64}, [&] { late_peer(flags); });
+    if (kernel == "clock behind") emulator::run({1, 1, 1, 32, 1, 64}, [&] { clock_behind(); });
     if (kernel == "absent bytes") emulator::run({2, 1, 1, 32, 2, 64}, [&] { absent_bytes(); });
   } catch (const std::exception& error) {
     message = error.what();

@@ -66,6 +66,11 @@ def test_the_watchdog_says_what_is_missing(emulated, kernel, message):
     assert message in _run(emulated, kernel, 0)[1]
 
 
+@pytest.mark.parametrize("kernel", ["peer a step ahead", "late peer", "clock behind"])
+def test_the_watchdog_ends_no_kernel_that_goes_on(emulated, kernel):
+    assert _run(emulated, kernel, 0)[1] == ""
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_what_the_sanitizer_watches_can_be_run(schedule, monkeypatch, kernel):
     monkeypatch.setattr(gpu_parts, "DEVICE", "cpu")

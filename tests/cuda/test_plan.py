@@ -113,6 +113,15 @@ def test_more_blocks_than_an_int_counts_are_not_taken_for_few(emulated, batch, l
     assert min(made.nanoseconds for made in _parse(ops.plans(*problem))) > 0
 
 
+def test_what_just_fits_a_card_runs_there(emulated):
+    ops, problem = getattr(torch.ops, EMULATED), ("lstm", 256, 32, 1, "bfloat16", False)
+    made = next(made for made in _parse(ops.plans(*problem, CARDS["A100"])) if made.kernel == "grid")
+    card = [80, made.blocks * -(-32 // made.rows), made.shared_bytes, 0, 0, 0, 0]
+    assert ops.check(*problem, card, made.team) == ""
+    assert "at once" in ops.check(*problem, [card[0], card[1] - 1, *card[2:]], made.team)
+    assert "shared memory" in ops.check(*problem, [*card[:2], card[2] - 1, *card[3:]], made.team)
+
+
 @pytest.mark.parametrize(
     ("card", "compute_type", "team", "why"),
     [

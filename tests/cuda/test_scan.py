@@ -94,6 +94,16 @@ def test_every_schedule_gives_the_same_bits(schedule, monkeypatch, kernel, compu
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
 
 
+@pytest.mark.parametrize("compute_type", ["float32", "bfloat16"])
+def test_weights_that_begin_within_a_vector(schedule, monkeypatch, compute_type):
+    """As those that are views of a flat vector of all parameters may."""
+    use(monkeypatch, TEAMS["block"][compute_type == "bfloat16"], compute_type)
+    layer = random_layer("lstm", 16, 4, 3, DTYPES[compute_type])
+    w_hh = layer[2]
+    layer[2] = torch.cat((w_hh.flatten()[:1], w_hh.flatten()))[1:].view(w_hh.shape)
+    check_against_truth(launch.forward, launch.backward, layer, compute_type)
+
+
 @pytest.mark.parametrize("compute_type", ["float32", "tf32", "float64"])
 def test_a_row_does_not_depend_on_its_batch(schedule, monkeypatch, compute_type):
     plan = Plan("block", 1, 8, 16) if compute_type == "tf32" else Plan("block", 1, 5, 6)

@@ -68,6 +68,7 @@ def tune(**options: Any) -> tuple[table.Table, list[str]]:
 
 
 def test_the_fastest_right_team_of_each_direction_is_kept(clock: Clock) -> None:
+    assert table.of(0).table is None
     made, said = tune()
     assert [(p.cell, p.compute_type) for p in made.points] == [
         (cell, compute_type) for compute_type in ("float32", "bfloat16") for cell in ("rnn_tanh", "lstm", "gru")
@@ -175,6 +176,38 @@ def test_one_stale_element_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         parity.check(nn_layer)
 
 
+def test_calls_without_gradients_are_checked_and_each_kind_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    nn_layer, seen = torch.nn.GRU(4, 4), []
+    parity = tuning.Parity(nn_layer, 2, "float32")
+    monkeypatch.setattr(parity, "check", lambda layer, gradients: seen.append(gradients) or {"output": 0.5})
+    assert parity.check_all(nn_layer) == [0.5] * 4
+    assert sorted(seen) == [False, False, True, True]
+
+
+def test_where_torchs_own_errors_are_none_a_few_roundings_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    nn_layer = torch.nn.GRU(4, 4)
+    parity = tuning.Parity(nn_layer, 2, "float32")
+    parity.of_nn = dict.fromkeys(parity.of_nn, (0.0, 0.0))
+    monkeypatch.setattr(parity, "errors", lambda *_: {"output": (2.0**-23, 4 * 2.0**-23)})
+    assert parity.check(nn_layer) == {"output": 2.0**-23}
+    monkeypatch.setattr(parity, "errors", lambda *_: {"output": (2.0**-23, 8 * 2.0**-23)})
+    with pytest.raises(tuning.Wrong, match="an element of output is off by"):
+        parity.check(nn_layer)
+
+
+def test_of_triton_the_kernel_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    nothing: Any = lambda *_: None  # noqa: E731
+    ready = {"devices": ("cpu",), "why_not": nothing, "load": nothing, "declines": nothing}
+    monkeypatch.setitem(dispatch.BACKENDS, "triton", dispatch.BACKENDS["triton"]._replace(**ready))
+    monkeypatch.setattr(tuning, "_ours", lambda name, hidden, backend, nn_layer: nn_layer)
+    monkeypatch.setattr(tuning, "seconds_in_turns", lambda work, _: {name: {"median": 1e-6} for name in work})
+    for hidden, kernel in ((16, "registers"), (300, "resident")):
+        point = Point("rnn_tanh", "float32", hidden, 3)
+        tuning.measure(point, ["triton"], torch.device("cpu"))
+        assert (point.kernel, point.failures) == (kernel, {})
+        assert point.microseconds["training 128"] == pytest.approx({"torch": 1.0, "triton": 1.0})
+
+
 def test_an_error_of_any_kind_costs_the_backend_alone(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's own errors are no RuntimeErrors, nor is that of a compiler that fails."""
 
@@ -268,6 +301,23 @@ def test_a_kernel_that_breaks_the_device_is_not_tried_again(clock: Clock, monkey
     made, _ = tune()
     assert len(made.points) == 6
     assert made.points[:2] == kept
+
+
+def test_of_a_point_where_the_device_broke_nothing_is_kept(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever broke it: no backend is tried there again."""
+
+    def measure(point: Point, *_: object) -> None:
+        point.teams["forward"] = ["block", 1, 8, 4]
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(tuning, "measure", measure)
+    for count in (1, 2):
+        with pytest.raises(RuntimeError, match="unspecified launch failure"):
+            tune()
+        kept = table.read(table.path_of(CARD)).points
+        assert len(kept) == count
+        assert kept[-1].teams == {}
+        assert kept[-1].failures == {"cuda": "CUDA error: unspecified launch failure"}
 
 
 def test_what_torch_itself_has_no_memory_for_is_left_out(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -420,12 +420,13 @@ def test_options_of_steps_are_checked(options: dict[str, Any], message: str) -> 
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("token", [-1, VOCABULARY])
 @pytest.mark.parametrize("which", ["inputs", "targets"])
-def test_a_token_outside_the_vocabulary(which: str) -> None:
+def test_a_token_outside_the_vocabulary(which: str, token: int) -> None:
     model, (inputs, targets) = model_of("gru"), batches()
-    {"inputs": inputs, "targets": targets}[which][2, 3, 1] = VOCABULARY
+    {"inputs": inputs, "targets": targets}[which][2, 3, 1] = token
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    message = rf"{VOCABULARY} in row {{}} is outside \[0, {VOCABULARY}\)"
+    message = rf"{token} in row {{}} is outside \[0, {VOCABULARY}\)"
     with pytest.raises(RuntimeError, match=message.format(3 * B + 1)):
         backpropagate(model, inputs[2], targets[2], None)
     loss_sum, optimizer = torch.zeros((), dtype=torch.float64), torch.optim.SGD(model.parameters(), lr=0.5)
