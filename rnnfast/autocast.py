@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from rnnfast.tracing import constant_in_graphs
+
 Result = TypeVar("Result")
 
 
@@ -49,8 +51,6 @@ def without_autocast(implementation: Callable[..., Result]) -> Callable[..., Res
     return run
 
 
+@constant_in_graphs  # torch 2.11 and before cannot trace it
 def _has_autocast(device: str) -> bool:
     return bool(torch.amp.is_autocast_available(device))
-
-
-_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined] # torch 2.11 and before cannot trace it

@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _drop_unwritten() -> None:
-    """Output that could not be written is still in its buffer: at its end Python would try again, and complain."""
+    """Discard output that could not be written: at its end Python would try again, and complain."""
     try:
         print(end="", flush=True)
     except OSError:

@@ -1,4 +1,4 @@
-"""Lets torch.compile and torch.fx trace the layers, and has torch.jit.script say why it cannot compile them.
+"""Lets torch.compile and torch.fx trace the layers.
 
 Dynamo declines every instance of nn.RNN, nn.LSTM and nn.GRU, as it would unroll torch's own step by step. Ours are one
 operator a layer. It asks `isinstance` in one private method, and a configuration flag turns the question off for all
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch.fx
 from torch import nn
@@ -49,11 +49,3 @@ def let_fx_keep_whole(is_ours: Callable[[Any], bool]) -> None:
         return is_ours(m) or is_leaf(self, m, module_qualified_name)
 
     torch.fx.Tracer.is_leaf_module = wrap  # type: ignore[method-assign]
-
-
-def refuse_script() -> NoReturn:
-    """Says what torch.jit.script, whose own error names a type, leaves unsaid."""
-    raise RuntimeError(
-        "torch.jit.script cannot compile rnnfast's layers: use torch.export or torch.jit.trace; or give it torch.nn's, "
-        "which take the same state_dict, and which rnnfast.restore makes of accelerated ones again"
-    )

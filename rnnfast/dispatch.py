@@ -8,22 +8,22 @@ the card's table of measurements (rnnfast/table.py); elsewhere it is `_AUTO`'s.
 from __future__ import annotations
 
 import importlib
-import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnfast import compiling, table
+from rnnfast import table
 from rnnfast.autocast import dtype_of_products
 from rnnfast.cells import CELLS
 from rnnfast.derivatives import needs_gradient
-from rnnfast.tracing import is_transformed
+from rnnfast.locks import ForkSafeLock
+from rnnfast.tracing import constant_in_graphs, is_transformed
 
 AUTO = "auto"
 # Extensions of a request. The first is on the tape of every scan but torch.nn's.
@@ -105,7 +105,7 @@ class Backend(NamedTuple):
         """Why this backend cannot be loaded, or None once it is."""
         if self.name in _loaded:
             return None
-        with _loading:
+        with _loading.lock:
             if self.name in _loaded:  # another thread has done so meanwhile
                 return None
             reason = self.why_not()
@@ -175,17 +175,7 @@ _USUAL_ROWS, _USUAL_STEPS = 32, 128
 HINT = "`rnnfast tune` measures the GPU kernels on this card; until then `auto` does not use them"
 
 _loaded: set[str] = set()
-_loading = threading.Lock()  # several threads may ask for a backend at once
-
-
-def _forked() -> None:
-    """A child may have been forked while another thread loaded a backend, and has no such thread."""
-    global _loading
-    _loading = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=_forked)
+_loading = ForkSafeLock()  # several threads may ask for a backend at once
 
 
 def is_loaded(backend: str) -> bool:
@@ -219,7 +209,7 @@ def use_backend(name: str) -> Iterator[None]:
 def asked(backend: str) -> str:
     """Returns the name that `backend` stands for here: that of `use_backend` where it is "auto".
 
-    Who calls `choose_name`, which a compiler does not look into, asks first, so that the compiler sees it.
+    Callers of `choose_name`, which torch.compile does not trace, call this first, so that it sees `use_backend`.
     """
     return _context.backend if backend == AUTO else backend
 
@@ -268,16 +258,13 @@ def _order(request: Request) -> tuple[tuple[str, ...], str]:
     return (*ranking, *order), "the card's table has not found it right at this size"
 
 
+@constant_in_graphs
 def choose_name(backend: str, size: tuple[Any, ...] | None, *request: Any) -> str:
     """Returns the name that `choose` chooses for a `Request` of these parts, and of a `Size` of those.
 
-    A compiler calls this while it traces, once, and keeps the answer; so what it is given and gives are plain values.
-    (Dynamo hands a named tuple over without its content.)
+    Dynamo would hand over the named tuples without their content.
     """
     return choose(Request(*request)._replace(size=None if size is None else Size(*size)), backend).backend
-
-
-choose_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def check_name(name: str) -> None:
@@ -296,9 +283,12 @@ class Dispatched(torch.nn.Module):
         super().__init__(*args, **kwargs)
         self.backend = backend
 
-    def __prepare_scriptable__(self) -> None:
-        """What torch.jit.script asks before it reads the source."""
-        compiling.refuse_script()
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What torch.jit.script asks before it reads the source; its own error would name a type."""
+        raise RuntimeError(
+            "torch.jit.script cannot compile rnnfast's layers: use torch.export or torch.jit.trace; or give it "
+            "torch.nn's, which take the same state_dict, and which rnnfast.restore makes of accelerated ones again"
+        )
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.backend == AUTO else f", backend={self.backend!r}")
@@ -480,8 +470,6 @@ def size_of(cell: str, w_hh: Tensor, rows: int, steps: int, differentiable: Iter
     return Size(w_hh.device.index or 0, hidden, rows, steps, needs_gradient(differentiable))
 
 
+@constant_in_graphs  # torch 2.11 takes it for true in any graph
 def _is_exporting() -> bool:
     return torch.compiler.is_exporting()
-
-
-_is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined] # torch 2.11 takes it for true in any graph

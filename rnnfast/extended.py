@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 from rnnfast import batching, derivatives, flops
 from rnnfast.autocast import without_autocast
 from rnnfast.backends import reference
+from rnnfast.backends.cpu import packing
 from rnnfast.backends.reference import Extension, Norms
 from rnnfast.batching import ROWS, ROWS_OF_LANES, STATES
 from rnnfast.cells import CELLS
@@ -31,9 +32,9 @@ from rnnfast.scan import (
     is_plain_inference,
     library,
     load_when_called,
-    stack_lanes,
+    stack,
 )
-from rnnfast.tracing import is_mapped
+from rnnfast.tracing import constant_in_graphs, is_mapped
 
 # D lanes: the gains (D, G*H) but for gain_c (D, H), bias_c (D, H), peepholes (D, 3, H), recurrent_mask (D, B, P),
 # zoneout_h bool (D, N, P) and zoneout_c (D, N, H), or a share of the old state in the new one, 0 for none. The rest is
@@ -67,15 +68,13 @@ def scan_extended(
     The other arguments and the results are `scan_layer`'s.
     """
     extended, shares = _stack_extensions(extensions)
-    tensors: tuple[Any, ...] = (input, *stack_lanes(lanes), h_0, c_0, *extended)
+    tensors: tuple[Any, ...] = (input, *map(stack, zip(*lanes, strict=True)), h_0, c_0, *extended)
     options = (batch_sizes, *shares, cell, bidirectional)
     is_eager = not _is_graph() and not is_mapped(batch_sizes)
     if forward_ad._current_level >= 0 or (backend == "reference" and is_eager):
         return definition(*tensors, *options)
     formula = _FORMULAS[backend]
     if backend == "cpu" and is_plain_inference(tensors):
-        from rnnfast.backends.cpu import packing
-
         packed = packing.packed_weights(lanes, cell, not input.is_floating_point(), extended=True)
         output, h_n, c_n, _ = formula.op(*contiguous(tensors), *options, False, packed)
     else:
@@ -88,11 +87,9 @@ def _is_graph() -> bool:
     return torch.compiler.is_compiling() and not _is_for_onnx()
 
 
+@constant_in_graphs
 def _is_for_onnx() -> bool:
     return bool(torch.onnx.is_in_onnx_export())
-
-
-_is_for_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def definition(
@@ -141,13 +138,6 @@ def definition(
 
 def _stack_extensions(extensions: Sequence[Extension]) -> tuple[list[Tensor | None], list[float]]:
     """gain_ih, gain_hh, gain_c, bias_c, peepholes, recurrent_mask, zoneout_h, zoneout_c; the shares of h and c."""
-
-    def stack(parts: Sequence[Any]) -> Tensor | None:
-        if parts[0] is None:
-            return None
-        result: Tensor = parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(list(parts))
-        return result
-
     masks, *zoneouts, norms, peepholes = zip(*extensions, strict=True)
     gains = zip(*(norm or (None,) * 4 for norm in norms), strict=True)
     zones = [parts if isinstance(parts[0], Tensor) else (None,) for parts in zoneouts]

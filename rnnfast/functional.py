@@ -153,7 +153,7 @@ def run(
     """What `rnn`, `lstm` and `gru` do, for any key of `rnnfast.cells.CELLS`; c_n is empty but for the LSTM."""
     directions = 2 if bidirectional else 1
     check(cell, input, h_0, c_0, weights, batch_sizes, directions)
-    batch_sizes = _unstrided(batch_sizes)
+    batch_sizes = None if batch_sizes is None else batch_sizes.contiguous()  # as kernels read it, even torch's
     token_ids = not input.is_floating_point()
     steps = input.shape[0] if batch_sizes is None else batch_sizes.shape[0]
     differentiable = chain((input, h_0, c_0), *weights)
@@ -240,7 +240,7 @@ def states(
     """
     directions = 2 if bidirectional else 1
     check("lstm", input, *checked_pair(hx), weights, batch_sizes, directions)
-    batch_sizes = _unstrided(batch_sizes)
+    batch_sizes = None if batch_sizes is None else batch_sizes.contiguous()
     w_hh, token_ids, mapped = weights[0].w_hh, not input.is_floating_point(), is_transformed()
     tensors = [input, *hx, *(parameter for lane in weights for parameter in lane if parameter is not None)]
     # A transform of torch.func may want gradients of tensors that say nothing of them.
@@ -260,11 +260,6 @@ def states(
         h += rows.chunk(directions, dim=1)
         c += cells.unbind()
     return torch.stack(h, 1), torch.stack(c, 1)
-
-
-def _unstrided(batch_sizes: Tensor | None) -> Tensor | None:
-    """As all kernels read them, torch's, too, which does not ask."""
-    return None if batch_sizes is None else batch_sizes.contiguous()
 
 
 def _run_layers(
@@ -294,7 +289,7 @@ def _run_layers(
 
 
 def _quiet_in_jit_trace(check: Callable[..., None]) -> Callable[..., None]:
-    """torch.jit.trace warns of every size that is compared, though none comes to be part of its graph."""
+    """A decorator: no warnings of torch.jit.trace, which has one for every size that is compared."""
 
     @functools.wraps(check)
     def run(*arguments: Any) -> None:

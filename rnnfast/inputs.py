@@ -20,7 +20,7 @@ CHECKS = (
 )
 
 
-def check_kind(input: Any, lengths: Any = None, reset: Any = None, reset_to: Any = None) -> None:
+def check_kind(input: Any, lengths: Any, reset: Any, reset_to: Any) -> None:
     """Raises TypeError or ValueError unless the input is of a kind that a layer takes, and the others go with it."""
     if not isinstance(input, Tensor | PackedSequence):
         raise TypeError(f"input must be a tensor or a PackedSequence, got {type(input).__name__}")
@@ -99,7 +99,7 @@ def to_time_major(
     Raises:
         TypeError, ValueError: reset is no mask of the input's shape, or lengths came with an unbatched input.
     """
-    sequences.check_reset_shape(reset, input, 1 + batched)
+    sequences.check_reset(reset, input.shape[: 1 + batched])
     if batched:
         if not batch_first:
             return input, reset

@@ -1,8 +1,8 @@
 """RNN, LSTM and GRU: drop-in replacements of torch.nn's.
 
-Each is a subclass of its torch.nn namesake and inherits its parameters, checks, pickling and repr; only `forward`
-differs. Beyond torch.nn, each takes token ids (an integer tensor) in place of one-hot vectors, and a
-`backend`.
+Each is a subclass of its torch.nn namesake and inherits its parameters, checks and pickling. Beyond torch.nn, `forward`
+takes token ids (an integer tensor) in place of one-hot vectors, and `lengths`, `reset` and `reset_to`; `step` runs one
+time step, an LSTM's `states` gives the states after every step, and each layer has a `backend`.
 """
 
 from __future__ import annotations
@@ -307,9 +307,7 @@ class LSTM(DropIn[tuple[Tensor, Tensor]], nn.LSTM):
         if input.dim() != 2 + has_features:
             raise ValueError(f"states takes {2 + has_features}D batched input, got {input.dim()}D")
         input, hx = _after_pre_hooks(self, input, hx)
-        sequences.check_reset_shape(reset, input, 2)
-        if self.batch_first:
-            input, reset = input.transpose(0, 1), None if reset is None else reset.transpose(0, 1)
+        input, reset = inputs.to_time_major(input, lengths, reset, True, self.batch_first)
         weights, (steps, batch) = functional.lane_weights(self), input.shape[:2]
         if hx is None:
             hx = _zero_state(self, batch, weights[0].w_hh.dtype, input.device)
@@ -480,7 +478,7 @@ def _batch(data: Tensor, batch_sizes: Tensor | None) -> Any:
 def _autocast(
     input: Tensor, state: Any, weights: list[functional.Weights] | None = None
 ) -> tuple[Tensor, Any, list[functional.Weights]]:
-    """What is given, in the type that autocast computes in, where it is on."""
+    """The arguments, cast to autocast's dtype where it is on."""
     dtype, weights = autocast_dtype(input.device.type), weights or []
     if dtype is None:
         return input, state, weights

@@ -1,5 +1,6 @@
 """ONNX export: the scan as ONNX's standard RNN, LSTM and GRU.
 
+    import rnnfast.onnx
     torch.onnx.export(model, (x,), "model.onnx", custom_translation_table=rnnfast.onnx.translation_table())
 
 It needs `pip install 'rnnfast[onnx]'`. ONNX's operators have no projections, no batch_sizes and no changed recurrence,

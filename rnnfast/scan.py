@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from rnnfast import batching, derivatives, dispatch, flops
 from rnnfast.autocast import without_autocast
 from rnnfast.backends import reference, torch_nn
+from rnnfast.backends.cpu import packing
 from rnnfast.cells import CELLS
 from rnnfast.tracing import is_jit_traced, is_traced
 
@@ -91,7 +92,8 @@ def call(
     formula: derivatives.Formula, tensors: Sequence[Tensor | None], *options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Runs a formula's operator, with a tape where a backward may follow; `options` come between tensors and that."""
-    save_tape = may_need_gradient(tensors)
+    # torch.jit.trace compares its trace with one without gradients.
+    save_tape = derivatives.needs_gradient(tensors) or is_jit_traced()
     arguments = (*contiguous(tensors), *options, save_tape)
     # What the operator's Autograd kernel does, without the way there through the dispatcher and back into Python.
     eager_training = save_tape and not is_traced()
@@ -101,11 +103,6 @@ def call(
 
 def contiguous(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     return [None if t is None else t.contiguous() for t in tensors]
-
-
-def may_need_gradient(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether a backward may follow: always in torch.jit.trace, which compares its trace with one without gradients."""
-    return derivatives.needs_gradient(tensors) or is_jit_traced()
 
 
 def lstm_states(
@@ -155,8 +152,6 @@ def scan_layer(
     Where no gradient is wanted, the cpu backend uses weights it has packed in an earlier call, if they are still good.
     """
     if backend == "cpu" and is_plain_inference((input, h_0, c_0, *(p for lane in lanes for p in lane))):
-        from rnnfast.backends.cpu import packing
-
         packed = packing.packed_weights(lanes, cell, not input.is_floating_point())
         return packing.scan_packed(
             input.contiguous(),
@@ -170,12 +165,14 @@ def scan_layer(
 
 
 def stack_lanes(lanes: Sequence[Weights]) -> Weights:
-    def stack(parameters: tuple[Tensor | None, ...]) -> Any:
-        given = [parameter for parameter in parameters if parameter is not None]
-        # A view where it can be: a single direction's parameters are not copied.
-        return given[0].unsqueeze(0) if len(given) == 1 else torch.stack(given) if given else None
+    return Weights(*map(stack, zip(*lanes, strict=True)))
 
-    return Weights(*(stack(parameters) for parameters in zip(*lanes, strict=True)))
+
+def stack(parts: Sequence[Any]) -> Any:
+    """A parameter of all lanes, None if they lack it; a view of one lane's."""
+    if parts[0] is None:
+        return None
+    return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack([*parts])
 
 
 def is_plain_inference(tensors: Sequence[Tensor | None]) -> bool:
@@ -231,9 +228,11 @@ def empty_or_like(like: Tensor, tensor: Tensor | None, needed: bool = True) -> T
     return like.new_empty(0) if tensor is None or not needed else torch.empty_like(tensor)
 
 
+_reference = without_autocast(reference.forward)
+
+
 def _definition(*layer: Any) -> tuple[Tensor, ...]:
-    arguments = (*layer, False)
-    return without_autocast(reference.forward)(*arguments)[:3]
+    return _reference(*layer, False)[:3]
 
 
 def _states(backend: str, *arguments: Any) -> tuple[Tensor, ...]:
@@ -249,8 +248,7 @@ def _fake_states(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _states_definition(*layer: Any) -> tuple[Tensor, ...]:
-    arguments = (*layer, True)
-    output, _, c_n, tape = without_autocast(reference.forward)(*arguments)
+    output, _, c_n, tape = _reference(*layer, True)
     return output, _cells(tape, layer[7]), c_n
 
 

@@ -108,8 +108,7 @@ def cut(
     if steps == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     lengths = _check_lengths(steps, batch, lengths)
-    if reset is not None:
-        _check_reset(steps, batch, reset)
+    check_reset(reset, (steps, batch))
     arguments = lengths, reset, steps, batch, torch.device(device)
     if torch.compiler.is_compiling():
         return Segments((steps, batch), *_traced_plan(*arguments))
@@ -308,37 +307,32 @@ torch.library.register_fake("rnnfast::cut", _fake_padded_plan, lib=_library)
 torch.library.register_vmap("rnnfast::cut", or_no_members(_map_plan), lib=_library)
 
 
-def check_reset_shape(reset: Tensor | None, input: Tensor, steps_and_batch: int) -> None:
-    """Raises TypeError or ValueError unless a mask is one and has the first dimensions of the input it came with."""
+def check_reset(reset: Any, shape: tuple[int, ...]) -> None:
+    """Raises TypeError or ValueError unless it is None, or a mask of this shape, the input's without features."""
     if reset is None:
         return
-    _check_reset_type(reset)
-    if reset.shape != input.shape[:steps_and_batch]:
-        expected, given = tuple(input.shape[:steps_and_batch]), tuple(reset.shape)
+    if not isinstance(reset, Tensor):
+        raise TypeError(f"reset must be a bool tensor, got {type(reset).__name__}; use torch.as_tensor")
+    if reset.dtype != torch.bool:
+        raise TypeError(f"reset must be a bool tensor, got {reset.dtype}; use reset.bool() if nonzero means a reset")
+    if reset.shape != shape:
+        expected, given = tuple(shape), tuple(reset.shape)
         raise ValueError(f"reset must have the input's shape without features, {expected}, got {given}")
 
 
 def of_packed(packed: PackedSequence) -> Segments:
     """The plan of a PackedSequence, whose data are its ragged rows: a segment for each sequence."""
-    data, batch_sizes, columns, _ = packed
+    data, batch_sizes, columns, ends = packed
     batch_sizes = batch_sizes.contiguous()  # as the kernels read them
     if columns is None:
-        columns = _count(batch_sizes[0].item(), data.device)
+        columns = ends = torch.arange(batch_sizes[0].item(), device=data.device)
+    assert ends is not None  # PackedSequence makes it of the sorted indices
     steps, batch = batch_sizes.numel(), columns.numel()
-    step = torch.repeat_interleave(_count(steps), batch_sizes, output_size=data.shape[0])
-    segment = _count(data.shape[0]) - (batch_sizes.cumsum(0) - batch_sizes)[step]
+    # The default device may be another than the CPU.
+    step = torch.repeat_interleave(torch.arange(steps, device="cpu"), batch_sizes, output_size=data.shape[0])
+    segment = torch.arange(data.shape[0], device="cpu") - (batch_sizes.cumsum(0) - batch_sizes)[step]
     rows = step.to(data.device) * batch + columns[segment.to(data.device)]
-    ends = _inverse(columns)
     return Segments((steps, batch), rows, batch_sizes, columns, columns.expand(2, -1), ends.expand(2, -1))
-
-
-def _inverse(permutation: Tensor) -> Tensor:
-    return torch.empty_like(permutation).scatter_(0, permutation, _count(permutation.numel(), permutation.device))
-
-
-def _count(number: Any, device: torch.device | str = "cpu") -> Tensor:
-    """0, 1, 2..., not on the default device, which may be another."""
-    return torch.arange(number, device=device)
 
 
 def _check_lengths(steps: int, batch: int, lengths: Tensor | Sequence[int] | None) -> Tensor:
@@ -346,7 +340,8 @@ def _check_lengths(steps: int, batch: int, lengths: Tensor | Sequence[int] | Non
         return torch.full((batch,), steps, device="cpu")
     if not isinstance(lengths, Tensor):
         try:
-            lengths = torch.as_tensor(lengths, device="cpu") if len(lengths) else _count(0)
+            # Of an empty list torch would make floating numbers.
+            lengths = torch.as_tensor(lengths, dtype=None if len(lengths) else torch.int64, device="cpu")
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(f"lengths must be a tensor or a list, one for each sequence, got {lengths!r}") from None
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
@@ -354,16 +349,3 @@ def _check_lengths(steps: int, batch: int, lengths: Tensor | Sequence[int] | Non
     if lengths.shape != (batch,):
         raise ValueError(f"lengths must hold one length for each of the {batch} sequences, got {tuple(lengths.shape)}")
     return lengths
-
-
-def _check_reset_type(reset: Any) -> None:
-    if not isinstance(reset, Tensor):
-        raise TypeError(f"reset must be a bool tensor, got {type(reset).__name__}; use torch.as_tensor")
-    if reset.dtype != torch.bool:
-        raise TypeError(f"reset must be a bool tensor, got {reset.dtype}; use reset.bool() if nonzero means a reset")
-
-
-def _check_reset(steps: int, batch: int, reset: Tensor) -> None:
-    _check_reset_type(reset)
-    if reset.shape != (steps, batch):
-        raise ValueError(f"reset must have the shape {(steps, batch)}, got {tuple(reset.shape)}")

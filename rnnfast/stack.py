@@ -362,7 +362,7 @@ class Stack(nn.Module):
         return output if segments is not None else output.view(*masks.shape, output.shape[-1]), h_n, c_n
 
     def _extension(self, suffix: str, h_0: Tensor, c_0: Tensor | None, masks: Masks) -> Extension:
-        """Of a lane, whose states are like h_0[0] and c_0[0]."""
+        """The extension of a lane, whose states are like h_0[0] and c_0[0]; draws its masks."""
         h, mask, norms, peepholes = h_0[0], None, None, None
         zoneout_h, zoneout_c = (
             masks.of_steps(p, h if state is None else state[0]) if self.training and p > 0 else p

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 import re
 import sys
 import threading
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from rnnfast import direct
 from rnnfast.inputs import map_state
 from rnnfast.layers import DropIn
+from rnnfast.locks import ForkSafeLock
 from rnnfast.rows import Rows, Selected, batch_of, cleared, indices_of, kept, mask_of, with_rows_of
 from rnnfast.stack import Stack
 from rnnfast.swap import hides_state, is_ours
@@ -87,7 +87,7 @@ class Stream:
         if not self._is_alone:
             if not self._is_compiled or torch.compiler.is_dynamo_compiling():
                 return self._call_model(*args, **kwargs)
-            with _one_at_a_time:  # compiled code does not tell the hooks of one call from those of another
+            with _one_at_a_time.lock:  # compiled code does not tell the hooks of one call from those of another
                 return self._call_model(*args, **kwargs)
         if self._steps is not None and len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
             output = self._steps(args[0])
@@ -187,6 +187,7 @@ class Stream:
         Raises:
             IndexError: an index outside the batch, or a mask of another size.
             RuntimeError: the layers' batches differ, and rows are not given by their names.
+            TypeError: rows are no integers and no mask of bool.
         """
         self._end_steps()
         if rows is None:
@@ -205,7 +206,7 @@ class Stream:
                 dict of such by the names of layers, as in `reset`, and of all of them.
 
         Raises:
-            IndexError, RuntimeError: as `reset`; or a dict lacks a layer.
+            IndexError, RuntimeError, TypeError: as `reset`; or a dict lacks a layer.
         """
         self._end_steps()
         states, anew = {}, {}
@@ -223,6 +224,9 @@ class Stream:
 
     def _by_key(self, rows: Any) -> dict[str, Any]:
         """Rows for each state, of those given for all or by the names of layers."""
+        for given in rows.values() if isinstance(rows, dict) else (rows,):
+            if isinstance(given, Iterator):  # which the first state would use up
+                raise TypeError(f"rows are a tensor or a sequence, got {type(given).__name__}: make a list of it")
         if isinstance(rows, dict):
             unknown = [name for name in rows if name not in self._layers and name not in self._states]
             if unknown or self._is_alone:
@@ -252,9 +256,11 @@ class _Call:
         self.thread = threading.get_ident()
         self.is_training = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
-    def is_ours(self) -> bool:
-        """Another thread that calls the model meets the hooks of this call, too, and a later call those that an
-        interrupt has left. (No compiler knows of threads.)
+    def is_current(self) -> bool:
+        """Whether a hook of this call runs in it, and not in another one.
+
+        Another thread that calls the model meets the hooks of this call, too, and a later call those that an interrupt
+        has left. (No compiler knows of threads.)
         """
         is_mine = torch.compiler.is_dynamo_compiling() or threading.get_ident() == self.thread
         return is_mine and not self.is_over
@@ -311,7 +317,7 @@ class _Followed:
     # A call that meets this hook while its own call takes it off calls it without the keyword arguments.
     def before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
         call, name = self.call, self.name
-        if kwargs is None or not call.is_ours():
+        if kwargs is None or not call.is_current():
             return None
         if call.is_training and not torch.compiler.is_compiling() and _is_checkpointed():
             raise RuntimeError(
@@ -334,7 +340,7 @@ class _Followed:
         return args[:1], kwargs | {"hx": state}
 
     def after(self, layer: nn.Module, args: tuple[Any, ...], result: Any) -> None:
-        if self.call.is_ours():
+        if self.call.is_current():
             _, state = _output_and_state(f"layer '{self.name}'", result)
             self.call.after[_key(self.name, self.call.runs[self.name] - 1)] = state
 
@@ -354,17 +360,7 @@ def _output_and_state(whose: str, result: Any) -> tuple[Any, Any]:
 
 # ---- what can be followed ------------------------------------------------------------------------------------------
 
-_one_at_a_time = threading.RLock()  # a model may have a stream in it
-
-
-def _forked() -> None:
-    """A child may have been forked while another thread held it, and has no such thread."""
-    global _one_at_a_time
-    _one_at_a_time = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=_forked)
+_one_at_a_time = ForkSafeLock()  # held again where a model has a stream in it
 
 
 def _is_compiled(module: nn.Module) -> bool:

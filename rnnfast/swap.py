@@ -202,7 +202,7 @@ def _has_our_forward(module: nn.Module) -> bool:
 
 
 def _has_torchs_forward(module: nn.Module) -> bool:
-    """As a method of the object, which is what a pickle makes of one that a library has put together again."""
+    """Whether torch.nn's is set on the object, as it is after unpickling one that a library has put together again."""
     return _set_forward(module) is (_base(type(module)) or nn.Module).forward
 
 
@@ -261,7 +261,7 @@ def _recurrent_modules(model: nn.Module) -> list[tuple[tuple[str, ...], nn.Modul
     """Every recurrent module once, with all its names."""
     found: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, nn.RNNBase | nn.RNNCellBase) or _is_compiled(module) or _is_quantized(module):
+        if isinstance(module, nn.RNNBase | nn.RNNCellBase) or _is_jit_compiled(module) or _is_quantized(module):
             found.setdefault(module, []).append(name)
     return [(tuple(names), module) for module, names in found.items()]
 
@@ -278,7 +278,7 @@ def hides_state(module: nn.Module) -> bool:
     return _is_quantized(module) and not type(module).__name__.endswith("Cell")
 
 
-def _is_compiled(module: nn.Module) -> bool:
+def _is_jit_compiled(module: nn.Module) -> bool:
     return isinstance(module, torch.jit.ScriptModule) and getattr(module, "original_name", None) in _NAMES
 
 
@@ -290,7 +290,7 @@ def _is_quantized(module: nn.Module) -> bool:
 def _why_not(module: nn.Module) -> str | None:
     """Why a recurrent module cannot be swapped, or None."""
     kind = type(module)
-    if _is_compiled(module):
+    if _is_jit_compiled(module):
         return "it was compiled by torch.jit; accelerate what it was compiled from"
     if _is_quantized(module):
         return "it is quantized or made to be, and rnnfast computes in floating point"

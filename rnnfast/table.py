@@ -20,6 +20,7 @@ import torch
 
 from rnnfast import building
 from rnnfast.files import atomic_write, cache_folder
+from rnnfast.tracing import constant_in_graphs
 
 FORMAT = 1
 SHIPPED = Path(__file__).parent / "tables"
@@ -58,10 +59,7 @@ class Regime(NamedTuple):
     @property
     def call(self) -> str | None:
         """The name of the measured call that stands for it, such as "forward 16"; None if none does."""
-        measured = STEPS[0]
-        for steps in STEPS:
-            if steps <= self.steps:
-                measured = steps
+        measured = max((steps for steps in STEPS if steps <= self.steps), default=STEPS[0])
         if not self.training:
             return f"forward {measured}"
         return f"training {measured}" if measured > 1 else None
@@ -179,25 +177,19 @@ def forget() -> None:
 _found: dict[int, Found] = {}
 
 
+@constant_in_graphs  # the reading of files cannot be traced, but what was read can
 def _read_once(device: int) -> None:
     if device not in _found:
         _found[device] = _find(device)
 
 
-# torch.compile calls it as it is: it cannot trace the reading of files, but it can trace what was read. This is what
-# torch.compiler.assume_constant_result does, without importing the compiler.
-_read_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
+@constant_in_graphs
 def _kernels(cell: str, compute_type: str, hidden: int, rows: int, device: int) -> list[str]:
     """Those that the Triton scan may take for so many rows: in one direction or in two."""
     from rnnfast.backends.triton.plan import kernel_on
 
     card, splits = torch.device("cuda", device), [(rows // lanes, lanes) for lanes in (1, 2) if rows % lanes == 0]
     return sorted({kernel_on(card, cell, hidden, *split, compute_type) for split in splits})
-
-
-_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _find(device: int) -> Found:

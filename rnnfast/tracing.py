@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 from torch import _C, Tensor
 from torch.autograd import forward_ad
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def constant_in_graphs(function: Function) -> Function:
+    """A decorator: torch.compile calls the function as it is while it traces, and keeps what that returns.
+
+    So its arguments and result are plain values. This is what torch.compiler.assume_constant_result does, without
+    importing the compiler.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def is_jit_traced() -> bool:
@@ -22,13 +37,10 @@ def is_traced() -> bool:
     return bool(torch.compiler.is_compiling() or is_transformed() or _C._get_tracing_state() is not None)
 
 
+@constant_in_graphs  # it is traced inside the same transforms
 def is_transformed() -> bool:
     """A torch.func transform or forward-mode AD looks on; while a compiler traces, at what it traces."""
     return bool(_C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0)
-
-
-# torch.compile calls it while it traces, which is inside the same transforms.
-is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_mapped(tensor: Tensor | None) -> bool:

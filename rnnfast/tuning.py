@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rnnfast import dispatch, table
+from rnnfast import dispatch, layers, table
 from rnnfast.table import Point, Table
 
 LAYERS = {"rnn_tanh": "RNN", "lstm": "LSTM", "gru": "GRU"}  # relu goes by tanh: they are one kernel
@@ -289,7 +289,7 @@ def arithmetic(compute_type: str) -> Iterator[None]:
         allow(before)
 
 
-def grid() -> Iterator[tuple[str, str, int, int]]:
+def grid() -> Iterator[Key]:
     for batch, hidden, compute_type, cell in itertools.product(BATCHES, HIDDEN, COMPUTE_TYPES, LAYERS):
         yield cell, compute_type, hidden, batch
 
@@ -324,12 +324,8 @@ def _work(call: str, layer: nn.Module, batch: int) -> Callable[[], object]:
 
 
 def _ours(name: str, hidden: int, backend: str, nn_layer: nn.RNNBase) -> nn.RNNBase:
-    import rnnfast
-
     weight = next(nn_layer.parameters())
-    layer: nn.RNNBase = getattr(rnnfast, name)(
-        hidden, hidden, backend=backend, device=weight.device, dtype=weight.dtype
-    )
+    layer: nn.RNNBase = getattr(layers, name)(hidden, hidden, backend=backend, device=weight.device, dtype=weight.dtype)
     layer.load_state_dict(nn_layer.state_dict())
     return layer
 

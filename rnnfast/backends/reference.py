@@ -392,8 +392,7 @@ class _RowGradients(NamedTuple):
     d_gates_x: Tensor
     d_gates_h: Tensor
     h_before: Tensor
-    d_projected: Tensor | None
-    unprojected: Tensor | None
+    projection: tuple[Tensor, Tensor] | None  # the gradients of its results, and its inputs
     d_initial: State
 
 
@@ -436,18 +435,12 @@ def _backward_lane(
     d_initial = tuple(torch.cat(parts) for parts in zip(d_state, *reversed(left), strict=True))
 
     no_gates = output.new_empty(0, lane.w_ih.shape[0])
-    unprojected = None
+    projection = None
     if lane.w_hr is not None:
         _, _, _, o, c = tape.chunk(5, dim=-1)
-        unprojected = o * c.tanh()
-    return _RowGradients(
-        _cat(d_gates_x[order], no_gates),
-        _cat(d_gates_h[order], no_gates),
-        _cat(before[0], output[:0]),
-        None if lane.w_hr is None else _cat(d_projected[order], output[:0]),
-        unprojected,
-        d_initial,
-    )
+        projection = _cat(d_projected[order], output[:0]), o * c.tanh()
+    d_gates = _cat(d_gates_x[order], no_gates), _cat(d_gates_h[order], no_gates)
+    return _RowGradients(*d_gates, _cat(before[0], output[:0]), projection, d_initial)
 
 
 def _turned(weight: Tensor) -> Tensor:
@@ -485,7 +478,5 @@ def _weight_gradients(lane: _Lane, rows: _RowGradients) -> list[Tensor | None]:
         _over_rows(rows.d_gates_h, rows.h_before),
         None if lane.b_ih is None else rows.d_gates_x.sum(0),
         None if lane.b_hh is None else rows.d_gates_h.sum(0),
-        None
-        if rows.d_projected is None or rows.unprojected is None
-        else _over_rows(rows.d_projected, rows.unprojected),
+        None if rows.projection is None else _over_rows(*rows.projection),
     ]

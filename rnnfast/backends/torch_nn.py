@@ -34,7 +34,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _quiet_under_autocast(layers: Callable[..., Result]) -> Callable[..., Result]:
-    """Weights that autocast has made are not in one piece."""
+    """A decorator: `_quiet` where autocast has made weights, which are not in one piece."""
 
     @functools.wraps(layers)
     def run(cell: str, input: Tensor, *more: Any) -> Result:

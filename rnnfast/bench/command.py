@@ -19,10 +19,9 @@ from tqdm import tqdm
 
 import rnnfast
 from rnnfast.bench import peers
-from rnnfast.bench.measure import copy_bandwidth, cpu_model, fma_peak
+from rnnfast.bench.measure import copy_bandwidth, cpu_model, fma_peak, threads
 from rnnfast.bench.presets import FLAGS, PRESETS, Grid, cases
 from rnnfast.bench.report import Report
-from rnnfast.bench.stream import threads
 from rnnfast.errors import UserError, note
 from rnnfast.files import atomic_write, check_writable, expanded
 from rnnfast.lm.config import check_backend

@@ -8,7 +8,8 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,6 +70,17 @@ def timed(work: Callable[[], object]) -> Turn:
         return time.perf_counter() - start
 
     return turn
+
+
+@contextmanager
+def threads(number: int | None) -> Iterator[None]:
+    """Run torch on so many threads; None changes nothing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def alternate(turns: Mapping[str, Turn], seconds: float, rest: float = 0.0) -> dict[str, Sample]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, cast
 
@@ -12,21 +11,11 @@ from torch import Tensor
 
 import rnnfast
 from rnnfast.bench.layers import FORWARD, LayerCase, outputs, set_up
-from rnnfast.bench.measure import TOLERANCE, alternate, check_same, timed
+from rnnfast.bench.measure import TOLERANCE, alternate, check_same, threads, timed
+from rnnfast.bench.peers import ONNXRUNTIME, missing, onnx_session
 from rnnfast.bench.report import OURS, TORCH, Row
 
 CHECKED_STEPS = 20
-
-
-@contextmanager
-def threads(number: int | None) -> Iterator[None]:
-    """Run torch on so many threads; None changes nothing."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 Contestant = tuple[Callable[[], Any], Callable[[], Any]]
@@ -96,8 +85,6 @@ def measure_stream(case: LayerCase, seconds: float, backend: str = "auto", peers
     Raises:
         Disagreement: after some steps they have not come to the same output and state.
     """
-    from rnnfast.bench.peers import ONNXRUNTIME, missing, onnx_session
-
     with threads(1), torch.no_grad():
         setup = set_up(case, backend)
         ours, input, x = cast(Any, setup.ours), setup.input, setup.input[0]

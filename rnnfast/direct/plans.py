@@ -91,7 +91,7 @@ class Plan:
     step_output: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def has_shapes(self) -> bool:
-        """No weight is a view of what it was, as `.data` can make it: the address and the version are the same then.
+        """Whether all weights have the layout they had: a view that is assigned to `.data` keeps address and version.
 
         A layer's step, which is half as long, does not look so closely.
         """
@@ -273,7 +273,7 @@ def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
 
 
 def is_plain(tensor: Any, dtype: torch.dtype) -> bool:
-    """Its elements lie in memory as they are, if perhaps in another order, and there are some."""
+    """Whether it is a non-empty CPU tensor of this dtype, of any strides, but no subclass and no lazy negation."""
     if type(tensor) is not Tensor or tensor.dtype is not dtype or not tensor.is_cpu or tensor.is_neg():
         return False
     try:

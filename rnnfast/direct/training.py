@@ -103,16 +103,14 @@ def _scan(
 
 
 def empty(like: Tensor, *sizes: int) -> Tensor:
-    """The library keeps the memory of a large one from call to call; a small one is not worth the operator."""
+    """An uninitialised tensor of the dtype of `like`; the library keeps the memory of a large one from call to call."""
     if prod(sizes) * like.itemsize < WORTH_KEEPING:
         return torch.empty(sizes, dtype=like.dtype)
     return cpu.empty(like, *sizes)
 
 
 def _empty_like(tensor: Tensor) -> Tensor:
-    return (
-        torch.empty_like(tensor) if tensor.numel() * tensor.itemsize < WORTH_KEEPING else empty(tensor, *tensor.shape)
-    )
+    return torch.empty_like(tensor) if tensor.nbytes < WORTH_KEEPING else cpu.empty(tensor, *tensor.shape)
 
 
 @derivatives.hooks_skip_unused_results

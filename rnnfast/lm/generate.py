@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import operator
-import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from numbers import Integral
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from rnnfast.backends.cpu import packing
 from rnnfast.errors import UserError, note
 from rnnfast.lm import operators
 from rnnfast.lm.model import State
 from rnnfast.lm.parts import parts_of
 from rnnfast.lm.vocab import Vocab
+from rnnfast.locks import ForkSafeLock
 
 Drawing = tuple[float, int | None, float | None]
 """What a token is drawn from: temperature, top_k and top_p, as in `generate`."""
 
-_modes = threading.RLock()  # held while a model in training mode is in evaluation mode for a step
+_modes = ForkSafeLock()  # held while a model in training mode is in evaluation mode for a step
 NOT_FINITE = "the model's logits are not finite, there is nothing to draw from: its training has diverged"
 CHUNK = 64  # tokens that the native loop writes before it returns to Python, where a stream can be shown or stopped
 
@@ -42,7 +43,7 @@ def encode_prefix(prefix: str, vocab: Vocab, tokens: str = "char", tell: bool = 
 
 def generate(
     model: nn.Module,
-    prefix: list[int],
+    prefix: Sequence[int],
     length: int,
     *,
     temperature: float = 0.0,
@@ -91,7 +92,7 @@ def _step(model: nn.Module, modules: list[nn.Module], inputs: Tensor, state: Sta
     In evaluation mode, for this call only: between two tokens the model is its owner's, who may train it. `modules` are
     all of the model's: to ask each is quicker than to put the whole model into a mode, which takes longer than a step.
     """
-    with _modes:  # a text of another thread would otherwise lose the evaluation mode in the middle of its step
+    with _modes.lock:  # a text of another thread would otherwise lose the evaluation mode in the middle of its step
         training = [module for module in modules if module.training]
         if training:
             model.eval()
@@ -125,8 +126,6 @@ def native_parts(model: nn.Module) -> NativeParts | None:
     parts = parts_of(model)
     if parts is None or parts.head_weight.dtype not in (torch.float32, torch.float64):
         return None
-    from rnnfast.backends.cpu import packing
-
     layers, cell, embedding, head_weight, head_bias = parts
     packed = [packing.packed_weights([lane], cell, i == 0 and embedding is None) for i, lane in enumerate(layers)]
     dense = [None if part is None else part.detach().contiguous() for part in (embedding, head_bias)]
@@ -163,8 +162,6 @@ def _native(
 
 def _after(parts: NativeParts, ids: list[int]) -> NativeParts:
     """With the states after these tokens, through all of which a layer walks before the next one does."""
-    from rnnfast.backends.cpu import packing
-
     if not ids:
         return parts
     rows = torch.tensor(ids, device="cpu")  # whatever the default device
@@ -221,7 +218,7 @@ def uniforms(count: int, generator: torch.Generator) -> Tensor:
 
 def _check(
     model: nn.Module,
-    prefix: list[int],
+    prefix: Sequence[int],
     length: int,
     temperature: float,
     top_k: int | None,
@@ -252,7 +249,7 @@ def _check(
         raise UserError("top-k and top-p say what to draw from, but temperature 0 draws nothing: add --temperature 1")
 
 
-def render(ids: Iterator[int], vocab: Vocab, tokens: str = "char") -> Iterator[str]:
+def render(ids: Iterable[int], vocab: Vocab, tokens: str = "char") -> Iterator[str]:
     """The text of generated ids, piece by piece, to be written after the prefix."""
     for index in ids:
         token = vocab.to_tokens(index)

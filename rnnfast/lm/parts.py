@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -31,19 +31,15 @@ def parts_of(model: nn.Module, dtype: torch.dtype | None = None) -> Parts | None
     None for any other, and under autocast: the model must be called then. `dtype`: that of the layers' computation, if
     it is not that of their weights.
     """
-    layers: list[functional.Weights]
     if not is_as_made(model):
         return None
-    if type(model) is RNNLM:
+    if isinstance(model, RNNLM):
         layers, cell, backend = functional.lane_weights(model.rnn), model.rnn.mode.lower(), model.rnn.backend
         embedding = None if model.embedding is None else model.embedding.weight
-        head_weight, head_bias = model.head.weight, model.head.bias
-    elif type(model) is RNNLMScratch:
+    else:
         layers = [functional.Weights(model.W_xh.t(), model.W_hh.t(), model.b_h, torch.zeros_like(model.b_h))]
         cell, backend, embedding = "rnn_tanh", model.backend, None
-        head_weight, head_bias = model.W_hq.t(), model.b_q
-    else:
-        return None
+    head_weight, head_bias = model.head_weights()
     device, dtype = head_weight.device.type, dtype or head_weight.dtype
     if device != "cpu" or torch.is_autocast_enabled("cpu"):
         return None
@@ -53,7 +49,7 @@ def parts_of(model: nn.Module, dtype: torch.dtype | None = None) -> Parts | None
     return Parts(layers, cell, embedding, head_weight, head_bias)
 
 
-def is_as_made(model: nn.Module) -> bool:
+def is_as_made(model: nn.Module) -> TypeGuard[RNNLM | RNNLMScratch]:
     """Whether a language model and its parts compute what they were made to, and no hook sees them do so."""
     if any(is_hooked(module) or not _METHODS.isdisjoint(vars(module)) for module in model.modules()):
         return False

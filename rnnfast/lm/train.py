@@ -128,6 +128,7 @@ def train(
 
     Raises:
         UserError: bad input, a folder that cannot be written, a loss that is no longer finite.
+        ValueError: a run is to be resumed, and `out` is None.
         Interrupted: by Ctrl-C or SIGTERM, after saving.
     """
     if resume and out is None:

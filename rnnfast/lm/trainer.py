@@ -396,7 +396,7 @@ class Trainer:
         return copies if len(copies) > 1 else copies[0]
 
     def text_sha1(self) -> str:
-        """Tells one text from another, with what is held out of it."""
+        """A hash of the text's token ids, those held out included, which tells it from another text."""
         found = hashlib.sha1(usedforsecurity=False)
         for ids in (self.batches.ids, *(self.validation or ())):
             found.update(ids.cpu().numpy().tobytes())

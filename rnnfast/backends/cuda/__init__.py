@@ -12,6 +12,7 @@ import torch
 
 from rnnfast.autocast import without_autocast
 from rnnfast.backends import gpu_scan
+from rnnfast.backends.cuda import build, launch
 
 if TYPE_CHECKING:
     from rnnfast.dispatch import Request
@@ -22,8 +23,6 @@ _failure: str | None = None
 
 def why_not() -> str | None:
     """Returns None where the backend can run, else the reason in one line. Compiles and loads nothing."""
-    from rnnfast.backends.cuda import build
-
     if _failure is not None:
         return _failure
     if torch.version.cuda is None:
@@ -38,9 +37,7 @@ def why_not() -> str | None:
 
 def declines(request: Request) -> str | None:
     """Returns why this backend cannot run a `rnnfast.dispatch.Request`, or None."""
-    from rnnfast.backends.cuda.launch import DTYPES
-
-    reason = gpu_scan.unsupported(request.dtype, request.projected, DTYPES)
+    reason = gpu_scan.unsupported(request.dtype, request.projected, launch.DTYPES)
     return None if reason is None else f"it {reason}"
 
 
@@ -56,8 +53,6 @@ def load() -> None:
     reason = why_not()
     if reason is not None:
         raise RuntimeError(f"the cuda backend is not available: {reason}")
-    from rnnfast.backends.cuda import build
-
     try:
         torch.ops.load_library(str(build.library()))
     except (OSError, RuntimeError) as error:
@@ -68,8 +63,6 @@ def load() -> None:
 
 def register(key: str) -> torch.library.Library:
     """Registers the operators' implementations for a dispatch key; they last as long as the library returned."""
-    from rnnfast.backends.cuda import launch
-
     library = torch.library.Library("rnnfast", "IMPL")
     library.impl("scan_cuda", without_autocast(launch.forward), key)
     library.impl("scan_cuda_backward", without_autocast(launch.backward), key)

@@ -13,6 +13,7 @@ import torch
 
 from rnnfast.autocast import without_autocast
 from rnnfast.backends import gpu_scan
+from rnnfast.backends.triton.plan import DTYPES
 
 if TYPE_CHECKING:
     from rnnfast.dispatch import Request
@@ -36,8 +37,6 @@ def why_not() -> str | None:
 
 def declines(request: Request) -> str | None:
     """Returns why this backend cannot run a `rnnfast.dispatch.Request`, or None."""
-    from rnnfast.backends.triton.plan import DTYPES
-
     if request.device == "cpu" and not interpreted():
         return "it runs on a GPU, the input is on the CPU"
     reason = gpu_scan.unsupported(request.dtype, request.projected, DTYPES)
