@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rnnfast.errors import UserError
 from rnnfast.lm import data
 from rnnfast.lm.model import detach, scratch_rnn, scratch_weight
 from rnnfast.lm.vocab import Vocab, count_corpus
@@ -219,7 +220,13 @@ Net = RNNModel | RNNModelScratch | Any
 
 
 def predict_ch8(prefix: str, num_preds: int, net: Net, vocab: Vocab, device: torch.device) -> str:
-    """`prefix`, continued by the likeliest character, `num_preds` times."""
+    """`prefix`, continued by the likeliest character, `num_preds` times.
+
+    Raises:
+        UserError: the prefix is empty.
+    """
+    if not prefix:
+        raise UserError("the prefix is empty: give the text to continue")
     ids = [vocab[character] for character in prefix]
     inputs, state = torch.tensor([ids], device=device), net.begin_state(batch_size=1, device=device)
     with torch.no_grad():

@@ -142,7 +142,7 @@ class DropIn(dispatch.Dispatched, nn.RNNBase, Generic[State]):
         if self.bidirectional:
             raise RuntimeError("a bidirectional layer reads the whole sequence at once: it has no step")
         inputs.check_step(input, self.input_size)
-        if is_hooked(self):
+        if is_hooked(self) or is_traced_for_onnx():
             time = 1 if self.batch_first else 0
             output, state = self(input.unsqueeze(time), hx)
             return output.squeeze(time), state

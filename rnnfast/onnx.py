@@ -65,18 +65,27 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         x = op.Reshape(x, steps_and_rows)
         w, r = _reorder(op, w_ih, cell), _reorder(op, w_hh, cell)
         b = None if b_ih is None else op.Concat(_reorder(op, b_ih, cell), _reorder(op, b_hh, cell), axis=1)
+        is_bfloat16 = h_0.dtype == onnxscript.ir.DataType.BFLOAT16  # which the operators have from opset 22 on
+        first_h, first_c = h_0, c_0
+        if is_bfloat16:
+            x, w, r, b, first_h, first_c = (
+                None if part is None else op.Cast(part, to=onnxscript.ir.DataType.FLOAT)
+                for part in (x, w, r, b, h_0, c_0)
+            )
+        results: Any
         if cell == "lstm":
-            y, h_n, c_n = op.LSTM(x, w, r, b, None, h_0, c_0, **options)
+            results = op.LSTM(x, w, r, b, None, first_h, first_c, **options)
         elif cell == "gru":
-            y, h_n = op.GRU(x, w, r, b, None, h_0, linear_before_reset=1, **options)
+            results = op.GRU(x, w, r, b, None, first_h, linear_before_reset=1, **options)
         else:
             activation = "Tanh" if cell == "rnn_tanh" else "Relu"
-            y, h_n = op.RNN(x, w, r, b, None, h_0, activations=[activation] * lanes, **options)
+            results = op.RNN(x, w, r, b, None, first_h, activations=[activation] * lanes, **options)
+        y, h_n, *c_n = (op.CastLike(result, h_0) for result in results) if is_bfloat16 else results
         # (T, D, B, H) to the rows of a scan, (T*B, D*H).
         columns = op.Constant(value_ints=[-1, lanes * hidden])
         output = op.Reshape(op.Transpose(y, perm=[0, 2, 1, 3]), columns)
         nothing = op.CastLike(op.ConstantOfShape(op.Constant(value_ints=[0])), h_0)
-        return output, h_n, c_n if cell == "lstm" else nothing, nothing
+        return output, h_n, *(c_n or [nothing]), nothing
 
     def cut(lengths: Any, reset: Any, steps: Any, batch: Any, device: Any) -> Any:
         raise RuntimeError("lengths= and reset= cannot be exported to ONNX; export the model for padded input")

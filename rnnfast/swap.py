@@ -305,7 +305,8 @@ def _why_not(module: nn.Module) -> str | None:
     changed = [name for name in _TAKING_PART if getattr(kind, name, None) is not getattr(base, name, None)]
     if changed:
         return f"{_name_of(kind)} has a {changed[0]} of its own; derive it from rnnfast.{base.__name__}"
-    if "forward" in vars(module) and not (_bound_names(module) and _has_torchs_forward(module)):
+    bound = vars(module).get("forward")
+    if bound is not None and not (_has_torchs_forward(module) and bound.__self__ is module):
         return "its forward was replaced on the object; accelerate before that, as before a library that sets hooks"
     taken = [name for name in (*_METHODS[1:], "backend") if hasattr(module, name) and not _bound_names(module)]
     if taken:

@@ -48,6 +48,40 @@ def test_onnx_with_dynamic_sizes(name: str, bias: bool, tmp_path: Any) -> None:
     compare(program, model, (torch.randn(9, 6, 5),), tmp_path)
 
 
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_onnx_of_a_region_under_autocast(name: str, tmp_path: Any) -> None:
+    class Region(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = getattr(rnnfast, name)(5, 7, bidirectional=True)
+
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                output: torch.Tensor = self.layer(input)[0]
+            return output.float()
+
+    model, arguments = Region().eval(), (torch.randn(4, 3, 5),)
+    compare(exported(model, arguments), model, arguments, tmp_path, rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.parametrize("accelerated", [False, True])
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_the_older_exporter_takes_a_step(name: str, accelerated: bool, tmp_path: Any) -> None:
+    class Step(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = getattr(torch.nn if accelerated else rnnfast, name)(5, 7, batch_first=True)
+
+        def forward(self, input: torch.Tensor, hx: Any) -> Any:
+            return self.layer.step(input, hx)
+
+    model, state = Step().eval(), torch.randn(1, 3, 7)
+    rnnfast.accelerate(model)
+    arguments = (torch.randn(3, 5), (state, torch.randn(1, 3, 7)) if name == "LSTM" else state)
+    torch.onnx.export(model, arguments, tmp_path / "model.onnx", dynamo=False)
+    compare_saved(model, arguments, tmp_path)
+
+
 def refusal(model: Any, arguments: Any, **options: Any) -> str:
     """What the exporter's error is caused by."""
     with pytest.raises(torch.onnx.OnnxExporterError) as raised:
@@ -122,18 +156,18 @@ def test_the_older_exporter_finds_torchs_own_layers(name: str, accelerated: bool
     compare_saved(model, (torch.randn(9, 6, 5),), tmp_path)
 
 
-def compare(program: Any, model: Any, arguments: Any, folder: Any) -> None:
+def compare(program: Any, model: Any, arguments: Any, folder: Any, **tolerance: float) -> None:
     program.save(folder / "model.onnx")
-    compare_saved(model, arguments, folder)
+    compare_saved(model, arguments, folder, **tolerance)
 
 
-def compare_saved(model: Any, arguments: Any, folder: Any) -> None:
+def compare_saved(model: Any, arguments: Any, folder: Any, **tolerance: float) -> None:
     session = onnxruntime.InferenceSession(folder / "model.onnx")
     names = [argument.name for argument in session.get_inputs()]
     results = session.run(None, dict(zip(names, (t.numpy() for t in tree_leaves(arguments)), strict=True)))
     with torch.no_grad():
         expected = tree_leaves(model(*arguments))
-    torch.testing.assert_close([torch.from_numpy(result) for result in results], expected)
+    torch.testing.assert_close([torch.from_numpy(result) for result in results], expected, **tolerance)
 
 
 def test_a_changed_recurrence_on_the_reference_is_exported_step_by_step(tmp_path: Any) -> None:

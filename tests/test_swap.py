@@ -11,6 +11,7 @@ import pickle
 import pickletools
 import weakref
 from collections.abc import Callable, Iterator
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -303,6 +304,24 @@ def replaced() -> nn.Module:
     return layer
 
 
+def replaced_by_anothers() -> nn.Module:
+    layer = nn.GRU(4, 8)
+    layer.forward = nn.GRU(4, 8).forward  # type: ignore[method-assign]
+    return layer
+
+
+def test_a_layer_whose_own_forward_a_library_has_set_on_it_again() -> None:
+    """As Hugging Face's accelerate leaves one whose hooks were removed."""
+    layer, input = nn.GRU(4, 8), torch.randn(3, 2, 4)
+    layer.forward = MethodType(nn.GRU.forward, layer)  # type: ignore[method-assign]
+    expected = layer(input)
+    assert len(rnnfast.accelerate(layer).swapped) == 1
+    assert "cpu" in repr(rnnfast.explain(layer, input))
+    torch.testing.assert_close(layer(input), expected)
+    rnnfast.restore(layer)
+    assert "forward" not in vars(layer)
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning", "ignore:.*:UserWarning")
 @pytest.mark.parametrize(
     ("make", "reason"),
@@ -315,6 +334,7 @@ def replaced() -> nn.Module:
         (lambda: OwnStep(4, 8), "it has an attribute step of its own, which rnnfast's would hide"),
         (OwnKind, "tests.test_swap.OwnKind is none of torch.nn's layers and cells, nor derived from one"),
         (replaced, "its forward was replaced on the object"),
+        (replaced_by_anothers, "its forward was replaced on the object"),
         (lambda: rnnfast.LSTM(4, 8), "it is rnnfast's already"),
         (lambda: torch.ao.nn.quantized.dynamic.LSTM(4, 8), "it is quantized"),
         (lambda: torch.ao.nn.quantized.dynamic.GRUCell(4, 8), "it is quantized"),

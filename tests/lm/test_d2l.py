@@ -126,6 +126,8 @@ def test_concise_model_takes_both_kinds_of_layer(name: str) -> None:
 def test_prediction_is_greedy() -> None:
     vocab = d2l.Vocab("abc")
     net = d2l.RNNModelScratch(4, 8, CPU, d2l.get_params, d2l.init_rnn_state, loop_rnn)
+    with pytest.raises(rnnfast.UserError, match="the prefix is empty"):
+        d2l.predict_ch8("", 6, net, vocab, CPU)
     text = d2l.predict_ch8("ab", 6, net, vocab, CPU)
     assert text.startswith("ab")
     ids = vocab[["a", "b"]]
