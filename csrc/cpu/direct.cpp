@@ -2,6 +2,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <cstring>
 #include <exception>
 #include <optional>
@@ -121,10 +122,10 @@ int rnnfast_infer_cpu(const DirectInfer* call) {
     const int threads = available_threads();
     const Bytes bytes(first);
     const StandIns zeros(first, !c.h_0);
-    // What a layer that is not the last puts out; the next one reads it while it writes the other half.
+    // What a layer that is not the last puts out; where there are more, the next one reads it while it writes the other half.
     const size_t half = aligned(bytes.output);
     std::optional<Scratch> between;
-    if (plan.layers > 1) between.emplace(half * (plan.layers > 2 ? 2 : 1));
+    if (plan.layers > 1) between.emplace(half * size_t(std::min<int64_t>(plan.layers - 1, 2)));
     for (int64_t l = 0; l < plan.layers; ++l) {
       ForwardArgs x{};
       x.shape = shape_of_call(plan.layer()[l].layer, c.steps, c.batch);
