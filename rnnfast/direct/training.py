@@ -110,7 +110,8 @@ def empty(like: Tensor, *sizes: int) -> Tensor:
 
 
 def _empty_like(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor) if tensor.nbytes < WORTH_KEEPING else cpu.empty(tensor, *tensor.shape)
+    small = tensor.numel() * tensor.itemsize < WORTH_KEEPING
+    return torch.empty_like(tensor) if small else cpu.empty(tensor, *tensor.shape)
 
 
 @derivatives.hooks_skip_unused_results
