@@ -53,6 +53,16 @@ void reuse() {
   check(0);
 }
 
+// What is held for long ends within its last page, what is used for a call with a huge page.
+void capacities() {
+  const Block tape = take_block(5 * MB + 1, false), scratch = take_block(5 * MB + 1, true);
+  expect(tape.capacity < 5 * MB + HUGE_PAGE / 2, "a tensor has all of a huge page that it does not fill");
+  expect(scratch.capacity == 6 * MB, "the last huge page of a call's memory is not its own");
+  give_back(scratch);
+  give_back(tape);
+  check(0);
+}
+
 void growing_and_shrinking() {
   for (int round = 0; round < 3; ++round)
     for (size_t size : {5, 9, 17, 33, 65, 80, 41, 29, 11, 6}) {
@@ -131,6 +141,7 @@ void threads() {
 }  // namespace
 
 int main() {
+  capacities();
   reuse();
   offering();
   growing_and_shrinking();

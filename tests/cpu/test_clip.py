@@ -76,6 +76,16 @@ def test_a_largest_norm_of_zero_leaves_nothing_and_an_infinite_one_everything() 
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_an_infinite_largest_norm_looks_at_no_number(value: float) -> None:
+    """Of no clipping: a number that is not finite stays alone, as without it."""
+    gradients = build([(5000,), (3,)], 1.0)
+    gradients[1][1] = value
+    before = [gradient.clone() for gradient in gradients]
+    clip_gradients(gradients, float("inf"))
+    torch.testing.assert_close(gradients, before, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_norm_that_is_no_finite_number(value: float) -> None:
     gradients = build([(5000,), (3,)], 1.0)
     gradients[1][1] = value

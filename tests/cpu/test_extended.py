@@ -109,6 +109,17 @@ def test_float64_is_the_reference(cell: str, option: str, ragged: bool) -> None:
             torch.testing.assert_close(run("cpu", arguments), run("reference", arguments))
 
 
+@pytest.mark.parametrize("option", ["layer norm", "peepholes"])
+def test_gains_and_peepholes_beyond_a_block_of_sums(option: str) -> None:
+    """Of 256 columns; tasks with one each share the units."""
+    arguments = extend(Case("lstm", 2, 3, 4, 3, 300, ragged=True), option)
+    for ours, theirs in zip(run("cpu", arguments), run("reference", arguments), strict=True):
+        for name, tensor in ours.items():
+            torch.testing.assert_close(
+                tensor, theirs[name], rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
+            )
+
+
 @pytest.mark.parametrize("projected", [11, 40])
 def test_projected_beyond_a_panel_by_a_team_and_alone(projected: int) -> None:
     before = torch.get_num_threads()

@@ -259,6 +259,16 @@ def test_empty_batch(cell: str) -> None:
     assert gradients["d_h_0"].shape == (2, 0, 5)
 
 
+@pytest.mark.parametrize("cell", CELLS)
+def test_inputs_without_features(cell: str) -> None:
+    """The bias beside w_ih has a gradient all the same."""
+    arguments = build(Case(cell, 2, 5, 3, 0, 8), torch.float64)
+    d_outputs = gradients_like(arguments, torch.float64)
+    for ours, theirs in zip(run("cpu", arguments, d_outputs), run("reference", arguments, d_outputs), strict=True):
+        for name in ours:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-12, atol=1e-12)
+
+
 def test_outputs_that_are_not_wanted_are_empty() -> None:
     arguments = build(Case("lstm"), torch.float32)
     d_outputs = gradients_like(arguments, torch.float32)

@@ -132,16 +132,23 @@ def test_fewer_threads_than_were_asked_for(active_levels: int) -> None:
     """Where OpenMP gives one (in a parallel region, or as OMP_DYNAMIC has it), a scan split for four is whole."""
     code = f"""
 import ctypes, torch
-from tests.cpu.test_threads import Case, assert_same, build, cpu, gradients_like, with_threads
+from tests.cpu.test_threads import (
+    GROUPED, GROUPED_THREADS, Case, assert_same, build, cpu, gradients_like, with_threads
+)
 
 cpu.load()
 openmp = {{line.split()[-1] for line in open("/proc/self/maps") if "libgomp" in line or "libomp" in line}}
 for library in openmp:
     ctypes.CDLL(library).omp_set_max_active_levels({active_levels})
-for case in (Case("lstm", 1, 4, 3, 24, 640), Case("gru", 2, 3, 20, 24, 520), Case("lstm", 1, 5, 40, 5, 70)):
+for case, many in (
+    (Case("lstm", 1, 4, 3, 24, 640), 4),
+    (Case("gru", 2, 3, 20, 24, 520), 4),
+    (Case("lstm", 1, 5, 40, 5, 70), 4),
+    (Case(*GROUPED[0]), GROUPED_THREADS),
+):
     arguments = build(case, torch.float32)
     d_outputs = gradients_like(arguments, torch.float32)
-    expected, found = (with_threads(threads, arguments, d_outputs) for threads in (1, 4))
+    expected, found = (with_threads(threads, arguments, d_outputs) for threads in (1, many))
     for one, other in zip(found, expected):
         assert_same(one, other)
 print(len(openmp))

@@ -151,7 +151,8 @@ def test_made_apart_from_the_callers_thread(launch, monkeypatch, kept):
     with pytest.warns(UserWarning, match="no CUDA graph can be made of this scan's steps, each is launched: no memory"):
         found = launch.forward(*layer, True)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
-    launch.forward(*layer, True)
+    for _ in range(2):
+        launch.forward(*layer, True)
     assert len(tries) == 1
 
 
