@@ -178,10 +178,6 @@ _loaded: set[str] = set()
 _loading = ForkSafeLock()  # several threads may ask for a backend at once
 
 
-def is_loaded(backend: str) -> bool:
-    return backend in _loaded
-
-
 class _Context(threading.local):
     def __init__(self) -> None:
         self.backend = AUTO  # of the object, where torch's compiler sees a change

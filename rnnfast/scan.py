@@ -7,6 +7,7 @@ compiled library is loaded; a backend registers implementations and nothing else
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -295,17 +296,24 @@ def load_when_called(backend: str, *ops: Any) -> None:
         library.impl(op, partial(_load_and_call, backend, op), "CompositeExplicitAutograd")
 
 
+_redispatch = threading.local()  # `op`: that which this thread has called again, now that its backend is loaded
+
+
 def _load_and_call(backend: str, op: Any, *arguments: Any) -> Any:
-    name, was_loaded = op.name(), dispatch.is_loaded(backend)
+    name, is_again = op.name(), getattr(_redispatch, "op", None) is op
     reason = dispatch.BACKENDS[backend].why_not_loaded()
     if reason is not None:
         raise RuntimeError(
             f"this program calls {name}, but {reason}. Make it with backend='reference' to run it everywhere"
         )
-    if was_loaded:  # its own implementation was passed by
+    if is_again:  # the backend's own implementation was passed by
         devices = {str(argument.device) for argument in arguments if isinstance(argument, Tensor)}
         raise NotImplementedError(f"{name} has no implementation for these tensors, on {' and '.join(sorted(devices))}")
-    return op(*arguments)
+    _redispatch.op = op
+    try:
+        return op(*arguments)
+    finally:
+        _redispatch.op = None
 
 
 _SIZES = 9, 8, (1, 2, 3, 4, 5)  # of _LAYER

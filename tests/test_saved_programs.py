@@ -115,3 +115,27 @@ def test_tensors_that_a_loaded_backend_does_not_take_are_refused(monkeypatch: py
     arguments = (input, *weights, None, None, None, torch.zeros(1, 3, 7).to_mkldnn(), None, None, "rnn_tanh", False)
     with pytest.raises(NotImplementedError, match="rnnfast::scan_cpu has no implementation for these tensors, on cpu"):
         torch.ops.rnnfast.scan_cpu.default(*arguments, False)
+
+
+def test_several_threads_call_a_program_first(tmp_path: Path) -> None:
+    build, way, inputs = CASES["scan"]
+    model, path = Called(build(), way).eval(), tmp_path / "program.pt2"
+    with torch.no_grad():
+        torch.export.save(torch.export.export(model, inputs), path)
+        torch.save((inputs, model(*inputs)), tmp_path / "data.pt")
+    code = f"""
+import threading, torch, rnnfast
+program, barrier, found = torch.export.load({str(path)!r}).module(), threading.Barrier(8), []
+inputs, expected = torch.load({str(tmp_path / "data.pt")!r})
+def call():
+    barrier.wait()
+    with torch.no_grad():
+        found.append(program(*inputs))
+threads = [threading.Thread(target=call) for _ in range(8)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+assert len(found) == 8
+torch.testing.assert_close(found, [expected] * 8)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
