@@ -1,6 +1,8 @@
 """rnnfast: fast drop-in recurrent layers for PyTorch."""
 
+from importlib import import_module as _import_module
 from importlib import metadata as _metadata
+from types import ModuleType as _ModuleType
 
 from rnnfast import functional, sequences
 from rnnfast.cell_modules import GRUCell, LSTMCell, RNNCell
@@ -38,3 +40,10 @@ __all__ = [
     "tune",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> _ModuleType:
+    """The modules that `import rnnfast` alone does not import, as few programs need them."""
+    if name in ("d2l", "lm", "onnx"):
+        return _import_module(f"rnnfast.{name}")
+    raise AttributeError(f"module 'rnnfast' has no attribute {name!r}")

@@ -194,7 +194,7 @@ class RNNModel(nn.Module):
     def __init__(self, rnn_layer: nn.RNNBase, vocab_size: int) -> None:
         super().__init__()
         self.rnn, self.vocab_size = rnn_layer, vocab_size
-        self.num_hiddens = rnn_layer.hidden_size
+        self.num_hiddens = rnn_layer.proj_size or rnn_layer.hidden_size  # what it puts out
         self.num_directions = 2 if rnn_layer.bidirectional else 1
         self.linear = nn.Linear(self.num_hiddens * self.num_directions, vocab_size)
 
@@ -208,9 +208,9 @@ class RNNModel(nn.Module):
 
     def begin_state(self, device: torch.device, batch_size: int = 1) -> Any:
         """Zeros: a tensor (layers * directions, batch_size, hidden), for an LSTM a pair of them."""
-        layers = self.num_directions * self.rnn.num_layers
-        state = torch.zeros(layers, batch_size, self.num_hiddens, device=device)
-        return (state, state.clone()) if self.rnn.mode == "LSTM" else state
+        size = self.num_directions * self.rnn.num_layers, batch_size
+        state = torch.zeros(*size, self.num_hiddens, device=device)
+        return (state, torch.zeros(*size, self.rnn.hidden_size, device=device)) if self.rnn.mode == "LSTM" else state
 
 
 Net = RNNModel | RNNModelScratch | Any

@@ -365,6 +365,8 @@ def explain(layer: Any, input: Tensor | PackedSequence) -> Choice:
         raise TypeError(f"explain takes an rnnfast layer, cell or Stack, got {type(layer).__name__}; {advice}")
     if not isinstance(input, Tensor | PackedSequence):
         raise TypeError(f"explain takes a tensor or a PackedSequence as input, got {type(input).__name__}")
+    if isinstance(layer, torch.nn.RNNCellBase) and not isinstance(input, Tensor):
+        raise TypeError(f"a cell takes a tensor, got {type(input).__name__}")
     data = input if isinstance(input, Tensor) else input.data
     token_ids = not data.is_floating_point()
     if hasattr(layer, "_request"):

@@ -67,7 +67,10 @@ def indices_of(rows: Any, batch: int) -> tuple[Tensor, Tensor]:
 
 def _tensor_of(rows: Any) -> Tensor:
     """Indices or a mask, on the CPU."""
-    indices = rows if isinstance(rows, Tensor) else torch.as_tensor(rows)
+    try:
+        indices = rows if isinstance(rows, Tensor) else torch.as_tensor(rows)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"rows are integer indices or a bool mask, got {rows!r}") from None
     if not indices.numel() and indices.is_floating_point():
         indices = indices.long()  # of an empty list, which is float and means no row
     # Of floats, which may be a mask's, indexing would make integers.

@@ -53,8 +53,8 @@ class Stack(nn.Module):
         recurrent_dropout: the same for h before its product with W_hh, in every layer.
         weight_dropout: probability of zeroing an element of W_hh, for a whole call (DropConnect; "weight drop" of
             AWD-LSTM, Merity et al. 2018).
-        zoneout: probability that a unit keeps its h from the previous step (Krueger et al. 2017). For an LSTM a pair,
-            for h and for c, or one number for both. In evaluation the expectation is taken.
+        zoneout: probability, 1 included, that a unit keeps its h from the previous step (Krueger et al. 2017). For an
+            LSTM a pair, for h and for c, or one number for both. In evaluation the expectation is taken.
         layer_norm: normalises an LSTM or GRU as Ba et al. (2016): each of the two products, with a gain (the biases are
             the shifts), and the cell state of an LSTM on its way to the output.
         peepholes: lets the gates of an LSTM see its cell state (Gers & Schmidhuber 2000), through a weight (3, H) per
@@ -229,7 +229,7 @@ class Stack(nn.Module):
 
         Raises:
             ValueError, RuntimeError, TypeError: shapes, dtypes, devices, lengths or resets that do not fit; token ids
-                with input_dropout; a backend asked for by name that cannot do this.
+                with input_dropout in training; a backend asked for by name that cannot do this.
             IndexError: a token id outside [0, I).
         """
         inputs.check_kind(input, lengths, reset, reset_to)

@@ -269,8 +269,9 @@ class _Call:
         """Raises RuntimeError if not every layer that ran has left a state, as often as before."""
         if not self.runs:
             raise RuntimeError(
-                "no recurrent layer was seen to run, so no state was kept. A model that was compiled and called "
-                "before hides its layers: stream the one that is not compiled, or call torch._dynamo.reset() first"
+                "no recurrent layer was seen to run, so no state was kept. A stream follows calls of layers, not of "
+                "their `forward`. A model that was compiled and called before hides its layers: stream the one that is "
+                "not compiled, or call torch._dynamo.reset() first"
             )
         for name, runs in self.runs.items():
             if any(_key(name, run) not in self.after for run in range(runs)):

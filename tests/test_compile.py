@@ -264,7 +264,7 @@ def test_compiled_autograd_of_an_eager_layer(name: str, hidden_size: int) -> Non
     for batch in (2, 2, 3):
         x = torch.randn(5, batch, 4)
         expected = gradients(x)
-        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
             torch.testing.assert_close(gradients(x), expected)
 
 
@@ -282,7 +282,7 @@ def test_compiled_autograd_of_an_eager_loop_of_cells() -> None:
 
     for _ in range(2):
         expected = gradients()
-        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
             torch.testing.assert_close(gradients(), expected)
 
 

@@ -148,6 +148,13 @@ def test_explain_knows_of_autocast() -> None:
         assert rnnfast.explain(rnnfast.LSTMCell(3, 4), input[0]).backend == "cpu"
 
 
+def test_explain_refuses_for_a_cell_what_its_call_does() -> None:
+    packed = torch.nn.utils.rnn.pack_sequence([torch.ones(2, 3)])
+    for call in (rnnfast.GRUCell(3, 4), partial(rnnfast.explain, rnnfast.GRUCell(3, 4))):
+        with pytest.raises(TypeError, match="a cell takes a tensor, got PackedSequence"):
+            call(packed)
+
+
 def test_explain_knows_of_transforms() -> None:
     """As the call, it refuses a backend asked for by name that has none."""
     for layer, input in ((rnnfast.LSTM(3, 4), torch.randn(5, 2, 3)), (rnnfast.LSTMCell(3, 4), torch.randn(2, 3))):

@@ -284,7 +284,7 @@ def batch_invariance(nn: Any) -> None:
                 assert torch.equal(layer(x)[0][:, :1], layer(x[:, :1])[0])
 
 
-@feature("steps one by one are bit-for-bit equal to the whole sequence", "on the cpu backend")
+@feature("steps one by one are bit-for-bit equal to the whole sequence", "on the cpu backend, in float32 and float64")
 def chunk_invariance(nn: Any) -> None:
     for kind in (nn.RNN, nn.LSTM, nn.GRU):
         for hidden, batch in sizes():

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import rnnfast
 from rnnfast.backends.cpu import build
 
 ROOT = Path(__file__).parent.parent
@@ -142,6 +143,15 @@ def test_a_second_build_ships_nothing_of_the_first(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(installed)}
     found = subprocess.run(ask, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
     assert found.split() == [str(path) for path in (installed / "rnnfast").glob("librnnfast-*.so")]
+
+
+@pytest.mark.parametrize("name", ["lm", "d2l", "onnx"])
+def test_modules_that_are_imported_when_they_are_asked_for(name: str) -> None:
+    code = f"import sys, rnnfast; assert 'rnnfast.{name}' not in sys.modules; print(rnnfast.{name}.__name__)"
+    said = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout
+    assert said == f"rnnfast.{name}\n"
+    with pytest.raises(AttributeError, match="module 'rnnfast' has no attribute 'nothing'"):
+        rnnfast.nothing  # noqa: B018
 
 
 def test_the_core_imports_torch_alone() -> None:

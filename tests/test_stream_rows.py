@@ -197,6 +197,7 @@ def test_rows_are_selected_by_masks_of_any_kind(make: Any) -> None:
         (torch.tensor([[0, 2]]), IndexError, r"have one dimension, got \(1, 2\)"),
         (torch.tensor(1), IndexError, r"have one dimension, got \(\)"),
         ([True, None, False], TypeError, "a mask adds no rows"),
+        ("layer", TypeError, "rows are integer indices or a bool mask, got"),
         ([True, False], IndexError, r"a bool mask \(3,\), got a mask \(2,\)"),
     ],
 )

@@ -166,14 +166,16 @@ class _Scan(derivatives.Function):
         layer, saved, needs, given = ctx.layer, ctx.saved_tensors, ctx.needs_input_grad[6:], (d_output, d_h_n, d_c_n)
         if ctx.loop is not None:
             ctx.loop.is_over = True
-        # Compiled autograd has no passes of torch's engine.
-        shared = None if torch.compiler.is_compiling() else ctx.shared
+        # Compiled autograd has no passes of torch's engine, and none that could look on.
+        is_compiled = torch.compiler.is_compiling()
+        shared = None if is_compiled else ctx.shared
         if shared is not None and not shared.are_wanted():
             needs = needs[:3] + _NO_WEIGHT
         need_weights = True in needs[3:]
         memory = (*saved[10:], *layer.memory, *saved[8:10])
         # Not where it is itself to be differentiated, or somebody looks on.
-        if not is_grad_enabled() and not is_observed() and all(d is None or is_plain(d, layer.dtype) for d in given):
+        is_seen = is_compiled or is_grad_enabled() or is_observed()
+        if not is_seen and all(d is None or is_plain(d, layer.dtype) for d in given):
             d_results = [d if d is None else d.contiguous() for d in given]
             rows = shared.rows_of_pass(layer, ctx.loop.calls) if shared is not None and need_weights else None
             wanted = needs[:3] + (layer.has_weight if need_weights and rows is None else _NO_WEIGHT)

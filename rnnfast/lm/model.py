@@ -61,6 +61,8 @@ class RNNLM(nn.Module):
         self.bidirectional = bidirectional
         self.backend = backend
         self.embedding = None if embedding_size is None else nn.Embedding(vocab_size, embedding_size)
+        if cell not in LAYERS:
+            raise UserError(f"unknown cell '{cell}'; choose from {', '.join(LAYERS)}")
         layer, options = LAYERS[cell]
         self.rnn = getattr(rnnfast, layer)(
             vocab_size if embedding_size is None else embedding_size,

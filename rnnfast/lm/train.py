@@ -172,15 +172,16 @@ def _train(
         validation=config.validation,
     )
     config = replace(config, corpus=corpus.name)
-    if config.bidirectional:
-        note("a bidirectional model reads the token it is to predict: its perplexity means nothing, it cannot generate")
     trainer = Trainer(config, corpus)
-    if config.warmup > (steps := config.epochs * len(trainer.batches)):
-        note(f"--warmup {config.warmup:,} is longer than the run, of {steps:,} steps: it never reaches its --lr")
-    encode_prefix(config.prefix, corpus.vocab, config.tokens)  # an empty one is refused now, not in mid-run
     records: list[dict[str, Any]] = []
     if saved is not None and folder is not None:
         trainer.restore(saved, folder)
+    encode_prefix(config.prefix, corpus.vocab, config.tokens)  # an empty one is refused now, not in mid-run
+    if config.bidirectional:
+        note("a bidirectional model reads the token it is to predict: its perplexity means nothing, it cannot generate")
+    if config.warmup > (steps := config.epochs * len(trainer.batches)):
+        note(f"--warmup {config.warmup:,} is longer than the run, of {steps:,} steps: it never reaches its --lr")
+    if saved is not None and folder is not None:
         if _has_log_of(folder, saved, is_copy):
             records = _read_log(folder / LOG, trainer.epoch)
         elif (folder / LOG).exists():

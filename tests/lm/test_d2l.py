@@ -107,10 +107,11 @@ def test_scratch_model_with_our_rnn_and_with_the_users() -> None:
     torch.testing.assert_close(one_hot, expected)
 
 
-@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
-def test_concise_model_takes_both_kinds_of_layer(name: str) -> None:
-    theirs = d2l.RNNModel(getattr(nn, name)(28, 16), 28)
-    ours = d2l.RNNModel(getattr(rnnfast, name)(28, 16), vocab_size=28)
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize(("name", "options"), [("RNN", {}), ("LSTM", {}), ("GRU", {}), ("LSTM", {"proj_size": 4})])
+def test_concise_model_takes_both_kinds_of_layer(name: str, options: dict[str, int]) -> None:
+    theirs = d2l.RNNModel(getattr(nn, name)(28, 16, **options), 28)
+    ours = d2l.RNNModel(getattr(rnnfast, name)(28, 16, **options), vocab_size=28)
     ours.load_state_dict(theirs.state_dict())
     X = torch.randint(28, (2, 5))
     state = ours.begin_state(batch_size=2, device=CPU)

@@ -69,6 +69,8 @@ def test_embedding_and_tied_weights() -> None:
     assert 0.2 < model.head.weight.std() < 0.3  # that of logits of order 1, 16 ** -0.5
     assert model(IDS)[0].shape == (7, 3, 28)
     assert RNNLM(28, "gru", 16, embedding_size=5).rnn.input_size == 5
+    with pytest.raises(UserError, match="unknown cell 'foo'; choose from rnn, rnn_relu, lstm, gru"):
+        RNNLM(20, cell="foo")
     with pytest.raises(UserError, match="--embedding-size 16"):
         RNNLM(28, "gru", 16, embedding_size=8, tie_weights=True)
     with pytest.raises(UserError, match="--embedding-size 16"):
