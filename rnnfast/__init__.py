@@ -2,7 +2,7 @@
 
 from importlib import import_module as _import_module
 from importlib import metadata as _metadata
-from types import ModuleType as _ModuleType
+from typing import TYPE_CHECKING
 
 from rnnfast import functional, sequences
 from rnnfast.cell_modules import GRUCell, LSTMCell, RNNCell
@@ -42,8 +42,10 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> _ModuleType:
-    """The modules that `import rnnfast` alone does not import, as few programs need them."""
-    if name in ("d2l", "lm", "onnx"):
-        return _import_module(f"rnnfast.{name}")
-    raise AttributeError(f"module 'rnnfast' has no attribute {name!r}")
+if not TYPE_CHECKING:  # a type checker would take any name for a module
+
+    def __getattr__(name):
+        """The modules that `import rnnfast` alone does not import, as few programs need them."""
+        if name in ("d2l", "lm", "onnx"):
+            return _import_module(f"rnnfast.{name}")
+        raise AttributeError(f"module 'rnnfast' has no attribute {name!r}")

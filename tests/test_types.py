@@ -44,6 +44,11 @@ def test_a_cell_returns_its_state() -> None:
     assert_type(rnnfast.LSTMCell(3, 5)(X[0]), tuple[Tensor, Tensor])
 
 
+def test_a_name_that_is_misspelt_is_seen() -> None:
+    with pytest.raises(AttributeError, match="module 'rnnfast' has no attribute 'LSTN'"):
+        rnnfast.LSTN  # type: ignore[attr-defined] # noqa: B018
+
+
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"])
 def test_constructors_are_torch_nn_s(name: str) -> None:
     """Names, order and defaults, which `help` shows and `skip_init` looks up."""

@@ -36,6 +36,9 @@ class RNNLM(nn.Module):
         tie_weights: the head's weight is the embedding's (Press & Wolf 2017); their sizes must agree.
         bidirectional: such a model reads the very token it is to predict; it cannot generate.
         backend: rnnfast's backend to run on.
+
+    Raises:
+        UserError: there is no such cell, or the weights to tie differ in size.
     """
 
     def __init__(
@@ -52,6 +55,8 @@ class RNNLM(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        if cell not in LAYERS:
+            raise UserError(f"unknown cell '{cell}'; choose from {', '.join(LAYERS)}")
         features = hidden_size * (2 if bidirectional else 1)
         if tie_weights and embedding_size != features:
             raise UserError(
@@ -61,8 +66,6 @@ class RNNLM(nn.Module):
         self.bidirectional = bidirectional
         self.backend = backend
         self.embedding = None if embedding_size is None else nn.Embedding(vocab_size, embedding_size)
-        if cell not in LAYERS:
-            raise UserError(f"unknown cell '{cell}'; choose from {', '.join(LAYERS)}")
         layer, options = LAYERS[cell]
         self.rnn = getattr(rnnfast, layer)(
             vocab_size if embedding_size is None else embedding_size,
