@@ -1,8 +1,8 @@
 """rnnfast: fast drop-in recurrent layers for PyTorch."""
 
+import typing as _typing
 from importlib import import_module as _import_module
 from importlib import metadata as _metadata
-from typing import TYPE_CHECKING
 
 from rnnfast import functional, sequences
 from rnnfast.cell_modules import GRUCell, LSTMCell, RNNCell
@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 
-if not TYPE_CHECKING:  # a type checker would take any name for a module
+if not _typing.TYPE_CHECKING:  # a type checker would take any name for a module
 
     def __getattr__(name):
         """The modules that `import rnnfast` alone does not import, as few programs need them."""
