@@ -61,7 +61,7 @@ class BuildNative(build_ext):
 
 
 class Wheel(bdist_wheel):
-    """The libraries use torch's stable ABI and nothing of Python's: one wheel serves all versions."""
+    """The libraries use the stable ABIs of torch and of Python: one wheel serves all versions."""
 
     def get_tag(self):
         *_, platform = super().get_tag()

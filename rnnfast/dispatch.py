@@ -183,7 +183,7 @@ class _Context(threading.local):
         self.backend = AUTO  # of the object, where torch's compiler sees a change
 
 
-_context = _Context()
+context = _Context()
 
 
 @contextmanager
@@ -194,12 +194,12 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: there is no backend of this name.
     """
     check_name(name)
-    before = _context.backend
-    _context.backend = name
+    before = context.backend
+    context.backend = name
     try:
         yield
     finally:
-        _context.backend = before
+        context.backend = before
 
 
 def asked(backend: str) -> str:
@@ -207,7 +207,7 @@ def asked(backend: str) -> str:
 
     Callers of `choose_name`, which torch.compile does not trace, call this first, so that it sees `use_backend`.
     """
-    return _context.backend if backend == AUTO else backend
+    return context.backend if backend == AUTO else backend
 
 
 def choose(request: Request, backend: str = AUTO) -> Choice:

@@ -16,15 +16,17 @@ Selected = Tensor | Sequence[int | None]
 
 
 def kept(state: Any) -> Any:
-    """The state; of what was made in inference mode, which a call with gradients cannot use, a copy."""
+    """The state itself, or a copy if it was made in inference mode, which a call with gradients cannot use."""
+    if torch.compiler.is_compiling() or not _is_inference(state):
+        return state
+    with torch.inference_mode(False):
+        return map_state(state, lambda part: part.clone())
 
-    def copied(part: Any) -> Any:
-        if torch.compiler.is_compiling() or not isinstance(part, Tensor) or not part.is_inference():
-            return part
-        with torch.inference_mode(False):
-            return part.clone()
 
-    return map_state(state, copied)
+def _is_inference(state: Any) -> bool:
+    if isinstance(state, tuple | list):
+        return any(map(_is_inference, state))
+    return isinstance(state, Tensor) and state.is_inference()
 
 
 def batch_of(state: Any) -> int:

@@ -90,13 +90,13 @@ class Stream:
             with _one_at_a_time.lock:  # compiled code does not tell the hooks of one call from those of another
                 return self._call_model(*args, **kwargs)
         if self._steps is not None and len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
-            output = self._steps(args[0])
+            output = self._steps.next(args[0])
             if output is not None:
                 return output
         return self._feed(*args, **kwargs)
 
     def _call_model(self, *args: Any, **kwargs: Any) -> Any:
-        call = _Call(dict(self._states), dict(self._anew))
+        call = _Call(dict(self._usable_states()), dict(self._anew))
         followed = [_Followed(name, layer, call) for name, layer in self._layers.items()]
         try:
             for each in followed:
@@ -109,7 +109,7 @@ class Stream:
         # Taken over once the whole model has run: after an error the same steps can be fed again.
         call.check()
         _check_compiled(self.module, [name for name in self._layers if name not in call.runs])
-        self._states.update({key: kept(state) for key, state in call.after.items()})
+        self._states = call.before | call.after
         self._anew = {key: rows for key, rows in self._anew.items() if key not in call.after}
         return result
 
@@ -121,7 +121,7 @@ class Stream:
             raise TypeError(f"a stream of a layer takes a tensor, got {type(input).__name__}")
         self._end_steps()
         layer: Any = self.module
-        state, steps = self._states.get(""), input.dim() - (1 if input.is_floating_point() else 0)
+        state, steps = self._usable_states().get(""), input.dim() - (1 if input.is_floating_point() else 0)
         if steps == 1:
             _check_is_ours(layer)  # it may have been restored
         if steps == 1 and kwargs:
@@ -132,12 +132,18 @@ class Stream:
             _check_batch(layer, input, state)
             raise
         output, state = _output_and_state(type(layer).__name__, result)
-        self._states[""] = kept(state)
+        self._states[""] = state
         # Neither a stack's, nor a subclass's own, nor that of a layer which has none any more.
         is_ordinary = getattr(getattr(layer, "step", None), "__func__", None) is DropIn.step
         if steps == 1 and is_ordinary and not torch.compiler.is_compiling():
             self._steps = direct.steps_after(layer, input, self._states[""])
         return output
+
+    def _usable_states(self) -> dict[str, Any]:
+        """The states for a call here: what was made in inference mode is of no use to one with gradients."""
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+            return self._states
+        return {key: kept(state) for key, state in self._states.items()}
 
     def _end_steps(self) -> None:
         """Takes the state over from them."""
@@ -147,7 +153,8 @@ class Stream:
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy, too: it goes on with this state, in memory of its own."""
         self._end_steps()
-        return self.__dict__ | {"_states": dict(self._states), "_anew": dict(self._anew)}
+        states = {key: kept(state) for key, state in self._states.items()}
+        return self.__dict__ | {"_states": states, "_anew": dict(self._anew)}
 
     @property
     def state(self) -> Any:
@@ -158,6 +165,7 @@ class Stream:
         on after the name.
         """
         self._end_steps()
+        self._states = {key: kept(state) for key, state in self._states.items()}
         return self._states.get("") if self._is_alone else dict(self._states)
 
     @state.setter
@@ -171,8 +179,7 @@ class Stream:
         unknown = {key for key in state if key not in self._layers and _name_of(key) not in self._layers}
         if unknown:
             raise ValueError(f"the model has no recurrent layer {', '.join(sorted(unknown))}")
-        states = {key: kept(of_layer) for key, of_layer in state.items()}
-        self._states, self._anew, self._steps = states, {}, None
+        self._states, self._anew, self._steps = dict(state), {}, None
 
     def reset(self, rows: Rows | dict[str, Rows] | None = None) -> None:
         """Starts over: all sequences, or those in some rows of the batch.

@@ -70,8 +70,8 @@ def direct_call_names(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def _noted(name: str, function: Any, names: list[str]) -> Any:
-    def noted(call: bytes) -> int:
-        status: int = function(call)
+    def noted(*fields: Any) -> int:
+        status: int = function(*fields)
         names.extend([name] if status == 0 else [])
         return status
 

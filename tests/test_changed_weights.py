@@ -181,7 +181,6 @@ def _write(module: torch.nn.Module) -> None:
                 weight[3, 7] += 5
 
 
-@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")  # JAX's, where an earlier test has imported it
 def test_what_another_process_writes_to_shared_weights_is_seen(direct_calls: list[int]) -> None:
     """A learner beside its actors: torch counts the versions of each process for itself."""
     layer, cell = rnnfast.GRU(28, 64).share_memory(), rnnfast.GRUCell(28, 64, backend="cpu").share_memory()

@@ -410,6 +410,6 @@ def test_copies_have_loops_of_their_own() -> None:
 def test_no_memory_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, _ = pair("GRUCell", 4, 12)
     loss = loss_of(outputs(ours, torch.randn(6, 2, 4)))
-    monkeypatch.setattr(loops.cpu, "weight_gradients", lambda call: 2)
+    monkeypatch.setattr(loops.cpu, "weight_gradients", lambda *fields: 2)
     with pytest.raises(RuntimeError, match="no memory for the gradients of the weights"):
         loss.backward()

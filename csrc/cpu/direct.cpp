@@ -79,7 +79,7 @@ void leave_rows(const ScanShape& s, const BackwardArgs& x, const DirectRows& row
 }
 
 template <class F>
-int guarded(F run) {
+int64_t guarded(F run) {
   try {
     return run();
   } catch (const std::exception&) {
@@ -107,12 +107,7 @@ Tensor direct_layer_cpu(Tensor w_ih, Tensor w_hh, OptionalTensor w_hr, Text cell
 
 Tensor direct_empty_cpu(Tensor like, std::vector<int64_t> sizes) { return empty(like, sizes); }
 
-}  // namespace rnnfast
-
-using namespace rnnfast;
-
-int rnnfast_infer_cpu(const DirectInfer* call) {
-  const DirectInfer& c = *call;
+int64_t direct_infer(const DirectInfer& c) {
   const Plan& plan = *static_cast<const Plan*>(c.plan);
   if (!are_as_they_were(plan.samples)) return DIRECT_STALE;
   return guarded([&] {
@@ -144,8 +139,7 @@ int rnnfast_infer_cpu(const DirectInfer* call) {
   });
 }
 
-int rnnfast_forward_cpu(const DirectForward* call) {
-  const DirectForward& c = *call;
+int64_t direct_forward(const DirectForward& c) {
   const Plan* plan = static_cast<const Plan*>(c.plan);
   // Samples are of all layers: the first of a call's looks at them.
   if (plan && c.index == 0 && !are_as_they_were(plan->samples)) return DIRECT_STALE;
@@ -173,8 +167,7 @@ int rnnfast_forward_cpu(const DirectForward* call) {
   });
 }
 
-int rnnfast_backward_cpu(const DirectBackward* call) {
-  const DirectBackward& c = *call;
+int64_t direct_backward(const DirectBackward& c) {
   return guarded([&] {
     const ScanShape s = shape_of_call(*c.layer, c.steps, c.batch);
     const StandIns zeros(s, !c.h_0);
@@ -210,17 +203,16 @@ int rnnfast_backward_cpu(const DirectBackward* call) {
   });
 }
 
-int64_t rnnfast_pack_backward_cpu(const DirectPack* call) {
+int64_t direct_pack_backward(const DirectPack& c) {
   BackwardArgs x{};
-  x.shape = shape_of_call(*call->layer, call->steps, call->batch);
-  x.w_hh = call->w_hh;
-  x.w_ih = call->w_ih;
-  (x.w_ih ? x.packed_ih : x.packed_hh) = call->packed;
+  x.shape = shape_of_call(*c.layer, c.steps, c.batch);
+  x.w_hh = c.w_hh;
+  x.w_ih = c.w_ih;
+  (x.w_ih ? x.packed_ih : x.packed_hh) = c.packed;
   return int64_t(choose_kernels(x.shape.dtype).pack_backward(x, available_threads()));
 }
 
-int rnnfast_weight_gradients_cpu(const DirectWeights* call) {
-  const DirectWeights& c = *call;
+int64_t direct_weight_gradients(const DirectWeights& c) {
   return guarded([&] {
     BackwardArgs x{};
     x.shape = shape_of_call(*c.layer, 1, c.count);
@@ -236,4 +228,8 @@ int rnnfast_weight_gradients_cpu(const DirectWeights* call) {
   });
 }
 
-int rnnfast_gates_bytes_cpu(const ScanShape* layer) { return int(choose_kernels(layer->dtype).gates_bytes(*layer)); }
+}  // namespace rnnfast
+
+int rnnfast_gates_bytes_cpu(const rnnfast::ScanShape* layer) {
+  return int(rnnfast::choose_kernels(layer->dtype).gates_bytes(*layer));
+}

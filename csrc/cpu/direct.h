@@ -24,8 +24,8 @@ enum DirectStatus : int {
   DIRECT_FAILED = 2,  // for the operator to find out why: a token id outside the vocabulary, no memory
 };
 
-// What a call is given: 64-bit fields alone, which Python packs into bytes, quicker than arguments one by one. A pointer is 0
-// where there is no tensor. States of 0 are zeros, gradients of 0 are not wanted.
+// What a call is given: 64-bit fields alone, which Python gives as numbers (python.cpp). A pointer is 0 where there is no tensor.
+// States of 0 are zeros, gradients of 0 are not wanted.
 
 // T steps of B rows through L layers of D directions, without gradients. input (T, B, I) or (T, B) int64 ids, output
 // (T, B, D*P), h_0 and h_n (L*D, B, P), c_0 and c_n (L*D, B, H).
@@ -77,16 +77,13 @@ struct DirectWeights {
   void *d_w_ih, *d_w_hh, *d_b_ih, *d_b_hh;
 };
 
-// As many fields as rnnfast/backends/cpu/__init__.py packs.
-static_assert(sizeof(DirectInfer) == 9 * 8 && sizeof(DirectForward) == 17 * 8 && sizeof(DirectBackward) == 29 * 8 &&
-              sizeof(DirectPack) == 6 * 8 && sizeof(DirectWeights) == 9 * 8);
+// Each returns a DirectStatus, but for the one that packs.
+int64_t direct_infer(const DirectInfer& call);
+int64_t direct_forward(const DirectForward& call);
+int64_t direct_backward(const DirectBackward& call);
+int64_t direct_pack_backward(const DirectPack& call);
+int64_t direct_weight_gradients(const DirectWeights& call);
 
 }  // namespace rnnfast
 
-#define RNNFAST_DIRECT extern "C" __attribute__((visibility("default"))) int
-RNNFAST_DIRECT rnnfast_infer_cpu(const rnnfast::DirectInfer* call);
-RNNFAST_DIRECT rnnfast_forward_cpu(const rnnfast::DirectForward* call);
-RNNFAST_DIRECT rnnfast_backward_cpu(const rnnfast::DirectBackward* call);
-extern "C" __attribute__((visibility("default"))) int64_t rnnfast_pack_backward_cpu(const rnnfast::DirectPack* call);
-RNNFAST_DIRECT rnnfast_weight_gradients_cpu(const rnnfast::DirectWeights* call);
-RNNFAST_DIRECT rnnfast_gates_bytes_cpu(const rnnfast::ScanShape* layer);
+extern "C" __attribute__((visibility("default"))) int rnnfast_gates_bytes_cpu(const rnnfast::ScanShape* layer);

@@ -13,41 +13,53 @@ namespace {
 
 constexpr int64_t WHOLE = 4096;  // bytes of a matrix that is compared whole: that takes no longer than a larger one's sample
 
-// Followed in memory by what its elements held.
+// Elements of a weight, in runs through one gate each: unit by unit and column by column, so that they are one stride apart.
+struct Run {
+  int64_t first, count;
+};
+
+// Followed in memory by its runs, and by what its elements held. One without runs has all elements.
 struct Sample {
   const char* data;
-  int64_t rows, columns, units, element_size;
-  int64_t count() const { return !rows || !columns ? 0 : rows == 1 ? columns : std::max({units, columns, rows / units}); }
-  int64_t bytes() const { return (int64_t(sizeof *this) + count() * element_size + 7) / 8 * 8; }
-  char* held() { return reinterpret_cast<char*>(this + 1); }
-  const char* held() const { return reinterpret_cast<const char*>(this + 1); }
+  int64_t count, stride, runs, element_size;
+  int64_t bytes() const { return (int64_t(sizeof *this) + runs * int64_t(sizeof(Run)) + count * element_size + 7) / 8 * 8; }
+  Run* run() { return reinterpret_cast<Run*>(this + 1); }
+  const Run* run() const { return reinterpret_cast<const Run*>(this + 1); }
+  char* held() { return reinterpret_cast<char*>(run() + runs); }
+  const char* held() const { return reinterpret_cast<const char*>(run() + runs); }
 
-  // Calls see(element of the sample, its index) for all: unit by unit and column by column, each unit in the next gate.
-  template <class T, class F>
-  void each(F see) const {
-    const T* elements = reinterpret_cast<const T*>(data);
-    int64_t unit = 0, column = 0, gate = 0;
-    for (int64_t i = 0, n = count(); i < n; ++i) {
-      see(elements[(gate * units + unit) * columns + column], i);
-      if (++unit == units) unit = 0;
-      if (++column == columns) column = 0;
-      if (++gate * units == rows) gate = 0;
-    }
-  }
   template <class T>
   void take() {
     T* to = reinterpret_cast<T*>(held());
-    each<T>([&](T element, int64_t i) { to[i] = element; });
+    if (!runs) std::memcpy(to, data, size_t(count) * sizeof(T));
+    for (int64_t r = 0; r < runs; ++r)
+      for (int64_t i = 0; i < run()[r].count; ++i) *to++ = reinterpret_cast<const T*>(data)[run()[r].first + i * stride];
   }
   template <class T>
   bool is_as_it_was() const {
-    if (rows == 1) return std::memcmp(data, held(), size_t(columns * element_size)) == 0;
+    if (!runs) return std::memcmp(data, held(), size_t(count) * sizeof(T)) == 0;
     const T* was = reinterpret_cast<const T*>(held());
     T changes = 0;
-    each<T>([&](T element, int64_t i) { changes |= T(element ^ was[i]); });
+    for (int64_t r = 0; r < runs; ++r) {
+      const T* element = reinterpret_cast<const T*>(data) + run()[r].first;
+      for (int64_t i = 0, n = run()[r].count; i < n; ++i, element += stride) changes |= T(*element ^ *was++);
+    }
     return changes == 0;
   }
 };
+
+// The runs through a matrix of `gates` times `units` rows that meet every gate, unit and column.
+std::vector<Run> runs_of(int64_t gates, int64_t units, int64_t columns) {
+  std::vector<Run> runs;
+  const int64_t count = std::max({units, columns, gates});
+  for (int64_t i = 0, last_gate = -1; i < count; ++i) {
+    const int64_t gate = i * gates / count, unit = i % units, column = i % columns;
+    if (gate != last_gate || unit == 0 || column == 0) runs.push_back({(gate * units + unit) * columns + column, 0});
+    ++runs.back().count;
+    last_gate = gate;
+  }
+  return runs;
+}
 
 // Calls f with a number of the size of an element.
 template <class F>
@@ -59,29 +71,32 @@ auto by_size(int64_t element_size, F f) {
 
 Tensor weight_samples_cpu(std::vector<Tensor> weights, int64_t units, bool whole) {
   std::vector<Sample> samples;
+  std::vector<std::vector<Run>> runs;
   int64_t bytes = sizeof(int64_t);
   for (const Tensor& weight : weights) {
-    const bool matrix = weight.dim() == 2;
-    const int64_t size = weight.element_size();
-    const bool sampled = matrix && !whole && weight.numel() * size > WHOLE;
-    const int64_t rows = sampled ? weight.size(0) : 1, columns = sampled ? weight.size(1) : weight.numel();
+    const int64_t size = weight.element_size(), count = weight.numel();
     check(weight.dim() <= 2 && weight.is_contiguous() && (size == 2 || size == 4 || size == 8),
           "samples are taken of contiguous vectors and matrices");
-    check(weight.const_data_ptr() || !weight.numel(), "a weight has no memory: its storage has been freed");
+    check(weight.const_data_ptr() || !count, "a weight has no memory: its storage has been freed");
+    const bool sampled = weight.dim() == 2 && !whole && count * size > WHOLE;
+    const int64_t rows = sampled ? weight.size(0) : 0, columns = sampled ? weight.size(1) : 0;
     // A projection's rows are no gates.
     const int64_t step = units > 0 && rows % units == 0 ? units : rows;
-    samples.push_back({static_cast<const char*>(weight.const_data_ptr()), rows, columns, step, size});
+    runs.push_back(sampled ? runs_of(rows / step, step, columns) : std::vector<Run>());
+    const int64_t taken = sampled ? std::max({step, columns, rows / step}) : count;
+    samples.push_back({static_cast<const char*>(weight.const_data_ptr()), taken, columns + 1, int64_t(runs.back().size()), size});
     bytes += samples.back().bytes();
   }
   Tensor kept = torch::stable::new_empty(weights.at(0), {bytes}, ScalarType::Byte);
   char* to = static_cast<char*>(kept.mutable_data_ptr());
   *reinterpret_cast<int64_t*>(to) = int64_t(samples.size());
   to += sizeof(int64_t);
-  for (const Sample& each : samples) {
+  for (size_t i = 0; i < samples.size(); ++i) {
     Sample* sample = reinterpret_cast<Sample*>(to);
-    *sample = each;
-    by_size(each.element_size, [&](auto number) { sample->take<decltype(number)>(); });
-    to += each.bytes();
+    *sample = samples[i];
+    std::copy(runs[i].begin(), runs[i].end(), sample->run());
+    by_size(sample->element_size, [&](auto number) { sample->take<decltype(number)>(); });
+    to += sample->bytes();
   }
   return kept;
 }

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, is_grad_enabled, is_inference_mode_enabled
 
 from rnnfast.backends import cpu
-from rnnfast.backends.cpu import DONE, STALE, infer_call, packing
+from rnnfast.backends.cpu import DONE, STALE, packing
 from rnnfast.direct import training
 from rnnfast.direct.plans import (
     Plan,
@@ -66,7 +66,7 @@ def run(layer: Any, input: Any, hx: Any, batch_first: bool) -> tuple[Tensor, Any
     elif dropout > 0 or not plan.has_shapes():
         return None
     else:
-        output = training.empty(plan.weights[0], steps, *batch, plan.state_size * plan.directions)
+        output = cpu.empty(plan.weights[0], steps, *batch, plan.state_size * plan.directions)
         result = _infer(plan, ids, *tensors, steps, batch, output)
     return result if result is None or not transposed else (result[0].transpose(0, 1), result[1])
 
@@ -84,10 +84,7 @@ def step(layer: Any, input: Any, hx: Any) -> tuple[Tensor, Any] | None:
     tensors = contiguous(plan, ids, input, shape, hx, batch)
     if tensors is None:
         return None
-    like = plan.step_output
-    if len(like) != batch[0]:
-        like = plan.step_output = torch.empty(*batch, plan.state_size, dtype=plan.dtype)
-    return _infer(plan, ids, *tensors, 1, batch, torch.empty_like(like))
+    return _infer(plan, ids, *tensors, 1, batch, cpu.empty(plan.weights[0], *batch, plan.state_size))
 
 
 def cell(module: Any, input: Any, hx: Any) -> Any | None:
@@ -113,7 +110,7 @@ def cell(module: Any, input: Any, hx: Any) -> Any | None:
         return training.run_cell(plan, ids, *tensors, batch)
     if not plan.has_shapes():
         return None
-    result = _infer(plan, ids, *tensors, 1, batch, torch.empty(*batch, plan.state_size, dtype=plan.dtype))
+    result = _infer(plan, ids, *tensors, 1, batch, cpu.empty(plan.weights[0], *batch, plan.state_size))
     return None if result is None else result[1]
 
 
@@ -131,7 +128,7 @@ def forget_packed_weights() -> None:
     packing.forget()
     for plan in list(all_plans.values()):
         plan.packed.clear()
-        plan.last_stamp.clear()
+        plan.last_stamp = b""
         plan.loops.clear()
         plan.layers.clear()
 
@@ -154,30 +151,15 @@ def _infer(
     output: Tensor,
 ) -> tuple[Tensor, Any] | None:
     """All layers, into `output`; returns it and the final state."""
-    packed, dtype = plan.packed.get(ids), plan.dtype
+    packed = plan.packed.get(ids)
     if packed is None or plan.stamp() != packed.stamp:
         if plan.signature != signature_of(plan.weights):
             return None
         packed = plan.pack(ids)
-    c_n = None
-    if h_0 is None:
-        h_n = torch.empty(*plan.lead, *batch, plan.state_size, dtype=dtype)
-        if plan.has_cell_state:
-            c_n = torch.empty(*plan.lead, *batch, plan.hidden_size, dtype=dtype)
-    else:  # quicker than by their sizes
-        h_n, c_n = torch.empty_like(h_0), None if c_0 is None else torch.empty_like(c_0)
-    call = infer_call(
-        packed.address,
-        steps,
-        batch[0] if batch else 1,
-        input.data_ptr(),
-        0 if h_0 is None else h_0.data_ptr(),
-        0 if c_0 is None else c_0.data_ptr(),
-        output.data_ptr(),
-        h_n.data_ptr(),
-        0 if c_n is None else c_n.data_ptr(),
-    )
-    status = cpu.infer(call)
+    h_n = cpu.empty(output, *plan.lead, *batch, plan.state_size)
+    c_n = cpu.empty(output, *plan.lead, *batch, plan.hidden_size) if plan.has_cell_state else None
+    sizes = steps, batch[0] if batch else 1
+    status = cpu.infer(packed.address, *sizes, input, h_0, c_0, output, h_n, c_n)
     if status == DONE:
         return output, h_n if c_n is None else (h_n, c_n)
     if status == STALE:

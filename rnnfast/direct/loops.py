@@ -17,7 +17,7 @@ from torch._C import _current_graph_task_id, _will_engine_execute_node
 
 from rnnfast import derivatives
 from rnnfast.backends import cpu
-from rnnfast.backends.cpu import DONE, pack_backward_call, weight_gradients_call
+from rnnfast.backends.cpu import DONE
 from rnnfast.direct.plans import Layer, Plan, addresses, requires_grad_of
 
 _MOST_ROWS = 2048  # that are kept until their product is made
@@ -96,10 +96,10 @@ class Rows:
 
     def _pack(self, sizes: tuple[int, int], w_hh: int, w_ih: int) -> Tensor:
         layer = self.layer
-        size = cpu.pack_backward(pack_backward_call(layer.address, *sizes, w_hh, w_ih, 0))
-        packed = cpu.empty(layer.kept, size)
+        size = cpu.pack_backward(layer.address, *sizes, w_hh, w_ih, 0)
+        packed: Tensor = cpu.empty(layer.kept, size)
         if size:
-            cpu.pack_backward(pack_backward_call(layer.address, *sizes, w_hh, w_ih, packed.data_ptr()))
+            cpu.pack_backward(layer.address, *sizes, w_hh, w_ih, packed.data_ptr())
         return packed
 
     def gradients(self) -> list[Tensor | None]:
@@ -112,8 +112,7 @@ class Rows:
     def _add_up(self) -> None:
         weights = self.layer.memory[:4]
         found = [None if weight is None else torch.empty_like(weight) for weight in weights]
-        call = weight_gradients_call(self.layer.address, self.count, *self.starts, *addresses(found))
-        if cpu.weight_gradients(call) != DONE:
+        if cpu.weight_gradients(self.layer.address, self.count, *self.starts, *addresses(found)) != DONE:
             raise RuntimeError("no memory for the gradients of the weights")
         made = [gradient for gradient in found if gradient is not None]
         if self.sums is None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from operator import is_
+from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import Tensor, is_autocast_enabled, is_grad_enabled, is_inference_mode_enabled, nn
+from torch import Tensor, is_autocast_enabled, is_grad_enabled, nn
 from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
 from torch._C._autograd import _profiler_enabled
 from torch._C._functorch import maybe_current_level
@@ -23,19 +23,19 @@ from rnnfast.cells import CELLS
 from rnnfast.inputs import has_own_checks
 
 _base: Any = torch._C.TensorBase
-version_of, address_of = _base._version.__get__, _base.data_ptr
+address_of = _base.data_ptr
 requires_grad_of = _base.requires_grad.__get__
 _shape_of, _dtype_of, _is_on_cpu = _base.shape.__get__, _base.dtype.__get__, _base.is_cpu.__get__
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Packed:
     """Weights packed for `cpu.infer` and `cpu.forward`, good while the stamp, of versions and addresses, is this.
 
     The weights' memory is kept with them: new weights might else come to lie where the old ones were.
     """
 
-    stamp: list[int]
+    stamp: bytes
     address: int  # of the first of `kept`
     kept: tuple[Tensor, ...]
 
@@ -62,15 +62,17 @@ class Layer:
     memory_addresses: list[int]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Plan:
     """What the calls of a layer or a cell have in common.
 
     Dictionaries have an entry for token ids, and one for floating input.
     """
 
-    asked: str
-    names: tuple[str, ...]
+    conditions: tuple[Condition, ...]
+    holds: Callable[[Any], bool]  # whether they do for the module
+    may_step: Callable[[Any], bool]  # whether those of steps do
+    stamp: Callable[[], bytes]  # of the weights now
     weights: list[Tensor]
     signature: tuple[list[Any], ...]
     lanes: Sequence[scan.Weights]
@@ -83,12 +85,10 @@ class Plan:
     has_cell_state: bool
     lead: tuple[int, ...]  # a state's first dimensions: (L*D,) of a layer, () of a cell
     packed: dict[bool, Packed] = field(default_factory=dict)
-    last_stamp: list[int] = field(default_factory=list)  # of the last short call with gradients
+    last_stamp: bytes = b""  # of the last short call with gradients
     loops: dict[bool, Any] = field(default_factory=dict)  # weak references to those that such calls are in
     layers: dict[bool, list[Layer]] = field(default_factory=dict)  # while the weights have the addresses `described`
     described: list[int] = field(default_factory=list)
-    # Of the last step: one to make others like it, quicker than by its sizes.
-    step_output: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def has_shapes(self) -> bool:
         """Whether all weights have the layout they had: a view that is assigned to `.data` keeps address and version.
@@ -96,9 +96,6 @@ class Plan:
         A layer's step, which is half as long, does not look so closely.
         """
         return list(map(_shape_of, self.weights)) == self.signature[0] and all(map(Tensor.is_contiguous, self.weights))
-
-    def stamp(self) -> list[int]:
-        return [packing.fused_steps, *map(version_of, self.weights), *map(address_of, self.weights)]
 
     def packed_for_loop(self, ids: bool) -> Packed | None:
         """What one of a loop of short calls with gradients needs, but for the first one with these weights.
@@ -153,24 +150,52 @@ class Plan:
 
 all_plans: dict[int, Plan] = {}  # by id of the module
 
+Condition = tuple[Any, ...]
+"""Something that must be as it was: one of these numbers, and what csrc/cpu/python.cpp says to follow it."""
+RETURNS, HAS, HAS_ITEMS, IS_EMPTY = range(4)
+
+# Of what has to see the operations themselves, nothing is at work.
+_UNOBSERVED: tuple[Condition, ...] = (
+    (RETURNS, is_autocast_enabled, ("cpu",), False),
+    (RETURNS, _len_torch_dispatch_stack, (), 0),
+    (RETURNS, _len_torch_function_stack, (), 0),
+    (RETURNS, maybe_current_level, (), None),
+    (RETURNS, attrgetter("_current_level"), (forward_ad,), -1),
+    (RETURNS, _get_tracing_state, (), None),
+    (RETURNS, _profiler_enabled, (), False),
+)
+_UNOBSERVED_VALUES = [value for *_, value in _UNOBSERVED]
+# No gradients; and `is_hooked`, of hooks that run without them and without a call.
+_OF_STEPS: tuple[Condition, ...] = (
+    (RETURNS, is_grad_enabled, (), False),
+    (IS_EMPTY, "_forward_pre_hooks"),
+    (IS_EMPTY, "_forward_hooks"),
+    (RETURNS, len, (_global_forward_pre_hooks,), 0),
+    (RETURNS, len, (_global_forward_hooks,), 0),
+)
+
 
 def plan_of(module: Any) -> Plan | None:
     """The module's plan, if the call may follow it: it has the weights that it had, and nobody looks on."""
     plan = all_plans.get(id(module))
-    if (
-        plan is None
-        or plan.asked != dispatch.asked(module.backend)
-        or plan.cell != dispatch.cell_of(module)  # an RNN's nonlinearity may be assigned
-        or not all(map(is_, map(module._parameters.get, plan.names), plan.weights))
-        or (plan.lead and not _are_same(module._flat_weights, plan.weights))  # of a layer; some assign to it
-        or is_observed()
-    ):
-        return None
-    return plan
+    return plan if plan is not None and plan.holds(module) else None
 
 
-def _are_same(these: Sequence[Any], those: Sequence[Any]) -> bool:
-    return len(these) == len(those) and all(map(is_, these, those))
+def _conditions_of(module: Any, names: Sequence[str], weights: Sequence[Tensor]) -> tuple[Condition, ...]:
+    """What has to be for a call to follow a plan, which the module's last call fulfilled."""
+    parameters, nonlinearity = module._parameters, "mode" if isinstance(module, nn.RNNBase) else "nonlinearity"
+    conditions: list[Condition] = [
+        (HAS, "backend", module.backend),
+        (HAS_ITEMS, "_parameters", tuple(names), tuple(weights), len(parameters)),
+        *_UNOBSERVED,
+    ]
+    if module.backend == dispatch.AUTO:
+        conditions.append((RETURNS, attrgetter("backend"), (dispatch.context,), dispatch.context.backend))
+    if isinstance(module, nn.RNNBase):  # some assign to it
+        conditions.append((HAS_ITEMS, "_flat_weights", tuple(range(len(weights))), tuple(weights), len(weights)))
+    if hasattr(module, nonlinearity):  # an RNN's may be assigned
+        conditions.append((HAS, nonlinearity, getattr(module, nonlinearity)))
+    return tuple(conditions)
 
 
 def plan_of_step(layer: Any) -> Plan | None:
@@ -179,16 +204,23 @@ def plan_of_step(layer: Any) -> Plan | None:
     if (
         plan is None
         or plan.directions == 2
-        or (is_grad_enabled() and not is_inference_mode_enabled())
-        # `is_hooked`, of hooks that run without gradients and without a call: a step is short.
-        or layer._forward_pre_hooks
-        or layer._forward_hooks
-        or _global_forward_pre_hooks
-        or _global_forward_hooks
+        or not plan.may_step(layer)
         or (layer.training and layer.dropout > 0 and len(plan.lanes) > 1)
     ):
         return None
     return plan
+
+
+def conditions_of_step(layer: Any, plan: Plan, packed: Packed, dtype: torch.dtype) -> tuple[Condition, ...]:
+    """Those of `plan_of_step`, and that the plan with its packed weights for an input of this dtype is still there."""
+    return (
+        *plan.conditions,
+        (RETURNS, all_plans.get, (id(layer),), plan),
+        (RETURNS, plan.packed.get, (dtype is torch.int64,), packed),
+        *_OF_STEPS,
+        (HAS, "training", layer.training),
+        (HAS, "dropout", layer.dropout),
+    )
 
 
 def prepare(module: Any, input: Tensor) -> None:
@@ -223,7 +255,11 @@ def prepare(module: Any, input: Tensor) -> None:
     directions, lead = (1, ()) if is_cell else (2 if module.bidirectional else 1, (len(lanes),))
     w_ih, w_hh, *_ = lanes[0]
     sizes = w_ih.shape[1], w_hh.shape[1], w_hh.shape[0] // CELLS[cell].gates, directions, CELLS[cell].has_cell_state
-    all_plans[id(module)] = Plan(asked, names, weights, signature_of(weights), lanes, cell, w_hh.dtype, *sizes, lead)
+    conditions = _conditions_of(module, names, weights)
+    asks = cpu.built_in("holds", conditions), cpu.built_in("holds", _OF_STEPS)
+    stamp = cpu.built_in("stamp", (packing, tuple(weights)))
+    given = conditions, *asks, stamp, weights, signature_of(weights), lanes, cell, w_hh.dtype
+    all_plans[id(module)] = Plan(*given, *sizes, lead)
 
 
 def _names_of_cell(cell: Any) -> list[str]:
@@ -235,15 +271,7 @@ def is_observed() -> bool:
 
     Where nothing does, a new tensor is memory of the CPU, whatever the default device.
     """
-    return (
-        is_autocast_enabled("cpu")
-        or _len_torch_dispatch_stack() > 0
-        or _len_torch_function_stack() > 0
-        or maybe_current_level() is not None
-        or forward_ad._current_level >= 0
-        or _get_tracing_state() is not None
-        or _profiler_enabled()
-    )
+    return [function(*arguments) for _, function, arguments, _ in _UNOBSERVED] != _UNOBSERVED_VALUES
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -272,23 +300,12 @@ def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
     return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
-def is_plain(tensor: Any, dtype: torch.dtype) -> bool:
-    """Whether it is a non-empty CPU tensor of this dtype, of any strides, but no subclass and no lazy negation."""
-    if type(tensor) is not Tensor or tensor.dtype is not dtype or not tensor.is_cpu or tensor.is_neg():
-        return False
-    try:
-        return tensor.data_ptr() != 0
-    except RuntimeError:
-        # A sparse tensor has no memory, nor has one of torch's older vmap, which is_grads_batched= uses.
-        return False
-
-
 def contiguous(
     plan: Plan, ids: bool, input: Tensor, shape: torch.Size, hx: Any, batch: Sequence[int]
 ) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
     """Input, h_0 and c_0 as the kernels read them, absent states None; or None where one is not as it should be."""
     dtype = plan.dtype
-    if not is_plain(input, torch.int64 if ids else dtype) or not (ids or shape[-1] == plan.input_size):
+    if not cpu.is_plain(input, torch.int64 if ids else dtype) or not (ids or shape[-1] == plan.input_size):
         return None
     if hx is None:
         return input.contiguous(), None, None
@@ -297,9 +314,9 @@ def contiguous(
         if not isinstance(hx, tuple | list) or len(hx) != 2:
             return None
         h_0, c_0 = hx
-        if not is_plain(c_0, dtype) or c_0.shape != (*plan.lead, *batch, plan.hidden_size):
+        if not cpu.is_plain(c_0, dtype) or c_0.shape != (*plan.lead, *batch, plan.hidden_size):
             return None
         c_0 = c_0.contiguous()
-    if not is_plain(h_0, dtype) or h_0.shape != (*plan.lead, *batch, plan.state_size):
+    if not cpu.is_plain(h_0, dtype) or h_0.shape != (*plan.lead, *batch, plan.state_size):
         return None
     return input.contiguous(), h_0.contiguous(), c_0

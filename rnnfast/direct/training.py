@@ -13,11 +13,10 @@ from torch._C._autograd import _top_saved_tensors_default_hooks
 
 from rnnfast import derivatives, scan
 from rnnfast.backends import cpu
-from rnnfast.backends.cpu import DONE, backward_call, forward_call
+from rnnfast.backends.cpu import DONE
 from rnnfast.direct.loops import Loop, SharedWeights, loop_of
-from rnnfast.direct.plans import Layer, Packed, Plan, address_of, addresses, is_observed, is_plain, signature_of
+from rnnfast.direct.plans import Layer, Packed, Plan, address_of, is_observed, signature_of
 
-WORTH_KEEPING = 128 << 10  # that of csrc/cpu/memory.h, in bytes
 _NO_TENSORS = (None,) * 6  # the arguments of `_Scan` before the input
 _NO_WEIGHT, _NOTHING_SHARED = (False,) * 5, (0,) * 5
 _SHORT = 128  # rows of a call in which packing the weights takes a good part of the time
@@ -102,18 +101,6 @@ def _scan(
     return _Scan.apply(layer, packed, loop, shared, steps, batch, input, h_0, c_0, *weights)
 
 
-def empty(like: Tensor, *sizes: int) -> Tensor:
-    """An uninitialised tensor of the dtype of `like`; the library keeps the memory of a large one from call to call."""
-    if prod(sizes) * like.itemsize < WORTH_KEEPING:
-        return torch.empty(sizes, dtype=like.dtype)
-    return cpu.empty(like, *sizes)
-
-
-def _empty_like(tensor: Tensor) -> Tensor:
-    small = tensor.numel() * tensor.itemsize < WORTH_KEEPING
-    return torch.empty_like(tensor) if small else cpu.empty(tensor, *tensor.shape)
-
-
 @derivatives.hooks_skip_unused_results
 class _Scan(derivatives.Function):
     """One layer of one direction: `derivatives.Scan` of the cpu backend, but a call each forward and backward.
@@ -140,16 +127,16 @@ class _Scan(derivatives.Function):
         *weights: Tensor | None,
     ) -> Any:
         time, lane = ((), ()) if steps is None else ((steps,), (1,))
-        rows, dtype, like = batch[0] if batch else 1, layer.dtype, layer.memory[1]
+        rows, empty, like = batch[0] if batch else 1, cpu.empty, layer.memory[1]
         sizes = (steps or 1, rows)
         output = empty(like, *time, *batch, layer.state_size)
         tape = empty(like, 1, prod(sizes), layer.tape_size) if layer.tape_size else None
-        h_n = torch.empty(*lane, *batch, layer.state_size, dtype=dtype) if time else None  # a cell's is its output
-        c_n = torch.empty(*lane, *batch, layer.hidden_size, dtype=dtype) if layer.has_cell_state else None
+        h_n = empty(like, *lane, *batch, layer.state_size) if time else None  # a cell's is its output
+        c_n = empty(like, *lane, *batch, layer.hidden_size) if layer.has_cell_state else None
         given = (input, h_0, c_0)
-        places = *addresses(given), *layer.memory_addresses, *addresses((output, tape, h_n, c_n))
+        places = *given, *layer.memory_addresses, output, tape, h_n, c_n
         plan = 0 if packed is None else packed.address
-        if cpu.forward(forward_call(layer.address, plan, layer.index, *sizes, *places)) != DONE:
+        if cpu.forward(layer.address, plan, layer.index, *sizes, *places) != DONE:
             return None, None
         ctx.layer, ctx.sizes, ctx.loop, ctx.shared = layer, sizes, loop, shared
         # The tensors themselves for derivatives of the gradients, and what they hold now for the gradients.
@@ -175,15 +162,16 @@ class _Scan(derivatives.Function):
         memory = (*saved[10:], *layer.memory, *saved[8:10])
         # Not where it is itself to be differentiated, or somebody looks on.
         is_seen = is_compiled or is_grad_enabled() or is_observed()
-        if not is_seen and all(d is None or is_plain(d, layer.dtype) for d in given):
+        if not is_seen and all(d is None or cpu.is_plain(d, layer.dtype) for d in given):
             d_results = [d if d is None else d.contiguous() for d in given]
             rows = shared.rows_of_pass(layer, ctx.loop.calls) if shared is not None and need_weights else None
             wanted = needs[:3] + (layer.has_weight if need_weights and rows is None else _NO_WEIGHT)
-            found = [_empty_like(tensor) if want else None for tensor, want in zip(memory, wanted, strict=False)]
-            places = addresses((*d_results, *memory, *found))
+            pairs = zip(memory, wanted, strict=False)
+            found = [cpu.empty(tensor, *tensor.shape) if want else None for tensor, want in pairs]
+            places = *d_results, *memory, *found
             count = prod(ctx.sizes)
             in_common = _NOTHING_SHARED if rows is None else (*rows.places(count), *rows.packed(ctx.sizes, needs[0]))
-            if cpu.backward(backward_call(layer.address, *ctx.sizes, *places, *in_common)) == DONE:
+            if cpu.backward(layer.address, *ctx.sizes, *places, *in_common) == DONE:
                 if rows is not None:
                     rows.left(count)
                 return (*_NO_TENSORS, *found)

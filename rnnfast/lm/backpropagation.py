@@ -16,9 +16,9 @@ from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch.optim import SGD
 from torch.optim import optimizer as torch_optimizer
 
+from rnnfast.backends import cpu
 from rnnfast.backends.cpu.packing import count_fused_step
 from rnnfast.direct.plans import is_observed
-from rnnfast.direct.training import empty
 from rnnfast.lm import operators
 from rnnfast.lm.loss import cross_entropy, cross_entropy_of_logits
 from rnnfast.lm.model import RNNLM, RNNLMScratch, State, detach
@@ -38,7 +38,7 @@ def backpropagate(
         loss, state = loss_of(model, inputs, targets, state, precision)
         loss.backward()
         return loss.detach(), detach(state)
-    gradients = [empty(memory, *memory.shape) for memory in native.memory]
+    gradients = [cpu.empty(memory, *memory.shape) for memory in native.memory]
     loss, *found = operators.backpropagate(inputs, targets, native.memory, gradients, *states, native.cell)
     for parameter, gradient in zip(native.parameters, gradients, strict=True):
         gradient = gradient.t() if native.is_transposed else gradient

@@ -189,7 +189,6 @@ def test_a_cache_that_cannot_be_locked_serves_all_the_same(monkeypatch: pytest.M
     assert {path.name for path in (tmp_path / "cache").iterdir()} == {"lock", "library.so"}
 
 
-@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")  # JAX's, where an earlier test has imported it
 def test_the_lock_ends_although_a_child_was_forked_with_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """And what a killed process has left is removed by the next."""
     (tmp_path / "library.so.abc.build").mkdir()

@@ -15,7 +15,6 @@ from torch import Tensor
 
 import rnnfast
 from rnnfast.backends import cpu
-from rnnfast.direct import training
 
 STEPS, BATCH, INPUTS, HIDDEN = 64, 64, 8, 80  # a tape of 5 x 80 floats a row is 6.5 MB of an LSTM, 5.2 MB of a GRU
 
@@ -173,9 +172,9 @@ def test_a_kept_block_makes_an_ordinary_tensor() -> None:
 def test_direct_calls_keep_what_the_operators_keep() -> None:
     cpu.load()
     like = torch.zeros(1)
-    for size, kept in ((training.WORTH_KEEPING, True), (training.WORTH_KEEPING - 4, False)):
-        tensor = torch.ops.rnnfast.direct_empty_cpu(like, [size // 4])
-        assert tensor.untyped_storage().resizable() != kept
+    for size, kept in ((128 << 10, True), ((128 << 10) - 4, False)):
+        for tensor in (torch.ops.rnnfast.direct_empty_cpu(like, [size // 4]), cpu.empty(like, size // 4)):
+            assert tensor.untyped_storage().resizable() != kept
 
 
 def test_what_users_do_with_a_large_output(layer: Any) -> None:

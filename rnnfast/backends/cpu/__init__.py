@@ -6,7 +6,7 @@ Nothing is compiled or loaded at import.
 from __future__ import annotations
 
 import ctypes
-from struct import Struct
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,22 +31,22 @@ _SCHEMAS = (
     "direct_empty_cpu(Tensor like, int[] sizes) -> Tensor",
 )
 _library: Any = None
-# The C functions of csrc/cpu/direct.h, once the library is loaded. Each takes the bytes of a structure of 64-bit
-# fields, which are packed by what is called after it below, and returns whether it is done, or the weights are stale,
-# or something else is wrong.
+_function: Any = None
+# The functions of csrc/cpu/direct.h, once the library is loaded. Each takes the fields of its structure, and returns
+# whether it is done, or the weights are stale, or something else is wrong.
 infer: Any = None
 forward: Any = None
 backward: Any = None
 weight_gradients: Any = None
 pack_backward: Any = None  # returns a number of bytes
 DONE, STALE = 0, 1
-_FIELDS = {"infer": 9, "forward": 17, "backward": 29, "weight_gradients": 9, "pack_backward": 6}
-infer_call, forward_call, backward_call, weight_gradients_call, pack_backward_call = (
-    Struct(f"{fields}q").pack for fields in _FIELDS.values()
-)
+is_plain: Any = None  # these two are of csrc/cpu/python.cpp
+empty: Any = None  # keeps the memory of a large tensor from call to call
 gates_bytes: Any = None  # takes the address of a layer
 are_as_they_were: Any = None  # of csrc/cpu/weight_samples.h; takes their address
 is_stalled: Any = None  # takes nothing; whether this thread's scans lately lost more by a team than they gained
+# Of sizes, strides and a dtype; what torch's compiler calls, in half of the time of `torch.empty`.
+empty_strided: Any = torch._C._dynamo.guards._empty_strided_cpu  # type: ignore[attr-defined]
 _loaded = False
 _failure: str | None = None
 
@@ -61,6 +61,7 @@ def load() -> None:
     """
     global _loaded, _failure, _library
     global infer, forward, backward, weight_gradients, pack_backward, gates_bytes, are_as_they_were, is_stalled
+    global is_plain, empty, _function
     if _loaded:
         return
     reason = why_not()
@@ -77,12 +78,12 @@ def load() -> None:
             _library.define(schema)
         torch.library.register_fake("rnnfast::direct_empty_cpu", _empty, lib=_library)
         functions = ctypes.CDLL(str(path))
-        infer, forward, backward, weight_gradients, pack_backward = of_structures = [
-            getattr(functions, f"rnnfast_{name}_cpu") for name in _FIELDS
-        ]
-        for function in of_structures:
-            function.argtypes = [ctypes.c_char_p]
-        pack_backward.restype = ctypes.c_int64
+        _function = ctypes.PyDLL(str(path)).rnnfast_function  # with Python's lock, unlike the others
+        _function.argtypes, _function.restype = [ctypes.c_char_p, ctypes.py_object], ctypes.py_object
+        names = ("infer", "forward", "backward", "weight_gradients", "pack_backward")
+        infer, forward, backward, weight_gradients, pack_backward = (built_in(name, None) for name in names)
+        is_plain = built_in("is_plain", Tensor)
+        empty = built_in("empty", (empty_strided, torch.ops.rnnfast.direct_empty_cpu.default))
         gates_bytes, are_as_they_were = functions.rnnfast_gates_bytes_cpu, functions.rnnfast_are_as_they_were_cpu
         gates_bytes.argtypes = are_as_they_were.argtypes = [ctypes.c_void_p]
         is_stalled = functions.rnnfast_is_stalled_cpu
@@ -96,10 +97,10 @@ def load() -> None:
     _loaded = True
 
 
-def empty(like: Tensor, *sizes: int) -> Tensor:
-    """A tensor of the dtype of `like` in memory that the library keeps from call to call."""
-    result: Tensor = torch.ops.rnnfast.direct_empty_cpu.default(like, sizes)
-    return result
+def built_in(name: str, of: Any) -> Callable[..., Any]:
+    """A function of csrc/cpu/python.cpp that keeps `of`, which is said there."""
+    function: Callable[..., Any] = _function(name.encode(), of)
+    return function
 
 
 def _empty(like: Tensor, sizes: list[int]) -> Tensor:
