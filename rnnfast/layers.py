@@ -121,7 +121,7 @@ class DropIn(dispatch.Dispatched, nn.RNNBase, Generic[State]):
         """Runs one time step of a stream. Feeding the state back yields the bits of one call over the whole sequence.
 
         That holds on the cpu backend in float32 and float64; in bfloat16 the state is rounded between calls, and the
-        bits may differ. On the cpu backend without gradients a step costs its arithmetic and some ten microseconds. If
+        bits may differ. On the cpu backend without gradients a step costs its arithmetic and some six microseconds. If
         the layer has hooks, they run: a step is then a call of the layer with a sequence of one step.
 
         Args:
