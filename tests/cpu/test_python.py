@@ -200,6 +200,28 @@ def test_references_are_given_back(name: str) -> None:
     assert stream._steps is stepped
     assert references(*watched) == before
     assert abs(sys.getrefcount(None) - of_none) < 50
+    now, next_place, _ = stepped._places
+    assert now[1] != next_place[1]  # no step writes over the state that it reads
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_calls_let_other_threads_run(gradients: bool) -> None:
+    layer, input, ticks, is_over = rnnfast.GRU(4, 128), torch.randn(60_000, 1, 4), [0], threading.Event()
+    with torch.set_grad_enabled(gradients):
+        layer(input[:9])  # leaves a plan
+
+        def tick() -> None:
+            while not is_over.wait(0.001):
+                ticks[0] += 1
+
+        thread = threading.Thread(target=tick)
+        thread.start()
+        before = ticks[0]
+        layer(input)
+        seen = ticks[0] - before
+        is_over.set()
+        thread.join()
+    assert seen > 5
 
 
 def test_threads_that_step_one_stream_at_a_time_or_together_do_no_harm() -> None:
