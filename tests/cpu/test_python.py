@@ -124,6 +124,25 @@ def test_plain_tensors() -> None:
     ):
         assert cpu.is_plain(tensor, torch.float32) is expected
     assert cpu.is_plain(plain) is False  # whatever is asked in another way
+    assert cpu.is_plain(plain, torch.float32, None) is False
+
+
+def test_tensors_of_other_devices_are_not_plain() -> None:
+    """Of a GPU's, for one, which have an address: here something of their form."""
+
+    class Elsewhere:
+        dtype, is_cpu = torch.float32, False
+
+        def is_neg(self) -> bool:
+            return False
+
+        def data_ptr(self) -> int:
+            return 64
+
+    tensor, is_plain = Elsewhere(), cpu.built_in("is_plain", Elsewhere)
+    assert is_plain(tensor, torch.float32) is False
+    tensor.is_cpu = True
+    assert is_plain(tensor, torch.float32) is True
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.uint8], ids=str)
@@ -132,6 +151,17 @@ def test_empty_tensors(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
     made, expected = cpu.empty(torch.zeros(1, dtype=dtype), *sizes), torch.empty(sizes, dtype=dtype)
     assert (made.shape, made.stride(), made.dtype) == (expected.shape, expected.stride(), dtype)
     made.zero_()  # it may be written to
+
+
+def test_small_tensors_and_large_ones_are_made_in_other_ways() -> None:
+    empty, like = cpu.built_in("empty", (lambda *given: given, lambda *given: given)), torch.zeros(1)
+    kept = (128 << 10) // 4
+    assert empty(like, 2, 0, 3) == ((2, 0, 3), (3, 3, 1), torch.float32)
+    assert empty(like, kept - 1) == ((kept - 1,), (1,), torch.float32)
+    for sizes in ((kept,), (2, kept // 2), (0, kept), (8, 1 << 40, 1 << 40), (0, 1 << 62, 1 << 62)):
+        made = empty(like, *sizes)
+        assert made[0] is like
+        assert made[1:] == (sizes,)
 
 
 def test_what_is_no_size_is_refused() -> None:
@@ -157,6 +187,8 @@ def test_calls_refuse_what_is_no_field(name: str) -> None:
             function(*given)
     with pytest.raises(AttributeError):
         function(*(0,) * (fields - 1), "a")
+    with pytest.raises(AttributeError):
+        function(-1, *(0,) * (fields - 2), "a")  # -1 is a number as any other
     with pytest.raises(OverflowError):
         function(*(0,) * (fields - 1), 1 << 70)
 
@@ -221,6 +253,28 @@ def test_calls_let_other_threads_run(gradients: bool) -> None:
         seen = ticks[0] - before
         is_over.set()
         thread.join()
+    assert seen > 5
+
+
+def test_steps_let_other_threads_run() -> None:
+    layer, input, ticks, is_over = rnnfast.GRU(4, 128), torch.randn(60_000, 4), [0], threading.Event()
+    stream = rnnfast.Stream(layer)
+
+    def tick() -> None:
+        while not is_over.wait(0.001):
+            ticks[0] += 1
+
+    thread = threading.Thread(target=tick)
+    with torch.no_grad():
+        for _ in range(3):
+            stream(input)
+        thread.start()
+        before = ticks[0]
+        output = stream._steps.next(input)
+        seen = ticks[0] - before
+        is_over.set()
+        thread.join()
+    assert output is not None
     assert seen > 5
 
 
