@@ -147,11 +147,15 @@ void Barrier::release(uint32_t phase) {
 }
 
 bool spin_while(const std::atomic<uint32_t>& word, uint32_t value) {
-  constexpr int SPINS = 1000;
-  for (int spin = 0; spin < SPINS; ++spin) {
-    if (word.load(std::memory_order_acquire) != value) return true;
-    pause_cpu();
-  }
+  constexpr int64_t NANOSECONDS = 25000;
+  constexpr int SPINS = 32;  // from one look at the clock to the next
+  const int64_t begin = nanoseconds();
+  do {
+    for (int spin = 0; spin < SPINS; ++spin) {
+      if (word.load(std::memory_order_acquire) != value) return true;
+      pause_cpu();
+    }
+  } while (nanoseconds() - begin < NANOSECONDS);
   return false;
 }
 

@@ -55,10 +55,10 @@ class Stalls {
 
 int64_t nanoseconds();  // of a clock
 
-// Waits some ten microseconds for a word to change, and says whether it did.
+// Waits for a word to change, about as long as it takes to wake a thread that sleeps, and says whether it did.
 bool spin_while(const std::atomic<uint32_t>& word, uint32_t value);
 
-// Spins for some ten microseconds, then sleeps: a waiting thread must not hold a core that the others need.
+// Spins for a while, then sleeps: a waiting thread must not hold a core that the others need.
 class Barrier {
  public:
   void wait(int members);
