@@ -148,15 +148,16 @@ void Barrier::release(uint32_t phase) {
 
 bool spin_while(const std::atomic<uint32_t>& word, uint32_t value) {
   constexpr int64_t NANOSECONDS = 25000;
-  constexpr int SPINS = 32;  // from one look at the clock to the next
-  const int64_t begin = nanoseconds();
-  do {
+  constexpr int SPINS = 32;  // before each look at the clock, which may be slow: most waits are shorter than these
+  for (int64_t until = 0;;) {
     for (int spin = 0; spin < SPINS; ++spin) {
       if (word.load(std::memory_order_acquire) != value) return true;
       pause_cpu();
     }
-  } while (nanoseconds() - begin < NANOSECONDS);
-  return false;
+    const int64_t now = nanoseconds();
+    if (until == 0) until = now + NANOSECONDS;
+    if (now >= until) return false;
+  }
 }
 
 void Barrier::await(uint32_t phase) {
