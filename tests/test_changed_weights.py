@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -116,17 +117,47 @@ def test_a_gate_of_one_unit_written_through_data_is_seen(gate: int, direct_calls
     torch.testing.assert_close(layer(input), copy.deepcopy(layer)(input), rtol=0, atol=0)
 
 
-def test_any_element_of_a_small_matrix_written_through_data_is_seen(direct_calls: list[int]) -> None:
-    """As a numerical derivative writes them."""
-    layer, input = rnnfast.GRU(3, 8, dtype=torch.float64), torch.randn(3, 2, 3, dtype=torch.float64)
+def check_that_every_element_is_seen(layer: Any, input: torch.Tensor, names: Sequence[str] = ()) -> None:
+    """Of all weights, or of those named: without gradients."""
     expected = layer(input)[0]
-    for weight in layer.parameters():
-        elements = weight.data.view(-1)
+    for name in names or dict(layer.named_parameters()):
+        elements = layer.get_parameter(name).data.view(-1)
         for i in range(len(elements)):
+            was = elements[i].item()
             elements[i] += 1
             assert not torch.equal(layer(input)[0], expected)
-            elements[i] -= 1
-            torch.testing.assert_close(layer(input)[0], expected)
+            elements[i] = was
+            assert torch.equal(layer(input)[0], expected)
+
+
+@pytest.mark.parametrize("gate", range(3))
+def test_a_gate_of_a_square_matrix_alone_is_seen(gate: int, direct_calls: list[int]) -> None:
+    layer, input = rnnfast.GRU(28, 64), torch.randn(3, 2, 28)
+    for _ in range(2):
+        layer(input)
+    layer.weight_hh_l0.data.view(3, 64, 64)[gate] += 1
+    torch.testing.assert_close(layer(input), copy.deepcopy(layer)(input), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("place", [(-1, slice(None)), (slice(None), -1)])
+def test_the_last_row_and_column_of_a_projection_are_seen(place: Any, direct_calls: list[int]) -> None:
+    """It has no gates, and fewer rows than the layer has units."""
+    layer, input = rnnfast.LSTM(5, 64, proj_size=24), torch.randn(3, 2, 5)
+    for _ in range(2):
+        layer(input)
+    layer.weight_hr_l0.data[place] += 1
+    torch.testing.assert_close(layer(input), copy.deepcopy(layer)(input), rtol=0, atol=0)
+
+
+def test_any_element_of_a_small_matrix_written_through_data_is_seen(direct_calls: list[int]) -> None:
+    """As a numerical derivative writes them."""
+    check_that_every_element_is_seen(rnnfast.GRU(3, 8, dtype=torch.float64), torch.randn(3, 2, 3, dtype=torch.float64))
+
+
+def test_any_element_of_a_matrix_of_4_kb_is_seen(direct_calls: list[int]) -> None:
+    layer = rnnfast.RNN(16, 64, bias=False)
+    assert layer.weight_ih_l0.nbytes == 4096
+    check_that_every_element_is_seen(layer, torch.randn(1, 1, 16), ["weight_ih_l0"])
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad])
