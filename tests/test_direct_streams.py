@@ -188,6 +188,21 @@ def test_hooks_run(register: str) -> None:
     torch.testing.assert_close(seen[0][1:], kept, rtol=0, atol=0)  # it is the hook's now
 
 
+@pytest.mark.parametrize("register", ["pre_hook", "hook"])
+def test_hooks_of_all_modules_run(register: str) -> None:
+    layer, seen = make(), []
+    stream, state = stepping(layer), state_after(layer)
+    handle = getattr(torch.nn.modules.module, f"register_module_forward_{register}")(lambda *args: seen.append(args[0]))
+    try:
+        with torch.no_grad():
+            stream(INPUT[4])
+    finally:
+        handle.remove()
+    assert any(module is layer for module in seen)
+    with torch.no_grad():
+        assert_goes_on(stream, layer, layer.step(INPUT[4], state)[1], first=5)
+
+
 def test_a_subclass_with_a_step_of_its_own() -> None:
     class Doubled(rnnfast.GRU):
         def step(self, input: Tensor, hx: Any = None) -> Any:
@@ -214,6 +229,15 @@ def test_dropout_is_applied_in_training() -> None:
     with torch.no_grad():
         expected, _ = layer.step(INPUT[4], state)
         layer.train()
+        assert not torch.equal(stream(INPUT[4]), expected)
+
+
+def test_dropout_that_is_raised_in_training_is_applied() -> None:
+    layer = make(num_layers=2)
+    stream, state = stepping(layer), state_after(layer)
+    with torch.no_grad():
+        expected, _ = layer.step(INPUT[4], state)
+        layer.dropout = 0.5
         assert not torch.equal(stream(INPUT[4]), expected)
 
 

@@ -289,6 +289,19 @@ def test_a_loop_sees_weights_written_through_data(direct_call_names: list[str]) 
     assert direct_call_names == [*["forward"] * 4, "backward"]
 
 
+def test_a_loop_sees_one_element_that_is_written(direct_call_names: list[str]) -> None:
+    """Of a matrix of which a sample of elements is compared, and not this one: by its version."""
+    layer, input = rnnfast.RNN(5, 64), torch.randn(1, 2, 5)
+    state = torch.ones(1, 2, 64)
+    for _ in range(4):
+        layer(input, state)
+    assert plans.all_plans[id(layer)].packed
+    with torch.no_grad():
+        layer.weight_hh_l0[3, 10] += 1
+    assert_same(results(layer, input, (state,)), results(copy.deepcopy(layer), input, (state,)))
+    assert not plans.all_plans[id(layer)].packed
+
+
 def test_checkpointing_before_and_behind_a_plan(direct_call_names: list[str]) -> None:
     layer, input = rnnfast.GRU(5, 8), torch.randn(4, 2, 5, requires_grad=True)
     output, _ = checkpoint(layer, input, use_reentrant=False)  # the general way

@@ -68,7 +68,6 @@ RNNFAST_NAME(dtype)
 RNNFAST_NAME(fused_steps)
 RNNFAST_NAME(is_cpu)
 RNNFAST_NAME(is_neg)
-RNNFAST_NAME(is_nested)
 RNNFAST_NAME(itemsize)
 RNNFAST_NAME(shape)
 #undef RNNFAST_NAME
@@ -228,8 +227,6 @@ PyObject* step_function(PyObject* self, PyObject* input) {
   };
   if (!each_of_stamp(part(FUSED), part(WEIGHTS), is_next)) return none_after_error();
   if (!is_plain(input, part(TENSOR), part(DTYPE))) return none_after_error();
-  const Ref nested(attribute(input, name_of_is_nested()));
-  if (!nested || PyObject_IsTrue(nested) != 0) return none_after_error();
   if (!equals(Ref(attribute(input, name_of_shape())), part(SHAPE))) return none_after_error();
   const Ref rows(method(input, name_of_contiguous()));
   Ref output(PyObject_CallObject(part(EMPTY), part(OUTPUT)));
