@@ -457,3 +457,28 @@ def test_hooks_are_called(direct_calls: list[int]) -> None:
     layer(input)
     assert seen == ["before", "after"] * 2
     assert direct_calls == [0]
+
+
+@pytest.mark.parametrize("unusual", [lambda w: w.t().contiguous().t(), torch._neg_view], ids=["transposed", "negative"])
+def test_weights_that_lie_unusually_from_the_start(unusual: Any) -> None:
+    layer, input = rnnfast.RNN(16, 16), torch.randn(3, 2, 16)
+    weight = torch.nn.Parameter(unusual(layer.weight_hh_l0.detach()))
+    layer.weight_hh_l0 = weight
+    plain = rnnfast.RNN(16, 16, backend="reference")
+    plain.load_state_dict({name: w.detach().resolve_neg().contiguous() for name, w in layer.named_parameters()})
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(layer(input), plain(input))
+            torch.testing.assert_close(layer.step(input[0]), plain.step(input[0]))
+
+
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_a_state_of_another_dtype(wrong: int) -> None:
+    layer, input = rnnfast.LSTM(5, 16), torch.randn(2, 5)
+    with torch.no_grad():
+        state = list(warmed_up(layer, input))
+        layer(input[None])
+        state[wrong] = state[wrong].double()
+        for call in (lambda: layer.step(input, tuple(state)), lambda: layer(input[None], tuple(state))):
+            with pytest.raises((TypeError, ValueError, RuntimeError), match="dtype|float64|double"):
+                call()
