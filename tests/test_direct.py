@@ -480,5 +480,15 @@ def test_a_state_of_another_dtype(wrong: int) -> None:
         layer(input[None])
         state[wrong] = state[wrong].double()
         for call in (lambda: layer.step(input, tuple(state)), lambda: layer(input[None], tuple(state))):
-            with pytest.raises((TypeError, ValueError, RuntimeError), match="dtype|float64|double"):
+            with pytest.raises((TypeError, ValueError, RuntimeError), match=r"dtype|float64|double"):
                 call()
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_dtype_that_only_another_backend_has(gradients: bool) -> None:
+    layer, input = rnnfast.GRU(5, 16, dtype=torch.float16), torch.randn(3, 2, 5, dtype=torch.float16)
+    expected = torch.nn.GRU.forward(layer, input)
+    with torch.set_grad_enabled(gradients):
+        for _ in range(4):
+            torch.testing.assert_close(layer(input), expected)
+            torch.testing.assert_close(layer.step(input[0])[0], expected[0][0])
