@@ -149,6 +149,24 @@ def test_the_last_row_and_column_of_a_projection_are_seen(place: Any, direct_cal
     torch.testing.assert_close(layer(input), copy.deepcopy(layer)(input), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("features", "units", "options"), [(28, 64, {}), (100, 16, {}), (32, 64, {"proj_size": 32})], ids=str
+)
+@pytest.mark.parametrize("name", ["weight_ih_l0", "weight_hh_l0"])
+def test_each_unit_and_each_column_is_seen(
+    name: str, features: int, units: int, options: dict[str, int], direct_calls: list[int]
+) -> None:
+    layer, input = rnnfast.LSTM(features, units, **options), torch.randn(1, 2, features)
+    state = torch.randn(1, 2, options.get("proj_size", units)), torch.zeros(1, 2, units)
+    weight = layer.get_parameter(name).data.view(4, units, -1)
+    assert weight.nbytes >= 4096
+    for written in (*weight.unbind(1), *weight.unbind(2)):
+        for _ in range(2):
+            layer(input, state)
+        written += 1
+        torch.testing.assert_close(layer(input, state), copy.deepcopy(layer)(input, state), rtol=0, atol=0)
+
+
 def test_any_element_of_a_small_matrix_written_through_data_is_seen(direct_calls: list[int]) -> None:
     """As a numerical derivative writes them."""
     check_that_every_element_is_seen(rnnfast.GRU(3, 8, dtype=torch.float64), torch.randn(3, 2, 3, dtype=torch.float64))
@@ -203,6 +221,38 @@ def test_new_weights_that_lie_where_the_old_ones_did_are_seen(direct_calls: list
                 del changed
         torch.testing.assert_close(layer(input), copy.deepcopy(layer)(input), rtol=0, atol=0)
         torch.testing.assert_close(cell(input[0]), copy.deepcopy(cell)(input[0]), rtol=0, atol=0)
+
+
+def test_so_are_they_behind_a_call_of_another_kind(direct_calls: list[int]) -> None:
+    """Which packs the weights in between for itself, and drops the packed ones that it finds."""
+    layer, input = rnnfast.GRU(28, 64), torch.randn(3, 2, 28)
+    weight = layer.weight_hh_l0
+    for i in range(20):
+        layer(input)
+        for way in ("between", "last"):
+            changed = weight.data.clone()
+            changed[5 * i % 192, (7 * i + 3) % 64] += 3
+            weight.data = changed
+            del changed
+            if way == "between":
+                layer(input, lengths=[3, 2])
+        torch.testing.assert_close(layer(input), copy.deepcopy(layer)(input), rtol=0, atol=0)
+
+
+def test_weights_that_are_put_back_after_others(direct_calls: list[int]) -> None:
+    """As averaged weights are put there for an evaluation: in between, a call of another kind packs those."""
+    layer, input = rnnfast.GRU(28, 64), torch.randn(3, 2, 28)
+    for _ in range(2):
+        expected = layer(input)
+    for _ in range(5):
+        weights = [weight.data for weight in layer.parameters()]
+        for weight in layer.parameters():
+            weight.data = weight.data * 0.5
+        layer(input, lengths=[3, 2])
+        rnnfast.GRU(28, 64)(input)  # may come to lie where nothing is kept any more
+        for weight, data in zip(layer.parameters(), weights, strict=True):
+            weight.data = data
+        torch.testing.assert_close(layer(input), expected, rtol=0, atol=0)
 
 
 def _write(module: torch.nn.Module) -> None:

@@ -302,6 +302,8 @@ MISTAKES: list[Any] = [
     (torch.tensor(1),),
     (torch.randn(3, 2, 5, device="meta"),),
     (torch.randn(3, 2, 5), "state"),
+    (torch.randn(3, 2, 5), 3),
+    (torch.randn(3, 2, 5), torch.zeros(2, 1, 2, 8)),
     (torch.randn(3, 2, 5), (torch.zeros(1, 2, 8),) * 3),
     (torch.randn(3, 2, 5), (torch.zeros(1, 2, 8), torch.zeros(1, 2, 7))),
     (torch.randn(3, 2, 5), (torch.zeros(1, 3, 8), torch.zeros(1, 2, 8))),
@@ -397,6 +399,28 @@ def test_what_must_see_a_sequence_does(direct_calls: list[int]) -> None:
     assert direct_calls == [0] * 3
 
 
+@pytest.mark.parametrize("gradients", [False, True])
+def test_transforms_behind_a_plan(gradients: bool) -> None:
+    """Dual numbers, and vmap over something other than the input: both are ordinary tensors for the layer."""
+    layer, cell, input = rnnfast.GRU(5, 16), rnnfast.GRUCell(5, 16), torch.randn(4, 2, 5)
+    state = torch.randn(1, 2, 16)
+    calls = [lambda m, x: m[0](x)[0], lambda m, x: m[0].step(x[0], state)[0], lambda m, x: m[1](x[0])]
+    with torch.set_grad_enabled(gradients):
+        for call in calls:
+            for _ in range(3):
+                expected = call((layer, cell), input)
+            mapped = torch.vmap(lambda scale, f=call: scale * f((layer, cell), input))(torch.tensor([1.0, 3.0]))
+            torch.testing.assert_close(mapped, torch.stack([expected, 3 * expected]))
+            with torch.autograd.forward_ad.dual_level():
+                dual = torch.autograd.forward_ad.make_dual(input, torch.ones_like(input))
+                found, reference = (
+                    torch.autograd.forward_ad.unpack_dual(call(modules, dual)).tangent
+                    for modules in ((layer, cell), copy.deepcopy((layer, cell)))
+                )
+            assert reference is not None
+            torch.testing.assert_close(found, reference)
+
+
 def test_a_negative_view_is_read_as_what_it_holds(direct_calls: list[int]) -> None:
     layer, input = rnnfast.GRU(5, 16), torch.randn(4, 2, 5)
     state = layer(input)[1]
@@ -461,15 +485,54 @@ def test_hooks_are_called(direct_calls: list[int]) -> None:
 
 @pytest.mark.parametrize("unusual", [lambda w: w.t().contiguous().t(), torch._neg_view], ids=["transposed", "negative"])
 def test_weights_that_lie_unusually_from_the_start(unusual: Any) -> None:
-    layer, input = rnnfast.RNN(16, 16), torch.randn(3, 2, 16)
+    layer, input, state = rnnfast.RNN(16, 16), torch.randn(3, 2, 16), torch.randn(1, 2, 16)
     weight = torch.nn.Parameter(unusual(layer.weight_hh_l0.detach()))
     layer.weight_hh_l0 = weight
     plain = rnnfast.RNN(16, 16, backend="reference")
     plain.load_state_dict({name: w.detach().resolve_neg().contiguous() for name, w in layer.named_parameters()})
-    with torch.no_grad():
-        for _ in range(3):
-            torch.testing.assert_close(layer(input), plain(input))
-            torch.testing.assert_close(layer.step(input[0]), plain.step(input[0]))
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            for _ in range(3):
+                torch.testing.assert_close(layer(input), plain(input))
+                torch.testing.assert_close(layer.step(input[0], state), plain.step(input[0], state))
+    for module in (layer, plain):
+        module(input)[0].sum().backward()
+    torch.testing.assert_close(layer.weight_hh_l0.grad.resolve_neg(), plain.weight_hh_l0.grad)
+
+
+class _Seeing(torch.Tensor):
+    """Sees what is done with it."""
+
+    seen: list[str] = []  # noqa: RUF012
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.seen.append(str(function))
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("kind", ["meta", "subclass"])
+def test_a_weight_swapped_for_one_of_another_kind(kind: str, gradients: bool) -> None:
+    """By torch.utils.swap_tensors, which leaves the parameter the object that it was."""
+    cell, input = rnnfast.RNNCell(16, 16), torch.randn(150, 16)
+    for _ in range(3):
+        cell(input)
+    data = cell.weight_ih.detach().clone()
+    torch.utils.swap_tensors(
+        cell.weight_ih, torch.nn.Parameter(data.to("meta") if kind == "meta" else data.as_subclass(_Seeing))
+    )
+    unplanned, found = rnnfast.RNNCell(16, 16), []
+    unplanned._parameters.update(cell._parameters)
+    with torch.set_grad_enabled(gradients):
+        for module in (cell, unplanned):
+            _Seeing.seen.clear()
+            try:
+                result = module(input)
+                found.append((type(result), result.tolist(), any("rnnfast.scan" in name for name in _Seeing.seen)))
+            except (RuntimeError, NotImplementedError) as error:
+                found.append((type(error), str(error)))
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("wrong", [0, 1])

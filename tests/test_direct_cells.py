@@ -153,6 +153,33 @@ def test_who_looks_on_sees_the_operations(name: str, direct_call_names: list[str
     assert direct_call_names == ["forward"] * 4
 
 
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_made_from_others_are_used(name: str, gradients: bool) -> None:
+    cell, input = getattr(rnnfast, name)(5, 7), torch.randn(3, 5)
+    hx = tuple(torch.randn(2, 3, 7)) if name == "LSTMCell" else torch.randn(3, 7)
+    nn.utils.parametrizations.weight_norm(cell, "weight_hh")
+    with torch.set_grad_enabled(gradients):
+        for _ in range(3):
+            cell(input, hx)
+        with torch.no_grad():
+            cell.parametrizations.weight_hh.original0.mul_(2)
+        plain = getattr(nn, name)(5, 7)
+        plain.load_state_dict({key: getattr(cell, key) for key in plain.state_dict()})
+        torch.testing.assert_close(cell(input, hx), plain(input, hx))
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_no_features(name: str, gradients: bool) -> None:
+    """torch.nn's cells may have none: a weight then has no memory."""
+    cell, theirs = getattr(rnnfast, name)(0, 7), getattr(nn, name)(0, 7)
+    theirs.load_state_dict(cell.state_dict())
+    with torch.set_grad_enabled(gradients):
+        for _ in range(3):
+            torch.testing.assert_close(cell(torch.zeros(3, 0)), theirs(torch.zeros(3, 0)))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_mistakes_after_a_call_are_told_as_before(name: str, direct_call_names: list[str]) -> None:
     cell, new = (getattr(rnnfast, name)(5, 7) for _ in range(2))

@@ -143,6 +143,13 @@ def change_one_element(layer: Any) -> None:
     layer.weight_hh_l0[3, 4] = 2
 
 
+@torch.no_grad()
+def change_one_element_256_times(layer: Any) -> None:
+    """So that the last byte of its version is what it was."""
+    for i in range(256):
+        layer.weight_hh_l0[3, 4] = 2 + i
+
+
 def change_data(layer: Any) -> None:
     layer.weight_ih_l0.data[:, 0] += 1
 
@@ -165,11 +172,26 @@ def write_unseen(layer: Any) -> None:
     rnnfast.forget_packed_weights()
 
 
-@pytest.mark.parametrize("change", [change_one_element, change_data, load, replace, optimize, write_unseen])
+@pytest.mark.parametrize(
+    "change",
+    [change_one_element, change_one_element_256_times, change_data, load, replace, optimize, write_unseen],
+)
 def test_weights_that_change_between_steps(change: Callable[[Any], None]) -> None:
     layer = make()
     stream, state = stepping(layer), state_after(layer)
     change(layer)
+    assert_goes_on(stream, copy.deepcopy(layer), state)
+
+
+def test_forgotten_weights_of_a_stream_that_another_backend_came_between() -> None:
+    """What it has packed is no longer what the layer's own calls would use."""
+    layer = make()
+    stream, state = stepping(layer), state_after(layer)
+    layer.backend = "cpu"
+    with torch.no_grad():
+        layer(INPUT)
+    layer.backend = "auto"
+    write_unseen(layer)
     assert_goes_on(stream, copy.deepcopy(layer), state)
 
 

@@ -129,6 +129,16 @@ def test_a_step_is_seen_by_backward_hooks_as_a_call(name: str) -> None:
     torch.testing.assert_close(seen[0].flatten(0, 1), input.grad, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_step_is_seen_by_backward_pre_hooks_as_a_call(name: str) -> None:
+    layer, seen = MAKERS[name](), []
+    layer.register_full_backward_pre_hook(lambda _, of_output: seen.append(of_output[0].clone()))
+    output, _ = layer.step(torch.randn(BATCH, INPUTS, requires_grad=True))
+    output.backward(torch.arange(output.numel()).view_as(output).float())
+    assert len(seen) == 1
+    assert seen[0].flatten().tolist() == list(range(BATCH * HIDDEN))
+
+
 def test_generation_is_seen_by_hooks_of_all_modules() -> None:
     model, seen = lm.RNNLM(8, cell="gru", hidden_size=16), set()
     handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.add(module))

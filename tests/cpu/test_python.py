@@ -44,13 +44,13 @@ class Unwilling:
 
 def test_conditions() -> None:
     one, other = object(), object()
-    module = SimpleNamespace(name="a", items={"x": one, "y": other}, list=[one, other], none={}, unwilling=Unwilling())
+    module = SimpleNamespace(name="ab", items={"x": one, "y": other}, list=[one, other], none={}, unwilling=Unwilling())
     assert holds(module) is True
     for condition, expected in (
         ((RETURNS, len, ("ab",), 2), True),
         ((RETURNS, len, ("ab",), 3), False),
         ((RETURNS, len, (3,), 3), False),
-        ((HAS, "name", "".join(["a"])), True),
+        ((HAS, "name", "".join(["a", "b"])), True),  # equal, not the same
         ((HAS, "name", "b"), False),
         ((HAS, "nothing", "b"), False),
         ((HAS, "unwilling", "b"), False),
@@ -70,9 +70,9 @@ def test_conditions() -> None:
         ((4, "name"), False),
     ):
         assert holds(module, condition) is expected, condition
-        assert holds(module, (HAS, "name", "a"), condition) is expected
-        assert holds(module, condition, (HAS, "name", "a")) is expected
-    assert holds(Unwilling(), (HAS, "name", "a")) is False
+        assert holds(module, (HAS, "name", "ab"), condition) is expected
+        assert holds(module, condition, (HAS, "name", "ab")) is expected
+    assert holds(Unwilling(), (HAS, "name", "ab")) is False
 
 
 def test_items_that_are_equal_are_not_the_same() -> None:
