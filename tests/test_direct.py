@@ -483,58 +483,6 @@ def test_hooks_are_called(direct_calls: list[int]) -> None:
     assert direct_calls == [0]
 
 
-@pytest.mark.parametrize("unusual", [lambda w: w.t().contiguous().t(), torch._neg_view], ids=["transposed", "negative"])
-def test_weights_that_lie_unusually_from_the_start(unusual: Any) -> None:
-    layer, input, state = rnnfast.RNN(16, 16), torch.randn(3, 2, 16), torch.randn(1, 2, 16)
-    weight = torch.nn.Parameter(unusual(layer.weight_hh_l0.detach()))
-    layer.weight_hh_l0 = weight
-    plain = rnnfast.RNN(16, 16, backend="reference")
-    plain.load_state_dict({name: w.detach().resolve_neg().contiguous() for name, w in layer.named_parameters()})
-    for gradients in (True, False):
-        with torch.set_grad_enabled(gradients):
-            for _ in range(3):
-                torch.testing.assert_close(layer(input), plain(input))
-                torch.testing.assert_close(layer.step(input[0], state), plain.step(input[0], state))
-    for module in (layer, plain):
-        module(input)[0].sum().backward()
-    torch.testing.assert_close(layer.weight_hh_l0.grad.resolve_neg(), plain.weight_hh_l0.grad)
-
-
-class _Seeing(torch.Tensor):
-    """Sees what is done with it."""
-
-    seen: list[str] = []  # noqa: RUF012
-
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        cls.seen.append(str(function))
-        return super().__torch_function__(function, types, args, kwargs or {})
-
-
-@pytest.mark.parametrize("gradients", [False, True])
-@pytest.mark.parametrize("kind", ["meta", "subclass"])
-def test_a_weight_swapped_for_one_of_another_kind(kind: str, gradients: bool) -> None:
-    """By torch.utils.swap_tensors, which leaves the parameter the object that it was."""
-    cell, input = rnnfast.RNNCell(16, 16), torch.randn(150, 16)
-    for _ in range(3):
-        cell(input)
-    data = cell.weight_ih.detach().clone()
-    torch.utils.swap_tensors(
-        cell.weight_ih, torch.nn.Parameter(data.to("meta") if kind == "meta" else data.as_subclass(_Seeing))
-    )
-    unplanned, found = rnnfast.RNNCell(16, 16), []
-    unplanned._parameters.update(cell._parameters)
-    with torch.set_grad_enabled(gradients):
-        for module in (cell, unplanned):
-            _Seeing.seen.clear()
-            try:
-                result = module(input)
-                found.append((type(result), result.tolist(), any("rnnfast.scan" in name for name in _Seeing.seen)))
-            except (RuntimeError, NotImplementedError) as error:
-                found.append((type(error), str(error)))
-    assert found[0] == found[1]
-
-
 @pytest.mark.parametrize("wrong", [0, 1])
 def test_a_state_of_another_dtype(wrong: int) -> None:
     layer, input = rnnfast.LSTM(5, 16), torch.randn(2, 5)
