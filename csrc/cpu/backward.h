@@ -267,28 +267,23 @@ class Backward {
   }
 
   void start_gradient(const Place& place, int64_t p, int width, bool ends, T* sums) const {
-    for (int c = 0; c < width; ++c) {
-      const int64_t j = (p * states.vectors + c) * V;
-      const int n = int(min64(V, s.state - j));
+    const int64_t j = p * states.vectors * V, state = (place.lane * s.batch + place.b) * s.state + j;
+    const S* const d_output = x.d_output ? at<S>(x.d_output, (place.row * s.lanes + place.lane) * s.state + j) : nullptr;
+    const T* const carry = carry_h ? carry_row(carry_h, place.lane, place.b) + j : nullptr;
+    const S* const d_h_n = !carry && ends && x.d_h_n ? at<S>(x.d_h_n, state) : nullptr;
+    for_units(s.state - j, width, [&](int64_t u, int n) __attribute__((always_inline)) {
       Vec<T> sum{};
-      if (x.d_output) sum = load(at<S>(x.d_output, (place.row * s.lanes + place.lane) * s.state + j), n);
-      if (carry_h)
-        sum += load(carry_row(carry_h, place.lane, place.b) + j);
-      else if (ends && x.d_h_n)
-        sum += load(at<S>(x.d_h_n, (place.lane * s.batch + place.b) * s.state + j), n);
-      store(sums + c * V, sum);
-    }
+      if (d_output) sum = load(d_output + u, n);
+      if (carry) sum += load(carry + u);
+      if (d_h_n) sum += load(d_h_n + u, n);
+      store(sums + u, sum);
+    });
   }
 
   void finish_gradient(const Place& place, int64_t p, int width, const T* sums) const {
-    if (s.gates() == 1) return rnn_gradients(place, p, width, sums);
-    for (int c = 0; c < width; ++c) {
-      const int64_t j = (p * states.vectors + c) * V;
-      if (s.has_projection)
-        store(d.state_row(place.lane, place.row) + j, load(sums + c * V));
-      else
-        gate_gradients(place, j, load(sums + c * V));
-    }
+    if (!s.has_projection) return gate_gradients(place, p * states.vectors * V, width, sums);
+    for (int c = 0; c < width; ++c)
+      store(d.state_row(place.lane, place.row) + (p * states.vectors + c) * V, load(sums + c * V));
   }
 
   void through_projection(const Item& item, const Local& local, int64_t lane, int64_t step) const {
@@ -305,68 +300,70 @@ class Backward {
         tile_function<O>(count, width)(units<O>(s.state), local.a + row, w, local.start + row, 0, nullptr, local.tile,
                                        width * V, nullptr);
         for (int r = 0; r < count; ++r)
-          for (int c = 0; c < width; ++c)
-            gate_gradients({lane, first_row + row + r, item.first + row + r, t}, (p * units_.vectors + c) * V,
-                           load(local.tile + (r * width + c) * V));
+          gate_gradients({lane, first_row + row + r, item.first + row + r, t}, p * units_.vectors * V, width,
+                         local.tile + r * width * V);
       });
     }
   }
 
-  // From the gradient d_h of units j.. to that of their gates, and of the state before.
-  void gate_gradients(const Place& place, int64_t j, Vec<T> d_h) const {
-    const int64_t H = s.hidden;
-    const int n = int(min64(V, H - j));
-    O* gates = d.gates_x(place.lane, place.row) + j;
-    const S* tape = at<S>(x.tape, (place.lane * s.rows + place.row) * tape_count(s.cell) * H + j);
-    const int64_t before = row_before(s, place.lane, place.t, place.b);
+  // From the gradients d_h of `width` vectors of units of a row, from unit j on, to those of their gates and of the state before.
+  void gate_gradients(const Place& place, int64_t j, int width, const T* d_h) const {
+    const int64_t H = s.hidden, before = row_before(s, place.lane, place.t, place.b), state = place.lane * s.batch + place.b;
+    O* const gates = d.gates_x(place.lane, place.row) + j;
+    const S* const tape = at<S>(x.tape, (place.lane * s.rows + place.row) * tape_count(s.cell) * H + j);
     switch (s.cell) {
       case Cell::lstm: {
-        const S* c_before = before >= 0 ? at<S>(x.tape, (place.lane * s.rows + before) * 5 * H + 4 * H + j)
-                                        : at<S>(x.c_0, (place.lane * s.batch + place.b) * H + j);
-        T* carry = carry_row(carry_c, place.lane, place.b) + j;
-        Vec<T> i = load(tape, n), f = load(tape + H, n), g = load(tape + 2 * H, n), o = load(tape + 3 * H, n);
-        const Vec<T> c = load(tape + 4 * H, n);
-        Vec<T> d_c = load(carry);
-        if (x.d_cells) d_c += load(at<S>(x.d_cells, (place.lane * s.rows + place.row) * H + j), n);
-        if (s.has_projection)
-          store(d.unprojected_row(place.lane, place.row) + j, o * Math<T>::tanh(c));
-        lstm_backward<Math<T>>(i, f, g, o, c, load(c_before, n), d_h, d_c);
-        store(carry, d_c);
-        store(gates, i, n);
-        store(gates + H, f, n);
-        store(gates + 2 * H, g, n);
-        store(gates + 3 * H, o, n);
+        const S* const c_before = before >= 0 ? at<S>(x.tape, (place.lane * s.rows + before) * 5 * H + 4 * H + j)
+                                              : at<S>(x.c_0, state * H + j);
+        const S* const d_cells = x.d_cells ? at<S>(x.d_cells, (place.lane * s.rows + place.row) * H + j) : nullptr;
+        T* const carry = carry_row(carry_c, place.lane, place.b) + j;
+        O* const unprojected = s.has_projection ? d.unprojected_row(place.lane, place.row) + j : nullptr;
+        for_units(H - j, width, [&](int64_t u, int n) __attribute__((always_inline)) {
+          Vec<T> i = load(tape + u, n), f = load(tape + H + u, n), g = load(tape + 2 * H + u, n), o = load(tape + 3 * H + u, n);
+          const Vec<T> c = load(tape + 4 * H + u, n);
+          Vec<T> d_c = load(carry + u);
+          if (d_cells) d_c += load(d_cells + u, n);
+          if (unprojected) store(unprojected + u, o * Math<T>::tanh(c));
+          lstm_backward<Math<T>>(i, f, g, o, c, load(c_before + u, n), load(d_h + u), d_c);
+          store(carry + u, d_c);
+          store(gates + u, i, n);
+          store(gates + H + u, f, n);
+          store(gates + 2 * H + u, g, n);
+          store(gates + 3 * H + u, o, n);
+        });
         break;
       }
       case Cell::gru: {
         const S* const h = h_before<S>(x, place.lane, place.b, before) + j;
-        Vec<T> r = load(tape, n), z = load(tape + H, n), n_x = load(tape + 2 * H, n), n_h = load(tape + 3 * H, n);
-        store(carry_row(carry_h, place.lane, place.b) + j, gru_backward<Math<T>>(r, z, n_x, n_h, load(h, n), d_h));
-        store(gates, n_x, n);
-        store(gates + H, r, n);
-        store(gates + 2 * H, z, n);
-        store(gates + 3 * H, n_h, n);
+        T* const carry = carry_row(carry_h, place.lane, place.b) + j;
+        for_units(H - j, width, [&](int64_t u, int n) __attribute__((always_inline)) {
+          Vec<T> r = load(tape + u, n), z = load(tape + H + u, n), n_x = load(tape + 2 * H + u, n), n_h = load(tape + 3 * H + u, n);
+          store(carry + u, gru_backward<Math<T>>(r, z, n_x, n_h, load(h + u, n), load(d_h + u)));
+          store(gates + u, n_x, n);
+          store(gates + H + u, r, n);
+          store(gates + 2 * H + u, z, n);
+          store(gates + 3 * H + u, n_h, n);
+        });
         break;
       }
-      default: break;  // rnn_gradients
+      default: {
+        const S* const h = at<S>(x.output, (place.row * s.lanes + place.lane) * H + j);
+        const bool is_tanh = s.cell == Cell::rnn_tanh;
+        for_units(H - j, width, [&](int64_t u, int n) __attribute__((always_inline)) {
+          const Vec<T> h_u = load(h + u, n), d_u = load(d_h + u);
+          store(gates + u, is_tanh ? rnn_tanh_backward(h_u, d_u) : rnn_relu_backward(h_u, d_u), n);
+        });
+      }
     }
-    end_row(gates - j, j);
+    // The other half of a last, odd, pair.
+    if (Product<O>::depth > 1 && j + width * V >= H) gates[d.width - j] = O{};
   }
-  void end_row(O* gates, int64_t j) const {
-    if (Product<O>::depth > 1 && j + V >= s.hidden) gates[d.width] = O{};  // the other half of a last, odd, pair
-  }
-
-  // From the gradients d_h of the units of a panel to those of their gates.
-  void rnn_gradients(const Place& place, int64_t p, int width, const T* d_h) const {
-    O* gates = d.gates_x(place.lane, place.row);
-    const S* h = at<S>(x.output, (place.row * s.lanes + place.lane) * s.hidden);
-    for (int c = 0; c < width; ++c, d_h += V) {
-      const int64_t j = (p * states.vectors + c) * V;
-      const int n = int(min64(V, s.hidden - j));
-      const Vec<T> h_j = load(h + j, n), d_j = load(d_h);
-      store(gates + j, s.cell == Cell::rnn_tanh ? rnn_tanh_backward(h_j, d_j) : rnn_relu_backward(h_j, d_j), n);
-      end_row(gates, j);
-    }
+  // Calls unit(u, n) for vectors from u on, of `units` units in all; the last one may have only n of them.
+  template <class Unit>
+  RNNFAST_INLINE void for_units(int64_t units, int width, Unit unit) {
+    const int64_t whole = min64(width * V, units / V * V);
+    for (int64_t u = 0; u < whole; u += V) unit(u, V);
+    if (whole < width * V) unit(whole, int(units - whole));
   }
 
   // Of the sequences whose first step is one of this part.
