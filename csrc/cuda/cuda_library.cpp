@@ -108,6 +108,8 @@ ScanParams make_params(const Tensor& h_0, const Tensor& output, const OptionalTe
   p.hidden = checked_int(h_0.size(2), "hidden units");
   STD_TORCH_CHECK(int64_t{p.lanes} * p.batch <= std::numeric_limits<int>::max(), "the cuda backend takes no ",
                   int64_t{p.lanes} * p.batch, " states");
+  // Rows of all lanes' gates are counted in int.
+  checked_int(int64_t{p.lanes} * gate_count(cell) * p.hidden, "gates of all lanes");
   p.rows = checked_int(output.size(0), "rows");
   p.steps = checked_int(steps, "steps");
   p.bidirectional = bidirectional;
@@ -122,6 +124,8 @@ void run(ScanParams& p, const Tensor& h_0, Cell cell, ComputeType compute_type, 
   const int blocks = static_cast<int>(team.at(1)), rows = static_cast<int>(team.at(2)), warps = static_cast<int>(team.at(3));
   const char* reason = flaw(p.hidden, compute_type, blocks, rows, warps);
   STD_TORCH_CHECK(!reason, "no scan can be run so: ", reason);
+  const bool is_size = blocks > 1 && blocks <= kMaxCluster && (blocks & (blocks - 1)) == 0;
+  STD_TORCH_CHECK(kernel != Kernel::cluster || is_size, "no scan can be run so: a cluster has 2, 4, 8 or 16 blocks, not ", blocks);
   p.layout = make_layout(gate_count(cell), p.hidden, compute_type, exchange_of(kernel), backward, blocks, rows, warps);
   const Layout& l = p.layout;
   const int lane_teams = ceil_div(p.batch, l.rows);

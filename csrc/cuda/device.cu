@@ -18,7 +18,6 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) full_block() {}
 // On the current device.
 int clusters_at_once(int blocks, int shared_bytes) {
   check(cudaFuncSetAttribute(full_block, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), "asking for occupancy");
-  check(cudaFuncSetAttribute(full_block, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "asking for occupancy");
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(blocks);
   config.blockDim = dim3(kMaxWarps * 32);
@@ -30,7 +29,8 @@ int clusters_at_once(int blocks, int shared_bytes) {
   config.numAttrs = 1;
   int count = 0;
   // A cluster size the device cannot form is an error here; the answer to it is none.
-  if (cudaOccupancyMaxActiveClusters(&count, full_block, &config) != cudaSuccess) {
+  if (cudaFuncSetAttribute(full_block, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess ||
+      cudaOccupancyMaxActiveClusters(&count, full_block, &config) != cudaSuccess) {
     cudaGetLastError();
     return 0;
   }

@@ -86,6 +86,22 @@ def test_runs_give_the_same_bits_on_two_streams(compute_type):
         assert all(torch.equal(a, b) for a, b in zip(run, expected, strict=True))
 
 
+def test_grids_that_do_not_fit_side_by_side_take_turns():
+    """On streams of different priority: half of one and half of the other resident at once would wait for ever."""
+    layer = _layer("bfloat16", hidden=1024, batch=16, steps=64)
+    processors = torch.cuda.get_device_properties("cuda").multi_processor_count
+    with launch.use_plans(Plan("grid", processors * 2 // 3, 16, 16)):
+        expected = launch.forward(*layer, True)
+        torch.cuda.synchronize()
+        streams, runs = [torch.cuda.Stream(priority=priority) for priority in (0, -1)], []
+        for stream in streams * 8:
+            with torch.cuda.stream(stream):
+                runs.append(launch.forward(*layer, True))
+        torch.cuda.synchronize()
+    for run in runs:
+        assert all(torch.equal(a, b) for a, b in zip(run, expected, strict=True))
+
+
 @pytest.mark.parametrize("hidden", [64, 512, 4096])
 def test_a_graph_replays_it(hidden):
     """Block, cluster or grid, and a step at a time."""
@@ -108,12 +124,13 @@ def test_a_graph_replays_it(hidden):
         assert torch.equal(a, b)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature:UserWarning")
 def test_nothing_synchronises_the_device():
     layer = _layer("float32", hidden=512, batch=8, steps=16, ragged=True)
     outputs = launch.forward(*layer, True)
     launch.backward(outputs[0], None, None, *layer, outputs[0], outputs[3], True, True)
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         outputs = launch.forward(*layer, True)
         launch.backward(outputs[0], None, None, *layer, outputs[0], outputs[3], True, True)
     finally:

@@ -56,7 +56,11 @@ def test_opcheck():
 
 
 @pytest.mark.parametrize(
-    "team", [Plan("cluster", 0, 1, 4), Plan("cluster", 2, 0, 4), Plan("cluster", 2, 1, 0), Plan("block", 1, 999, 1)]
+    "team",
+    [
+        *(Plan("cluster", *numbers) for numbers in ((0, 1, 4), (1, 1, 4), (3, 1, 4), (32, 1, 4), (2, 0, 4), (2, 1, 0))),
+        Plan("block", 1, 999, 1),
+    ],
 )
 def test_a_team_that_no_device_can_run_is_refused(schedule, monkeypatch, team):
     use(monkeypatch, team, "float32")

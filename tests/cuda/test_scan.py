@@ -166,11 +166,18 @@ def test_more_lanes_than_a_launch_has_are_an_error(schedule, monkeypatch):
 
 
 @pytest.mark.usefixtures("schedule")
-def test_more_states_than_an_int_counts_are_an_error():
-    """Their addresses begin with such a count."""
-    h_0, row = torch.zeros(1).expand(1 << 15, 1 << 16, 1), torch.zeros(1, 1)
-    layer = (row, None, None, h_0, None, None, row, None, "rnn_tanh", "float32", False, 1)
-    with pytest.raises(RuntimeError, match="takes no 2147483648 states"):
+@pytest.mark.parametrize(
+    ("shape", "cell", "what"),
+    [
+        ((1 << 15, 1 << 16, 1), "rnn_tanh", "2147483648 states"),
+        ((1 << 15, 1, 1 << 14), "lstm", "2147483648 gates of all lanes"),
+    ],
+)
+def test_more_than_an_int_counts_is_an_error(shape, cell, what):
+    """Addresses begin with such a count."""
+    h_0, row = torch.zeros(1).expand(shape), torch.zeros(1, 1)
+    layer = (row, None, None, h_0, None, None, row, None, cell, "float32", False, 1)
+    with pytest.raises(RuntimeError, match=f"takes no {what}"):
         launch._ops().step_forward(*layer, 0, row, row, None, row)
 
 
