@@ -131,31 +131,35 @@ class RowsAhead {
 // Memory that a tile fetches into the second-level cache while it computes, a few lines in each block of k units: so it streams
 // in at an even rate.
 struct Ahead {
-  // Units of k in a block: weights are so many lines that they must come evenly, but a short block costs the product something, and
-  // much where its sums leave their registers for it.
+  // Units of k from one turn to the next: weights are so many lines that they must come evenly, but a turn costs the product something,
+  // that of the rows some more, and any where sums leave their registers for it much.
   static constexpr int64_t WEIGHTS_BLOCK = MANY_REGISTERS ? 8 : 32, ROWS_BLOCK = 32;
   // Lines one after the other, so many a block.
   struct Stream {
     const char* data = nullptr;
     int64_t lines = 0;
     void fetch() {
-      for (const char* end = data + 64 * lines; data < end; data += 64) __builtin_prefetch(data, 0, 2);
+      const char* at = data;
+      data += 64 * lines;
+      for (; at < data; at += 64) __builtin_prefetch(at, 0, 2);
     }
   };
   Stream weights;             // that a core's cache cannot hold: under all tiles of the panel before, and not under their own first
   RowsAhead* rows = nullptr;  // that come next, or null
-  int64_t block;
+  int64_t block;              // units of k to the next turn
+  int64_t units = 0;          // of k so far
 
   explicit Ahead(Stream panel) : weights(panel), block(panel.lines > 0 ? WEIGHTS_BLOCK : ROWS_BLOCK) {}
   // With an equal share of the rows, where a piece has so many tiles, all of them k_units deep.
   Ahead(Stream panel, RowsAhead& next, int64_t tiles, int64_t k_units) : Ahead(panel) {
-    rows = next.under(tiles, k_units, block);
+    rows = next.under(tiles, k_units, ROWS_BLOCK);
   }
   // Null where there is nothing to fetch.
   Ahead* any() { return weights.lines > 0 || rows ? this : nullptr; }
   void fetch() {
     weights.fetch();
-    if (rows) rows->fetch();
+    if (rows && units % ROWS_BLOCK == 0) rows->fetch();
+    units += block;
   }
 };
 
