@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
@@ -37,6 +38,17 @@ def refuse_nested(input: Tensor) -> None:
         raise TypeError("input must be a padded tensor or a PackedSequence, got a nested tensor; pad it, use lengths=")
 
 
+def refuse_inference_weights(lanes: Sequence[Sequence[Tensor | None]]) -> None:
+    """Raises where a gradient of weights would be lost without a word: no operation on such ones is recorded."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        return
+    if any(w is not None and w.requires_grad and w.is_inference() for lane in lanes for w in lane):
+        raise RuntimeError(
+            "the layer's weights were made in inference mode, so no gradient reaches them: make or load them outside "
+            "torch.inference_mode(), for instance under torch.no_grad(), or call the layer without gradients"
+        )
+
+
 def check_step(input: Any, input_size: int) -> None:
     """Raises unless the input is one step of a batch, (B, I) or token ids (B,)."""
     if not isinstance(input, Tensor):
@@ -47,6 +59,9 @@ def check_step(input: Any, input_size: int) -> None:
         raise RuntimeError(token_ids_error("a step", "1D", input))
     if input.dim() != 1 + has_features:
         raise RuntimeError(f"a step takes (B, {input_size}) input or (B,) token ids, got {tuple(input.shape)}")
+    if has_features and input.shape[1] != input_size:
+        got = input.shape[1]
+        raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {input_size}, got {got}")
 
 
 def is_batched(input: Tensor, name: str, tensor: str = "") -> bool:

@@ -78,7 +78,7 @@ class DropIn(dispatch.Dispatched, nn.RNNBase, Generic[State]):
             return _OF_TORCH.get(self.mode, nn.RNN).forward(self, input, hx)
         for state in (hx, reset_to):
             if state is not None:
-                _check_state_form(self, state)
+                check_state_form(self, state)
         if isinstance(input, PackedSequence):
             data, batch_sizes, sorted_indices, unsorted_indices = input
             if hx is not None:
@@ -122,7 +122,8 @@ class DropIn(dispatch.Dispatched, nn.RNNBase, Generic[State]):
 
         That holds on the cpu backend in float32 and float64; in bfloat16 the state is rounded between calls, and the
         bits may differ. On the cpu backend without gradients a step costs its arithmetic and some six microseconds. If
-        the layer has hooks, they run: a step is then a call of the layer with a sequence of one step.
+        the layer has hooks, they run: a step is then a call of the layer with a sequence of one step. What the
+        `forward` of a derived class adds is not in a step; `rnnfast.Stream` calls it.
 
         Args:
             input: (B, I) of the weights' dtype, or (B,) integer token ids.
@@ -147,10 +148,11 @@ class DropIn(dispatch.Dispatched, nn.RNNBase, Generic[State]):
             output, state = self(input.unsqueeze(time), hx)
             return output.squeeze(time), state
         weights, state = functional.lane_weights(self), hx
+        inputs.refuse_inference_weights(weights)
         if state is None:
             state = _zero_state(self, input.shape[0], weights[0].w_hh.dtype, input.device)
         else:
-            _check_state_form(self, state)
+            check_state_form(self, state)
         input, state, weights = _autocast(input, state, weights)
         h_0, c_0 = state if isinstance(state, tuple | list) else (state, None)
         output, h_n, c_n = functional.step(
@@ -312,7 +314,7 @@ class LSTM(DropIn[tuple[Tensor, Tensor]], nn.LSTM):
         if hx is None:
             hx = _zero_state(self, batch, weights[0].w_hh.dtype, input.device)
         else:
-            _check_state_form(self, hx)
+            check_state_form(self, hx)
         input, hx, weights = _autocast(input, hx, weights)
         options: Any = {"bidirectional": self.bidirectional, "backend": self.backend}
         if lengths is None and reset is None:
@@ -347,6 +349,7 @@ def _after_pre_hooks(layer: Any, input: Tensor, hx: Any) -> tuple[Tensor, Any]:
 def _run(layer: Any, data: Tensor, hx: Any, batch_sizes: Tensor | None) -> tuple[Tensor, Any]:
     """Time-major data, (T, B, I) or (N, I), or ids without I, through all layers."""
     weights = functional.lane_weights(layer)
+    inputs.refuse_inference_weights(weights)
     # Within a transform a layer does not hold the weights that it is given: of another dtype, the operator checks them.
     has_features = data.is_floating_point() or data.is_complex()
     checked = has_features and layer._flat_weights[0].dtype == weights[0].w_ih.dtype
@@ -451,7 +454,7 @@ def _check_state_size(layer: Any, hx: Any, batch: int) -> None:
         layer.check_hidden_size(hx[index], size, f"Expected hidden[{index}] size {{}}, got {{}}")
 
 
-def _check_state_form(layer: Any, hx: Any) -> None:
+def check_state_form(layer: Any, hx: Any) -> None:
     if layer.mode == "LSTM":
         inputs.checked_pair(hx)
     elif not isinstance(hx, Tensor):

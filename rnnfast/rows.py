@@ -37,7 +37,7 @@ def batch_of(state: Any) -> int:
 
 def mask_of(rows: Any, batch: int) -> Tensor:
     """Of the rows, (B,), on the CPU."""
-    rows, mask = _tensor_of(rows), torch.zeros(batch, dtype=torch.bool)
+    rows, mask = _tensor_of(rows), torch.zeros(batch, dtype=torch.bool, device="cpu")
     try:
         mask[rows] = True
     except IndexError as error:
@@ -50,8 +50,12 @@ def mask_of(rows: Any, batch: int) -> Tensor:
 
 def indices_of(rows: Any, batch: int) -> tuple[Tensor, Tensor]:
     """Rows to select, and which of them are new ones, whose index means nothing."""
-    rows = rows if isinstance(rows, Tensor) else [*rows]
-    new = torch.tensor([False] * rows.numel() if isinstance(rows, Tensor) else [row is None for row in rows]).bool()
+    try:
+        rows = rows if isinstance(rows, Tensor) else [*rows]
+    except TypeError:
+        raise TypeError(f"rows to select are a list of indices or a mask, got {rows!r}: give [{rows!r}]") from None
+    is_new = [False] * rows.numel() if isinstance(rows, Tensor) else [row is None for row in rows]
+    new = torch.tensor(is_new, dtype=torch.bool, device="cpu")
     old = _tensor_of([row for row in rows if row is not None] if new.any() else rows)
     if old.dim() != 1:
         raise IndexError(f"rows to select have one dimension, got {tuple(old.shape)}")
@@ -62,7 +66,7 @@ def indices_of(rows: Any, batch: int) -> tuple[Tensor, Tensor]:
         old, new = mask.nonzero().flatten(), new[mask]
     if not batch and new.any():
         raise RuntimeError("a batch without rows cannot be added to: reset() lets the stream begin with another one")
-    index = torch.zeros(len(new), dtype=torch.long)
+    index = torch.zeros(len(new), dtype=torch.long, device="cpu")
     index[~new] = torch.where(old < 0, old + batch, old)
     return index, new
 
@@ -70,7 +74,7 @@ def indices_of(rows: Any, batch: int) -> tuple[Tensor, Tensor]:
 def _tensor_of(rows: Any) -> Tensor:
     """Indices or a mask, on the CPU."""
     try:
-        indices = rows if isinstance(rows, Tensor) else torch.as_tensor(rows)
+        indices = rows if isinstance(rows, Tensor) else torch.as_tensor(rows, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"rows are integer indices or a bool mask, got {rows!r}") from None
     if not indices.numel() and indices.is_floating_point():

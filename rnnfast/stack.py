@@ -407,7 +407,9 @@ class Stack(nn.Module):
             options: Any = {"dtype": self._parameter("weight_ih_l0").dtype, "device": device}
             return [tuple(torch.zeros(directions, batch, size, **options) for size in parts) for parts in sizes]
         if not isinstance(given, tuple | list) or len(given) != len(sizes):
-            raise ValueError(f"{name} must hold one state for each of the {len(sizes)} layers")
+            got = f"one {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+            got = f"{len(given)}" if isinstance(given, tuple | list) else got
+            raise ValueError(f"{name} must be a list with one state for each of the {len(sizes)} layers, got {got}")
         states = []
         for layer, (state, parts) in enumerate(zip(given, sizes, strict=True)):
             pair = tuple(state) if isinstance(state, tuple | list) else (state,)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rnnfast import direct
 from rnnfast.inputs import map_state
-from rnnfast.layers import DropIn
+from rnnfast.layers import DropIn, check_state_form
 from rnnfast.locks import ForkSafeLock
 from rnnfast.rows import Rows, Selected, batch_of, cleared, indices_of, kept, mask_of, with_rows_of
 from rnnfast.stack import Stack
@@ -126,15 +126,22 @@ class Stream:
             _check_is_ours(layer)  # it may have been restored
         if steps == 1 and kwargs:
             raise TypeError(f"a step takes no {' or '.join(kwargs)}: give a chunk of one step")
+        ours = Stack if isinstance(layer, Stack) else DropIn
+        has_our_forward, has_our_step = (_function(layer, name) is getattr(ours, name) for name in ("forward", "step"))
+        by_forward = steps == 1 and has_our_step and not has_our_forward  # a derived class's, which our step skips
+        time = 1 if layer.batch_first else 0
         try:
-            result = layer.step(input, state) if steps == 1 else layer(input, state, **kwargs)
+            if by_forward:
+                result = layer(input.unsqueeze(time), state)
+            else:
+                result = layer.step(input, state) if steps == 1 else layer(input, state, **kwargs)
         except RuntimeError:
             _check_batch(layer, input, state)
             raise
         output, state = _output_and_state(type(layer).__name__, result)
+        output = output.squeeze(time) if by_forward else output
         self._states[""] = state
-        # Neither a stack's, nor a subclass's own, nor that of a layer which has none any more.
-        is_ordinary = getattr(getattr(layer, "step", None), "__func__", None) is DropIn.step
+        is_ordinary = has_our_forward and has_our_step and ours is DropIn
         if steps == 1 and is_ordinary and not torch.compiler.is_compiling():
             self._steps = direct.steps_after(layer, input, self._states[""])
         return output
@@ -173,6 +180,8 @@ class Stream:
         if state is None:
             state = {}
         elif self._is_alone:
+            if isinstance(self.module, nn.RNNBase):
+                check_state_form(self.module, state)
             state = {"": state}
         if not isinstance(state, dict):
             raise TypeError(f"the state of a model is a dict by its layers' names, got {type(state).__name__}")
@@ -226,7 +235,7 @@ class Stream:
             selected = map_state(state, lambda part, index=index: part.index_select(1, index.to(part.device)))
             states[key] = cleared(selected, new)
             if not self._is_alone:
-                anew[key] = self._anew.get(key, torch.zeros(batch, dtype=torch.bool))[index] | new
+                anew[key] = self._anew.get(key, torch.zeros(batch, dtype=torch.bool, device="cpu"))[index] | new
         self._states, self._anew = states, anew
 
     def _by_key(self, rows: Any) -> dict[str, Any]:
@@ -341,7 +350,7 @@ class _Followed:
         call.runs[name], key = run + 1, _key(name, run)
         state = call.before.get(key, given)
         if key in call.before:
-            _check_batch(layer, args[0] if args else kwargs.get("input"), state)
+            _check_batch(layer, args[0] if args else kwargs.get("input"), state, f"layer '{name}' of this stream")
         if key in call.anew and given is not None:
             begin = partial(with_rows_of, rows=call.anew[key])
             state = map_state(state, begin, given)
@@ -356,7 +365,14 @@ class _Followed:
 def _check_is_ours(module: Any) -> None:
     if isinstance(module, nn.RNNBase) and not is_ours(module):
         name = type(module).__name__
+        if hasattr(module, "backend"):
+            raise TypeError(f"this {name} was accelerated, but its forward has been replaced since: undo that first")
         raise TypeError(f"a torch.nn {name} has no step: make it an rnnfast.{name}, or rnnfast.accelerate it")
+
+
+def _function(layer: Any, name: str) -> Any:
+    """Of a method."""
+    return getattr(getattr(layer, name, None), "__func__", None)
 
 
 def _output_and_state(whose: str, result: Any) -> tuple[Any, Any]:
@@ -411,7 +427,11 @@ def _layers_with_state(module: nn.Module, stateless: Sequence[str]) -> Iterator[
             raise ValueError(f"the name of layer '{name}' is that of a run of '{_name_of(name)}': give it another")
         takes = inspect.signature(layer.forward).parameters
         if "hx" not in takes and not any(each.kind is each.VAR_KEYWORD for each in takes.values()):
-            raise RuntimeError(f"layer '{name}' ({type(layer).__name__}) takes no hx, so no state can be given to it")
+            which = f"layer '{name}' ({type(layer).__name__})" if name else f"this {type(layer).__name__}"
+            has = ", ".join(takes) or "none"
+            raise RuntimeError(
+                f"{which} takes no hx, so no state can be given to it: its forward's parameters are {has}"
+            )
         if layer.bidirectional:
             which = f"layer '{name}'" if name else f"this {type(layer).__name__}"
             raise RuntimeError(
@@ -431,7 +451,7 @@ def _is_checkpointed() -> bool:
     return False
 
 
-def _check_batch(layer: Any, input: Any, state: Any) -> None:
+def _check_batch(layer: Any, input: Any, state: Any, whose: str = "this stream") -> None:
     """Raises if a step or chunk has another number of sequences than the state that is to go on with it."""
     while isinstance(state, tuple | list) and state:
         state = state[0]
@@ -442,4 +462,4 @@ def _check_batch(layer: Any, input: Any, state: Any) -> None:
         return
     size, kept = input.shape[0 if dims == 1 or layer.batch_first else 1], state.shape[1]
     if size != kept:
-        raise RuntimeError(f"this stream has {kept} sequences, the input {size}: reset() lets it begin anew")
+        raise RuntimeError(f"{whose} has {kept} sequences, the input {size}: reset() lets it begin anew")

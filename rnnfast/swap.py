@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from rnnfast import cell_modules, compiling, dispatch, layers
-from rnnfast.direct.plans import all_plans
+from rnnfast.direct.plans import forget_plan
 from rnnfast.inputs import CHECKS
 
 _OURS: dict[type[nn.Module], type[nn.Module]] = {
@@ -178,7 +178,7 @@ def restore(model: nn.Module) -> None:
                 "first remove what replaced it, such as a library's hooks"
             )
     for _, module in accelerated:
-        all_plans.pop(id(module), None)  # who follows it would ask for what is gone
+        forget_plan(module)  # who follows it would ask for what is gone
         for name in {"forward", "backend", *_bound_names(module)}:
             delattr(module, name)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import warnings
+import weakref
 from typing import Any
 
 import pytest
@@ -87,10 +89,10 @@ def test_a_layer_that_has_moved_leaves_no_memory_behind() -> None:
     for _ in range(2):
         layer(input)
         layer(input)[0].sum().backward()
-    assert id(layer) in plans.all_plans
+    assert plans.kept_plan(layer) is not None
     layer.to("meta")
     layer(input.to("meta"))
-    assert id(layer) not in plans.all_plans
+    assert plans.kept_plan(layer) is None
 
 
 def test_what_must_be_seen_goes_the_general_way(direct_calls: list[int]) -> None:
@@ -180,10 +182,58 @@ def test_a_plan_goes_with_its_layer(direct_calls: list[int]) -> None:
 
     layer = rnnfast.GRU(3, 4)
     warmed_up(layer, torch.randn(2, 3))
-    key = id(layer)
-    assert key in plans.all_plans
+    plan = weakref.ref(plans.kept_plan(layer))
+    assert plan() in plans.all_plans()
     del layer
-    assert key not in plans.all_plans
+    assert plan() is None
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_plan_goes_with_its_layer_even_where_a_hook_of_a_weight_refers_to_it(gradients: bool) -> None:
+    class Masked(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.mask = rnnfast.LSTM(8, 8), torch.ones(32, 8)
+            self.layer.weight_hh_l0.register_hook(lambda gradient: gradient * self.mask)
+
+    model = Masked()
+    with torch.set_grad_enabled(gradients):
+        for _ in range(3):
+            output = model.layer(torch.randn(3, 2, 8))[0]
+    if gradients:
+        output.sum().backward()
+    plan, gone = weakref.ref(plans.kept_plan(model.layer)), weakref.ref(model)
+    assert plan() is not None
+    del model, output
+    gc.collect()
+    assert gone() is None
+    assert plan() is None
+
+
+def test_copies_and_pickles_have_no_plan() -> None:
+    layer, input = rnnfast.GRU(3, 4), torch.randn(2, 2, 3)
+    layer(input)
+    assert plans.kept_plan(layer) is not None
+    twin, pickled = copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))
+    for other in (twin, pickled):
+        assert plans.kept_plan(other) is None
+        torch.testing.assert_close(other(input), layer(input), rtol=0, atol=0)
+    shallow = copy.copy(layer)
+    shallow._parameters = {name: torch.nn.Parameter(2 * weight) for name, weight in layer._parameters.items()}
+    shallow._flat_weights = list(shallow._parameters.values())
+    for _ in range(2):
+        torch.testing.assert_close(shallow(input), copy.deepcopy(shallow)(input), rtol=0, atol=0)
+        torch.testing.assert_close(layer(input), twin(input), rtol=0, atol=0)
+
+
+def test_a_layer_of_another_dtype_leaves_no_memory_behind() -> None:
+    layer, input = rnnfast.LSTM(4, 8), torch.randn(3, 2, 4)
+    with torch.no_grad():
+        for _ in range(2):
+            layer(input)
+        plan = weakref.ref(plans.kept_plan(layer))
+        layer.half()(input.half())
+    assert plan() is None
 
 
 # ---- whole sequences -----------------------------------------------------------------------------------------------

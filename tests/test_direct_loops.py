@@ -302,7 +302,7 @@ def test_it_ends_with_its_graphs() -> None:
     ours, theirs = pair("LSTMCell", 4, 12)
     steps = torch.randn(6, 2, 4)
     results = outputs(ours, steps)
-    reference = plans.all_plans[id(ours)].loops[False]
+    reference = plans.kept_plan(ours).loops[False]
     loop = reference()
     assert loop is not None
     assert all(step.grad_fn.loop is loop for step in results)  # type: ignore[union-attr]
@@ -405,6 +405,21 @@ def test_copies_have_loops_of_their_own() -> None:
     assert all(parameter.grad is None for parameter in twin.parameters())
     loss_of(outputs(twin, steps)).backward()
     assert_same_gradients(twin, theirs)
+
+
+def test_a_loop_takes_memory_for_its_own_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = pair("LSTMCell", 4, 12)
+    capacities, of_pass = [], loops.SharedWeights.rows_of_pass
+
+    def seen(self: Any, layer: Any, loop: Any) -> Any:
+        rows = of_pass(self, layer, loop)
+        capacities.append(rows.capacity)
+        return rows
+
+    monkeypatch.setattr(loops.SharedWeights, "rows_of_pass", seen)
+    both((ours, theirs), lambda module: loss_of(outputs(module, torch.ones(6, 2, 4))).backward())
+    assert_same_gradients(ours, theirs)
+    assert set(capacities) == {12}
 
 
 def test_no_memory_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -265,15 +265,66 @@ def test_a_loop_of_short_calls_packs_its_weights_once(
         for parameter in layer.parameters():
             parameter *= 0.5
     layer(steps[0, 0] if name.endswith("Cell") else steps[0])
-    assert not plans.all_plans[id(layer)].packed  # the weights that were are not held
+    assert not plans.kept_plan(layer).packed  # the weights that were are not held
     assert_as_without_packing(loop())
+
+
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU", "LSTMCell"])
+@pytest.mark.parametrize("freed", ["input", "state", "output", "weight"])
+def test_what_is_freed_before_backward_is_an_error(name: str, freed: str) -> None:
+    """Its memory, not the tensor: the address that is left is that of what is absent."""
+    for calls in (1, 2, 3):  # the general way, a direct call, and one of a loop
+        layer = getattr(rnnfast, name)(8, 8)
+        is_cell = name.endswith("Cell")
+        for _ in range(calls):
+            input, h = torch.randn(*([] if is_cell else [3]), 2, 8), torch.randn(*([] if is_cell else [1]), 2, 8)
+            result = layer(input, (h, torch.randn_like(h)) if name.startswith("LSTM") else h)
+        output = result[0] if isinstance(result, tuple) else result
+        (weight, *_) = layer.parameters()
+        tensor = {"input": input, "state": h, "output": output, "weight": weight}[freed]
+        gradient = torch.ones_like(output)
+        tensor.untyped_storage().resize_(0)
+        if freed == "output" and name not in ("RNN", "LSTM", "GRU"):
+            continue  # a cell's backward does not read it
+        with pytest.raises(RuntimeError, match="has no memory"):
+            output.backward(gradient)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("name", ["RNN", "LSTMCell"])
+def test_a_freed_weight_is_an_error(name: str, gradients: bool) -> None:
+    layer, input = getattr(rnnfast, name)(8, 8), torch.randn(2, 2, 8)[0 if name.endswith("Cell") else slice(None)]
+    with torch.set_grad_enabled(gradients):
+        for _ in range(3):
+            layer(input)
+        layer.get_parameter(next(name for name in layer._parameters if "weight_hh" in name)).untyped_storage().resize_(
+            0
+        )
+        with pytest.raises(RuntimeError, match=r"has no memory|out of bounds for storage of size 0"):
+            layer(input)
+
+
+def test_a_loop_over_token_ids_of_a_large_vocabulary_packs_no_table(direct_call_names: list[str]) -> None:
+    for size, packs in ((4096, True), (4097, False)):
+        cell, ids = rnnfast.GRUCell(size, 4), torch.tensor([1, size - 1])
+        results = [cell(ids) for _ in range(4)]
+        plan = plans.kept_plan(cell)
+        assert plan is not None
+        assert (True in plan.packed) == packs
+        assert all(torch.equal(each, results[0]) for each in results)
+        sum(each.sum() for each in results).backward()
+        expected = rnnfast.GRUCell(size, 4, backend="reference")
+        expected.load_state_dict(cell.state_dict())
+        (4 * expected(ids).sum()).backward()
+        for ours, theirs in zip(cell.parameters(), expected.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad)
 
 
 def test_a_loop_with_shared_weights_keeps_none() -> None:
     layer, input = rnnfast.GRU(8, 8).share_memory(), torch.randn(1, 2, 8)
     for _ in range(4):
         layer(input)
-    assert not plans.all_plans[id(layer)].packed
+    assert not plans.kept_plan(layer).packed
 
 
 def test_a_loop_sees_weights_written_through_data(direct_call_names: list[str]) -> None:
@@ -281,7 +332,7 @@ def test_a_loop_sees_weights_written_through_data(direct_call_names: list[str]) 
     for _ in range(4):
         layer(input)
     assert direct_call_names == ["forward"] * 3
-    assert plans.all_plans[id(layer)].packed
+    assert plans.kept_plan(layer).packed
     layer.weight_hh_l0.data *= 0.5
     assert_same(results(layer, input, ()), results(copy.deepcopy(layer), input, ()))
     assert direct_call_names == ["forward"] * 3  # the general way, once
@@ -295,11 +346,11 @@ def test_a_loop_sees_one_element_that_is_written(direct_call_names: list[str]) -
     state = torch.ones(1, 2, 64)
     for _ in range(4):
         layer(input, state)
-    assert plans.all_plans[id(layer)].packed
+    assert plans.kept_plan(layer).packed
     with torch.no_grad():
         layer.weight_hh_l0[3, 10] += 1
     assert_same(results(layer, input, (state,)), results(copy.deepcopy(layer), input, (state,)))
-    assert not plans.all_plans[id(layer)].packed
+    assert not plans.kept_plan(layer).packed
 
 
 def test_checkpointing_before_and_behind_a_plan(direct_call_names: list[str]) -> None:

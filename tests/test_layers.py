@@ -22,6 +22,22 @@ LAYERS = ["RNN", "LSTM", "GRU"]
 
 
 @pytest.mark.parametrize("name", LAYERS)
+def test_weights_made_in_inference_mode_are_not_silently_left_untrained(name: str) -> None:
+    layer, input = getattr(rnnfast, name)(3, 4, num_layers=2), torch.randn(5, 2, 3)
+    with torch.inference_mode():
+        layer.load_state_dict({key: w.clone() for key, w in layer.state_dict().items()}, assign=True)
+        expected = layer(input)
+    for call in (layer, lambda input: layer.step(input[0])):
+        with pytest.raises(RuntimeError, match="made in inference mode"):
+            call(input)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(input), expected)
+        layer.step(input[0])
+    layer.requires_grad_(False)
+    torch.testing.assert_close(layer(input), expected)
+
+
+@pytest.mark.parametrize("name", LAYERS)
 def test_is_a_torch_layer(name: str) -> None:
     layer = getattr(rnnfast, name)(3, 4, num_layers=2, bidirectional=True)
     assert isinstance(layer, getattr(nn, name))

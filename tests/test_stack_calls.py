@@ -129,7 +129,7 @@ def test_mistakes_are_told() -> None:
         (ValueError, "give reset= as well", input, None, {"reset_to": hx}),
         (
             ValueError,
-            "reset_to must hold one state for",
+            "reset_to must be a list with one state for",
             input,
             None,
             resets | {"reset_to": hx[0][0]},

@@ -198,6 +198,7 @@ def test_rows_are_selected_by_masks_of_any_kind(make: Any) -> None:
         (torch.tensor(1), IndexError, r"have one dimension, got \(\)"),
         ([True, None, False], TypeError, "a mask adds no rows"),
         ("layer", TypeError, "rows are integer indices or a bool mask, got"),
+        (1, TypeError, r"a list of indices or a mask, got 1: give \[1\]"),
         ([True, False], IndexError, r"a bool mask \(3,\), got a mask \(2,\)"),
     ],
 )
@@ -266,3 +267,25 @@ def test_a_state_that_is_set_has_a_beginning_of_its_own() -> None:
         stream(ids[:2])
         stream.reset(torch.tensor([True, False]))
         torch.testing.assert_close(stream(ids[:2])[:1], model(ids[:1]))
+
+
+def test_the_default_device_does_not_matter() -> None:
+    stream, other = (rnnfast.Stream(rnnfast.GRU(5, 6)) for _ in range(2))
+    other.module.load_state_dict(stream.module.state_dict())
+    for each, device in ((stream, "cpu"), (other, "meta")):
+        each(torch.ones(3, 5))
+        with torch.device(device):
+            each.reset([0])
+            each.select([2, None, 0])
+            each.reset([True, False, False])
+    torch.testing.assert_close(other.state, stream.state, rtol=0, atol=0)
+
+
+def test_a_state_of_another_form_is_refused_when_it_is_set() -> None:
+    stream = rnnfast.Stream(rnnfast.LSTM(5, 6))
+    stream(torch.ones(3, 5))
+    before = stream.state
+    for state in (torch.zeros(1, 3, 6), "x", [1], {"h": before[0]}):
+        with pytest.raises(RuntimeError, match="the state of an LSTM is a pair of tensors"):
+            stream.state = state
+    assert stream.state is before

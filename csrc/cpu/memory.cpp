@@ -65,8 +65,9 @@ void offer_unused(Clock::time_point now) {
 // Blocks that go back to the system, once the mutex is no longer held: that takes a while.
 class Unwanted {
  public:
-  ~Unwanted() {
-    for (int i = 0; i < count_; ++i) std::free(blocks_[i].data);
+  ~Unwanted() { free(); }
+  void free() {
+    while (count_ > 0) std::free(blocks_[--count_].data);
   }
   void add(Block block) { blocks_[count_++] = block; }
   // Of the large ones, or of the small ones, those given back longest ago go first.
@@ -117,7 +118,14 @@ Block take_block(size_t bytes, bool briefly) {
     const size_t used = used_bytes + large_bytes(block);
     unwanted.drop_until_kept_are(true, std::max(most_used, used) - used);
     void* data = nullptr;
-    if (posix_memalign(&data, alignment, capacity))
+    bool failed = posix_memalign(&data, alignment, capacity);
+    if (failed) {  // where memory is short, what is kept is not worth having
+      unwanted.drop_until_kept_are(true, 0);
+      unwanted.drop_until_kept_are(false, 0);
+      unwanted.free();
+      failed = posix_memalign(&data, alignment, capacity);
+    }
+    if (failed)
       throw std::runtime_error("no memory for a block of " + std::to_string(capacity) + " bytes");
     block.data = static_cast<char*>(data);
     wish_huge_pages(block.data, capacity);

@@ -35,10 +35,15 @@ class Ref {
 
 PyObject* none() { return Ref::another(&_Py_NoneStruct); }
 
-PyObject* none_after_error() {
-  PyErr_Clear();
-  return none();
+// What cannot be asked is not as it was: its error is dropped. One that is no Exception, such as an interrupt, stays.
+bool is_interrupted() {
+  if (PyErr_Occurred() && PyErr_ExceptionMatches(PyExc_Exception)) PyErr_Clear();
+  return PyErr_Occurred();
 }
+
+PyObject* none_after_error() { return is_interrupted() ? nullptr : none(); }
+
+PyObject* yes_or_no(bool answer) { return is_interrupted() ? nullptr : PyBool_FromLong(answer); }
 
 PyObject* type_error(const char* message) {
   PyErr_SetString(PyExc_TypeError, message);
@@ -69,6 +74,7 @@ RNNFAST_NAME(fused_steps)
 RNNFAST_NAME(is_cpu)
 RNNFAST_NAME(is_neg)
 RNNFAST_NAME(itemsize)
+RNNFAST_NAME(numel)
 RNNFAST_NAME(shape)
 #undef RNNFAST_NAME
 
@@ -107,18 +113,15 @@ bool holds(PyObject* condition, PyObject* module) {
   }
 }
 
+// False after an error, too.
 bool all_hold(PyObject* conditions, PyObject* module) {
-  for (ptrdiff_t i = 0, n = PyTuple_Size(conditions); i < n; ++i) {
-    if (!holds(PyTuple_GetItem(conditions, i), module)) {
-      PyErr_Clear();  // what cannot be asked is not as it was
-      return false;
-    }
-  }
+  for (ptrdiff_t i = 0, n = PyTuple_Size(conditions); i < n; ++i)
+    if (!holds(PyTuple_GetItem(conditions, i), module)) return false;
   return true;
 }
 
 // self: a tuple of conditions. holds(module) -> bool
-PyObject* holds_function(PyObject* conditions, PyObject* module) { return PyBool_FromLong(all_hold(conditions, module)); }
+PyObject* holds_function(PyObject* conditions, PyObject* module) { return yes_or_no(all_hold(conditions, module)); }
 
 // What tells whether weights were written to: the number of steps of fused optimizers, which the first of these has, and the
 // versions and addresses of all. Calls see(number) for each while it returns true; false after an error, too.
@@ -154,9 +157,7 @@ bool is_plain(PyObject* tensor, PyObject* tensor_type, PyObject* dtype) {
 
 // self: torch.Tensor. is_plain(tensor, dtype) -> bool
 PyObject* is_plain_function(PyObject* self, PyObject* const* given, ptrdiff_t count) {
-  const bool plain = count == 2 && is_plain(given[0], self, given[1]);
-  if (!plain) PyErr_Clear();
-  return PyBool_FromLong(plain);
+  return yes_or_no(count == 2 && is_plain(given[0], self, given[1]));
 }
 
 // self: (a function of sizes, strides and a dtype, for small tensors; one of a tensor and sizes, for large ones).
@@ -194,7 +195,12 @@ auto without_lock(F run) {
 bool take_field(PyObject* given, int64_t& number) {
   number = 0;
   if (given == &_Py_NoneStruct) return true;
-  if (Ref(PyObject_Type(given)) != &PyLong_Type) return address_of(given, number);
+  if (Ref(PyObject_Type(given)) != &PyLong_Type) {
+    int64_t count = 0;
+    if (!address_of(given, number) || (!number && !take_number(method(given, name_of_numel()), count))) return false;
+    if (count > 0) PyErr_SetString(PyExc_RuntimeError, "a tensor of the call has no memory: its storage has been freed");
+    return count == 0;
+  }
   number = PyLong_AsLongLong(given);
   return !(number == -1 && PyErr_Occurred());
 }
@@ -218,7 +224,7 @@ enum StepPart { CONDITIONS, LAYER, FUSED, WEIGHTS, STAMP, TENSOR, DTYPE, SHAPE, 
 // state now, of the next one, and of the one after it.
 PyObject* step_function(PyObject* self, PyObject* input) {
   const auto part = [&](StepPart index) { return PyTuple_GetItem(self, index); };
-  if (!all_hold(part(CONDITIONS), part(LAYER))) return none();
+  if (!all_hold(part(CONDITIONS), part(LAYER))) return none_after_error();
   const char* stamp = PyBytes_AsString(part(STAMP));
   const auto is_next = [&](int64_t number) {
     const bool same = !std::memcmp(stamp, &number, sizeof number);

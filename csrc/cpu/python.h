@@ -18,10 +18,11 @@ constexpr int METH_NOARGS = 0x4, METH_O = 0x8, METH_FASTCALL = 0x80, Py_EQ = 2;
 
 RNNFAST_OF_PYTHON PyObject _Py_NoneStruct;
 RNNFAST_OF_PYTHON PyObject PyLong_Type;
-RNNFAST_OF_PYTHON PyObject* PyExc_TypeError;
+RNNFAST_OF_PYTHON PyObject *PyExc_Exception, *PyExc_RuntimeError, *PyExc_TypeError;
 RNNFAST_OF_PYTHON void Py_IncRef(PyObject*);
 RNNFAST_OF_PYTHON void Py_DecRef(PyObject*);
 RNNFAST_OF_PYTHON void PyErr_Clear();
+RNNFAST_OF_PYTHON int PyErr_ExceptionMatches(PyObject*);
 RNNFAST_OF_PYTHON PyObject* PyErr_Occurred();
 RNNFAST_OF_PYTHON void PyErr_SetString(PyObject*, const char*);
 RNNFAST_OF_PYTHON void* PyEval_SaveThread();

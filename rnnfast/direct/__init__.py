@@ -126,7 +126,7 @@ def forget_packed_weights() -> None:
     `torch.no_grad()` instead.
     """
     packing.forget()
-    for plan in list(all_plans.values()):
+    for plan in all_plans():
         plan.packed.clear()
         plan.last_stamp = b""
         plan.loops.clear()

@@ -31,7 +31,7 @@ class Loop:
     """
 
     def __init__(self) -> None:
-        self.calls = 0
+        self.calls = self.rows = 0
         self.is_over = False
         self.shared: list[SharedWeights] | None = None  # of each layer, from the second call on
 
@@ -48,11 +48,11 @@ class SharedWeights:
         """Whether the backward pass that is under way comes to their gradients."""
         return bool(_will_engine_execute_node(self.node))
 
-    def rows_of_pass(self, layer: Layer, calls: int) -> Rows:
+    def rows_of_pass(self, layer: Layer, loop: Loop) -> Rows:
         task = _current_graph_task_id()
         found = self.rows.get(task)
         if found is None:
-            found = self.rows[task] = Rows(layer, calls > _WORTH_PACKING)
+            found = self.rows[task] = Rows(layer, min(loop.rows, _MOST_ROWS), loop.calls > _WORTH_PACKING)
         return found
 
 
@@ -62,21 +62,22 @@ class Rows:
     It also has the weights as those calls multiply them.
     """
 
-    def __init__(self, layer: Layer, is_worth_packing: bool) -> None:
+    def __init__(self, layer: Layer, capacity: int, is_worth_packing: bool) -> None:
         self.layer = layer
+        self.capacity = capacity
         self.count = 0
         self.is_worth_packing = is_worth_packing
         self.w_hh: Tensor | None = None
         self.w_ih: Tensor | None = None
         sizes = layer.row_bytes
-        self.memory = cpu.empty(layer.kept, _MOST_ROWS * sum(sizes))
+        self.memory = cpu.empty(layer.kept, capacity * sum(sizes))
         start = self.memory.data_ptr()
-        self.starts = start, start + _MOST_ROWS * sizes[0], start + _MOST_ROWS * (sizes[0] + sizes[1])
+        self.starts = start, start + capacity * sizes[0], start + capacity * (sizes[0] + sizes[1])
         self.sums: list[Tensor] | None = None
 
     def places(self, count: int) -> list[int]:
         """Where so many rows more go; they count from `left` on."""
-        if self.count + count > _MOST_ROWS:
+        if self.count + count > self.capacity:
             self._add_up()
         return [start + self.count * size for start, size in zip(self.starts, self.layer.row_bytes, strict=True)]
 
@@ -140,8 +141,13 @@ class _Share(derivatives.Function):
         return None, *(b if a is None else a if b is None else a + b for a, b in pairs)
 
 
-def loop_of(plan: Plan, ids: bool, layers: Sequence[Layer]) -> tuple[Loop | None, list[SharedWeights] | None]:
-    """The loop that a short call belongs to, and its weights, or None where each call makes its own gradients."""
+def loop_of(
+    plan: Plan, ids: bool, layers: Sequence[Layer], rows: int
+) -> tuple[Loop | None, list[SharedWeights] | None]:
+    """The loop that a short call of so many rows belongs to, and its weights.
+
+    Or None, where each call makes its own gradients.
+    """
     if layers[0].weights.w_hr is not None or False in map(requires_grad_of, plan.weights):
         return None, None
     known = plan.loops.get(ids)
@@ -152,4 +158,5 @@ def loop_of(plan: Plan, ids: bool, layers: Sequence[Layer]) -> tuple[Loop | None
     elif loop.shared is None:
         loop.shared = [SharedWeights(layer) for layer in layers]
     loop.calls += 1
+    loop.rows += rows
     return loop, loop.shared

@@ -62,11 +62,12 @@ class Layer:
     memory_addresses: list[int]
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(eq=False)
 class Plan:
     """What the calls of a layer or a cell have in common.
 
-    Dictionaries have an entry for token ids, and one for floating input.
+    It is an attribute of the module, and ends with it, even where a hook of a weight refers to the module. A copy or a
+    pickle of the module has None instead. Dictionaries have an entry for token ids, and one for floating input.
     """
 
     conditions: tuple[Condition, ...]
@@ -90,6 +91,9 @@ class Plan:
     layers: dict[bool, list[Layer]] = field(default_factory=dict)  # while the weights have the addresses `described`
     described: list[int] = field(default_factory=list)
 
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
     def has_shapes(self) -> bool:
         """Whether all weights have the layout they had: a view that is assigned to `.data` keeps address and version.
 
@@ -105,12 +109,12 @@ class Plan:
         stamp, packed = self.stamp(), self.packed.get(ids)
         is_first = stamp != self.last_stamp
         if is_first:  # the loops have views of what the weights were, whoever has packed the new ones since
-            self.last_stamp = stamp
             self.loops.clear()
+            self.last_stamp = stamp
         if packed is not None and packed.stamp == stamp:
             return packed
         self.packed.pop(ids, None)
-        if is_first:
+        if is_first or (ids and self.input_size > _LARGEST_TABLE):
             return None
         if any(weight.is_shared() for weight in self.weights):
             self.loops.clear()
@@ -148,7 +152,24 @@ class Plan:
         return layers
 
 
-all_plans: dict[int, Plan] = {}  # by id of the module
+_ATTRIBUTE = "_rnnfast_plan"
+_LARGEST_TABLE = 4096  # of token ids: packed weights have a row for each, and a loop uses few
+_plans: weakref.WeakSet[Plan] = weakref.WeakSet()
+
+
+def all_plans() -> list[Plan]:
+    return list(_plans)
+
+
+def kept_plan(module: Any) -> Plan | None:
+    """The module's plan, whether or not it may be followed."""
+    plan: Plan | None = module.__dict__.get(_ATTRIBUTE)
+    return plan
+
+
+def forget_plan(module: Any) -> None:
+    module.__dict__.pop(_ATTRIBUTE, None)
+
 
 Condition = tuple[Any, ...]
 """Something that must be as it was: one of these numbers, and what csrc/cpu/python.cpp says to follow it."""
@@ -177,7 +198,7 @@ _OF_STEPS: tuple[Condition, ...] = (
 
 def plan_of(module: Any) -> Plan | None:
     """The module's plan, if the call may follow it: it has the weights that it had, and nobody looks on."""
-    plan = all_plans.get(id(module))
+    plan: Plan | None = module.__dict__.get(_ATTRIBUTE)
     return plan if plan is not None and plan.holds(module) else None
 
 
@@ -215,7 +236,7 @@ def conditions_of_step(layer: Any, plan: Plan, packed: Packed, dtype: torch.dtyp
     """Those of `plan_of_step`, and that the plan with its packed weights for an input of this dtype is still there."""
     return (
         *plan.conditions,
-        (RETURNS, all_plans.get, (id(layer),), plan),
+        (HAS, _ATTRIBUTE, plan),
         (RETURNS, plan.packed.get, (dtype is torch.int64,), packed),
         *_OF_STEPS,
         (HAS, "training", layer.training),
@@ -228,17 +249,20 @@ def prepare(module: Any, input: Tensor) -> None:
 
     It has just done a general call, which has checked its weights.
     """
+    plan = kept_plan(module)
+    if plan is not None and plan.signature != signature_of(plan.weights):
+        forget_plan(module)  # it would hold the memory that the weights had
+        plan = None
     asked = dispatch.asked(module.backend)
     if asked not in (dispatch.AUTO, "cpu") or is_observed() or has_own_checks(type(module)):
         return
-    plan = all_plans.get(id(module))
-    if plan is not None and plan is plan_of(module) and plan.signature == signature_of(plan.weights):
+    if plan is not None and plan is plan_of(module):
         return
     is_cell = isinstance(module, nn.RNNCellBase)
     names = tuple(_names_of_cell(module) if is_cell else module._flat_weights_names)
     weights = [module._parameters.get(name) for name in names]
     if plan is not None and any(w is not None and not w.is_cpu for w in weights):
-        del all_plans[id(module)]  # it would hold the memory that they had here
+        forget_plan(module)
     # torch.func.functional_call puts other tensors there for a while, perhaps with a graph, which must not be kept.
     if not all(type(w) is nn.Parameter and w.is_cpu and w.layout is torch.strided for w in weights):
         return
@@ -249,8 +273,6 @@ def prepare(module: Any, input: Tensor) -> None:
         return
     if dispatch.explain(module, input).backend != "cpu":
         return
-    if id(module) not in all_plans:
-        weakref.finalize(module, all_plans.pop, id(module), None)
     cell = dispatch.cell_of(module)
     directions, lead = (1, ()) if is_cell else (2 if module.bidirectional else 1, (len(lanes),))
     w_ih, w_hh, *_ = lanes[0]
@@ -259,7 +281,8 @@ def prepare(module: Any, input: Tensor) -> None:
     asks = cpu.built_in("holds", conditions), cpu.built_in("holds", _OF_STEPS)
     stamp = cpu.built_in("stamp", (packing, tuple(weights)))
     given = conditions, *asks, stamp, weights, signature_of(weights), lanes, cell, w_hh.dtype
-    all_plans[id(module)] = Plan(*given, *sizes, lead)
+    module.__dict__[_ATTRIBUTE] = plan = Plan(*given, *sizes, lead)
+    _plans.add(plan)
 
 
 def _names_of_cell(cell: Any) -> list[str]:

@@ -70,8 +70,11 @@ def _layers(plan: Plan, ids: bool) -> list[Layer] | None:
     # would come here where the first has gone the general way.
     if plan.signature != signature_of(plan.weights) or _top_saved_tensors_default_hooks(True):
         return None
-    if plan.described != [*map(address_of, plan.weights)]:
+    now = [*map(address_of, plan.weights)]
+    if plan.described != now:
         plan.layers.clear()
+    if 0 in now:  # a weight's storage has been freed, which the general way says
+        return None
     return plan.layers.get(ids) or plan.describe(ids)
 
 
@@ -83,7 +86,7 @@ def _of_loop(plan: Plan, ids: bool, steps: int, batch: Sequence[int], layers: Se
     if steps * prod(batch) > _SHORT:
         return None, None, None
     packed = plan.packed_for_loop(ids)  # finds out whether the weights are still the same
-    return packed, *loop_of(plan, ids, layers)
+    return packed, *loop_of(plan, ids, layers, steps * prod(batch))
 
 
 def _scan(
@@ -164,7 +167,7 @@ class _Scan(derivatives.Function):
         is_seen = is_compiled or is_grad_enabled() or is_observed()
         if not is_seen and all(d is None or cpu.is_plain(d, layer.dtype) for d in given):
             d_results = [d if d is None else d.contiguous() for d in given]
-            rows = shared.rows_of_pass(layer, ctx.loop.calls) if shared is not None and need_weights else None
+            rows = shared.rows_of_pass(layer, ctx.loop) if shared is not None and need_weights else None
             wanted = needs[:3] + (layer.has_weight if need_weights and rows is None else _NO_WEIGHT)
             pairs = zip(memory, wanted, strict=False)
             found = [cpu.empty(tensor, *tensor.shape) if want else None for tensor, want in pairs]

@@ -94,12 +94,13 @@ def load(path: Path | str) -> Checkpoint:
     except OSError as error:  # it opens, but cannot be mapped into memory, such as a device
         raise UserError(f"cannot read the checkpoint {path}: {reason(error)}") from error
     except (safetensors.SafetensorError, KeyError, ValueError, RecursionError) as error:
-        if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
+        is_ours = start[8:] == b"{"  # behind the length of its header, which is JSON
+        if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and not is_ours):
             raise UserError(
                 f"{path} is a pickle (torch.save) file, which can run code when it is loaded; "
                 "rnnfast opens only the safetensors checkpoints that `rnnfast train` writes"
             ) from error
-        if start[8:] not in (b"", b"{"):  # behind the length of its header, which is JSON
+        if start[8:] and not is_ours:
             raise UserError(f"{path} is no checkpoint: name a run's folder, or its {FILE_NAME}") from error
         raise UserError(f"{path} is truncated or damaged ({error}): train again, or take another copy") from error
     if not isinstance(checkpoint.config, dict) or not isinstance(checkpoint.progress, dict):

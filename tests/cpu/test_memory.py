@@ -240,6 +240,28 @@ threading.Thread(target=tapes.pop).start()
 
 
 @linux
+@keeps_tensors
+def test_what_is_kept_is_given_up_where_memory_is_short() -> None:
+    """A block that does not fit is all that is kept, and a limit that has room for one of the two."""
+    code = """
+from rnnfast.backends import cpu
+cpu.load()
+def block(millions):
+    return torch.ops.rnnfast.direct_empty_cpu(torch.zeros(1), [millions, 1000, 1000])
+block(80)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 100 * 2**20, -1))
+print(block(85).numel())
+try:
+    block(200)
+except RuntimeError as error:
+    assert "no memory for a block" in str(error), error
+    print(1)
+"""
+    assert run_alone(code) == [85_000_000, 1]
+
+
+@linux
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc's mallinfo2")
 def test_operators_lose_no_memory() -> None:
     """Thousands of calls: torch's own conversion of their strings loses 32 bytes in each, before torch 2.14."""

@@ -111,6 +111,13 @@ def test_truncated(run: Path, share: float) -> None:
         load_model(run)
 
 
+def test_truncated_where_its_first_byte_is_a_pickles(tmp_path: Path) -> None:
+    """The low byte of its header's length, which safetensors makes a multiple of eight."""
+    (tmp_path / FILE_NAME).write_bytes((0x880).to_bytes(8, "little") + b'{"weight": ')
+    with pytest.raises(UserError, match="truncated or damaged"):
+        load_model(tmp_path)
+
+
 def test_another_format_version(run: Path) -> None:
     rewrite(run / FILE_NAME, {"version": "99"})
     with pytest.raises(UserError, match="format version 99, this rnnfast reads version 1"):

@@ -114,7 +114,7 @@ def _watch_fused_optimizers() -> None:
 def _forget_weight(weight: int) -> None:
     """Drops all packings made from the weight of that id, which is gone; other weights of the layer may live on."""
     kept = _kept.pop(weight, None)
-    for key in kept.keys if kept else ():
+    for key in tuple(kept.keys) if kept else ():  # another thread may be packing
         packings.pop(key, None)
         for other in key[-1]:
             if other in _kept:
