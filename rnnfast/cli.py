@@ -80,6 +80,8 @@ def _run(argv: list[str]) -> int:
     verbs.add_subcommand("info", _info_parser(), help=INFO.rstrip("."))
     verbs.add_subcommand("bench", bench.parser(), help=bench.DESCRIPTION.split(",")[0])
     verbs.add_subcommand("tune", _tune_parser(), help=TUNE.split(",")[0])
+    if not argv:
+        raise UserError("give a command: train, generate, info, bench or tune; rnnfast --help says what they do")
     argv = _config_first(argv)
     flags = {argument.split("=")[0] for argument in argv}
     if {"--print_config", "--resume"} <= flags:
@@ -111,6 +113,14 @@ def _config_first(argv: list[str]) -> list[str]:
     return [*others[:1], *files, *others[1:]]
 
 
+def _config_file(argv: list[str]) -> str:
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, has_value, value = word.partition("=")
+        if name == "--config":
+            return value if has_value else following
+    return ""
+
+
 def _parse(parser: ArgumentParser, argv: list[str]) -> Any:
     try:
         return parser.parse_args(argv)
@@ -119,6 +129,10 @@ def _parse(parser: ArgumentParser, argv: list[str]) -> Any:
         if message.startswith("Unexpected config:"):
             raise UserError("the --config file holds no settings: write lines such as hidden_size: 256") from error
         message = re.sub(r"<class '(\w+)'>|typing\.", lambda match: match[1] or "", message)
+        message = message.replace('"<unicode string>"', "it")  # the file, which the message does not name
+        message = NO_SETTING.sub(lambda match: f"there is no setting '{match[1]}'", message)
+        if message.startswith(("Problems parsing config:", "there is no setting")):
+            message = f"the --config file {_config_file(argv)}: {message.removeprefix('Problems parsing config: ')}"
         message = MISSING.sub(lambda match: match[1] + match[2].upper(), message)
         message = NO_NUMBER.sub(
             lambda match: f"expected {NUMBERS[match[1]]}, got {match[2].strip() or 'none'}", message
@@ -132,6 +146,7 @@ def _parse(parser: ArgumentParser, argv: list[str]) -> Any:
 
 # It names a positional argument of ours by the verb and in lower case, the usage in capitals.
 MISSING = re.compile(r"(arguments are required: )\w+\.(\w+)")
+NO_SETTING = re.compile(r"Subcommand 'train' does not accept option '(\w+)'")
 # What jsonargparse says of a value that is no number, or, where none may be given, of a union of types.
 NO_NUMBER = re.compile(r"(?:Expected a |Does not validate .* Subtypes: \[)(int|float)\b.* value:(.*)")
 NUMBERS = {"int": "a whole number", "float": "a number"}

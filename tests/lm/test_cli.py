@@ -102,7 +102,10 @@ def test_a_config_file_sets_defaults_and_flags_override(tmp_path: Path, capsys: 
     assert load(tmp_path / "again").config == saved
     assert "unrecognized arguments: --conf" in refused(capsys, "train", "--conf", str(config))
     config.write_text("hidden: 12\n")
-    assert "hidden" in refused(capsys, "train", "--config", str(config))
+    for given in ((f"--config={config}",), ("--config", str(config))):
+        assert f"the --config file {config}: there is no setting 'hidden'" in refused(capsys, "train", *given)
+    config.write_text("{")
+    assert f"the --config file {config}: while parsing" in refused(capsys, "train", "--config", str(config))
     for value in ("many", "null", "1" + "0" * 23):
         config.write_text(f"hidden_size: {value}\n")
         assert "--hidden-size" in refused(capsys, "train", "--config", str(config))
@@ -330,7 +333,6 @@ def test_bidirectional_models_do_not_generate(tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "train,generate,info"),
         (["fly"], "fly"),
         (["train", "--fly"], "--fly"),
         (["train", "--cell", "cnn"], "--cell"),
@@ -342,6 +344,7 @@ def test_bidirectional_models_do_not_generate(tmp_path: Path, capsys: pytest.Cap
         (["generate", "x", "--temperature", "nan"], "error: --temperature: expected a number, got nan"),
         (["generate", "x", "--top-p", "nan"], "error: --top-p: expected a number, got nan"),
         (["train", "--lr", "-1"], "--lr must be a positive number"),
+        ([], "give a command: train, generate, info, bench or tune"),
         (["train", "--config", "/nowhere.yaml"], "/nowhere.yaml"),
         (["train", "--backend", "magic"], "magic"),
         (["train", "--device", "abacus"], "--device abacus"),
