@@ -39,11 +39,11 @@ Tensor scan_extended_cpu_pack(Tensor w_ih, Tensor w_hh, OptionalTensor w_hr, Tex
   args.scan.w_hh = data(w_hh);
   args.scan.w_hr = data(w_hr);
   const Kernels& kernels = choose_kernels(args.scan.shape.dtype);
-  const int64_t bytes = int64_t(kernels.extended_pack(args));
+  const int64_t bytes = int64_t(kernels.extended_pack(args, 1));
   Tensor packed = torch::stable::new_empty(w_hh, {bytes}, ScalarType::Byte);
   args.scan.packed = packed.mutable_data_ptr();
   wish_huge_pages(args.scan.packed, size_t(bytes));
-  kernels.extended_pack(args);
+  kernels.extended_pack(args, available_threads());
   return packed;
 }
 
@@ -64,7 +64,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scan_extended_cpu(
     ExtendedForwardArgs args{{s,         data(input), data(w_ih),  data(w_hh), data(b_ih), data(b_hh), data(w_hr),
                               data(h_0), data(c_0),   out(output), out(h_n),   out(c_n),   out(tape),  nullptr},
                              e};
-    if (packed) require("packed", packed, ScalarType::Byte, {int64_t(kernels.extended_pack(args))});
+    if (packed) require("packed", packed, ScalarType::Byte, {int64_t(kernels.extended_pack(args, 1))});
     args.scan.packed = packed ? out(*packed) : nullptr;
     kernels.extended_forward(args, available_threads());
   }

@@ -26,16 +26,26 @@ void run_items(const Scan& scan, const ScanShape& s, const Split& split, Local& 
   for (Item item; team.relay->take(item, threads);) scan.run_item(item, local, team);
 }
 
+// The threads that packing into so many bytes is worth.
+template <class O>
+int threads_of_packing(size_t bytes, int available) {
+  return worth_threads(available, 2 * int64_t(bytes / sizeof(O)));
+}
+
 // A forward scan, in memory for the length of the call. Weights that are not packed yet are first, each thread's share of them by
-// pack(thread, threads).
+// pack(thread, threads): a short scan is walked by fewer threads than packing is worth.
 template <class Scan, class Pack>
-void run_forward(Scan& scan, const ScanShape& s, const Split& split, bool is_packed, Pack pack) {
+void run_forward(Scan& scan, const ScanShape& s, const Split& split, bool is_packed, int packing_threads, Pack pack) {
   Carver shared(nullptr), own(nullptr);
   scan.carve(shared);
   scan.carve_local(own);
   const Scratch memory(shared.used() + own.used() * split.threads);
   Carver carver(memory.data());
   scan.carve(carver);
+  if (!is_packed && packing_threads > split.threads) {
+    parallel(packing_threads, pack);
+    is_packed = true;
+  }
   Barrier all;
   Team team = team_of(split, scan);
   parallel(split.threads, [&](int thread, int threads) {
@@ -58,7 +68,8 @@ void forward(const ForwardArgs& x, int available) {
   const Scratch packed_memory(x.packed ? 0 : sizes.bytes);
   const PackedLayer<S, O> packed(s, x.packed ? static_cast<char*>(x.packed) : packed_memory.data(), x.packed);
   Forward<S, O> scan(x, packed, split);
-  run_forward(scan, s, split, x.packed, [&](int thread, int threads) { packed.pack(x, thread, threads); });
+  run_forward(scan, s, split, x.packed, threads_of_packing<O>(sizes.bytes, available),
+              [&](int thread, int threads) { packed.pack(x, thread, threads); });
 }
 
 template <class S>
@@ -96,9 +107,10 @@ void generate(const ForwardArgs* layers, int64_t count, const HeadArgs& head_arg
 
 // Packs the weights to be kept at x.packed, or says how many bytes that takes if it is null.
 template <class S, class O>
-size_t pack(const ForwardArgs& x) {
+size_t pack(const ForwardArgs& x, int available) {
   const PackedLayer<S, O> packed(x.shape, static_cast<char*>(x.packed), true);
-  if (x.packed) packed.pack(x, 0, 1);
+  if (x.packed)
+    parallel(threads_of_packing<O>(packed.bytes, available), [&](int thread, int threads) { packed.pack(x, thread, threads); });
   return packed.bytes;
 }
 
@@ -252,16 +264,20 @@ void extended_forward(const ExtendedForwardArgs& x, int available) {
   const Panels panels = ExtendedForward<S, O>::panels_of(s);
   const Split split = split_work(s, panels.total_vectors * units<O>(s.state), panels.count(), available);
   ExtendedForward<S, O> scan(x, split);
-  run_forward(scan, s, split, x.scan.packed, [&](int thread, int threads) { scan.pack(thread, threads); });
+  Carver weights(nullptr);
+  scan.carve_weights(weights);
+  run_forward(scan, s, split, x.scan.packed, threads_of_packing<O>(weights.used(), available),
+              [&](int thread, int threads) { scan.pack(thread, threads); });
 }
 
 template <class S, class O>
-size_t extended_pack(const ExtendedForwardArgs& x) {
+size_t extended_pack(const ExtendedForwardArgs& x, int available) {
   const Split alone{1, 1, 1, 1};
   ExtendedForward<S, O> scan(x, alone);
   Carver carver(static_cast<char*>(x.scan.packed));
   scan.carve_weights(carver);
-  if (x.scan.packed) scan.pack(0, 1);
+  if (x.scan.packed)
+    parallel(threads_of_packing<O>(carver.used(), available), [&](int thread, int threads) { scan.pack(thread, threads); });
   return carver.used();
 }
 

@@ -46,14 +46,14 @@ struct MatrixUnit {
 struct Kernels {
   void (*forward)(const ForwardArgs&, int threads);
   void (*backward)(const BackwardArgs&, int threads);
-  size_t (*pack)(const ForwardArgs&);  // into `packed`, or returns the bytes it takes where that is null
+  size_t (*pack)(const ForwardArgs&, int threads);  // into `packed`, or returns the bytes it takes where that is null
   // The gradients of weights and biases of rows whose gradients of the gates a backward scan has left, of gates_bytes a row.
   void (*weight_gradients)(const BackwardArgs&, int threads);
   size_t (*pack_backward)(const BackwardArgs&, int threads);  // w_hh or w_ih, into packed_hh or packed_ih, as `pack`
   size_t (*gates_bytes)(const ScanShape&);
   void (*extended_forward)(const ExtendedForwardArgs&, int threads);
   void (*extended_backward)(const ExtendedBackwardArgs&, int threads);
-  size_t (*extended_pack)(const ExtendedForwardArgs&);  // as `pack`
+  size_t (*extended_pack)(const ExtendedForwardArgs&, int threads);  // as `pack`
   // One step of every layer, then the head, over and over by one team of threads. In between `next`, on one thread, takes
   // the logits and tells whether there is another round; it must not throw. Layers have packed weights.
   void (*generate)(const ForwardArgs* layers, int64_t count, const HeadArgs& head, int threads, bool (*next)(void*),

@@ -96,7 +96,7 @@ Tensor scan_cpu_pack(Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTens
   ForwardArgs args{header.layer, nullptr,    data(w_ih), data(w_hh), data(b_ih), data(b_hh), data(w_hr),
                    nullptr,      nullptr,    nullptr,    nullptr,    nullptr,    nullptr,    nullptr};
   const Kernels& kernels = choose_kernels(header.layer.dtype);
-  header.panels = kernels.pack(args);
+  header.panels = kernels.pack(args, 1);
   const size_t bytes = sizeof header + header.panels;
   const size_t room = bytes < HUGE_PAGE / 4 ? bytes : (bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE + HUGE_PAGE;
   Tensor packed = torch::stable::new_empty(w_hh, {int64_t(room)}, ScalarType::Byte);
@@ -104,7 +104,7 @@ Tensor scan_cpu_pack(Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTens
   char* base = packed_base(packed);
   std::memcpy(base, &header, sizeof header);
   args.packed = base + sizeof header;
-  kernels.pack(args);
+  kernels.pack(args, available_threads());
   return packed;
 }
 

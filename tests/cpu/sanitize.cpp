@@ -104,9 +104,9 @@ void run(Cell cell, DType dtype, int64_t lanes, int64_t steps, int64_t batch, in
   if (lstm) require_finite(c_n, "c_n");
 
   const auto packed = std::unique_ptr<char, void (*)(void*)>(
-      static_cast<char*>(std::aligned_alloc(64, (kernels.pack(forward) + 63) / 64 * 64)), std::free);
+      static_cast<char*>(std::aligned_alloc(64, (kernels.pack(forward, 1) + 63) / 64 * 64)), std::free);
   forward.packed = packed.get();
-  kernels.pack(forward);
+  kernels.pack(forward, 2);
   kernels.forward(forward, threads);
 
   const auto cells = make(dtype, lanes * s.rows * hidden, true);
