@@ -34,6 +34,7 @@ struct ForwardArgs {
   const void *input, *w_ih, *w_hh, *b_ih, *b_hh, *w_hr, *h_0, *c_0;
   void *output, *h_n, *c_n, *tape;  // h_n, tape, and c_n but of an LSTM may be null
   void* packed;                     // weights packed before, in place of w_* and b_*; or null
+  int64_t beside = 0;               // bytes of other layers' weights, which are read before these are again
 };
 
 struct BackwardArgs {

@@ -289,6 +289,20 @@ def test_a_sequence_has_the_general_calls_bits(
         assert_same(layer(noncontiguous), layer(input))
 
 
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_layers_whose_weights_no_cache_holds_together_have_the_general_calls_bits(
+    name: str, direct_calls: list[int]
+) -> None:
+    """Threads share such a step, be it ever so short."""
+    layer = getattr(rnnfast, name)(60, 300, num_layers=3)
+    with torch.no_grad():
+        layer(torch.randn(1, 1, 60))
+        for size in ((1, 1), (1, 3), (4, 1), (2, 9)):
+            input = torch.randn(*size, 60)
+            assert_same(layer(input), general(layer, input))
+        assert direct_calls == [0] * 4
+
+
 def test_sequences_of_other_sizes_follow_one_plan(direct_calls: list[int]) -> None:
     layer = rnnfast.LSTM(5, 16, num_layers=2)
     layer(torch.randn(3, 2, 5))

@@ -78,6 +78,11 @@ void leave_rows(const ScanShape& s, const BackwardArgs& x, const DirectRows& row
   if (s.steps > 1) std::memcpy(static_cast<char*>(rows.states) + bytes.state, x.output, bytes.output - bytes.state);
 }
 
+// Of the weights that every step reads.
+int64_t weight_bytes(const ScanShape& s) {
+  return s.lanes * s.gates() * s.hidden * (s.state + (s.ids ? 0 : s.input)) * int64_t(Bytes(s).element);
+}
+
 template <class F>
 int64_t guarded(F run) {
   try {
@@ -117,6 +122,8 @@ int64_t direct_infer(const DirectInfer& c) {
     const int threads = available_threads();
     const Bytes bytes(first);
     const StandIns zeros(first, !c.h_0);
+    int64_t weights = 0;
+    for (int64_t l = 0; l < plan.layers; ++l) weights += weight_bytes(plan.layer()[l].layer);
     // What a layer that is not the last puts out; where there are more, the next one reads it while it writes the other half.
     const size_t half = aligned(bytes.output);
     std::optional<Scratch> between;
@@ -125,6 +132,7 @@ int64_t direct_infer(const DirectInfer& c) {
       ForwardArgs x{};
       x.shape = shape_of_call(plan.layer()[l].layer, c.steps, c.batch);
       x.packed = plan.layer()[l].panels;
+      x.beside = weights - weight_bytes(plan.layer()[l].layer);
       x.input = l == 0 ? c.input : between->data() + size_t(l - 1) % 2 * half;
       x.output = l + 1 < plan.layers ? between->data() + size_t(l) % 2 * half : c.output;
       x.h_0 = c.h_0 ? static_cast<const char*>(c.h_0) + size_t(l) * bytes.state : zeros.state();
@@ -161,7 +169,8 @@ int64_t direct_forward(const DirectForward& c) {
                         c.h_n,
                         c.c_n,
                         c.tape,
-                        plan ? plan->layer()[c.index].panels : nullptr};
+                        plan ? plan->layer()[c.index].panels : nullptr,
+                        2 * weight_bytes(s)};  // of a backward call in between, which reads them and makes as many gradients
     choose_kernels(s.dtype).forward(x, available_threads());
     return DIRECT_DONE;
   });

@@ -64,7 +64,7 @@ void forward(const ForwardArgs& x, int available) {
   const ScanShape& s = x.shape;
   const PackedLayer<S, O> sizes(s, nullptr, x.packed);
   const Split split = split_work(s, sizes.gates.total_vectors * units<O>(s.state), sizes.gates.count(), available,
-                                 s.batch / LEAST_GROUP);
+                                 s.batch / LEAST_GROUP, x.beside);
   const Scratch packed_memory(x.packed ? 0 : sizes.bytes);
   const PackedLayer<S, O> packed(s, x.packed ? static_cast<char*>(x.packed) : packed_memory.data(), x.packed);
   Forward<S, O> scan(x, packed, split);

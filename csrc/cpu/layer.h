@@ -185,14 +185,18 @@ struct Split {
 constexpr int64_t LEAST_GROUP = 8;  // rows of the batch for a member that shares panels: a tile
 
 // Costs are in cycles of one core. A tile of one row is bound by reading its weights, not by their products; weights that are
-// not near cost more, and those that are far from every core are best read by one of them each.
+// not near cost more, and those that are far from every core are best read by one of them each. The first step finds those near
+// that were `beside` them.
 RNNFAST_INLINE Split split_work(const ScanShape& s, int64_t weight_vectors, int64_t step_panels, int available,
-                                int64_t most_groups = 1) {
+                                int64_t most_groups = 1, int64_t beside = 0) {
   constexpr int64_t FAR_AWAY = 4;
-  const auto step = [&](int64_t rows, int64_t vectors, int64_t lanes) {
-    const int64_t bytes = vectors * lanes * VECTOR_BYTES;
+  const auto step = [&](int64_t rows, int64_t vectors, int64_t lanes, int64_t others = 0) {
+    const int64_t bytes = vectors * lanes * VECTOR_BYTES + others;
     const bool near = bytes <= near_bytes(), far = bytes > FAR_AWAY * near_bytes();
     return lanes * vectors * (max64(rows, near ? 2 : 12) + (near ? 0 : far ? 24 : 4));
+  };
+  const auto steps = [&](int64_t rows, int64_t vectors, int64_t lanes, int members) {
+    return (s.steps - 1) * step(rows, vectors, lanes) + step(rows, vectors, lanes, beside / members);
   };
   constexpr int64_t ITEM_ROWS = 64;  // keeps an item's states near
   const auto items = [&](int64_t parts) {
@@ -204,13 +208,13 @@ RNNFAST_INLINE Split split_work(const ScanShape& s, int64_t weight_vectors, int6
     return max64(1, min64(wanted, min64(most_groups, s.batch / (2 * MAX_ROWS))));
   };
   Split best{1, 1, items(1), s.lanes * items(1)};
-  int64_t least = s.steps * step(s.batch, weight_vectors, s.lanes);
+  int64_t least = steps(s.batch, weight_vectors, s.lanes, 1);
   if (available == 1) return best;
   const int64_t region = region_cycles();
   for (int n = 2; n <= available && least > region; n = more_threads(n, available)) {
     const int64_t parts = s.lanes % n == 0 ? 1 : n;
-    const int64_t by_rows = region + s.steps * (parts == 1 ? step(s.batch, weight_vectors, s.lanes / n)
-                                                           : step(ceil_div(s.batch, parts), weight_vectors, s.lanes));
+    const int64_t by_rows = region + (parts == 1 ? steps(s.batch, weight_vectors, s.lanes / n, n)
+                                                 : steps(ceil_div(s.batch, parts), weight_vectors, s.lanes, 1));
     if (by_rows < least) {
       least = by_rows;
       best = {n, 1, items(parts), s.lanes * items(parts)};
@@ -219,10 +223,11 @@ RNNFAST_INLINE Split split_work(const ScanShape& s, int64_t weight_vectors, int6
     constexpr int64_t WORTH_DEALING = 100000;
     const int64_t groups = max64(1, min64(n / step_panels, most_groups));
     const int members = groups > 1 ? int(groups * step_panels) : n;
-    const int64_t share = step(ceil_div(s.batch, groups),
-                               ceil_div(weight_vectors * ceil_div(step_panels, members / groups), step_panels), s.lanes);
-    const bool dealt = share >= WORTH_DEALING;
-    const int64_t by_panels = region + s.steps * ((dealt ? share / 20 * 21 : share / 4 * 5) + barrier_cycles(members));
+    const int64_t rows = ceil_div(s.batch, groups);
+    const int64_t vectors = ceil_div(weight_vectors * ceil_div(step_panels, members / groups), step_panels);
+    const bool dealt = step(rows, vectors, s.lanes) >= WORTH_DEALING;
+    const int64_t shares = steps(rows, vectors, s.lanes, members);
+    const int64_t by_panels = region + (dealt ? shares / 20 * 21 : shares / 4 * 5) + s.steps * barrier_cycles(members);
     if (by_panels < least) {
       least = by_panels;
       best = {members, members, 0, 1, dealt, dealt ? dealt_groups(members) : groups};
